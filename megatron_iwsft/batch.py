@@ -1,0 +1,87 @@
+"""`Batch`: one micro-batch on one rank. Its docstring is the shape legend of the package."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+IGNORE = -100  # the label of a position that is not trained on
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch: trajectories laid end to end in one packed row.
+
+    T tokens (of this rank, after context-parallel slicing), S segments. A segment is one trajectory, padded to the
+    multiple that slicing needs; the last one may be filler without trained tokens. H is the hidden size, V the
+    vocabulary (padded), tp/pp/cp/dp the parallel sizes.
+
+    tokens        int64   [1, T]
+    labels        int64   [1, T]   the next token of the same segment, IGNORE where it is not trained on
+    position_ids  int64   [1, T]   restart at 0 in each segment
+    segment       int64   [T]      0 … S−1
+    reference     float32 [T]      r_t of the label, 0 where not trained on; None without a cached reference
+    cu_seqlens    int32   [S+1]    segment boundaries of the whole row, before context-parallel slicing
+    max_seqlen    int              the longest segment
+    lengths       float32 [S]      |M_i|, trained tokens of the whole trajectory
+    quality       float32 [S]      s_i
+    trajectory    int64   [S]      index in the corpus, −1 for filler
+    """
+
+    tokens: Tensor
+    labels: Tensor
+    position_ids: Tensor
+    segment: Tensor
+    reference: Tensor | None
+    cu_seqlens: Tensor
+    max_seqlen: int
+    lengths: Tensor
+    quality: Tensor
+    trajectory: Tensor
+
+    @property
+    def num_segments(self) -> int:
+        return self.lengths.numel()
+
+    @property
+    def mask(self) -> Tensor:
+        """float32 [T], 1 where trained on."""
+        return (self.labels[0] != IGNORE).float()
+
+    def to(self, device: torch.device) -> Batch:
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Batch(
+            **{k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in moved.items()}
+        )
+
+    def slice_for_context_parallel(self, rank: int, size: int) -> Batch:
+        """This rank's share of every segment: its `rank`-th chunk of 2·size from the front and from the back.
+
+        The pairing gives every rank the same causal-attention work (the layout of Transformer Engine's packed sequences).
+        Labels were shifted before, so no label is lost at a slice's edge.
+        """
+        if size == 1:
+            return self
+        index = zigzag_index(self.cu_seqlens.cpu().numpy(), rank, size)
+        at = torch.from_numpy(index).to(self.tokens.device)
+        return replace(
+            self,
+            tokens=self.tokens[:, at],
+            labels=self.labels[:, at],
+            position_ids=self.position_ids[:, at],
+            segment=self.segment[at],
+            reference=None if self.reference is None else self.reference[at],
+        )
+
+
+def zigzag_index(cu_seqlens: np.ndarray, rank: int, size: int) -> np.ndarray:
+    """Positions in the whole row that context-parallel rank `rank` of `size` holds, int64 [T/size], in its local order."""
+    parts = []
+    for start, stop in zip(cu_seqlens[:-1], cu_seqlens[1:], strict=True):
+        chunk = (stop - start) // (2 * size)
+        for i in (rank, 2 * size - 1 - rank):
+            parts.append(np.arange(start + i * chunk, start + (i + 1) * chunk))
+    return np.concatenate(parts).astype(np.int64)

@@ -1,0 +1,216 @@
+"""Checkpoints: Megatron-Core's `dist_checkpointing` (torch_dist) in directories that are whole or not there.
+
+    checkpoints/
+        latest                 name of the newest complete checkpoint, replaced atomically
+        step-00000100/
+            iwsft.json         step, architecture, layout, resolved config; its presence means complete
+            tokenizer/         so that an export needs nothing else
+            .metadata, *.distcp, common.pt, metadata.json
+
+A checkpoint is written under `step-….partial` and renamed when every rank is done.
+
+`.metadata` and `common.pt` are pickles, by Megatron-Core's and torch's format: load only checkpoints that you trust.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_iwsft.errors import CheckpointError
+from megatron_iwsft.model.architecture import Architecture
+from megatron_iwsft.model.weights import named_rows
+
+INFO = "iwsft.json"
+LATEST = "latest"
+TOKENIZER = "tokenizer"
+FORMAT_VERSION = 1
+
+# How Megatron-Core lays states out: one key a layer (so that any pipeline split and the exporter find it), optimizer states in
+# the shape of their parameters (so that they load at any layout).
+_LAYOUT = {"non_homogeneous_layers": True, "distrib_optim_sharding_type": "fully_reshardable"}
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """What `iwsft.json` says."""
+
+    directory: Path
+    step: int
+    architecture: Architecture
+    config: dict[str, Any]
+    layout: dict[str, int]
+    template_hash: str | None
+
+    @staticmethod
+    def read(directory: str | Path) -> CheckpointInfo:
+        """Of a checkpoint, or of the latest one in a directory of checkpoints or a run directory.
+
+        Raises CheckpointError if there is none or it is unfinished.
+        """
+        given = directory = Path(directory)
+        if not (directory / INFO).exists():
+            for parent in (directory, directory / "checkpoints"):
+                if (parent / LATEST).exists():
+                    directory = parent / (parent / LATEST).read_text().strip()
+                    break
+        path = directory / INFO
+        if not path.exists():
+            raise CheckpointError(f"{given} holds no complete checkpoint (there is no {INFO}).")
+        try:
+            info = json.loads(path.read_text(encoding="utf-8"))
+            if info["format_version"] != FORMAT_VERSION:
+                raise CheckpointError(f"{path} has format version {info['format_version']}; this program reads {FORMAT_VERSION}.")
+            return CheckpointInfo(
+                directory=directory,
+                step=info["step"],
+                architecture=Architecture.from_hf(info["architecture"], where=str(path)),
+                config=info["config"],
+                layout=info["layout"],
+                template_hash=info.get("template_hash"),
+            )
+        except (ValueError, KeyError, TypeError):
+            raise CheckpointError(f"{path} is damaged.") from None
+
+
+def step_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def _state(chunks: list[Any], optimizer: Any | None, schedule: Any | None, *, loading: bool) -> dict[str, Any]:
+    metadata = dict(_LAYOUT)
+    if loading or optimizer is not None:
+        metadata["distrib_optim_fully_reshardable_mem_efficient"] = False
+    state: dict[str, Any] = {f"model{i}": chunk.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(chunks)}
+    if optimizer is not None:
+        models = {k: v for part in state.values() for k, v in part.items()}
+        state["optimizer"] = optimizer.sharded_state_dict(models, is_loading=loading, metadata=metadata)
+    if schedule is not None:
+        state["schedule"] = schedule.state_dict()
+    return state
+
+
+def save(
+    root: Path,
+    step: int,
+    chunks: list[Any],
+    *,
+    architecture: Architecture,
+    config: dict[str, Any],
+    layout: dict[str, int],
+    template_hash: str | None = None,
+    tokenizer_files: list[Path],
+    optimizer: Any | None = None,
+    schedule: Any | None = None,
+    keep: int | None = None,
+) -> Path:
+    """Write root/step-…, then point `latest` at it and remove all but the `keep` newest. Collective over all ranks."""
+    from megatron.core import dist_checkpointing
+
+    final = root / step_name(step)
+    partial = root / f"{final.name}.partial"
+    if dist.get_rank() == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    dist.barrier()
+    dist_checkpointing.save(
+        _state(chunks, optimizer, schedule, loading=False), str(partial), validate_access_integrity=False
+    )
+    dist.barrier()
+    if dist.get_rank() == 0:
+        (partial / TOKENIZER).mkdir()
+        for file in tokenizer_files:
+            shutil.copyfile(file, partial / TOKENIZER / file.name)
+        info = {
+            "format_version": FORMAT_VERSION,
+            "step": step,
+            "architecture": architecture.hf,
+            "layout": layout,
+            "config": config,
+            "template_hash": template_hash,
+        }
+        (partial / INFO).write_text(json.dumps(info, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(partial, final)
+        pointer = root / f"{LATEST}.partial"
+        pointer.write_text(final.name + "\n")
+        os.replace(pointer, root / LATEST)
+        for old in complete_checkpoints(root)[keep:] if keep else []:
+            shutil.rmtree(old)
+    dist.barrier()
+    return final
+
+
+def complete_checkpoints(root: Path) -> list[Path]:
+    """Complete checkpoints under `root`, newest first."""
+    found = [p for p in root.glob("step-*") if not p.name.endswith(".partial") and (p / INFO).exists()]
+    return sorted(found, reverse=True)
+
+
+def load(directory: Path, chunks: list[Any], *, optimizer: Any | None = None, schedule: Any | None = None) -> None:
+    """Load a checkpoint made at any layout into this one. Collective over all ranks. Raises CheckpointError if it is damaged."""
+    from megatron.core import dist_checkpointing
+
+    try:
+        state = dist_checkpointing.load(_state(chunks, optimizer, schedule, loading=True), str(directory))
+    except Exception as error:  # Megatron-Core and torch raise many kinds for a damaged file
+        raise CheckpointError(f"{directory} cannot be loaded: {type(error).__name__}: {error}") from error
+    for i, chunk in enumerate(chunks):
+        chunk.load_state_dict(state[f"model{i}"], strict=False)
+    if optimizer is not None:
+        optimizer.load_state_dict(state["optimizer"])
+    if schedule is not None:
+        schedule.load_state_dict(state["schedule"])
+
+
+class CheckpointTensors:
+    """Reads single, whole model tensors of a checkpoint in one process, without Megatron-Core or a process group."""
+
+    def __init__(self, directory: Path) -> None:
+        from torch.distributed.checkpoint import FileSystemReader
+
+        self.directory = directory
+        self._reader = FileSystemReader(str(directory))
+        try:
+            self._metadata = self._reader.read_metadata()
+        except Exception as error:  # an unreadable pickle raises anything
+            raise CheckpointError(f"{directory / '.metadata'} cannot be read: {type(error).__name__}: {error}") from None
+
+    def read(self, name: str) -> Tensor:
+        """The whole tensor `name`. Raises CheckpointError if the checkpoint has none or its file is damaged."""
+        from torch.distributed.checkpoint import load as load_tensors
+
+        entry = self._metadata.state_dict_metadata.get(name)
+        if entry is None:
+            raise CheckpointError(f"{self.directory} holds no tensor {name}.")
+        out = torch.empty(entry.size, dtype=entry.properties.dtype)
+        try:
+            load_tensors({name: out}, storage_reader=self._reader, no_dist=True)
+        except Exception as error:  # torch wraps what went wrong on the one rank
+            raise CheckpointError(f"{self.directory}: tensor {name} cannot be read: {error}") from None
+        return out
+
+
+def hugging_face_reader(directory: Path, architecture: Architecture):
+    """A function from Hugging Face tensor name to tensor, and the names in the order that reads each parameter once."""
+    tensors = CheckpointTensors(directory)
+    owner = {hf: (name, row) for name, row in named_rows(architecture) for hf in row.hf}
+    cache: dict[str, list[Tensor]] = {}
+
+    def read(hf: str) -> Tensor:
+        name, row = owner[hf]
+        if name not in cache:
+            cache.clear()
+            cache[name] = row.layout.split(tensors.read(name))
+        return cache[name][row.hf.index(hf)]
+
+    return read, list(owner)

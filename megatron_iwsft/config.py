@@ -1,0 +1,337 @@
+"""The configuration of a run: YAML, strictly checked. Every mistake gives one message that names the field.
+
+The dataclass-like models below are the documentation of the keys; `load_config` reads a file and applies
+`section.key=value` overrides from the command line.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from megatron_iwsft.errors import ConfigError
+
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Run(Section):
+    """name: shown in logs; dir: the run directory; seed: of sampling, packing and random initialisation."""
+
+    name: str
+    dir: str
+    seed: NonNegativeInt = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+class Model(Section):
+    """Where the initial policy comes from: exactly one of the three.
+
+    hf: a Hugging Face directory; checkpoint: a checkpoint directory of this program; config: Hugging Face architecture fields
+    for a random initialisation.
+    """
+
+    hf: str | None = None
+    checkpoint: str | None = None
+    config: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Model:
+        given = [name for name in ("hf", "checkpoint", "config") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"needs exactly one of hf, checkpoint and config; found {', '.join(given) or 'none'}")
+        return self
+
+
+class QualityConfig(Section):
+    """How scores enter. thresholds: a trajectory stands in the epoch once for every one that its score reaches."""
+
+    mode: Literal["none", "sample", "weight", "thresholds"] = "none"
+    thresholds: list[float] = []
+
+    @model_validator(mode="after")
+    def _thresholds_given(self) -> QualityConfig:
+        if (self.mode == "thresholds") != bool(self.thresholds):
+            raise ValueError("mode thresholds goes with a list of thresholds, and only it does")
+        return self
+
+
+class Data(Section):
+    """corpus: a directory of tools/shard_corpus.py; seq_length: tokens a sequence; the sizes count sequences.
+
+    epochs and max_steps: the run ends with whichever comes first; at least one must be set.
+    """
+
+    corpus: str
+    seq_length: PositiveInt
+    packing: Literal["best_fit", "none"] = "best_fit"
+    micro_batch_size: PositiveInt = 1
+    global_batch_size: PositiveInt = 1
+    epochs: PositiveInt | None = None
+    max_steps: PositiveInt | None = None
+    quality: QualityConfig = QualityConfig()
+
+    @model_validator(mode="after")
+    def _has_an_end(self) -> Data:
+        if self.epochs is None and self.max_steps is None:
+            raise ValueError("needs epochs or max_steps: the run would have no end")
+        return self
+
+
+class Proposal(Section):
+    """q: `current` is the stop-gradient of the policy."""
+
+    kind: Literal["current"] = "current"
+
+
+class Objective(Section):
+    """See objectives.py. clip defaults to [0, 16] at sequence level and [0.2, 1.8] at token level."""
+
+    name: Literal["sft", "iw_sft"] = "iw_sft"
+    level: Literal["sequence", "token"] = "sequence"
+    temperature: NonNegativeFloat = 1.0
+    clip: list[float] | None = None
+    normalize: Literal["tokens", "weights", "sequences"] = "tokens"
+    proposal: Proposal = Proposal()
+
+    @model_validator(mode="after")
+    def _clip_is_an_interval(self) -> Objective:
+        if self.clip is not None and (len(self.clip) != 2 or not 0 <= self.clip[0] < self.clip[1]):
+            raise ValueError(f"clip must be [low, high] with 0 ≤ low < high; found {self.clip}")
+        return self
+
+    @property
+    def clip_range(self) -> tuple[float, float]:
+        if self.clip is not None:
+            return self.clip[0], self.clip[1]
+        return (0.0, 16.0) if self.level == "sequence" else (0.2, 1.8)
+
+
+class Reference(Section):
+    """cached: a sidecar of tools/precompute_reference.py; live: a frozen second model in the same pipeline pass.
+
+    model: a Hugging Face directory or a checkpoint directory; null is the initial policy.
+    """
+
+    source: Literal["cached", "live"] = "cached"
+    model: str | None = None
+
+
+class Parallel(Section):
+    """Degrees. What tensor × pipeline × context leaves of the world is data parallel. sequence: Megatron's sequence parallelism."""
+
+    tensor: PositiveInt = 1
+    pipeline: PositiveInt = 1
+    virtual_pipeline: PositiveInt | None = None
+    context: PositiveInt = 1
+    expert: PositiveInt = 1
+    sequence: bool = False
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Parallel:
+        if self.virtual_pipeline is not None and self.pipeline < 2:
+            raise ValueError(f"virtual_pipeline {self.virtual_pipeline} needs pipeline ≥ 2; it is {self.pipeline}")
+        if self.sequence and self.tensor < 2:
+            raise ValueError(f"sequence: true needs tensor ≥ 2; it is {self.tensor}")
+        return self
+
+
+class Precision(Section):
+    dtype: Literal["fp32", "bf16"] = "bf16"
+    fp8: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] | None = None
+
+
+class Optimizer(Section):
+    """AdamW. warmup_fraction is of all steps; clip_grad 0 clips nothing; distributed: Megatron's distributed optimizer."""
+
+    lr: NonNegativeFloat = 1e-5
+    min_lr: NonNegativeFloat = 0.0
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_fraction: Share = 0.05
+    betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [0.9, 0.95]
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: NonNegativeFloat = 0.0
+    clip_grad: NonNegativeFloat = 1.0
+    distributed: bool = True
+
+    @model_validator(mode="after")
+    def _rates(self) -> Optimizer:
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr {self.min_lr:g} is above lr {self.lr:g}")
+        return self
+
+
+class Checkpoint(Section):
+    """every: steps between saves, 0 saves at the end only; keep: how many of the newest stay; resume: auto continues the run's own."""
+
+    every: NonNegativeInt = 100
+    keep: PositiveInt = 3
+    asynchronous: bool = False
+    resume: Literal["auto", "never"] = "auto"
+
+
+class Wandb(Section):
+    mode: Literal["offline", "online", "disabled"] = "disabled"
+    project: str = "iwsft"
+
+
+class Logging(Section):
+    every: PositiveInt = 1
+    wandb: Wandb = Wandb()
+    tensorboard: bool = False
+
+
+class Evaluation(Section):
+    """corpus: held-out trajectories whose loss is logged every so many steps (0: never)."""
+
+    corpus: str | None = None
+    every: NonNegativeInt = 0
+
+
+class Config(Section):
+    """A run."""
+
+    run: Run
+    model: Model
+    data: Data
+    objective: Objective = Objective()
+    reference: Reference = Reference()
+    parallel: Parallel = Parallel()
+    precision: Precision = Precision()
+    optimizer: Optimizer = Optimizer()
+    checkpoint: Checkpoint = Checkpoint()
+    logging: Logging = Logging()
+    evaluation: Evaluation = Evaluation()
+
+    def data_parallel(self, world_size: int) -> int:
+        """The data-parallel degree that `world_size` processes leave, checked against the batch sizes."""
+        p = self.parallel
+        product = p.tensor * p.pipeline * p.context
+        if world_size % product:
+            raise ConfigError(
+                f"parallel: tensor {p.tensor} × pipeline {p.pipeline} × context {p.context} = {product} does not divide the "
+                f"world size of {world_size} processes. Start a multiple of {product} processes, or change the degrees."
+            )
+        data = world_size // product
+        step = self.data.micro_batch_size * data
+        if self.data.global_batch_size % step:
+            raise ConfigError(
+                f"data.global_batch_size {self.data.global_batch_size} is not a multiple of micro_batch_size "
+                f"{self.data.micro_batch_size} × data parallel {data} = {step}."
+            )
+        return data
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice in one mapping, and reads 1e-5 as a number."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [self.construct_object(k, deep=True) for k, _ in node.value]
+        for i, key in enumerate(keys):
+            if key in keys[:i]:
+                line = node.value[i][0].start_mark.line + 1
+                raise yaml.MarkedYAMLError(problem=f"the key {key!r} stands twice, again in line {line}")
+        return super().construct_mapping(node, deep)
+
+
+
+# YAML 1.1 wants a dot in a float; people write 1e-5.
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Read a config file and apply `section.key=value` overrides (values in YAML).
+
+    Raises ConfigError: unreadable file, bad YAML, an unknown key (with the nearest known one), a wrong type or value.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot read the config {path}: {error.strerror}.") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"the config {path} is not UTF-8 text.") from None
+    return parse_config(text, overrides or [], where=str(path))
+
+
+def parse_config(text: str, overrides: list[str], *, where: str) -> Config:
+    """`load_config` on text; `where` names it in messages."""
+    raw = _yaml(text, where)
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{where} must hold sections (run, model, data, …); it holds {type(raw).__name__}.")
+    for override in overrides:
+        _apply(raw, override)
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, where)) from None
+
+
+def _yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise ConfigError(f"{where}{line} is not valid YAML: {getattr(error, 'problem', error)}.") from None
+
+
+def _apply(raw: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"override {override!r} is not of the form section.key=value.")
+    *sections, last = key.strip().split(".")
+    at = raw
+    for section in sections:
+        if at.get(section) is None:
+            at[section] = {}
+        at = at[section]
+        if not isinstance(at, dict):
+            raise ConfigError(f"override {override!r}: {section} holds a value, not keys.")
+    at[last] = _yaml(value, f"override {override!r}")
+
+
+def _explain(error: ValidationError, where: str) -> str:
+    lines = []
+    for item in error.errors():
+        location = ".".join(str(part) for part in item["loc"])
+        found = item.get("input")
+        kind = item["type"]
+        if kind == "extra_forbidden":
+            known = _known_keys(item["loc"][:-1])
+            near = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
+            hint = f" Did you mean {near[0]}?" if near else f" Known keys: {', '.join(known)}."
+            lines.append(f"{location} is not a known key.{hint}")
+        elif kind == "missing":
+            lines.append(f"{location} is missing.")
+        elif kind == "value_error":
+            lines.append(f"{location}: {item['ctx']['error']}.")
+        elif kind in ("model_type", "model_attributes_type"):
+            lines.append(f"{location} must hold keys; found {found!r}.")
+        else:
+            lines.append(f"{location}: {item['msg'][0].lower()}{item['msg'][1:]}; found {found!r:.80}.")
+    return f"{where}: " + ("\n  ".join(["", *lines]) if len(lines) > 1 else lines[0])
+
+
+def _known_keys(location: tuple[Any, ...]) -> list[str]:
+    model: Any = Config
+    for part in location:
+        annotation = model.model_fields[part].annotation if hasattr(model, "model_fields") else None
+        model = annotation
+    return list(model.model_fields) if hasattr(model, "model_fields") else []

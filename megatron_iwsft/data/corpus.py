@@ -1,0 +1,228 @@
+"""The corpus directory: curated, tokenized, scored trajectories, memory-mapped.
+
+    manifest.json                            what it is and how it was made; SHA-256 of every file; written last
+    shard-00000.bin, .idx                    tokens: a Megatron IndexedDataset, one sequence a trajectory
+    shard-00000.mask.bin, .idx               uint8, 1 where trained on
+    shard-00000.meta.parquet                 id, score, num_tokens, num_trained, source, line, content_hash
+    tokenizer/                               the tokenizer's files, so that the corpus stands alone
+    dropped.jsonl                            every rejected record: source, line, reason
+    reference-<fingerprint>/                 sidecars of reference log-probs (`reference.py`)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from megatron_iwsft.data.indexed import IndexedReader, IndexedWriter
+from megatron_iwsft.data.records import Trajectory
+from megatron_iwsft.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_iwsft.errors import DataError
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+DROPPED = "dropped.jsonl"
+TOKENIZER = "tokenizer"
+
+_META = pa.schema(
+    [
+        ("id", pa.string()),
+        ("score", pa.float64()),
+        ("num_tokens", pa.int32()),
+        ("num_trained", pa.int32()),
+        ("source", pa.string()),
+        ("line", pa.int64()),
+        ("content_hash", pa.string()),
+    ]
+)
+
+
+def shard_name(index: int) -> str:
+    return f"shard-{index:05d}"
+
+
+class ShardWriter:
+    """Writes one shard; its files appear under their names on `close`, the metadata last."""
+
+    def __init__(self, directory: Path, index: int, token_dtype: np.dtype) -> None:
+        self.name = shard_name(index)
+        self._directory = directory
+        self._tokens = IndexedWriter(directory / self.name, token_dtype)
+        self._masks = IndexedWriter(directory / f"{self.name}.mask", np.dtype(np.uint8))
+        self._rows: list[tuple[Any, ...]] = []
+        self.num_tokens = 0
+
+    def append(self, trajectory: Trajectory, source: str, line: int) -> None:
+        self._tokens.append(trajectory.tokens)
+        self._masks.append(trajectory.mask)
+        n = len(trajectory.tokens)
+        self._rows.append(
+            (trajectory.id, trajectory.score, n, int(trajectory.mask.sum()), source, line, trajectory.content_hash)
+        )
+        self.num_tokens += n
+
+    def close(self) -> list[str]:
+        """Finish the shard; returns the names of its files."""
+        self._tokens.close()
+        self._masks.close()
+        columns = list(zip(*self._rows, strict=True)) if self._rows else [()] * len(_META)
+        table = pa.table([pa.array(c, type=f.type) for c, f in zip(columns, _META, strict=True)], schema=_META)
+        meta = self._directory / f"{self.name}.meta.parquet"
+        partial = meta.with_name(meta.name + ".partial")
+        pq.write_table(table, partial, compression="zstd")
+        os.replace(partial, meta)
+        return shard_files(self.name)
+
+
+def shard_files(name: str) -> list[str]:
+    return [f"{name}{s}" for s in (".bin", ".idx", ".mask.bin", ".mask.idx", ".meta.parquet")]
+
+
+def write_manifest(directory: Path, manifest: dict[str, Any]) -> None:
+    partial = directory / f"{MANIFEST}.partial"
+    partial.write_text(json.dumps(manifest, indent=1, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
+    os.replace(partial, directory / MANIFEST)
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file, hex."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def distribution(values: np.ndarray) -> dict[str, Any] | None:
+    """Minimum, quantiles, maximum and mean of `values`, for the manifest; None if there are none."""
+    if not len(values):
+        return None
+    quantiles = (0, 5, 25, 50, 75, 95, 100)
+    return {
+        "mean": float(np.mean(values, dtype=np.float64)),
+        "percentiles": {str(q): float(v) for q, v in zip(quantiles, np.percentile(values, quantiles), strict=True)},
+    }
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """An open corpus. Trajectory i of `len(corpus)` is numbered across all shards in order.
+
+    lengths      int32   [n]  tokens
+    num_trained  int32   [n]  |M_i|
+    scores       float64 [n]  NaN where there is none
+    fingerprint  SHA-256 of the manifest, which holds that of every file
+    """
+
+    directory: Path
+    manifest: dict[str, Any]
+    fingerprint: str
+    lengths: np.ndarray
+    num_trained: np.ndarray
+    scores: np.ndarray
+    _tokens: list[IndexedReader]
+    _masks: list[IndexedReader]
+    _starts: np.ndarray
+
+    @staticmethod
+    def open(directory: str | Path) -> Corpus:
+        """Open a corpus directory. Raises DataError if it is missing, unfinished, of another version or damaged."""
+        directory = Path(directory)
+        path = directory / MANIFEST
+        if not directory.is_dir():
+            raise DataError(f"there is no corpus at {directory}. Make one with tools/shard_corpus.py.")
+        if not path.exists():
+            raise DataError(f"{directory} has no {MANIFEST}: sharding was interrupted. Run tools/shard_corpus.py again to finish it.")
+        content = path.read_bytes()
+        try:
+            manifest = json.loads(content)
+            version = manifest["format_version"]
+        except (ValueError, KeyError, TypeError):
+            raise DataError(f"{path} is damaged. Make the corpus again.") from None
+        if version != FORMAT_VERSION:
+            raise DataError(f"{path} has format version {version}; this program reads version {FORMAT_VERSION}. Shard the records again.")
+        names = [shard["name"] for shard in manifest["shards"]]
+        tokens = [IndexedReader(directory / name) for name in names]
+        masks = [IndexedReader(directory / f"{name}.mask") for name in names]
+        meta = read_meta(directory, names, ["score", "num_tokens", "num_trained"])
+        for name, t, m in zip(names, tokens, masks, strict=True):
+            if not np.array_equal(t.lengths, m.lengths):
+                raise DataError(f"{directory / name}: tokens and masks differ in length. Make the corpus again.")
+        sizes = [len(t) for t in tokens]
+        if sum(sizes) != meta.num_rows:
+            raise DataError(f"{directory}: {sum(sizes)} sequences but {meta.num_rows} rows of metadata. Make the corpus again.")
+        return Corpus(
+            directory=directory,
+            manifest=manifest,
+            fingerprint=hashlib.sha256(content).hexdigest(),
+            lengths=meta["num_tokens"].to_numpy(),
+            num_trained=meta["num_trained"].to_numpy(),
+            scores=meta["score"].cast(pa.float64()).fill_null(float("nan")).to_numpy(),
+            _tokens=tokens,
+            _masks=masks,
+            _starts=np.cumsum([0, *sizes]),
+        )
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def shards(self) -> list[str]:
+        return [shard["name"] for shard in self.manifest["shards"]]
+
+    def locate(self, i: int) -> tuple[int, int]:
+        """(shard, index within it) of trajectory i."""
+        shard = int(np.searchsorted(self._starts, i, side="right")) - 1
+        return shard, i - int(self._starts[shard])
+
+    def tokens(self, i: int) -> np.ndarray:
+        shard, k = self.locate(i)
+        return self._tokens[shard][k]
+
+    def mask(self, i: int) -> np.ndarray:
+        shard, k = self.locate(i)
+        return self._masks[shard][k]
+
+    def shard_lengths(self, shard: int) -> np.ndarray:
+        """int32 [sequences in the shard]."""
+        return self._tokens[shard].lengths
+
+    def meta(self, columns: list[str] | None = None) -> pa.Table:
+        return read_meta(self.directory, self.shards, columns)
+
+    def tokenizer(self) -> Tokenizer:
+        return load_tokenizer(self.directory / TOKENIZER)
+
+    def verify(self) -> list[str]:
+        """Re-hash every file; returns one complaint per file that is missing or changed."""
+        out = []
+        for name, expected in sorted(self.manifest["files"].items()):
+            path = self.directory / name
+            if not path.exists():
+                out.append(f"{path} is missing")
+            elif file_hash(path) != expected:
+                out.append(f"{path} has changed since the manifest was written")
+        return out
+
+
+def read_meta(directory: Path, names: list[str], columns: list[str] | None) -> pa.Table:
+    tables = []
+    for name in names:
+        path = directory / f"{name}.meta.parquet"
+        try:
+            tables.append(pq.read_table(path, columns=columns))
+        except FileNotFoundError:
+            raise DataError(f"{path} is missing. Make the corpus again.") from None
+        except (pa.ArrowInvalid, OSError) as error:
+            raise DataError(f"{path} is damaged: {error}. Make the corpus again.") from None
+    if not tables:
+        return _META.empty_table().select(columns or _META.names)
+    return pa.concat_tables(tables)

@@ -1,0 +1,200 @@
+"""Tokenizers: a Hugging Face `tokenizer.json` directory, or a SentencePiece `.model` file, behind one small interface.
+
+Text is encoded piece by piece (prompt, response, prompt, …), each on its own, as inference does: it tokenizes the prompt
+alone and generates from there. So a token never straddles the boundary of prompt and response.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_iwsft.errors import DataError
+
+# Copied beside the corpus and into exports, where they exist.
+_COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+
+
+class Tokenizer(ABC):
+    """What sharding and inspection need of a tokenizer.
+
+    fingerprint  SHA-256 of what decides the ids (not of the chat template, which has a hash of its own)
+    vocab_size   largest id + 1
+    special      texts of the special tokens, which content must never smuggle in
+    """
+
+    fingerprint: str
+    vocab_size: int
+    special: frozenset[str]
+    bos_token: str | None
+    eos_token: str | None
+    chat_template: str | None
+    files: list[Path]
+
+    @abstractmethod
+    def encode_pieces(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each piece of one rendered text; special tokens are recognised, none are added."""
+
+    @abstractmethod
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of `ids`, special tokens included."""
+
+    def copy_to(self, directory: Path) -> None:
+        """Copy the tokenizer's files into `directory`."""
+        directory.mkdir(parents=True, exist_ok=True)
+        for file in self.files:
+            shutil.copyfile(file, directory / ("tokenizer.model" if file.suffix == ".model" else file.name))
+
+    def special_in(self, text: str) -> str | None:
+        """The first special token that `text` spells out, or None."""
+        match = self._special_pattern.search(text)
+        return match.group() if match else None
+
+    def _compile_special(self) -> None:
+        longest_first = sorted(self.special, key=len, reverse=True)
+        self._special_pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+    def ends_with_special(self, text: str) -> int | None:
+        """Length of `text` up to and including its last special token, if only whitespace follows; None otherwise."""
+        last = None
+        for last in self._special_pattern.finditer(text):
+            pass
+        return last.end() if last and not text[last.end() :].strip() else None
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """A directory with `tokenizer.json`."""
+
+    def __init__(self, directory: Path) -> None:
+        import tokenizers
+
+        path = directory / "tokenizer.json"
+        content = path.read_bytes()
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
+        except Exception as error:  # the library raises a bare Exception
+            raise DataError(f"{path} cannot be read as a tokenizer: {error}") from None
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        config = _read_json(directory / "tokenizer_config.json") | {
+            k: v for k, v in _read_json(directory / "special_tokens_map.json").items() if v
+        }
+        self.fingerprint = hashlib.sha256(content).hexdigest()
+        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        self.special = frozenset(
+            token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special
+        )
+        self.bos_token = _token_text(config.get("bos_token"))
+        self.eos_token = _token_text(config.get("eos_token"))
+        self.chat_template = _chat_template(directory, config)
+        self.files = [path, *(directory / name for name in _COMPANIONS if (directory / name).exists())]
+        self._compile_special()
+
+    def encode_pieces(self, texts: Sequence[str]) -> list[list[int]]:
+        return [e.ids for e in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(list(ids), skip_special_tokens=False)
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A `.model` file. Its control pieces (such as <s> and </s>) are the special tokens."""
+
+    def __init__(self, path: Path) -> None:
+        import sentencepiece
+
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+            # Later pieces continue a text: SentencePiece's own leading space belongs to the first one only.
+            self._continuation = sentencepiece.SentencePieceProcessor(model_file=str(path))
+            self._continuation.override_normalizer_spec(add_dummy_prefix=False, remove_extra_whitespaces=False)
+        except (OSError, RuntimeError) as error:
+            raise DataError(f"{path} cannot be read as a SentencePiece model: {error}") from None
+        self.fingerprint = hashlib.sha256(path.read_bytes()).hexdigest()
+        self.vocab_size = self._processor.get_piece_size()
+        self._control = {
+            self._processor.id_to_piece(i): i for i in range(self.vocab_size) if self._processor.is_control(i)
+        }
+        self.special = frozenset(self._control)
+        self.bos_token = self._piece(self._processor.bos_id())
+        self.eos_token = self._piece(self._processor.eos_id())
+        self.chat_template = None
+        self.files = [path]
+        self._compile_special()
+        self._split = re.compile(f"({self._special_pattern.pattern})")
+
+    def _piece(self, i: int) -> str | None:
+        return self._processor.id_to_piece(i) if i >= 0 else None
+
+    def encode_pieces(self, texts: Sequence[str]) -> list[list[int]]:
+        out, first = [], True
+        for text in texts:
+            ids: list[int] = []
+            for part in self._split.split(text):
+                if part in self._control:
+                    ids.append(self._control[part])
+                elif part:
+                    ids.extend((self._processor if first else self._continuation).encode(part))
+                    first = False
+            out.append(ids)
+        return out
+
+    def decode(self, ids: Sequence[int]) -> str:
+        out: list[str] = []
+        run: list[int] = []
+        for i in [*ids, -1]:
+            piece = self._processor.id_to_piece(i) if 0 <= i < self.vocab_size else ""
+            if i < 0 or piece in self._control:
+                out.append(self._processor.decode(run))
+                out.append(piece)
+                run = []
+            else:
+                run.append(int(i))
+        return "".join(out)
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Open a Hugging Face directory, a `tokenizer.json`, a SentencePiece `.model` file, or a directory with `tokenizer.model`.
+
+    Raises DataError if there is none of these at `path`.
+    """
+    path = Path(path)
+    if path.name == "tokenizer.json":
+        path = path.parent
+    if (path / "tokenizer.json").is_file():
+        return HuggingFaceTokenizer(path)
+    if (path / "tokenizer.model").is_file():
+        return SentencePieceTokenizer(path / "tokenizer.model")
+    if path.is_file() and path.suffix == ".model":
+        return SentencePieceTokenizer(path)
+    raise DataError(
+        f"no tokenizer at {path}: expected a directory with tokenizer.json, or a SentencePiece .model file."
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path} is not valid JSON: {error}") from None
+
+
+def _token_text(value: Any) -> str | None:
+    return value.get("content") if isinstance(value, dict) else value
+
+
+def _chat_template(directory: Path, config: dict[str, Any]) -> str | None:
+    if (directory / "chat_template.jinja").exists():
+        return (directory / "chat_template.jinja").read_text(encoding="utf-8")
+    template = config.get("chat_template")
+    if isinstance(template, list):  # several named templates
+        template = next((t["template"] for t in template if t.get("name") == "default"), None)
+    return template

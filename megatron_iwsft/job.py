@@ -1,0 +1,214 @@
+"""What training and the reference computation share: platform, process groups, corpus, plan, and where weights come from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megatron_iwsft import checkpoint
+from megatron_iwsft.config import Config, Model
+from megatron_iwsft.data.corpus import Corpus
+from megatron_iwsft.data.dataset import BatchBuilder, ReferenceLogprobs, RowShape
+from megatron_iwsft.data.sampler import Quality, Sampler
+from megatron_iwsft.data.tokenizer import load_tokenizer
+from megatron_iwsft.errors import CheckpointError, ConfigError, DataError
+from megatron_iwsft.model.architecture import Architecture
+from megatron_iwsft.model.build import ModelSettings, PolicyModel, build_model, load_weights
+from megatron_iwsft.model.hf import RandomInit, SafetensorsDirectory, tokenizer_files
+from megatron_iwsft.platform import ParallelContext, Platform, start
+from megatron_iwsft.reference import ReferenceIdentity, weights_fingerprint
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class Weights:
+    """A model's weights, wherever they lie: a Hugging Face directory, a checkpoint, or a seed.
+
+    architecture  what they are for
+    fingerprint   changes when they do
+    described     for people
+    """
+
+    architecture: Architecture
+
+    def __init__(self, model: Model, seed: int) -> None:
+        self._source: SafetensorsDirectory | RandomInit | None = None
+        self.tokenizer_files: list[Path] = []
+        if model.hf is not None:
+            self._source = SafetensorsDirectory(model.hf)
+            self.architecture = self._source.architecture
+            self.fingerprint = weights_fingerprint(Path(model.hf), "*.safetensors")
+            self.described = model.hf
+            self.tokenizer_files = tokenizer_files(Path(model.hf))
+        elif model.checkpoint is not None:
+            self._info = checkpoint.CheckpointInfo.read(model.checkpoint)
+            self.architecture = self._info.architecture
+            self.fingerprint = weights_fingerprint(self._info.directory, "*.distcp")
+            self.described = str(self._info.directory)
+            self.tokenizer_files = sorted((self._info.directory / checkpoint.TOKENIZER).glob("*"))
+        else:
+            assert model.config is not None
+            self.architecture = Architecture.from_hf(model.config, where="model.config")
+            self._source = RandomInit(self.architecture, seed)
+            text = json.dumps([self.architecture.hf, seed], sort_keys=True)
+            self.fingerprint = hashlib.sha256(text.encode()).hexdigest()
+            self.described = f"random initialisation with seed {seed}"
+
+    def load(self, chunks: list[PolicyModel], parallel: ParallelContext) -> None:
+        """Fill this rank's chunks. Collective over all ranks for a checkpoint."""
+        if self._source is not None:
+            load_weights(chunks, self._source, parallel)
+        else:
+            checkpoint.load(self._info.directory, chunks)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A checked, started run, before any model is built."""
+
+    config: Config
+    platform: Platform
+    parallel: ParallelContext
+    data_size: int
+    corpus: Corpus
+    sampler: Sampler
+    policy: Weights
+    reference: Weights
+    identity: ReferenceIdentity
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.config.precision.dtype]
+
+    @property
+    def is_main(self) -> bool:
+        return self.platform.rank == 0
+
+    def build(self, weights: Weights) -> list[PolicyModel]:
+        """This rank's chunks of a model, with `weights`."""
+        settings = ModelSettings(
+            dtype=self.dtype,
+            sequence_parallel=self.config.parallel.sequence,
+            variable_seq_lengths=False,
+        )
+        chunks = build_model(weights.architecture, self.parallel, self.platform, settings)
+        weights.load(chunks, self.parallel)
+        return chunks
+
+    def batches(self, corpus: Corpus, sampler: Sampler, reference: ReferenceLogprobs | None = None) -> BatchBuilder:
+        """The builder of this rank's micro-batches."""
+        data, parallel = self.config.data, self.config.parallel
+        row = data.micro_batch_size * data.seq_length if data.packing == "best_fit" else None
+        return BatchBuilder(
+            corpus,
+            sampler,
+            RowShape.of(tensor=parallel.tensor, context=parallel.context, row_length=row),
+            micro_batch_size=data.micro_batch_size,
+            data_rank=self.parallel.dp.rank(),
+            data_size=self.data_size,
+            context_rank=self.parallel.cp.rank(),
+            context_size=self.parallel.cp.size(),
+            reference=reference,
+        )
+
+
+def start_job(config: Config) -> Job:
+    """Check everything that can be checked before a process group exists, then join the job. Collective over all ranks."""
+    corpus = Corpus.open(config.data.corpus)
+    sampler = make_sampler(config, corpus)
+    policy = Weights(config.model, config.run.seed)
+    check_tokenizer(corpus, policy)
+    reference = policy
+    if config.reference.model is not None:
+        reference = Weights(_model_at(config.reference.model), config.run.seed)
+        check_tokenizer(corpus, reference)
+        if reference.architecture.vocab_size != policy.architecture.vocab_size and config.reference.source == "live":
+            raise ConfigError("reference.source live needs a reference with the policy's vocabulary size.")
+    if config.precision.fp8 is not None:
+        raise ConfigError("precision.fp8 needs Transformer Engine on a Hopper or newer GPU; use precision.fp8: null.")
+    template = corpus.manifest["template"]
+    identity = ReferenceIdentity(
+        weights=reference.fingerprint,
+        tokenizer=corpus.manifest["tokenizer"]["fingerprint"],
+        template=template["hash"] if template else "none",
+        dtype=config.precision.dtype,
+    )
+
+    platform = start(config.run.device)
+    data_size = config.data_parallel(platform.world_size)
+    degrees = config.parallel
+    parallel = platform.parallel(
+        tensor=degrees.tensor,
+        pipeline=degrees.pipeline,
+        context=degrees.context,
+        expert=degrees.expert,
+        virtual_pipeline=degrees.virtual_pipeline,
+        seed=config.run.seed,
+    )
+    return Job(config, platform, parallel, data_size, corpus, sampler, policy, reference, identity)
+
+
+def make_sampler(config: Config, corpus: Corpus) -> Sampler:
+    data = config.data
+    return Sampler(
+        corpus.lengths,
+        corpus.scores,
+        seq_length=data.seq_length,
+        packing=data.packing,
+        global_batch_size=data.global_batch_size,
+        quality=Quality(data.quality.mode, tuple(data.quality.thresholds)),
+        seed=config.run.seed,
+    )
+
+
+def check_tokenizer(corpus: Corpus, weights: Weights) -> None:
+    """Raise DataError if a corpus was made with another tokenizer than the one that comes with the weights."""
+    made_with = corpus.manifest["tokenizer"]
+    if made_with["vocab_size"] > weights.architecture.vocab_size:
+        raise DataError(
+            f"{corpus.directory} was made with a tokenizer of {made_with['vocab_size']} tokens, but the model "
+            f"({weights.described}) has a vocabulary of {weights.architecture.vocab_size}. Use the model's own tokenizer in "
+            "tools/shard_corpus.py, or another model."
+        )
+    directories = {file.parent for file in weights.tokenizer_files}
+    for directory in directories:
+        try:
+            own = load_tokenizer(directory)
+        except DataError:
+            continue  # a directory with no fast tokenizer: nothing to compare with
+        if own.fingerprint != made_with["fingerprint"]:
+            raise DataError(
+                f"{corpus.directory} was made with another tokenizer than {weights.described} has. Shard the records again with "
+                f"--tokenizer {weights.described}."
+            )
+
+
+def _model_at(path: str) -> Model:
+    """A Hugging Face directory or a checkpoint directory, told apart by what lies in it."""
+    if (Path(path) / "config.json").exists():
+        return Model(hf=path)
+    if not Path(path).exists():
+        raise CheckpointError(f"reference.model: {path} does not exist.")
+    return Model(checkpoint=path)
+
+
+def all_packs(job: Job) -> Iterator[list]:
+    """Global batches that hold every trajectory at least once: epoch 0 as training will see it, then the rest.
+
+    Training's first epoch so meets reference log-probs that were computed in the same rows as its own.
+    """
+    import numpy as np
+
+    plan = job.sampler.epoch(0)
+    for index in range(plan.num_steps):
+        yield plan.step(index)
+    rest = np.setdiff1d(np.arange(len(job.corpus)), plan.packs.items)
+    size = job.config.data.global_batch_size
+    for at in range(0, len(rest), size):
+        packs = [rest[i : i + 1] for i in range(at, min(at + size, len(rest)))]
+        yield packs + [rest[:0]] * (size - len(packs))

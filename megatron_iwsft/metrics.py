@@ -1,0 +1,38 @@
+"""Named metrics from summed ones. Each divides by its own declared denominator, once, after everything is added up."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from megatron_iwsft.objectives import SUMS
+
+# metric → (numerator, denominator), names of `objectives.SUMS`
+RATIOS = {
+    "loss": ("loss", "denominator"),
+    "nll": ("nll", "tokens"),
+    "weight_mean": ("weight", "units"),
+    "clip_fraction": ("clipped", "units"),
+    "log_ratio": ("log_ratio", "tokens"),
+    "abs_log_ratio": ("abs_log_ratio", "tokens"),
+    "kl_to_reference": ("kl_to_reference", "tokens"),
+    "bound_sft": ("bound_sft", "sequences"),
+    "bound_iw": ("bound_iw", "sequences"),
+}
+
+
+def summarize(sums: Tensor, weight_max: Tensor) -> dict[str, float]:
+    """Metrics of one global batch.
+
+    sums is float64 [len(SUMS)] after reduction over micro-batches, data- and context-parallel ranks. The effective sample
+    size is (Σw)²/(nΣw²), a share of the units between 1/n and 1. A batch without trained tokens gives NaN.
+    """
+    total = dict(zip(SUMS, sums.tolist(), strict=True))
+    out = {name: total[top] / total[bottom] if total[bottom] else math.nan for name, (top, bottom) in RATIOS.items()}
+    squares = total["units"] * total["weight_squared"]
+    out["weight_ess"] = total["weight"] ** 2 / squares if squares else math.nan
+    out["weight_max"] = float(weight_max)
+    out["trained_tokens"] = round(total["tokens"])
+    out["sequences"] = round(total["sequences"])
+    return out

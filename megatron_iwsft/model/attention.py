@@ -1,0 +1,120 @@
+"""The local backend's core attention: packed segments and context parallelism, in plain torch.
+
+Megatron-Core's own local attention knows neither. Segments attend causally to themselves only. Under context parallelism
+every rank holds two chunks of each segment (`Batch.slice_for_context_parallel`); keys and values are gathered over the group.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from megatron_iwsft.batch import zigzag_index
+
+
+class PackedAttention(torch.nn.Module):
+    """Megatron-Core core attention over packed rows (`packed_seq_params` with `qkv_format="thd"`). No parameters, no dropout.
+
+    query [T, heads/tp, head_dim], key and value [T, groups/tp, head_dim] → [T, heads/tp · head_dim], T this rank's tokens.
+    Collectives under context parallelism: an all-gather of keys and values, in backward a reduce-scatter of their gradients.
+    """
+
+    def __init__(self, config: Any, softmax_scale: float | None = None, pg_collection: Any = None, **unused: Any) -> None:
+        super().__init__()
+        self.scale = softmax_scale
+        self.cp_group: dist.ProcessGroup = pg_collection.cp
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        packed_seq_params: Any,
+        **unused: Any,
+    ) -> Tensor:
+        boundaries = tuple(packed_seq_params.cu_seqlens_q.tolist())
+        if self.cp_group.size() == 1:
+            out = _attend(query, key, value, boundaries, self.scale)
+        else:
+            key, value = _GatherSegments.apply(torch.stack([key, value]), boundaries, self.cp_group)
+            out = _attend_chunks(query, key, value, boundaries, self.cp_group, self.scale)
+        return out.flatten(1)
+
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Nothing to save (Megatron-Core asks every submodule)."""
+        return {}
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, boundaries: tuple[int, ...], scale: float | None) -> Tensor:
+    """Causal attention within each segment. Runs of equally long segments share one call."""
+    outs = []
+    i = 0
+    while i < len(boundaries) - 1:
+        start, length = boundaries[i], boundaries[i + 1] - boundaries[i]
+        n = 1
+        while i + n < len(boundaries) - 1 and boundaries[i + n + 1] - boundaries[i + n] == length:
+            n += 1
+        part = slice(start, start + n * length)
+        q, k, v = (x[part].unflatten(0, (n, length)).transpose(1, 2) for x in (query, key, value))
+        out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+        outs.append(out.transpose(1, 2).flatten(0, 1))
+        i += n
+    return torch.cat(outs)
+
+
+def _attend_chunks(
+    query: Tensor, key: Tensor, value: Tensor, boundaries: tuple[int, ...], group: dist.ProcessGroup, scale: float | None
+) -> Tensor:
+    """This rank's two chunks of each segment against the whole segment's keys up to the chunk's end."""
+    rank, size = group.rank(), group.size()
+    outs = []
+    at = 0
+    for start, stop in zip(boundaries[:-1], boundaries[1:], strict=True):
+        chunk = (stop - start) // (2 * size)
+        for i in (rank, 2 * size - 1 - rank):
+            end = (i + 1) * chunk
+            q = query[at : at + chunk].transpose(0, 1)[None]
+            k, v = (x[start : start + end].transpose(0, 1)[None] for x in (key, value))
+            visible = torch.ones(chunk, end, dtype=torch.bool, device=q.device).tril(end - chunk)
+            out = scaled_dot_product_attention(q, k, v, visible, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+            outs.append(out[0].transpose(0, 1))
+            at += chunk
+    return torch.cat(outs)
+
+
+class _GatherSegments(torch.autograd.Function):
+    """[2, T/cp, …] of every rank → whole keys and values [T, …] in sequence order; gradients are summed back to their owners."""
+
+    @staticmethod
+    def forward(ctx: Any, local: Tensor, boundaries: tuple[int, ...], group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+        parts = [torch.empty_like(local) for _ in range(group.size())]
+        dist.all_gather(parts, local.contiguous(), group=group)
+        order = _gathered_positions(boundaries, group.size()).to(local.device)
+        full = torch.empty_like(torch.cat(parts, dim=1))
+        full[:, order] = torch.cat(parts, dim=1)
+        ctx.group, ctx.order = group, order
+        return full[0], full[1]
+
+    @staticmethod
+    def backward(ctx: Any, grad_key: Tensor, grad_value: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        grads = torch.stack([grad_key, grad_value])[:, ctx.order]
+        by_rank = torch.stack(grads.chunk(ctx.group.size(), dim=1))
+        out = torch.empty_like(by_rank[0])
+        dist.reduce_scatter_tensor(out, by_rank, group=ctx.group)
+        return out, None, None
+
+
+@lru_cache(maxsize=64)
+def _gathered_positions(boundaries: tuple[int, ...], size: int) -> Tensor:
+    """Position in the whole row of each gathered element: rank 0's tokens in their local order, then rank 1's, …"""
+    import numpy as np
+
+    cu_seqlens = np.asarray(boundaries)
+    return torch.from_numpy(np.concatenate([zigzag_index(cu_seqlens, r, size) for r in range(size)]))

@@ -1,0 +1,235 @@
+"""Megatron-Core's GPTModel for an `Architecture`, split over a `ParallelContext`, with weights from a `TensorSource`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_iwsft.batch import Batch
+from megatron_iwsft.errors import ConfigError
+from megatron_iwsft.model.architecture import Architecture
+from megatron_iwsft.model.attention import PackedAttention
+from megatron_iwsft.model.hf import TensorSource
+from megatron_iwsft.model.weights import shapes, table
+from megatron_iwsft.ops.logprob import vocab_parallel_logprob
+from megatron_iwsft.platform import ParallelContext, Platform
+
+# Names of the local backend's parameters → names in checkpoints, which are Transformer Engine's.
+_CHECKPOINT_NAMES = {
+    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+}
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """How a model computes: dtype of parameters and activations, sequence parallelism, the backend."""
+
+    dtype: torch.dtype = torch.float32
+    sequence_parallel: bool = False
+    variable_seq_lengths: bool = False
+    backend: Literal["local", "transformer_engine"] = "local"
+
+
+class LocalRMSNorm(torch.nn.Module):
+    """RMSNorm of the local backend. Marks its weight for the gradient all-reduce that sequence parallelism needs."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(
+            torch.ones(hidden_size, dtype=config.params_dtype, device=torch.cuda.current_device())
+        )
+        self.weight.sequence_parallel = config.sequence_parallel
+        self.eps = config.layernorm_epsilon
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+
+
+class _HiddenStates(ColumnParallelLinear):
+    """An output layer that owns the projection's weight but hands the hidden states through: the loss projects them itself."""
+
+    def forward(self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None):
+        return input_, None
+
+
+class PolicyModel(GPTModel):
+    """GPTModel whose loss is the negative log-prob of each label, from `ops.logprob`."""
+
+    def __init__(self, *args: Any, real_vocab_size: int, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.real_vocab_size = real_vocab_size
+
+    def setup_embeddings_and_output_layer(self) -> None:
+        # GPTModel's constructor calls this between making the output layer and tying it to the embedding.
+        if self.post_process:
+            self.output_layer = _HiddenStates(
+                self.config.hidden_size,
+                self.vocab_size,
+                config=self.config,
+                init_method=self.config.init_method,
+                bias=False,
+                gather_output=False,
+                skip_weight_param_allocation=self.pre_process and self.share_embeddings_and_output_weights,
+                tp_group=self.pg_collection.tp,
+            )
+        super().setup_embeddings_and_output_layer()
+
+    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """labels [1, T], logits: the hidden states [T (/tp), 1, H] → −log-probs float32 [1, T], 0 where IGNORE."""
+        shared = self.share_embeddings_and_output_weights
+        weight = self.shared_embedding_or_output_weight() if shared else self.output_layer.weight
+        logprobs = vocab_parallel_logprob(
+            logits.squeeze(1),
+            weight,
+            labels.flatten(),
+            group=self.pg_collection.tp,
+            vocab_size=self.real_vocab_size,
+            sequence_parallel=self.config.sequence_parallel,
+        )
+        return -logprobs.unsqueeze(0)
+
+
+def forward(model: torch.nn.Module, batch: Batch) -> Tensor:
+    """Run one stage on a micro-batch: hidden states [T (/tp), 1, H], or on the last stage −log-probs [1, T]."""
+    packed = PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=batch.cu_seqlens,
+        cu_seqlens_kv=batch.cu_seqlens,
+        max_seqlen_q=batch.max_seqlen,
+        max_seqlen_kv=batch.max_seqlen,
+    )
+    return model(batch.tokens, batch.position_ids, None, labels=batch.labels, packed_seq_params=packed)
+
+
+def build_model(
+    arch: Architecture, parallel: ParallelContext, platform: Platform, settings: ModelSettings
+) -> list[PolicyModel]:
+    """This rank's model chunks (one, or one per virtual stage), with uninitialised parameters: see `load_weights`."""
+    check_layout(arch, parallel)
+    config = _transformer_config(arch, parallel, settings)
+    virtual = parallel.virtual_pipeline or 1
+    chunks = []
+    for stage in range(virtual):
+        vp_stage = stage if parallel.virtual_pipeline else None
+        model = PolicyModel(
+            config=config,
+            transformer_layer_spec=_block_spec(config, settings, vp_stage),
+            vocab_size=arch.padded_vocab(parallel.tp.size()),
+            real_vocab_size=arch.vocab_size,
+            max_sequence_length=arch.max_positions,
+            pre_process=parallel.is_first_stage and stage == 0,
+            post_process=parallel.is_last_stage and stage == virtual - 1,
+            share_embeddings_and_output_weights=arch.tied,
+            position_embedding_type="rope",
+            rotary_base=arch.rope_theta,
+            vp_stage=vp_stage,
+        )
+        chunks.append(model.to(platform.device))
+    return chunks
+
+
+def check_layout(arch: Architecture, parallel: ParallelContext) -> None:
+    """Raise ConfigError naming the rule that a layout breaks for this architecture."""
+    tensor, pipeline = parallel.tp.size(), parallel.pp.size()
+    stages = pipeline * (parallel.virtual_pipeline or 1)
+    if arch.num_layers % stages:
+        raise ConfigError(
+            f"parallel: {arch.num_layers} layers do not divide into {stages} pipeline stages "
+            f"(pipeline {pipeline} × virtual_pipeline {parallel.virtual_pipeline or 1})."
+        )
+    for name, size in (("attention heads", arch.num_heads), ("feed-forward columns", arch.ffn_size)):
+        if size % tensor:
+            raise ConfigError(f"parallel.tensor {tensor} does not divide the model's {size} {name}.")
+    if arch.num_groups % tensor and tensor % arch.num_groups:
+        raise ConfigError(f"parallel.tensor {tensor} and the model's {arch.num_groups} key-value heads: one must divide the other.")
+
+
+def _transformer_config(arch: Architecture, parallel: ParallelContext, settings: ModelSettings) -> TransformerConfig:
+    return TransformerConfig(
+        num_layers=arch.num_layers,
+        hidden_size=arch.hidden_size,
+        ffn_hidden_size=arch.ffn_size,
+        num_attention_heads=arch.num_heads,
+        num_query_groups=arch.num_groups,
+        kv_channels=arch.head_dim,
+        layernorm_epsilon=arch.norm_eps,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        add_qkv_bias=arch.qkv_bias,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=parallel.tp.size(),
+        pipeline_model_parallel_size=parallel.pp.size(),
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
+        context_parallel_size=parallel.cp.size(),
+        sequence_parallel=settings.sequence_parallel,
+        params_dtype=settings.dtype,
+        pipeline_dtype=settings.dtype,
+        bf16=settings.dtype == torch.bfloat16,
+        variable_seq_lengths=settings.variable_seq_lengths,
+        calculate_per_token_loss=True,  # sums in the loss, one global denominator: see step.py
+        perform_initialization=False,  # every parameter is loaded
+        use_cpu_initialization=not torch.cuda.is_available(),
+        gradient_accumulation_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+    )
+
+
+def _block_spec(config: TransformerConfig, settings: ModelSettings, vp_stage: int | None) -> ModuleSpec | TransformerBlockSubmodules:
+    if settings.backend == "transformer_engine":
+        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+
+        return get_gpt_layer_with_transformer_engine_spec()
+    layer = get_gpt_layer_local_spec(normalization="RMSNorm")
+    layer.submodules.input_layernorm = LocalRMSNorm
+    layer.submodules.pre_mlp_layernorm = LocalRMSNorm
+    layer.submodules.self_attention.submodules.core_attention = PackedAttention
+    count = get_num_layers_to_build(config, vp_stage=vp_stage)
+    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=LocalRMSNorm)
+
+
+def checkpoint_name(model: PolicyModel, name: str) -> str:
+    """A parameter's name in checkpoints: global layer number, Transformer Engine's names for the norms."""
+    if name.startswith("decoder.layers."):
+        _, _, local, rest = name.split(".", 3)
+        name = f"decoder.layers.{model.decoder.layers[int(local)].layer_number - 1}.{rest}"
+    for ours, theirs in _CHECKPOINT_NAMES.items():
+        name = name.replace(ours, theirs)
+    return name
+
+
+@torch.no_grad()
+def load_weights(chunks: list[PolicyModel], source: TensorSource, parallel: ParallelContext) -> None:
+    """Fill every parameter of this rank from `source`, reading only this rank's slices."""
+    arch = source.architecture
+    rank, size = parallel.tp.rank(), parallel.tp.size()
+    rows = {row.megatron: row for row in table(arch, tensor_parallel=size)}
+    all_shapes = shapes(arch)
+    for model in chunks:
+        for name, parameter in model.named_parameters():
+            target = checkpoint_name(model, name)
+            layer = target.split(".")[2] if target.startswith("decoder.layers.") else ""
+            pattern = target.replace(f"layers.{layer}.", "layers.{}.") if layer else target
+            if pattern == "output_layer.weight" and arch.tied:
+                pattern = "embedding.word_embeddings.weight"
+            row = rows[pattern]
+            names = [hf.format(layer) for hf in row.hf]
+            spans = row.layout.spans([all_shapes[n] for n in names], rank, size)
+            parts = [source.read(n, span) for n, span in zip(names, spans, strict=True)]
+            parameter.copy_(row.layout.join(parts, rank, size))

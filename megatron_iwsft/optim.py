@@ -1,0 +1,62 @@
+"""The optimizer and its schedule: Megatron-Core's, from the `optimizer` section of a config."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_iwsft import config
+
+
+def wrap_for_gradients(chunks: list[Any], settings: config.Optimizer) -> list[DistributedDataParallel]:
+    """Give each model chunk float32 gradient buffers that are reduced over data-parallel ranks."""
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=False,
+        use_distributed_optimizer=settings.distributed,
+        check_for_nan_in_grad=False,
+    )
+    return [
+        DistributedDataParallel(chunk.config, ddp, chunk, disable_bucketing=i > 0) for i, chunk in enumerate(chunks)
+    ]
+
+
+def build_optimizer(chunks: list[DistributedDataParallel], settings: config.Optimizer, dtype: torch.dtype) -> Any:
+    """Megatron-Core's AdamW over the wrapped chunks."""
+    return get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=settings.lr,
+            min_lr=settings.min_lr,
+            weight_decay=settings.weight_decay,
+            adam_beta1=settings.betas[0],
+            adam_beta2=settings.betas[1],
+            adam_eps=settings.eps,
+            clip_grad=settings.clip_grad,
+            bf16=dtype == torch.bfloat16,
+            params_dtype=dtype,
+            use_distributed_optimizer=settings.distributed,
+        ),
+        chunks,
+    )
+
+
+def build_schedule(optimizer: Any, settings: config.Optimizer, total_steps: int) -> OptimizerParamScheduler:
+    """Linear warm-up from 0, then cosine, linear or no decay to min_lr at `total_steps`."""
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=settings.lr,
+        min_lr=settings.min_lr,
+        lr_warmup_steps=min(round(settings.warmup_fraction * total_steps), total_steps - 1),
+        lr_decay_steps=total_steps,
+        lr_decay_style=settings.schedule,
+        start_wd=settings.weight_decay,
+        end_wd=settings.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+    )

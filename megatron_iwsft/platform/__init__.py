@@ -1,0 +1,173 @@
+"""Where the run happens: CUDA + NCCL or CPU + gloo, the process groups, and what differs between Megatron-Core lines.
+
+Nothing else in the package asks Megatron-Core's `parallel_state`, `torch.cuda` or the environment. `start` once per
+process gives a `Platform`; `Platform.parallel` gives a `ParallelContext` with explicit groups for everything below.
+"""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import os
+import warnings
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+
+from megatron_iwsft.errors import ConfigError
+
+DeviceChoice = Literal["auto", "cpu", "cuda"]
+
+
+@dataclass(frozen=True)
+class ParallelContext:
+    """The process groups of one layout, and this rank's place in each.
+
+    dp is data parallel alone; dp_cp spans data and context parallel ranks, over which losses and gradients are summed.
+    """
+
+    tp: dist.ProcessGroup
+    pp: dist.ProcessGroup
+    cp: dist.ProcessGroup
+    dp: dist.ProcessGroup
+    dp_cp: dist.ProcessGroup
+    virtual_pipeline: int | None
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pp.rank() == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp.rank() == self.pp.size() - 1
+
+    @property
+    def last_stage_rank(self) -> int:
+        """Global rank of the last pipeline stage in this rank's pipeline."""
+        return dist.get_process_group_ranks(self.pp)[-1]
+
+    def describe(self) -> str:
+        sizes = {"TP": self.tp, "PP": self.pp, "CP": self.cp, "DP": self.dp}
+        text = " × ".join(f"{name} {group.size()}" for name, group in sizes.items())
+        return text + (f", {self.virtual_pipeline} virtual stages" if self.virtual_pipeline else "")
+
+
+@dataclass(frozen=True)
+class Platform:
+    """This process's device and its place in the job."""
+
+    device: torch.device
+    rank: int
+    world_size: int
+
+    @property
+    def is_cuda(self) -> bool:
+        return self.device.type == "cuda"
+
+    def parallel(
+        self,
+        *,
+        tensor: int = 1,
+        pipeline: int = 1,
+        context: int = 1,
+        expert: int = 1,
+        virtual_pipeline: int | None = None,
+        seed: int = 0,
+    ) -> ParallelContext:
+        """Build the process groups (collective over all ranks). Call again for another layout: the old groups go.
+
+        `seed` starts torch's and Megatron-Core's tensor-parallel random states (only dropout would draw from them).
+        """
+        from megatron.core import parallel_state
+        from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+        product = tensor * pipeline * context
+        if self.world_size % product:
+            raise ConfigError(
+                f"parallel: tensor {tensor} × pipeline {pipeline} × context {context} = {product} does not divide the "
+                f"{self.world_size} processes that were started. Start a multiple of {product} processes, or change the degrees."
+            )
+        parallel_state.destroy_model_parallel()
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=tensor,
+            pipeline_model_parallel_size=pipeline,
+            context_parallel_size=context,
+            expert_model_parallel_size=expert,
+            virtual_pipeline_model_parallel_size=virtual_pipeline,
+        )
+        torch.manual_seed(seed)
+        model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+        return ParallelContext(
+            tp=parallel_state.get_tensor_model_parallel_group(),
+            pp=parallel_state.get_pipeline_model_parallel_group(),
+            cp=parallel_state.get_context_parallel_group(),
+            dp=parallel_state.get_data_parallel_group(),
+            dp_cp=parallel_state.get_data_parallel_group(with_context_parallel=True),
+            virtual_pipeline=virtual_pipeline,
+        )
+
+    def peak_memory(self) -> int:
+        """Peak bytes held by this process: the allocator's on CUDA, the resident set on CPU."""
+        if self.is_cuda:
+            return torch.cuda.max_memory_allocated()
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def synchronize(self) -> None:
+        if self.is_cuda:
+            torch.cuda.synchronize()
+
+
+def start(device: DeviceChoice = "auto", *, timeout_s: float = 600.0) -> Platform:
+    """Join the job that torchrun describes in the environment (or be a job of one) and decide on the device.
+
+    Collective over all ranks. `IWSFT_DEVICE=cpu|cuda` stands in for `device="auto"`.
+    """
+    choice = os.environ.get("IWSFT_DEVICE", "auto") if device == "auto" else device
+    if choice not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"IWSFT_DEVICE is {choice!r}; it can be auto, cpu or cuda.")
+    has_cuda = torch.cuda.is_available()
+    if choice == "cuda" and not has_cuda:
+        raise ConfigError("a CUDA device was asked for, but torch sees none. Run on CPU with IWSFT_DEVICE=cpu.")
+    use_cuda = has_cuda and choice != "cpu"
+
+    quiet_megatron()
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
+        os.environ.setdefault(name, value)
+    if not use_cuda:
+        from megatron_iwsft.platform import cpu
+
+        cpu.install()
+        torch_device = torch.device("cpu")
+    else:
+        torch_device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(torch_device)
+    if not dist.is_initialized():
+        options: dict[str, Any] = {"device_id": torch_device} if use_cuda else {}
+        if "MASTER_PORT" not in os.environ:  # a job of one needs no rendezvous
+            options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        dist.init_process_group(
+            "nccl" if use_cuda else "gloo", timeout=datetime.timedelta(seconds=timeout_s), **options
+        )
+    return Platform(device=torch_device, rank=dist.get_rank(), world_size=dist.get_world_size())
+
+
+def stop() -> None:
+    """Leave the job: destroy the process groups."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def quiet_megatron() -> None:
+    """Silence notices about optional packages, here and in child processes; `tools/doctor.py` reports them properly.
+
+    Call before the first import of Megatron-Core: it warns while it is imported.
+    """
+    os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning,ignore::FutureWarning")
+    for category in (UserWarning, FutureWarning):
+        warnings.filterwarnings("ignore", category=category, module=r"(megatron|torch|transformer_engine)\..*")
+    for name in ("megatron", "torch.distributed.checkpoint"):
+        logging.getLogger(name).setLevel(logging.ERROR)

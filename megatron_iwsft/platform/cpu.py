@@ -1,0 +1,105 @@
+"""Megatron-Core without CUDA: the few places where it insists on a GPU are answered by their CPU counterparts.
+
+Megatron-Core asks `torch.cuda` for the current device, streams, events, memory and random state, creates tensors with
+`device="cuda"`, and its optimizer sorts parameters by the name of their CUDA tensor type. `install` answers all three.
+It changes process-wide state, so only `platform.start` calls it, once, when the process is to run on CPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+_CPU = torch.device("cpu")
+
+
+class _Event:
+    """Everything on CPU has happened by the time it can be asked about."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def record(self, *args: Any) -> None: ...
+
+    def wait(self, *args: Any) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, other: _Event) -> float:
+        return 0.0
+
+
+class _Stream:
+    cuda_stream = 0
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def wait_stream(self, *args: Any) -> None: ...
+
+    def wait_event(self, *args: Any) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def record_event(self, *args: Any) -> _Event:
+        return _Event()
+
+
+def _is_cuda(value: Any) -> bool:
+    if isinstance(value, str):
+        return value.startswith("cuda")
+    return isinstance(value, torch.device) and value.type == "cuda"
+
+
+class _CudaToCpu(TorchFunctionMode):
+    """Places on CPU what asks for a CUDA device, and names tensor types the way the optimizer asserts on them."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if _is_cuda(kwargs.get("device")):
+            kwargs = {**kwargs, "device": _CPU}
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.to:
+            args = tuple(_CPU if _is_cuda(a) else a for a in args)
+        elif func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            return func(*args).replace("torch.", "torch.cuda.", 1)
+        return func(*args, **kwargs)
+
+
+def install() -> None:
+    """Make Megatron-Core run on CPU in this process. Must come before any Megatron-Core module is built."""
+    cuda: Any = torch.cuda
+    cuda.current_device = lambda: _CPU
+    cuda.set_device = lambda *args: None
+    cuda.synchronize = lambda *args, **kwargs: None
+    cuda.empty_cache = lambda: None
+    cuda.Stream, cuda.Event = _Stream, _Event
+    cuda.stream = lambda stream: contextlib.nullcontext()
+    cuda.current_stream = cuda.default_stream = lambda *args: _Stream()
+    cuda.memory_allocated = cuda.max_memory_allocated = lambda *args, **kwargs: 0
+    cuda.get_device_properties = lambda *args: SimpleNamespace(major=0, minor=0)
+    cuda._lazy_init = lambda: None
+
+    def get_rng_state(*args: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.random.get_rng_state()
+
+    def set_rng_state(state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        torch.random.set_rng_state(state)
+
+    cuda.get_rng_state = cuda.random.get_rng_state = get_rng_state
+    cuda.set_rng_state = set_rng_state
+    cuda.manual_seed = torch.random.default_generator.manual_seed
+
+    from megatron.core.tensor_parallel import random as megatron_random
+
+    megatron_random._get_cuda_rng_state = get_rng_state
+    megatron_random._set_cuda_rng_state = set_rng_state
+
+    # Entered for the life of the process: Megatron-Core builds tensors in every phase of a run.
+    _CudaToCpu().__enter__()

@@ -1,0 +1,77 @@
+"""One forward pass of the reference over the corpus → the sidecar of reference log-probs."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from tqdm import tqdm
+
+from megatron_iwsft import platform
+from megatron_iwsft.config import Config
+from megatron_iwsft.job import all_packs, start_job
+from megatron_iwsft.model.build import forward
+from megatron_iwsft.reference import SidecarWriter
+
+
+def precompute_reference(config: Config) -> str:
+    """Write the sidecar that `reference.source: cached` reads; returns its directory. Collective over all ranks.
+
+    Uses the config's own layout, packing and batch sizes, so that r_t goes through the arithmetic that the policy's log-probs
+    will. An interrupted run continues: finished global batches are skipped. A complete sidecar is left as it is.
+    """
+    job = start_job(config)
+    writer = SidecarWriter(job.corpus, job.identity)
+    if writer.complete:
+        if job.is_main:
+            print(f"{writer.directory} is complete already.", flush=True)
+        platform.stop()
+        return str(writer.directory)
+    if job.is_main:
+        writer.prepare()
+    dist.barrier()
+    writer.open()
+
+    chunks = job.build(job.reference)
+    for chunk in chunks:
+        chunk.eval()
+    builder = job.batches(job.corpus, job.sampler)
+    # One rank of each tensor-parallel group writes; every context-parallel rank has positions of its own.
+    writes = job.parallel.tp.rank() == 0
+
+    def forward_step(batches, model):
+        batch = next(batches)
+
+        def keep(nll: torch.Tensor):
+            if writes:
+                writer.write(batch, -nll[0])
+            return nll.sum(), torch.ones((), dtype=torch.int), {}
+
+        return forward(model, batch.to(job.platform.device)), keep
+
+    steps = list(all_packs(job))
+    for packs in tqdm(steps, desc="reference log-probs", unit="batch", disable=None if job.is_main else True):
+        finished = torch.tensor(all(writer.done(i) for pack in packs for i in pack.tolist()), dtype=torch.int)
+        # Ranks look at shared files at slightly different times; they must agree on whether to skip.
+        finished = finished.to(job.platform.device)
+        dist.all_reduce(finished, op=dist.ReduceOp.MIN)
+        if finished:
+            continue
+        batches = builder.from_packs(packs)
+        with torch.no_grad():
+            get_forward_backward_func()(
+                forward_step_func=forward_step,
+                data_iterator=iter(batches) if len(chunks) == 1 else [iter(batches) for _ in chunks],
+                model=chunks[0] if len(chunks) == 1 else chunks,
+                num_microbatches=len(batches),
+                seq_length=batches[0].tokens.numel() * job.parallel.cp.size(),
+                micro_batch_size=1,
+                forward_only=True,
+            )
+    writer.flush()
+    dist.barrier()
+    if job.is_main:
+        writer.finish({"model": job.reference.described, "layout": job.parallel.describe()})
+    dist.barrier()
+    platform.stop()
+    return str(writer.directory)

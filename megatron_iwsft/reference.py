@@ -1,0 +1,219 @@
+"""The reference policy's log-probs r_t: cached in a sidecar of the corpus, or live from a frozen second model.
+
+    corpus/reference-<fingerprint>/
+        shard-00000.bin, .idx    float32, aligned with the tokens, 0 where not trained on
+        manifest.json            which model, at which precision, for which corpus; SHA-256 of every file; written last
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_iwsft.batch import Batch
+from megatron_iwsft.data.corpus import MANIFEST, Corpus, file_hash, write_manifest
+from megatron_iwsft.data.indexed import IndexedReader, write_index
+from megatron_iwsft.errors import DataError
+
+FORMAT_VERSION = 1
+_SAMPLES = 64
+_SAMPLE_BYTES = 65536
+
+
+@dataclass(frozen=True)
+class ReferenceIdentity:
+    """What a sidecar must have been computed with: weights, tokenizer, template, precision."""
+
+    weights: str
+    tokenizer: str
+    template: str
+    dtype: str
+
+    @property
+    def fingerprint(self) -> str:
+        text = json.dumps([self.weights, self.tokenizer, self.template, self.dtype])
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def weights_fingerprint(directory: Path, pattern: str) -> str:
+    """Identity of the weight files in a directory: name, size, both ends and 64 evenly spaced blocks of 64 KiB of each.
+
+    Reading all of a 64 GB model at every start would take minutes; training changes every block, so a sample tells.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(directory.glob(pattern)):
+        size = path.stat().st_size
+        digest.update(f"{path.name}\0{size}\0".encode())
+        with open(path, "rb") as file:
+            for at in sorted({int(x) for x in np.linspace(0, max(0, size - _SAMPLE_BYTES), _SAMPLES)}):
+                file.seek(at)
+                digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def sidecar_directory(corpus: Corpus, identity: ReferenceIdentity) -> Path:
+    return corpus.directory / f"reference-{identity.fingerprint}"
+
+
+class Sidecar:
+    """An open, complete sidecar; `sidecar(i)` is float32 [num_tokens] of trajectory i.
+
+    Raises DataError if there is none for this reference, or if it is unfinished, truncated or of another corpus.
+    """
+
+    def __init__(self, corpus: Corpus, identity: ReferenceIdentity) -> None:
+        self.directory = sidecar_directory(corpus, identity)
+        again = "Run tools/precompute_reference.py with this config."
+        path = self.directory / MANIFEST
+        if not path.exists():
+            others = sorted(p.name for p in corpus.directory.glob("reference-*") if (p / MANIFEST).exists())
+            if self.directory.is_dir():
+                raise DataError(f"the reference log-probs at {self.directory} are unfinished. {again}")
+            raise DataError(
+                f"{corpus.directory} has no reference log-probs of this reference model ({self.directory.name}); it has "
+                f"{', '.join(others) or 'none of any model'}. Model, tokenizer, chat template and precision.dtype must all match. {again}"
+            )
+        try:
+            manifest = json.loads(path.read_text(encoding="utf-8"))
+            version, made_for = manifest["format_version"], manifest["corpus"]
+        except (ValueError, KeyError, TypeError):
+            raise DataError(f"{path} is damaged. Remove {self.directory}. {again}") from None
+        if version != FORMAT_VERSION:
+            raise DataError(f"{path} has format version {version}; this program reads {FORMAT_VERSION}. Remove {self.directory}. {again}")
+        if made_for != corpus.fingerprint:
+            raise DataError(f"{self.directory} was computed for another version of the corpus. Remove it. {again}")
+        self._shards = [IndexedReader(self.directory / name) for name in corpus.shards]
+        for k, reader in enumerate(self._shards):
+            if not np.array_equal(reader.lengths, corpus.shard_lengths(k)):
+                raise DataError(f"{self.directory / corpus.shards[k]} does not fit its corpus shard. Remove {self.directory}. {again}")
+        self._corpus = corpus
+
+    def __call__(self, i: int) -> np.ndarray:
+        shard, k = self._corpus.locate(i)
+        return self._shards[shard][k]
+
+
+class SidecarWriter:
+    """Fills a sidecar; any number of ranks write their own positions into the same memory-mapped files.
+
+    A trained position is NaN until its value is known, so an interrupted run sees what is left to do.
+    """
+
+    def __init__(self, corpus: Corpus, identity: ReferenceIdentity) -> None:
+        self.corpus, self.identity = corpus, identity
+        self.directory = sidecar_directory(corpus, identity)
+        self._maps: list[np.memmap] = []
+
+    @property
+    def complete(self) -> bool:
+        return (self.directory / MANIFEST).exists()
+
+    def prepare(self) -> None:
+        """Create the files that are not there yet. On one rank, before `open` on all."""
+        self.directory.mkdir(exist_ok=True)
+        for name in self.corpus.shards:
+            path = self._partial(name)
+            if path.exists():
+                continue
+            mask = np.memmap(self.corpus.directory / f"{name}.mask.bin", np.uint8, mode="r")
+            fresh = path.with_suffix(".new")
+            with open(fresh, "wb") as file:
+                for at in range(0, len(mask), 1 << 24):
+                    part = mask[at : at + (1 << 24)]
+                    file.write(np.where(part == 1, np.float32(np.nan), np.float32(0)).astype(np.float32).tobytes())
+            os.replace(fresh, path)
+
+    def open(self) -> None:
+        self._maps = [np.memmap(self._partial(name), np.float32, mode="r+") for name in self.corpus.shards]
+        self._starts = [np.concatenate([[0], np.cumsum(self.corpus.shard_lengths(k), dtype=np.int64)]) for k in range(len(self._maps))]
+        # A first token has no prediction: its log-prob is 0 by definition, also where a mask covers it.
+        for values, starts in zip(self._maps, self._starts, strict=True):
+            values[starts[:-1]] = 0
+
+    def _partial(self, name: str) -> Path:
+        return self.directory / f"{name}.bin.partial"
+
+    def done(self, i: int) -> bool:
+        """Whether every position of trajectory i has its value."""
+        return not np.isnan(self._view(i)).any()
+
+    def _view(self, i: int) -> np.ndarray:
+        shard, k = self.corpus.locate(i)
+        starts = self._starts[shard]
+        return self._maps[shard][starts[k] : starts[k + 1]]
+
+    def write(self, batch: Batch, logprobs: Tensor) -> None:
+        """Store logprobs float32 [T] of this rank's micro-batch (its context-parallel slice)."""
+        trained = batch.mask.bool().cpu().numpy()
+        values = logprobs.float().cpu().numpy()[trained]
+        if np.isnan(values).any():
+            raise DataError("the reference model gives NaN log-probs. Check its weights, or use a wider precision.dtype.")
+        segment = batch.segment.cpu().numpy()[trained]
+        # A label belongs to the next token.
+        position = batch.position_ids[0].cpu().numpy()[trained] + 1
+        trajectory = batch.trajectory.cpu().numpy()
+        for s in np.unique(segment):
+            at = segment == s
+            self._view(int(trajectory[s]))[position[at]] = values[at]
+
+    def flush(self) -> None:
+        for values in self._maps:
+            values.flush()
+
+    def finish(self, described: dict[str, Any]) -> None:
+        """Give the files their names and write the manifest. On one rank, after every rank has flushed."""
+        missing = sum(int(np.isnan(values).sum()) for values in self._maps)
+        if missing:
+            raise DataError(f"{missing} positions of {self.directory} have no value. Run the same command again.")
+        files = {}
+        for k, name in enumerate(self.corpus.shards):
+            os.replace(self._partial(name), self.directory / f"{name}.bin")
+            write_index(self.directory / name, self.corpus.shard_lengths(k), np.dtype(np.float32))
+            files |= {f"{name}{s}": file_hash(self.directory / f"{name}{s}") for s in (".bin", ".idx")}
+        write_manifest(
+            self.directory,
+            {
+                "format_version": FORMAT_VERSION,
+                "corpus": self.corpus.fingerprint,
+                "reference": vars(self.identity) | described,
+                "files": files,
+            },
+        )
+
+
+class WithReference(torch.nn.Module):
+    """A policy stage and the frozen reference's same stage, run in one pipeline pass.
+
+    Between stages their hidden states [T (/tp), 1, H] travel side by side as [T (/tp), 2, H]; the last stage returns
+    −log-probs [2, T], policy first. `module` is the policy: Megatron-Core's schedules unwrap through it.
+    """
+
+    def __init__(self, policy: torch.nn.Module, reference: torch.nn.Module) -> None:
+        super().__init__()
+        self.module = policy
+        self.reference = reference.requires_grad_(False).eval()
+        self.config = policy.config
+
+    def set_input_tensor(self, tensors: list[Tensor | None]) -> None:
+        (tensor,) = tensors
+        policy = self.module.module if hasattr(self.module, "module") else self.module
+        if tensor is None:
+            policy.set_input_tensor([None])
+            self.reference.set_input_tensor([None])
+        else:
+            policy.set_input_tensor([tensor[:, :1].contiguous()])
+            self.reference.set_input_tensor([tensor[:, 1:].detach().contiguous()])
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        policy = self.module(*args, **kwargs)
+        with torch.no_grad():
+            reference = self.reference(*args, **kwargs)
+        return torch.cat([policy, reference], dim=0 if policy.dim() == 2 else 1)

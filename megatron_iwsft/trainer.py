@@ -1,0 +1,197 @@
+"""The training run, from a config to its last checkpoint."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+
+from megatron_iwsft import checkpoint, platform
+from megatron_iwsft.config import Config
+from megatron_iwsft.data.corpus import TOKENIZER, Corpus
+from megatron_iwsft.errors import CheckpointError, ConfigError, DataError
+from megatron_iwsft.hooks import (
+    Every,
+    Hook,
+    StepInfo,
+    metrics_writer,
+    progress_line,
+    tensorboard_logger,
+    wandb_logger,
+)
+from megatron_iwsft.job import Job, make_sampler, start_job
+from megatron_iwsft.metrics import summarize
+from megatron_iwsft.objectives import NEEDS_REFERENCE, Settings
+from megatron_iwsft.optim import build_optimizer, build_schedule, wrap_for_gradients
+from megatron_iwsft.reference import Sidecar
+from megatron_iwsft.step import LossTotals, TrainStep
+
+# How far the policy's log-probs may lie from its own as reference, mean |log-ratio| per token, before the first update. The
+# cached reference may have been computed at another layout, which moves the last bits.
+START_TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
+
+
+def train(config: Config) -> dict[str, Any]:
+    """Run (or continue) the training that `config` describes; returns the last step's metrics. Collective over all ranks."""
+    job = start_job(config)
+    if config.checkpoint.asynchronous:
+        raise ConfigError("checkpoint.asynchronous is not available; use checkpoint.asynchronous: false.")
+    needs_reference = config.objective.name in NEEDS_REFERENCE
+    cached = needs_reference and config.reference.source == "cached"
+    sidecar = Sidecar(job.corpus, job.identity) if cached else None
+
+    policy = job.build(job.policy)
+    live = job.build(job.reference) if needs_reference and not cached else None
+    chunks = wrap_for_gradients(policy, config.optimizer)
+    optimizer = build_optimizer(chunks, config.optimizer, job.dtype)
+    total_steps = job.sampler.total_steps(config.data.epochs, config.data.max_steps)
+    schedule = build_schedule(optimizer, config.optimizer, total_steps)
+    objective = Settings(
+        level=config.objective.level,
+        temperature=config.objective.temperature,
+        clip=config.objective.clip_range,
+        normalize=config.objective.normalize,
+    )
+    step = TrainStep(chunks, job.parallel, job.platform.device, config.objective.name, objective, reference=live)
+    builder = job.batches(job.corpus, job.sampler, sidecar)
+
+    run_dir = Path(config.run.dir)
+    resumed_at = _resume(job, policy, optimizer, schedule)
+    hooks = _hooks(job, run_dir, resumed_at, total_steps) if job.is_main else []
+    evaluate = _evaluation(job, chunks, objective)
+
+    def save(info: StepInfo) -> None:
+        _save(job, info.step, policy, optimizer, schedule)
+
+    saves = Every(config.checkpoint.every, save, at_end=True)
+    metrics: dict[str, Any] = {}
+    for number in range(resumed_at, total_steps):
+        started = time.perf_counter()
+        metrics = {"step": number + 1, "epoch": job.sampler.locate(number)[0]}
+        packs = job.sampler.packs_at(number)
+        metrics |= step.forward_backward(builder.from_packs(packs))
+        if number == 0 and needs_reference:
+            _check_start(job, metrics)
+        metrics["lr"] = max(group["lr"] for group in optimizer.param_groups)
+        _, metrics["grad_norm"], _ = optimizer.step()
+        schedule.step(increment=1)
+        job.platform.synchronize()
+        metrics["step_time_s"] = time.perf_counter() - started
+        metrics["tokens"] = sum(int(job.corpus.lengths[ids].sum()) for ids in packs)
+        metrics["tokens_per_s"] = metrics["tokens"] / metrics["step_time_s"]
+        metrics["peak_memory_bytes"] = job.platform.peak_memory()
+        if not needs_reference:
+            metrics = {k: v for k, v in metrics.items() if k not in _REFERENCE_METRICS}
+        if evaluate and (number + 1) % config.evaluation.every == 0:
+            metrics |= evaluate()
+        info = StepInfo(number + 1, total_steps, metrics)
+        for hook in hooks:
+            hook(info)
+        saves(info)
+    if job.is_main:
+        _say(f"finished: {total_steps} steps; {run_dir}/metrics.jsonl, {run_dir}/checkpoints/{checkpoint.step_name(total_steps)}")
+    platform.stop()
+    return metrics
+
+
+_REFERENCE_METRICS = frozenset(
+    "weight_mean weight_max weight_ess clip_fraction log_ratio abs_log_ratio kl_to_reference bound_sft bound_iw".split()
+)
+
+
+def _hooks(job: Job, run_dir: Path, resumed_at: int, total_steps: int) -> list[Hook]:
+    config = job.config
+    for name in ("logs", "checkpoints"):
+        (run_dir / name).mkdir(parents=True, exist_ok=True)
+    (run_dir / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+    counts = job.corpus.manifest["counts"]
+    _say(
+        f"{config.run.name}: {config.objective.name} on {len(job.corpus)} trajectories ({counts['trained_tokens']:,} of "
+        f"{counts['tokens']:,} tokens trained), {total_steps} steps of {config.data.global_batch_size} sequences; "
+        f"{job.platform.device.type}, {job.parallel.describe()}"
+    )
+    hooks: list[Hook] = [metrics_writer(run_dir / "metrics.jsonl", resumed_at), Every(config.logging.every, progress_line, True)]
+    if config.logging.wandb.mode != "disabled":
+        hooks.append(wandb_logger(config.logging.wandb, config.run, config.model_dump()))
+    if config.logging.tensorboard:
+        hooks.append(tensorboard_logger(run_dir / "logs"))
+    return hooks
+
+
+def _check_start(job: Job, metrics: dict[str, Any]) -> None:
+    """Before the first update, a reference that is the initial policy must give the policy's own log-probs."""
+    if job.reference is not job.policy:
+        return
+    found, allowed = metrics["abs_log_ratio"], START_TOLERANCE[job.config.precision.dtype]
+    if found > allowed:
+        raise DataError(
+            f"policy and reference are the same model, yet their log-probs differ by {found:.3g} per token on the first batch "
+            f"(allowed in {job.config.precision.dtype}: {allowed:g}). Model, tokenizer and template match by fingerprint, so the "
+            "cached log-probs are damaged or were computed by other code: remove the corpus's reference-* directory and run "
+            "tools/precompute_reference.py again, or use reference.source: live."
+        )
+
+
+def _resume(job: Job, policy: list[Any], optimizer: Any, schedule: Any) -> int:
+    """Load the newest checkpoint of this run that can be loaded; returns its step, 0 for a fresh run."""
+    root = Path(job.config.run.dir) / "checkpoints"
+    found = checkpoint.complete_checkpoints(root) if job.config.checkpoint.resume == "auto" else []
+    for directory in found:
+        try:
+            info = checkpoint.CheckpointInfo.read(directory)
+            checkpoint.load(directory, policy, optimizer=optimizer, schedule=schedule)
+        except CheckpointError as error:
+            if job.is_main:
+                _say(f"skipping a damaged checkpoint: {error}")
+            continue
+        if job.is_main:
+            _say(f"resuming from {directory} after step {info.step}")
+        return info.step
+    if found:
+        raise CheckpointError(f"none of the {len(found)} checkpoints in {root} can be loaded. Move them away to start afresh.")
+    return 0
+
+
+def _save(job: Job, step: int, policy: list[Any], optimizer: Any, schedule: Any) -> None:
+    config, template = job.config, job.corpus.manifest["template"]
+    checkpoint.save(
+        Path(config.run.dir) / "checkpoints",
+        step,
+        policy,
+        architecture=job.policy.architecture,
+        config=config.model_dump(),
+        layout={**config.parallel.model_dump(), "data": job.data_size},
+        template_hash=template["hash"] if template else None,
+        tokenizer_files=job.policy.tokenizer_files or sorted((job.corpus.directory / TOKENIZER).iterdir()),
+        optimizer=optimizer,
+        schedule=schedule,
+        keep=config.checkpoint.keep,
+    )
+
+
+def _evaluation(job: Job, chunks: list[Any], settings: Settings):
+    """A function giving the loss on `evaluation.corpus`, or None."""
+    if job.config.evaluation.corpus is None or not job.config.evaluation.every:
+        return None
+    corpus = Corpus.open(job.config.evaluation.corpus)
+    unweighted = job.config.model_copy(
+        update={"data": job.config.data.model_copy(update={"quality": type(job.config.data.quality)()})}
+    )
+    sampler = make_sampler(unweighted, corpus)
+    builder = job.batches(corpus, sampler)
+    step = TrainStep(chunks, job.parallel, job.platform.device, "sft", Settings())
+
+    def evaluate() -> dict[str, float]:
+        totals = LossTotals(job.platform.device)
+        for index in range(sampler.epoch(0).num_steps):
+            totals.sums += step.evaluate(builder.at_step(index)).sums
+        return {"eval_nll": summarize(totals.sums, totals.weight_max)["nll"]}
+
+    return evaluate
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+

@@ -1,0 +1,28 @@
+"""Compute the reference's log-probs: torchrun … tools/precompute_reference.py --config C.yaml [section.key=value …]"""
+
+from __future__ import annotations
+
+import argparse
+
+from megatron_iwsft.errors import run_command
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", required=True, help="the config of the run that will use them")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override keys of the config")
+    args = parser.parse_args()
+
+    from megatron_iwsft.config import load_config
+    from megatron_iwsft.platform import quiet_megatron
+
+    config = load_config(args.config, args.overrides)
+    quiet_megatron()
+
+    from megatron_iwsft.precompute import precompute_reference
+
+    precompute_reference(config)
+
+
+if __name__ == "__main__":
+    run_command(main)
