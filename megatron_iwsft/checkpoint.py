@@ -36,7 +36,11 @@ FORMAT_VERSION = 1
 
 # How Megatron-Core lays states out: one key a layer (so that any pipeline split and the exporter find it), optimizer states in
 # the shape of their parameters (so that they load at any layout).
-_LAYOUT = {"non_homogeneous_layers": True, "distrib_optim_sharding_type": "fully_reshardable"}
+_LAYOUT = {
+    "non_homogeneous_layers": True,
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "distrib_optim_fully_reshardable_mem_efficient": False,
+}
 
 
 @dataclass(frozen=True)
@@ -87,15 +91,49 @@ def step_name(step: int) -> str:
 
 def _state(chunks: list[Any], optimizer: Any | None, schedule: Any | None, *, loading: bool) -> dict[str, Any]:
     metadata = dict(_LAYOUT)
-    if loading or optimizer is not None:
-        metadata["distrib_optim_fully_reshardable_mem_efficient"] = False
     state: dict[str, Any] = {f"model{i}": chunk.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(chunks)}
     if optimizer is not None:
+        if loading:
+            _create_optimizer_states(optimizer)
         models = {k: v for part in state.values() for k, v in part.items()}
         state["optimizer"] = optimizer.sharded_state_dict(models, is_loading=loading, metadata=metadata)
     if schedule is not None:
         state["schedule"] = schedule.state_dict()
     return state
+
+
+def _create_optimizer_states(optimizer: Any) -> None:
+    """Give torch's AdamW its states, which it makes at its first step, so that there is something to load into.
+
+    Whatever this step changes is overwritten by the load.
+    """
+    for part in optimizer.chained_optimizers:
+        if isinstance(part.optimizer, torch.optim.Optimizer) and not part.optimizer.state:
+            for group in part.optimizer.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad = torch.zeros_like(parameter)
+            part.optimizer.step()
+            part.optimizer.zero_grad()
+
+
+def _load_optimizer(optimizer: Any, state: dict[Any, Any]) -> None:
+    """`optimizer.load_state_dict`, but for the distributed optimizer over torch's AdamW.
+
+    Megatron-Core keeps AdamW's step count in the parameter groups, then, loading parameter states, expects it among those too
+    and fails (0.16 and 0.19 alike). So the two halves are loaded one after the other, with the counts out of the way.
+    """
+    parts = optimizer.chained_optimizers
+    states = [state] if len(parts) == 1 else [state[i] for i in range(len(parts))]
+    for part, own in zip(parts, states, strict=True):
+        if not isinstance(part.optimizer, torch.optim.Optimizer) or "param_state" not in own:
+            part.load_state_dict(own)
+            continue
+        parameter_state = own.pop("param_state")
+        part.load_state_dict(own)
+        steps = {parameter: values.pop("step") for parameter, values in part.optimizer.state.items()}
+        part.load_parameter_state_from_fully_reshardable(parameter_state)
+        for parameter, step in steps.items():
+            part.optimizer.state[parameter]["step"] = step
 
 
 def save(
@@ -167,7 +205,7 @@ def load(directory: Path, chunks: list[Any], *, optimizer: Any | None = None, sc
     for i, chunk in enumerate(chunks):
         chunk.load_state_dict(state[f"model{i}"], strict=False)
     if optimizer is not None:
-        optimizer.load_state_dict(state["optimizer"])
+        _load_optimizer(optimizer, state["optimizer"])
     if schedule is not None:
         schedule.load_state_dict(state["schedule"])
 

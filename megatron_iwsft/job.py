@@ -91,11 +91,7 @@ class Job:
 
     def build(self, weights: Weights) -> list[PolicyModel]:
         """This rank's chunks of a model, with `weights`."""
-        settings = ModelSettings(
-            dtype=self.dtype,
-            sequence_parallel=self.config.parallel.sequence,
-            variable_seq_lengths=False,
-        )
+        settings = ModelSettings(dtype=self.dtype, sequence_parallel=self.config.parallel.sequence)
         chunks = build_model(weights.architecture, self.parallel, self.platform, settings)
         weights.load(chunks, self.parallel)
         return chunks

@@ -105,8 +105,8 @@ class _GatherSegments(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_key: Tensor, grad_value: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         grads = torch.stack([grad_key, grad_value])[:, ctx.order]
-        by_rank = torch.stack(grads.chunk(ctx.group.size(), dim=1))
-        out = torch.empty_like(by_rank[0])
+        by_rank = torch.cat(grads.chunk(ctx.group.size(), dim=1))
+        out = torch.empty_like(by_rank[:2])
         dist.reduce_scatter_tensor(out, by_rank, group=ctx.group)
         return out, None, None
 

@@ -37,7 +37,6 @@ class ModelSettings:
 
     dtype: torch.dtype = torch.float32
     sequence_parallel: bool = False
-    variable_seq_lengths: bool = False
     backend: Literal["local", "transformer_engine"] = "local"
 
 
@@ -66,9 +65,9 @@ class _HiddenStates(ColumnParallelLinear):
 class PolicyModel(GPTModel):
     """GPTModel whose loss is the negative log-prob of each label, from `ops.logprob`."""
 
-    def __init__(self, *args: Any, real_vocab_size: int, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.real_vocab_size = real_vocab_size
+    def __init__(self, architecture: Architecture, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.architecture = architecture
 
     def setup_embeddings_and_output_layer(self) -> None:
         # GPTModel's constructor calls this between making the output layer and tying it to the embedding.
@@ -94,7 +93,7 @@ class PolicyModel(GPTModel):
             weight,
             labels.flatten(),
             group=self.pg_collection.tp,
-            vocab_size=self.real_vocab_size,
+            vocab_size=self.architecture.vocab_size,
             sequence_parallel=self.config.sequence_parallel,
         )
         return -logprobs.unsqueeze(0)
@@ -123,10 +122,10 @@ def build_model(
     for stage in range(virtual):
         vp_stage = stage if parallel.virtual_pipeline else None
         model = PolicyModel(
+            arch,
             config=config,
             transformer_layer_spec=_block_spec(config, settings, vp_stage),
             vocab_size=arch.padded_vocab(parallel.tp.size()),
-            real_vocab_size=arch.vocab_size,
             max_sequence_length=arch.max_positions,
             pre_process=parallel.is_first_stage and stage == 0,
             post_process=parallel.is_last_stage and stage == virtual - 1,
@@ -179,9 +178,16 @@ def _transformer_config(arch: Architecture, parallel: ParallelContext, settings:
         params_dtype=settings.dtype,
         pipeline_dtype=settings.dtype,
         bf16=settings.dtype == torch.bfloat16,
-        variable_seq_lengths=settings.variable_seq_lengths,
+        # With two stages a stage's neighbours before and behind are one rank: interleaved messages sent in one batch would
+        # be taken for each other. Sent one by one they travel over two groups.
+        overlap_p2p_comm=parallel.virtual_pipeline is not None,
+        batch_p2p_comm=parallel.virtual_pipeline is None,
         calculate_per_token_loss=True,  # sums in the loss, one global denominator: see step.py
-        perform_initialization=False,  # every parameter is loaded
+        # Every parameter is loaded. Initialisation must still run: it marks the tensor-parallel parameters, without which the
+        # gradient norm leaves out all but the first rank's.
+        init_method=_leave_as_it_is,
+        output_layer_init_method=_leave_as_it_is,
+        embedding_init_method=_leave_as_it_is,
         use_cpu_initialization=not torch.cuda.is_available(),
         gradient_accumulation_fusion=False,
         bias_activation_fusion=False,
@@ -189,6 +195,10 @@ def _transformer_config(arch: Architecture, parallel: ParallelContext, settings:
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
     )
+
+
+def _leave_as_it_is(weight: Tensor) -> Tensor:
+    return weight
 
 
 def _block_spec(config: TransformerConfig, settings: ModelSettings, vp_stage: int | None) -> ModuleSpec | TransformerBlockSubmodules:

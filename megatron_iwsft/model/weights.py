@@ -33,6 +33,10 @@ class Layout(Protocol):
         """One rank's Megatron parameter from the parts that `spans` named (with size 1 the whole one)."""
         ...
 
+    def unshard(self, shards: list[Tensor]) -> Tensor:
+        """The whole Megatron parameter from every rank's, in rank order."""
+        ...
+
     def split(self, whole: Tensor) -> list[Tensor]:
         """The Hugging Face tensors from the whole Megatron parameter."""
         ...
@@ -47,6 +51,9 @@ class Replicated:
 
     def join(self, parts: list[Tensor], rank: int, size: int) -> Tensor:
         return parts[0]
+
+    def unshard(self, shards: list[Tensor]) -> Tensor:
+        return shards[0]
 
     def split(self, whole: Tensor) -> list[Tensor]:
         return [whole]
@@ -65,6 +72,9 @@ class Split:
     def join(self, parts: list[Tensor], rank: int, size: int) -> Tensor:
         return parts[0]
 
+    def unshard(self, shards: list[Tensor]) -> Tensor:
+        return torch.cat(shards, dim=self.dim)
+
     def split(self, whole: Tensor) -> list[Tensor]:
         return [whole]
 
@@ -79,6 +89,9 @@ class GateUp:
 
     def join(self, parts: list[Tensor], rank: int, size: int) -> Tensor:
         return torch.cat(parts)
+
+    def unshard(self, shards: list[Tensor]) -> Tensor:
+        return torch.cat([shard.chunk(2)[half] for half in (0, 1) for shard in shards])
 
     def split(self, whole: Tensor) -> list[Tensor]:
         gate, up = whole.chunk(2)
@@ -117,6 +130,9 @@ class QKV:
         sharers = max(1, size // self.groups)
         return fused.chunk(sharers)[rank % sharers]
 
+    def unshard(self, shards: list[Tensor]) -> Tensor:
+        return torch.cat(shards)
+
     def split(self, whole: Tensor) -> list[Tensor]:
         rest = whole.shape[1:]
         query_rows = (self.heads // self.groups) * self.head_dim
@@ -140,6 +156,9 @@ class Vocabulary:
         out = parts[0].new_zeros(rows, *parts[0].shape[1:])
         out[: parts[0].shape[0]] = parts[0]
         return out
+
+    def unshard(self, shards: list[Tensor]) -> Tensor:
+        return torch.cat(shards)
 
     def split(self, whole: Tensor) -> list[Tensor]:
         return [whole[: self.size]]

@@ -1,0 +1,89 @@
+"""Helpers for tests and benchmarks: processes that form a job, and whole gradients of a sharded model."""
+
+from __future__ import annotations
+
+import os
+import socket
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from megatron_iwsft import platform
+from megatron_iwsft.platform import ParallelContext
+
+
+def run_distributed(function: Callable[..., Any], world_size: int, *args: Any, device: platform.DeviceChoice = "cpu") -> list[Any]:
+    """Call function(platform, *args) on `world_size` new processes that form one job; returns each rank's answer.
+
+    `function` must be importable (defined at a module's top level). The first rank's failure is raised with its traceback.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with tempfile.TemporaryDirectory() as directory:
+        context = mp.spawn(_entry, (world_size, port, function, args, device, directory), nprocs=world_size, join=False)
+        try:
+            while not context.join():
+                pass
+        except Exception as error:
+            failures = sorted(Path(directory).glob("failure-*"))
+            raise AssertionError(failures[0].read_text() if failures else str(error)) from None
+        return [torch.load(Path(directory) / f"answer-{rank}", weights_only=False) for rank in range(world_size)]
+
+
+def _entry(
+    rank: int, world_size: int, port: int, function: Callable[..., Any], args: tuple, device: platform.DeviceChoice, directory: str
+) -> None:
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    torch.set_num_threads(1)
+    try:
+        answer = function(platform.start(device, timeout_s=120), *args)
+        torch.save(answer, Path(directory) / f"answer-{rank}")
+        platform.stop()
+    except BaseException:
+        (Path(directory) / f"failure-{rank}").write_text(f"rank {rank} of {world_size}:\n{traceback.format_exc()}")
+        raise
+
+
+def whole_gradients(chunks: list[Any], parallel: ParallelContext) -> dict[str, Tensor]:
+    """Every parameter's gradient in Hugging Face's names and shapes, on every rank.
+
+    Reads `main_grad` after reduction, so the data-parallel sharding of a distributed optimizer must be off. Collective.
+    """
+    from megatron_iwsft.model.build import PolicyModel, checkpoint_name
+    from megatron_iwsft.model.weights import named_rows
+
+    local: dict[str, Tensor] = {}
+    architecture = None
+    for chunk in chunks:
+        model: PolicyModel = chunk.module
+        architecture = model.architecture
+        for name, parameter in model.named_parameters():
+            local[checkpoint_name(model, name)] = parameter.main_grad.detach().cpu().clone()
+    assert architecture is not None
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, (parallel.tp.rank(), local))
+    shards: dict[str, dict[int, Tensor]] = {}
+    for rank, part in gathered:
+        for name, tensor in part.items():
+            known = shards.setdefault(name, {}).setdefault(rank, tensor)
+            if known is not tensor and not torch.equal(known, tensor):
+                raise AssertionError(f"ranks that hold the same shard of {name} differ: norms {known.norm():g} and {tensor.norm():g}")
+    out: dict[str, Tensor] = {}
+    for name, row in named_rows(architecture, tensor_parallel=parallel.tp.size()):
+        whole = row.layout.unshard([shards[name][rank] for rank in range(parallel.tp.size())])
+        out |= dict(zip(row.hf, row.layout.split(whole), strict=True))
+    return out

@@ -1,0 +1,157 @@
+"""The same loss and gradients at every layout, against an independent model in plain torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_iwsft.config import Optimizer
+from megatron_iwsft.data.corpus import Corpus
+from megatron_iwsft.data.dataset import BatchBuilder, RowShape
+from megatron_iwsft.data.sampler import Quality, Sampler
+from megatron_iwsft.model.architecture import Architecture
+from megatron_iwsft.model.hf import RandomInit
+from megatron_iwsft.model.weights import shapes
+from megatron_iwsft.objectives import Settings
+from megatron_iwsft.testing import run_distributed, whole_gradients
+from tests import plain, tiny
+
+TOLERANCE = 1e-5
+LENGTHS = [37, 12, 64, 5, 29, 50, 18, 41, 33, 9, 27, 60]
+SEQ_LENGTH = 64
+
+
+@dataclass(frozen=True)
+class Layout:
+    tensor: int = 1
+    pipeline: int = 1
+    virtual: int | None = None
+    context: int = 1
+    sequence: bool = False
+    packing: str = "best_fit"
+    micro_batch_size: int = 1
+    tied: bool = False
+
+    def __str__(self) -> str:
+        names = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        return " ".join(f"{name}={value}" for name, value in names.items()) or "plain"
+
+
+@dataclass(frozen=True)
+class Objective:
+    name: str = "iw_sft"
+    level: str = "sequence"
+    normalize: str = "tokens"
+    temperature: float = 1.0
+    clip: tuple[float, float] = (0.2, 3.0)
+
+    def __str__(self) -> str:
+        return f"{self.name}/{self.level}/{self.normalize}"
+
+
+LAYOUTS = {
+    1: [Layout(), Layout(packing="none", micro_batch_size=2), Layout(tied=True)],
+    2: [
+        Layout(tensor=2),
+        Layout(tensor=2, sequence=True, tied=True),
+        Layout(pipeline=2, tied=True),
+        Layout(pipeline=2, virtual=2),
+        Layout(context=2),
+        Layout(),  # data parallel 2
+        Layout(packing="none"),
+    ],
+}
+OBJECTIVES = [Objective("sft"), Objective(normalize="weights"), Objective(level="token", normalize="sequences")]
+
+
+def reference_logprobs(corpus: Corpus):
+    """Made-up reference log-probs, near what a random model gives, so that weights spread around 1."""
+
+    def read(i: int) -> np.ndarray:
+        rng = np.random.default_rng(i)
+        return (rng.normal(-5.7 + 0.3 * rng.standard_normal(), 0.5, int(corpus.lengths[i])) * (corpus.mask(i) == 1)).astype(np.float32)
+
+    return read
+
+
+def sampler(corpus: Corpus, packing: str) -> Sampler:
+    """Twelve trajectories make a partial last global batch; step 0 is compared."""
+    return Sampler(
+        corpus.lengths, corpus.scores, seq_length=SEQ_LENGTH, packing=packing, global_batch_size=8, quality=Quality("weight"), seed=3
+    )
+
+
+def run_layouts(platform, corpus_dir: str, layouts: list[Layout], objectives: list[Objective]):
+    """In every process: loss and whole gradients of step 0 for each layout and objective."""
+    from megatron_iwsft.model.build import ModelSettings, build_model, load_weights
+    from megatron_iwsft.optim import wrap_for_gradients
+    from megatron_iwsft.step import TrainStep
+
+    corpus = Corpus.open(corpus_dir)
+    out = {}
+    for layout in layouts:
+        parallel = platform.parallel(
+            tensor=layout.tensor, pipeline=layout.pipeline, context=layout.context, virtual_pipeline=layout.virtual
+        )
+        arch = Architecture.from_hf(tiny.model_config(tie_word_embeddings=layout.tied), where="test")
+        model = build_model(arch, parallel, platform, ModelSettings(sequence_parallel=layout.sequence))
+        load_weights(model, RandomInit(arch, 5), parallel)
+        chunks = wrap_for_gradients(model, Optimizer(distributed=False))
+        row = layout.micro_batch_size * SEQ_LENGTH if layout.packing == "best_fit" else None
+        builder = BatchBuilder(
+            corpus,
+            sampler(corpus, layout.packing),
+            RowShape.of(tensor=layout.tensor, context=layout.context, row_length=row),
+            micro_batch_size=layout.micro_batch_size,
+            data_rank=parallel.dp.rank(),
+            data_size=parallel.dp.size(),
+            context_rank=parallel.cp.rank(),
+            context_size=parallel.cp.size(),
+            reference=reference_logprobs(corpus),
+        )
+        for objective in objectives:
+            settings = Settings(objective.level, objective.temperature, objective.clip, objective.normalize)
+            step = TrainStep(chunks, parallel, platform.device, objective.name, settings)
+            loss = step.forward_backward(builder.at_step(0))["loss"]
+            out[layout, objective] = (loss, whole_gradients(chunks, parallel))
+    return out if platform.rank == 0 else None
+
+
+def expected(corpus: Corpus, layout: Layout, objective: Objective):
+    """Loss and gradients of the same global batch from the plain model, in float64."""
+    config = tiny.model_config(tie_word_embeddings=layout.tied)
+    arch = Architecture.from_hf(config, where="test")
+    source = RandomInit(arch, 5)
+    weights = {n: source.read(n, (0, 0, s[0])).double().requires_grad_() for n, s in shapes(arch).items()}
+    reference = reference_logprobs(corpus)
+    batch = []
+    for i in np.concatenate(sampler(corpus, layout.packing).packs_at(0)).tolist():
+        tokens = torch.from_numpy(corpus.tokens(i).astype(np.int64))
+        mask = torch.from_numpy(corpus.mask(i)[1:].astype(np.int64))
+        batch.append(
+            (plain.logprobs(weights, config, tokens), torch.from_numpy(reference(i)[1:]), mask, float(np.float32(corpus.scores[i])))
+        )
+    loss = plain.loss(batch, vars(objective))
+    gradients = torch.autograd.grad(loss, list(weights.values()))
+    return loss.item(), dict(zip(weights, gradients, strict=True))
+
+
+@pytest.mark.parallel
+@pytest.mark.parametrize("world_size", LAYOUTS)
+def test_layouts_agree_with_plain_torch(world_size: int, tmp_path: Path) -> None:
+    corpus = tiny.token_corpus(tmp_path, LENGTHS, scores=True)
+    found = run_distributed(run_layouts, world_size, str(corpus.directory), LAYOUTS[world_size], OBJECTIVES)[0]
+    complaints = []
+    for (layout, objective), (loss, gradients) in found.items():
+        want_loss, want = expected(corpus, layout, objective)
+        if abs(loss - want_loss) > TOLERANCE * abs(want_loss):
+            complaints.append(f"[{layout}] {objective}: loss {loss:.8f}, expected {want_loss:.8f}")
+        for name, gradient in want.items():
+            error = ((gradients[name].double() - gradient).norm() / gradient.norm()).item()
+            if not error <= TOLERANCE:
+                complaints.append(f"[{layout}] {objective}: {name} off by {error:.2e}; norms {gradients[name].norm():.6g}, expected {gradient.norm():.6g}")
+    assert not complaints, "\n".join(complaints)
