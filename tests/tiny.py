@@ -51,7 +51,7 @@ def sentencepiece_model(path: Path) -> Path:
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(TEXTS * 20),
         model_prefix=str(path.with_suffix("")),
-        vocab_size=300,
+        vocab_size=340,
         model_type="bpe",
         byte_fallback=True,
         normalization_rule_name="identity",

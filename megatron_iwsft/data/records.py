@@ -141,6 +141,10 @@ class RecordReader:
         for message in messages:
             if message["role"] == "assistant" and not message["content"].strip():
                 raise Dropped("empty response")
+            try:
+                message["content"].encode("utf-8")
+            except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
+                raise Dropped("not valid Unicode", str(error)) from None
             found = self.tokenizer.special_in(message["content"])
             if found:
                 raise Dropped("special token in content", f"{found!r} stands in a {message['role']} turn")
@@ -148,11 +152,9 @@ class RecordReader:
             raise Dropped("no assistant turn")
         try:
             pieces = self.template.pieces(messages)
-            encoded = self.tokenizer.encode_pieces([text for text, _ in pieces])
         except TemplateError as error:
             raise Dropped("template cannot render it", str(error)) from None
-        except UnicodeEncodeError as error:
-            raise Dropped("not valid Unicode", str(error)) from None
+        encoded = self.tokenizer.encode_pieces([text for text, _ in pieces])
         tokens = np.concatenate([np.asarray(ids, np.int64) for ids in encoded])
         mask = np.repeat([int(trained) for _, trained in pieces], [len(ids) for ids in encoded]).astype(np.uint8)
         return tokens, mask

@@ -108,15 +108,20 @@ class SentencePieceTokenizer(Tokenizer):
 
     def __init__(self, path: Path) -> None:
         import sentencepiece
+        from google.protobuf.message import DecodeError
+        from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
+        content = path.read_bytes()
         try:
-            self._processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
-            # Later pieces continue a text: SentencePiece's own leading space belongs to the first one only.
-            self._continuation = sentencepiece.SentencePieceProcessor(model_file=str(path))
-            self._continuation.override_normalizer_spec(add_dummy_prefix=False, remove_extra_whitespaces=False)
-        except (OSError, RuntimeError) as error:
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=content)
+            # Later pieces continue a text: the space that SentencePiece puts before a text belongs to the first one only.
+            model = ModelProto.FromString(content)
+            model.normalizer_spec.add_dummy_prefix = False
+            model.normalizer_spec.remove_extra_whitespaces = False
+            self._continuation = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
+        except (DecodeError, RuntimeError) as error:
             raise DataError(f"{path} cannot be read as a SentencePiece model: {error}") from None
-        self.fingerprint = hashlib.sha256(path.read_bytes()).hexdigest()
+        self.fingerprint = hashlib.sha256(content).hexdigest()
         self.vocab_size = self._processor.get_piece_size()
         self._control = {
             self._processor.id_to_piece(i): i for i in range(self.vocab_size) if self._processor.is_control(i)

@@ -87,6 +87,17 @@ class Architecture:
             raise CheckpointError(f"{where}: hidden_size {hidden} is not a multiple of num_attention_heads {heads}, and there is no head_dim.")
         head_dim = config.get("head_dim") or hidden // heads
         class_name, qkv_bias = FAMILIES[family]
+        theta = float(rope.get("rope_theta", config.get("rope_theta", 10000.0)))
+        eps = float(config.get("rms_norm_eps", 1e-6))
+        tied = bool(config.get("tie_word_embeddings", False))
+        # Whatever was left to defaults is written out: those of another library version may differ.
+        complete = {k: v for k, v in config.items() if k not in ("rope_theta", "rope_parameters", "rope_scaling")} | {
+            "architectures": [class_name],
+            "tie_word_embeddings": tied,
+            "num_key_value_heads": groups,
+            "rms_norm_eps": eps,
+            "rope_parameters": {"rope_type": "default", "rope_theta": theta},
+        }
         return Architecture(
             family=family,
             num_layers=need("num_hidden_layers"),
@@ -96,13 +107,13 @@ class Architecture:
             num_groups=groups,
             head_dim=head_dim,
             vocab_size=need("vocab_size"),
-            norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-            rope_theta=float(rope.get("rope_theta", config.get("rope_theta", 10000.0))),
+            norm_eps=eps,
+            rope_theta=theta,
             qkv_bias=qkv_bias,
-            tied=bool(config.get("tie_word_embeddings", False)),
+            tied=tied,
             max_positions=int(config.get("max_position_embeddings", 2048)),
             init_std=float(config.get("initializer_range", 0.02)),
-            hf={**config, "architectures": [class_name], "tie_word_embeddings": bool(config.get("tie_word_embeddings", False))},
+            hf=complete,
         )
 
     @staticmethod

@@ -1,0 +1,137 @@
+"""Objectives and metrics against the written formulas, in float64 numpy."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_iwsft.metrics import summarize
+from megatron_iwsft.objectives import SUMS, Settings, Trajectories, local_segment_sum, micro_batch_loss
+
+LENGTHS = [5, 1, 9, 3]
+
+
+def data(seed: int = 0, spread: float = 1.0):
+    """Log-probs of four trajectories, with untrained positions between and after them."""
+    rng = np.random.default_rng(seed)
+    ell, r, mask, segment = [], [], [], []
+    for i, n in enumerate(LENGTHS):
+        keep = np.ones(n + 2)
+        keep[:2] = 0  # a prompt
+        ell += list(-rng.exponential(2.0, n + 2) * keep)
+        r += list((np.array(ell[-n - 2 :]) + spread * rng.normal(0.3 * i - 0.5, 0.5, n + 2)) * keep)
+        mask += list(keep)
+        segment += [i] * (n + 2)
+    mask += [0] * 3  # filler, a segment of its own
+    ell += [0.0] * 3
+    r += [0.0] * 3
+    segment += [len(LENGTHS)] * 3
+    return np.array(ell), np.array(r), np.array(mask), np.array(segment), np.array([0.5, 2.0, 1.0, 0.25, 0.0])
+
+
+def trajectories(ell, r, mask, segment, quality) -> Trajectories:
+    logprobs = torch.tensor(ell, dtype=torch.float32, requires_grad=True)
+    segment = torch.from_numpy(segment)
+    lengths = torch.tensor([*LENGTHS, 0], dtype=torch.float32)
+    return Trajectories(
+        logprobs=logprobs,
+        proposal=logprobs.detach(),
+        reference=torch.tensor(r, dtype=torch.float32),
+        mask=torch.tensor(mask, dtype=torch.float32),
+        segment=segment,
+        lengths=lengths,
+        quality=torch.tensor(quality, dtype=torch.float32),
+        segment_sum=local_segment_sum(segment, len(lengths)),
+    )
+
+
+def written_formula(name, settings: Settings, ell, r, mask, segment, quality):
+    """(L, dL/dℓ, per-token weights) straight from DESIGN: L = −(1/N) Σ_i s_i Σ_t w_t ℓ_t."""
+    low, high = settings.clip
+    weight = np.zeros_like(ell)
+    for i in range(len(LENGTHS)):
+        at = (segment == i) & (mask == 1)
+        if name == "sft":
+            weight[at] = 1
+        elif settings.level == "sequence":
+            weight[at] = np.clip(np.exp(settings.temperature * (ell[at] - r[at]).mean()), low, high)
+        else:
+            weight[at] = np.clip(np.exp(settings.temperature * (ell[at] - r[at])), low, high)
+    s = quality[segment]
+    share = np.array([*(1 / n for n in LENGTHS), 0])[segment] if settings.normalize == "sequences" else 1.0
+    denominator = {"tokens": mask.sum(), "weights": (s * weight).sum(), "sequences": len(LENGTHS)}[settings.normalize]
+    gradient = -s * share * weight / denominator
+    return (gradient * ell).sum(), gradient, weight
+
+
+CASES = [
+    ("sft", Settings(normalize=n)) for n in ("tokens", "weights", "sequences")
+] + [
+    ("iw_sft", Settings(level=level, temperature=tau, clip=clip, normalize=n))
+    for level in ("sequence", "token")
+    for tau, clip in ((1.0, (0.0, 16.0)), (2.5, (0.5, 1.5)))
+    for n in ("tokens", "weights", "sequences")
+]
+
+
+@pytest.mark.parametrize(("name", "settings"), CASES)
+def test_loss_and_gradient(name: str, settings: Settings) -> None:
+    values = data()
+    t = trajectories(*values)
+    out = micro_batch_loss(name, t, settings)
+    denominator = out.sums[SUMS.index("denominator")]
+    (out.loss / denominator).backward()
+    loss, gradient, weight = written_formula(name, settings, *values)
+    assert out.loss.item() / denominator.item() == pytest.approx(loss, rel=1e-6)
+    np.testing.assert_allclose(t.logprobs.grad.double().numpy(), gradient, rtol=1e-6, atol=1e-9)
+    assert out.weight_max.item() == pytest.approx(weight.max(), rel=1e-6)
+
+
+@pytest.mark.parametrize("level", ["sequence", "token"])
+def test_metrics(level: str) -> None:
+    ell, r, mask, segment, quality = values = data()
+    settings = Settings(level=level, temperature=1.0, clip=(0.6, 1.4))
+    out = micro_batch_loss("iw_sft", trajectories(*values), settings)
+    metrics = summarize(out.sums, out.weight_max)
+    _, _, weight = written_formula("iw_sft", settings, *values)
+    at = mask == 1
+    units = weight[at] if level == "token" else np.array([weight[(segment == i) & at][0] for i in range(len(LENGTHS))])
+    means = np.array([(ell - r)[(segment == i) & at].mean() for i in range(len(LENGTHS))])
+    raw = np.exp((ell - r)[at] if level == "token" else means)
+    rho = np.exp((ell - r)[at])
+    per_trajectory = np.array([weight[(segment == i) & at].mean() for i in range(len(LENGTHS))])
+    expected = {
+        "nll": -ell[at].mean(),
+        "weight_mean": units.mean(),
+        "weight_ess": units.sum() ** 2 / (len(units) * (units**2).sum()),
+        "clip_fraction": ((raw < 0.6) | (raw > 1.4)).mean(),
+        "log_ratio": (ell - r)[at].mean(),
+        "abs_log_ratio": np.abs(ell - r)[at].mean(),
+        "kl_to_reference": (rho * np.log(rho) - rho + 1).mean(),
+        "bound_sft": (1 + means).mean(),
+        "bound_iw": per_trajectory.mean(),  # with the policy as proposal, log p/q is 0
+        "trained_tokens": at.sum(),
+        "sequences": len(LENGTHS),
+    }
+    for name, value in expected.items():
+        assert metrics[name] == pytest.approx(value, rel=1e-5), name
+
+
+def test_bounds_are_ordered_and_meet_at_the_reference() -> None:
+    """1 + log x ≤ x: the iw-SFT bound is the tighter one, and both are equal where the policy is the reference."""
+    settings = Settings(clip=(0.0, 1e9))
+    apart = micro_batch_loss("iw_sft", trajectories(*data()), settings)
+    metrics = summarize(apart.sums, apart.weight_max)
+    assert metrics["bound_iw"] > metrics["bound_sft"]
+    ell, _, mask, segment, quality = data()
+    same = micro_batch_loss("iw_sft", trajectories(ell, ell, mask, segment, quality), settings)
+    metrics = summarize(same.sums, same.weight_max)
+    assert metrics["bound_iw"] == pytest.approx(metrics["bound_sft"], abs=1e-7)
+    assert metrics["weight_max"] == metrics["weight_mean"] == 1.0
+
+
+def test_enormous_ratios_stay_finite() -> None:
+    out = micro_batch_loss("iw_sft", trajectories(*data(spread=-500.0)), Settings(level="token", clip=(0.2, 1.8)))
+    assert torch.isfinite(out.sums).all()
+    assert torch.isfinite(out.loss)

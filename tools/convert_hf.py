@@ -1,0 +1,60 @@
+"""Checkpoints ↔ Hugging Face.
+
+  tools/convert_hf.py import --hf DIR --output CKPT
+  tools/convert_hf.py export --checkpoint CKPT --output DIR
+  tools/convert_hf.py verify HF_DIR CKPT [--text FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from megatron_iwsft.errors import CheckpointError, run_command
+
+_TEXT = "A train leaves at 9:40 and arrives at 12:05. How long is the journey? From 9:40 to 12:05 is 2 hours and 25 minutes."
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    to_checkpoint = commands.add_parser("import", help="Hugging Face directory → checkpoint")
+    to_checkpoint.add_argument("--hf", required=True, help="directory with config.json and safetensors")
+    to_checkpoint.add_argument("--output", required=True, help="directory to write the checkpoint under")
+    to_checkpoint.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
+    to_hf = commands.add_parser("export", help="checkpoint → Hugging Face directory")
+    to_hf.add_argument("--checkpoint", required=True, help="a checkpoint, or a run directory (its latest)")
+    to_hf.add_argument("--output", required=True, help="directory to make")
+    to_hf.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="default: the run's")
+    check = commands.add_parser("verify", help="compare log-probs of both, token by token")
+    check.add_argument("hf")
+    check.add_argument("checkpoint")
+    check.add_argument("--text", type=Path, help="text file to compare on; default: a built-in sentence")
+    check.add_argument("--tolerance", type=float, default=1e-4, help="largest difference allowed (default: 1e-4)")
+    args = parser.parse_args()
+
+    from megatron_iwsft.platform import quiet_megatron
+
+    quiet_megatron()
+    from megatron_iwsft import convert
+
+    if args.command == "import":
+        print(f"wrote {convert.import_directory(args.hf, args.output, dtype=args.dtype)}")
+    elif args.command == "export":
+        print(f"wrote {convert.export_checkpoint(args.checkpoint, args.output, dtype=args.dtype)}")
+    else:
+        if args.text and not args.text.is_file():
+            raise CheckpointError(f"text file {args.text} does not exist.")
+        text = args.text.read_text(encoding="utf-8") if args.text else _TEXT
+        (parity,) = convert.verify(args.hf, args.checkpoint, [text])
+        print(
+            f"{parity.tokens} tokens: largest difference of log-probs {parity.max_difference:.2e}, at token {parity.worst} "
+            f"({parity.worst_token!r})"
+        )
+        if parity.max_difference > args.tolerance:
+            raise CheckpointError(f"the two models differ by more than {args.tolerance:g}.")
+    return 0
+
+
+if __name__ == "__main__":  # the checkpoint writer spawns processes that import this file
+    run_command(main)
