@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException  # a BaseException
 
 from megatron_iwsft.errors import CheckpointError
 from megatron_iwsft.model.architecture import Architecture
@@ -200,14 +201,21 @@ def load(directory: Path, chunks: list[Any], *, optimizer: Any | None = None, sc
 
     try:
         state = dist_checkpointing.load(_state(chunks, optimizer, schedule, loading=True), str(directory))
-    except Exception as error:  # Megatron-Core and torch raise many kinds for a damaged file
-        raise CheckpointError(f"{directory} cannot be loaded: {type(error).__name__}: {error}") from error
+    except (Exception, CheckpointException) as error:  # many kinds, for a damaged file
+        raise CheckpointError(f"{directory} cannot be loaded: {_short(error)}") from error
     for i, chunk in enumerate(chunks):
         chunk.load_state_dict(state[f"model{i}"], strict=False)
     if optimizer is not None:
         _load_optimizer(optimizer, state["optimizer"])
     if schedule is not None:
         schedule.load_state_dict(state["schedule"])
+
+
+def _short(error: BaseException) -> str:
+    """One line of an error; of a CheckpointException, which carries every rank's traceback, the first rank's cause."""
+    if isinstance(error, CheckpointException):
+        error = next((failure[0] for failure in error.failures.values()), error)
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no further detail'}"
 
 
 class CheckpointTensors:
@@ -221,7 +229,7 @@ class CheckpointTensors:
         try:
             self._metadata = self._reader.read_metadata()
         except Exception as error:  # an unreadable pickle raises anything
-            raise CheckpointError(f"{directory / '.metadata'} cannot be read: {type(error).__name__}: {error}") from None
+            raise CheckpointError(f"{directory / '.metadata'} cannot be read: {_short(error)}") from None
 
     def read(self, name: str) -> Tensor:
         """The whole tensor `name`. Raises CheckpointError if the checkpoint has none or its file is damaged."""
@@ -233,8 +241,8 @@ class CheckpointTensors:
         out = torch.empty(entry.size, dtype=entry.properties.dtype)
         try:
             load_tensors({name: out}, storage_reader=self._reader, no_dist=True)
-        except Exception as error:  # torch wraps what went wrong on the one rank
-            raise CheckpointError(f"{self.directory}: tensor {name} cannot be read: {error}") from None
+        except (Exception, CheckpointException) as error:
+            raise CheckpointError(f"{self.directory}: tensor {name} cannot be read: {_short(error)}") from None
         return out
 
 

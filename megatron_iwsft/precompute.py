@@ -7,7 +7,6 @@ import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from tqdm import tqdm
 
-from megatron_iwsft import platform
 from megatron_iwsft.config import Config
 from megatron_iwsft.job import all_packs, start_job
 from megatron_iwsft.model.build import forward
@@ -25,7 +24,6 @@ def precompute_reference(config: Config) -> str:
     if writer.complete:
         if job.is_main:
             print(f"{writer.directory} is complete already.", flush=True)
-        platform.stop()
         return str(writer.directory)
     if job.is_main:
         writer.prepare()
@@ -73,5 +71,4 @@ def precompute_reference(config: Config) -> str:
     if job.is_main:
         writer.finish({"model": job.reference.described, "layout": job.parallel.describe()})
     dist.barrier()
-    platform.stop()
     return str(writer.directory)

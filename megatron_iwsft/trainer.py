@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 
-from megatron_iwsft import checkpoint, platform
+from megatron_iwsft import checkpoint
 from megatron_iwsft.config import Config
 from megatron_iwsft.data.corpus import TOKENIZER, Corpus
 from megatron_iwsft.errors import CheckpointError, ConfigError, DataError
@@ -70,6 +70,7 @@ def train(config: Config) -> dict[str, Any]:
         started = time.perf_counter()
         metrics = {"step": number + 1, "epoch": job.sampler.locate(number)[0]}
         packs = job.sampler.packs_at(number)
+        optimizer.zero_grad()  # without the distributed optimizer, .grad is main_grad until told otherwise
         metrics |= step.forward_backward(builder.from_packs(packs))
         if number == 0 and needs_reference:
             _check_start(job, metrics)
@@ -91,7 +92,6 @@ def train(config: Config) -> dict[str, Any]:
         saves(info)
     if job.is_main:
         _say(f"finished: {total_steps} steps; {run_dir}/metrics.jsonl, {run_dir}/checkpoints/{checkpoint.step_name(total_steps)}")
-    platform.stop()
     return metrics
 
 

@@ -14,7 +14,7 @@ def main() -> None:
     args = parser.parse_args()
 
     from megatron_iwsft.config import load_config
-    from megatron_iwsft.platform import quiet_megatron
+    from megatron_iwsft.platform import quiet_megatron, stop
 
     config = load_config(args.config, args.overrides)
     quiet_megatron()
@@ -22,6 +22,7 @@ def main() -> None:
     from megatron_iwsft.precompute import precompute_reference
 
     precompute_reference(config)
+    stop()
 
 
 if __name__ == "__main__":

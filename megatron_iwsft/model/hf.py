@@ -76,7 +76,7 @@ class SafetensorsDirectory:
         if index.exists():
             try:
                 names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            except (ValueError, KeyError, AttributeError):
+            except (ValueError, KeyError, TypeError, AttributeError):
                 raise CheckpointError(f"{index} is not a valid index: expected a weight_map of tensor names to files.") from None
             outside = [n for n in names if Path(n).name != n]
             if outside:

@@ -81,8 +81,10 @@ def _l2_norm(chunk_size: int, noop_flag: Any, tensor_lists: list[list[torch.Tens
 
 
 def install() -> None:
-    """Make Megatron-Core run on CPU in this process. Must come before any Megatron-Core module is built."""
+    """Make Megatron-Core run on CPU in this process. Must come before any Megatron-Core module is built; again does nothing."""
     cuda: Any = torch.cuda
+    if cuda.Stream is _Stream:
+        return
     cuda.current_device = lambda: _CPU
     cuda.set_device = lambda *args: None
     cuda.synchronize = lambda *args, **kwargs: None

@@ -1,0 +1,247 @@
+"""The main job on two processes: SFT, reference, iw-SFT cached and live, resume, other layouts, export."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_iwsft.config import Config, parse_config
+from megatron_iwsft.data.corpus import Corpus
+from megatron_iwsft.errors import CheckpointError, ConfigError, DataError, UserError
+from megatron_iwsft.testing import run_distributed
+from tests import tiny
+
+pytestmark = pytest.mark.parallel
+
+LENGTHS = [30 + (i * 37) % 90 for i in range(40)]
+TIMING = {"step_time_s", "tokens_per_s", "peak_memory_bytes"}
+
+
+def config(tmp: Path, name: str, *overrides: str, start: str = "sft") -> Config:
+    """An iw-SFT run from the SFT run's checkpoint unless overridden; TP 2."""
+    text = f"""
+run: {{name: {name}, dir: {tmp}/{name}, seed: 7}}
+model: {{checkpoint: {tmp}/{start}}}
+data: {{corpus: {tmp}/corpus, seq_length: 128, global_batch_size: 4, epochs: 1}}
+objective: {{name: iw_sft, temperature: 2.0}}
+parallel: {{tensor: 2, sequence: true}}
+precision: {{dtype: fp32}}
+optimizer: {{lr: 3.0e-3, weight_decay: 0.1}}
+checkpoint: {{every: 3}}
+"""
+    return parse_config(text, list(overrides), where=name)
+
+
+SFT = ("objective.name=sft", "model.checkpoint=null", f"model.config={json.dumps(tiny.model_config(tie_word_embeddings=True))}")
+LAYOUTS = {
+    "pp2": ("parallel.tensor=1", "parallel.sequence=false", "parallel.pipeline=2"),
+    "dp2": ("parallel.tensor=1", "parallel.sequence=false"),
+    "cp2": ("parallel.tensor=1", "parallel.sequence=false", "parallel.context=2"),
+    "plain-optimizer": ("optimizer.distributed=false",),
+}
+
+
+def all_runs(platform, tmp: Path) -> None:
+    from megatron_iwsft.precompute import precompute_reference
+    from megatron_iwsft.trainer import train
+
+    train(config(tmp, "sft", *SFT, "data.max_steps=4"))
+    precompute_reference(config(tmp, "cached"))
+    train(config(tmp, "cached"))
+    train(config(tmp, "live", "reference.source=live"))
+    for name, overrides in LAYOUTS.items():
+        train(config(tmp, name, *overrides))
+    train(config(tmp, "live-pp2", *LAYOUTS["pp2"], "reference.source=live"))
+    train(config(tmp, "unpacked", "data.packing=none", "data.micro_batch_size=2", "reference.source=live", "evaluation.every=2", f"evaluation.corpus={tmp}/corpus"))
+
+    # Interrupted in the middle, then again after the epoch's end, and continued each time.
+    for name, overrides in {"resumed": (), "resumed-plain": ("optimizer.distributed=false",), "resumed-at-pp2": ()}.items():
+        if platform.rank == 0:
+            whole = "plain-optimizer" if overrides else "cached"
+            shutil.copytree(tmp / whole, tmp / name)
+            newest = sorted((tmp / name / "checkpoints").glob("step-*"))[-1]
+            shutil.rmtree(newest)
+        torch.distributed.barrier()
+        train(config(tmp, name, *overrides, *(LAYOUTS["pp2"] if "pp2" in name else ())))
+
+    # The newest checkpoint is damaged: the one before it is used.
+    if platform.rank == 0:
+        shutil.copytree(tmp / "cached", tmp / "damaged")
+        newest = sorted((tmp / "damaged" / "checkpoints").glob("step-*"))[-1]
+        for file in newest.glob("*.distcp"):
+            file.write_bytes(b"")
+    torch.distributed.barrier()
+    train(config(tmp, "damaged"))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    tmp = tmp_path_factory.mktemp("runs")
+    corpus = tiny.token_corpus(tmp, LENGTHS, scores=True)
+    assert corpus.directory == tmp / "corpus"
+    run_distributed(all_runs, 2, tmp)
+    return tmp
+
+
+def metrics(run: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in TIMING} for line in lines]
+
+
+def close(found: list[dict], expected: list[dict], tolerance: float, keys=("loss", "nll", "grad_norm", "weight_mean", "weight_ess")) -> None:
+    assert len(found) == len(expected)
+    for a, b in zip(found, expected, strict=True):
+        for key in keys:
+            assert a[key] == pytest.approx(b[key], rel=tolerance), (a["step"], key)
+
+
+def test_it_learns(runs: Path) -> None:
+    nll = [m["nll"] for m in metrics(runs / "cached")]
+    assert nll[-1] < nll[0] - 0.1
+    assert "weight_mean" not in metrics(runs / "sft")[0]
+
+
+def test_every_trajectory_is_trained_on_once_an_epoch(runs: Path) -> None:
+    corpus = Corpus.open(runs / "corpus")
+    lines = metrics(runs / "cached")
+    assert sum(m["sequences"] for m in lines) == len(corpus)
+    assert sum(m["tokens"] for m in lines) == corpus.lengths.sum()
+    assert sum(m["trained_tokens"] for m in lines) == corpus.num_trained.sum()
+
+
+def test_weights_are_one_before_the_first_update(runs: Path) -> None:
+    for run in ("cached", "live", "pp2", "dp2", "cp2", "live-pp2"):
+        first = metrics(runs / run)[0]
+        assert abs(first["weight_max"] - 1) <= 1e-6, run
+        assert abs(first["weight_mean"] - 1) <= 1e-6, run
+    assert metrics(runs / "live")[0]["abs_log_ratio"] == 0
+
+
+def test_weights_move_away_from_one(runs: Path) -> None:
+    assert metrics(runs / "cached")[-1]["weight_max"] > 1.05
+
+
+def test_cached_and_live_references_are_equal(runs: Path) -> None:
+    assert metrics(runs / "cached") == metrics(runs / "live")
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, "live-pp2"])
+def test_curves_agree_at_every_layout(runs: Path, layout: str) -> None:
+    close(metrics(runs / layout), metrics(runs / "cached"), 1e-4)
+
+
+@pytest.mark.parametrize(("run", "whole"), [("resumed", "cached"), ("resumed-plain", "plain-optimizer"), ("damaged", "cached")])
+def test_a_resumed_run_repeats_the_unbroken_one_bit_for_bit(runs: Path, run: str, whole: str) -> None:
+    assert metrics(runs / run) == metrics(runs / whole)
+
+
+def test_a_run_resumes_at_another_layout(runs: Path) -> None:
+    close(metrics(runs / "resumed-at-pp2"), metrics(runs / "cached"), 1e-4)
+
+
+def test_unpacked_micro_batches_and_evaluation(runs: Path) -> None:
+    lines = metrics(runs / "unpacked")
+    assert len(lines) == len(LENGTHS) // 4
+    assert [("eval_nll" in m) for m in lines] == [i % 2 == 1 for i in range(len(lines))]
+    assert lines[-1]["eval_nll"] < lines[1]["eval_nll"]
+
+
+def test_checkpoints_are_kept_as_configured(runs: Path) -> None:
+    kept = sorted(p.name for p in (runs / "cached" / "checkpoints").iterdir())
+    assert kept[0] == "latest"
+    assert len(kept) <= 1 + 3
+    assert not any(name.endswith(".partial") for name in kept)
+
+
+def test_the_exported_model_gives_the_log_probs_that_training_reported(runs: Path, tmp_path: Path) -> None:
+    """Train one more step at learning rate 0 and compare its nll with `transformers` on the exported model."""
+    import transformers
+
+    from megatron_iwsft import convert
+    from megatron_iwsft.job import make_sampler
+
+    probe = config(runs, "probe", *SFT[:1], f"model.checkpoint={runs}/pp2", "optimizer.lr=0", "data.max_steps=1")
+    run_distributed(train_only, 2, probe)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        convert.export_checkpoint(runs / "pp2", tmp_path / "hf"), dtype=torch.float32
+    )
+    corpus = Corpus.open(runs / "corpus")
+    total = count = 0.0
+    for i in np.concatenate(make_sampler(probe, corpus).packs_at(0)).tolist():
+        with torch.no_grad():
+            logprobs = convert.hugging_face_logprobs(model, corpus.tokens(i).tolist())
+        mask = torch.from_numpy(corpus.mask(i)[1:].astype(np.float32))
+        total, count = total - (logprobs * mask).sum().item(), count + mask.sum().item()
+    assert metrics(runs / "probe")[0]["nll"] == pytest.approx(total / count, abs=1e-4)
+
+
+def train_only(platform, settings: Config) -> None:
+    from megatron_iwsft.trainer import train
+
+    train(settings)
+
+
+def mistakes(platform, tmp: Path) -> dict[str, tuple[type, str]]:
+    """What each wrong setup says."""
+    from megatron_iwsft.trainer import train
+
+    found = {}
+    cases = {
+        "no sidecar": config(tmp, "x", f"model.checkpoint={tmp}/cached"),
+        "live reference of another vocabulary": config(tmp, "x", "reference.source=live", f"reference.model={tmp}/other"),
+        "unfinished sidecar": config(tmp, "x", f"data.corpus={tmp}/unfinished"),
+        "stale sidecar": config(tmp, "x", f"data.corpus={tmp}/stale"),
+        "truncated sidecar": config(tmp, "x", f"data.corpus={tmp}/truncated"),
+        "wrong values": config(tmp, "wrong", f"data.corpus={tmp}/wrong"),
+        "other tokenizer": config(tmp, "x", f"data.corpus={tmp}/foreign/corpus"),
+        "too many layers": config(tmp, "x", "parallel.pipeline=2", "parallel.tensor=1", "parallel.sequence=false", "parallel.virtual_pipeline=4"),
+        "too many ranks": config(tmp, "x", "parallel.tensor=4"),
+        "no checkpoint": config(tmp, "x", f"model.checkpoint={tmp}/corpus"),
+        "no corpus": config(tmp, "x", "data.corpus=/nowhere"),
+    }
+    for name, settings in cases.items():
+        try:
+            train(settings)
+        except UserError as error:
+            found[name] = (type(error), str(error))
+    return found
+
+
+def test_mistakes_are_told(runs: Path) -> None:
+    sidecar = next((runs / "corpus").glob("reference-*")).name
+    for name in ("unfinished", "stale", "truncated", "wrong"):
+        shutil.copytree(runs / "corpus", runs / name)
+    (runs / "unfinished" / sidecar / "manifest.json").unlink()
+    manifest = runs / "stale" / sidecar / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"corpus": "', '"corpus": "0'))
+    binary = runs / "truncated" / sidecar / "shard-00000.bin"
+    binary.write_bytes(binary.read_bytes()[:-4])
+    values = np.fromfile(runs / "wrong" / sidecar / "shard-00000.bin", np.float32)
+    (values * 1.1).tofile(runs / "wrong" / sidecar / "shard-00000.bin")
+    tiny.token_corpus(runs / "foreign", [20] * 4, vocab_size=280)
+    other = tiny.model_config(vocab_size=320)
+    run_distributed(train_only, 2, config(runs, "other", SFT[0], SFT[1], f"model.config={json.dumps(other)}", "data.max_steps=1"))
+
+    found = run_distributed(mistakes, 2, runs)[0]
+    expected = {
+        "no sidecar": (DataError, "has no reference log-probs of this reference model"),
+        "live reference of another vocabulary": (ConfigError, "needs a reference with the policy's vocabulary size"),
+        "unfinished sidecar": (DataError, "are unfinished. Run tools/precompute_reference.py"),
+        "stale sidecar": (DataError, "was computed for another version of the corpus"),
+        "truncated sidecar": (DataError, "where its index announces"),
+        "wrong values": (DataError, "policy and reference are the same model, yet their log-probs differ by"),
+        "other tokenizer": (DataError, "was made with another tokenizer than"),
+        "too many layers": (ConfigError, "4 layers do not divide into 8 pipeline stages"),
+        "too many ranks": (ConfigError, "does not divide the world size of 2 processes"),
+        "no checkpoint": (CheckpointError, "holds no complete checkpoint"),
+        "no corpus": (DataError, "there is no corpus at /nowhere"),
+    }
+    for name, (kind, message) in expected.items():
+        assert name in found, f"{name}: no error"
+        assert found[name][0] is kind, name
+        assert message in found[name][1], found[name][1]
