@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -53,9 +54,7 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Batch(
-            **{k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in moved.items()}
-        )
+        return Batch(**{k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in moved.items()})
 
     def slice_for_context_parallel(self, rank: int, size: int) -> Batch:
         """This rank's share of every segment: its `rank`-th chunk of 2·size from the front and from the back.
@@ -80,7 +79,7 @@ class Batch:
 def zigzag_index(cu_seqlens: np.ndarray, rank: int, size: int) -> np.ndarray:
     """Positions in the whole row that context-parallel rank `rank` of `size` holds, int64 [T/size], in its local order."""
     parts = []
-    for start, stop in zip(cu_seqlens[:-1], cu_seqlens[1:], strict=True):
+    for start, stop in itertools.pairwise(cu_seqlens):
         chunk = (stop - start) // (2 * size)
         for i in (rank, 2 * size - 1 - rank):
             parts.append(np.arange(start + i * chunk, start + (i + 1) * chunk))

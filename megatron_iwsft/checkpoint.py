@@ -73,7 +73,9 @@ class CheckpointInfo:
         try:
             info = json.loads(path.read_text(encoding="utf-8"))
             if info["format_version"] != FORMAT_VERSION:
-                raise CheckpointError(f"{path} has format version {info['format_version']}; this program reads {FORMAT_VERSION}.")
+                raise CheckpointError(
+                    f"{path} has format version {info['format_version']}; this program reads {FORMAT_VERSION}."
+                )
             return CheckpointInfo(
                 directory=directory,
                 step=info["step"],
@@ -215,7 +217,9 @@ def _short(error: BaseException) -> str:
     """One line of an error; of a CheckpointException, which carries every rank's traceback, the first rank's cause."""
     if isinstance(error, CheckpointException):
         error = next((failure[0] for failure in error.failures.values()), error)
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no further detail'}"
+    return (
+        f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no further detail'}"
+    )
 
 
 class CheckpointTensors:

@@ -66,7 +66,12 @@ def wandb_logger(settings: config.Wandb, run: config.Run, resolved: dict[str, An
     import wandb
 
     handle = wandb.init(
-        project=settings.project, name=run.name, dir=run.dir, mode=settings.mode, config=resolved, settings=wandb.Settings(silent=True)
+        project=settings.project,
+        name=run.name,
+        dir=run.dir,
+        mode=settings.mode,
+        config=resolved,
+        settings=wandb.Settings(silent=True),
     )
 
     def log(info: StepInfo) -> None:

@@ -1,8 +1,8 @@
 """The reference policy's log-probs r_t: cached in a sidecar of the corpus, or live from a frozen second model.
 
-    corpus/reference-<fingerprint>/
-        shard-00000.bin, .idx    float32, aligned with the tokens, 0 where not trained on
-        manifest.json            which model, at which precision, for which corpus; SHA-256 of every file; written last
+corpus/reference-<fingerprint>/
+    shard-00000.bin, .idx    float32, aligned with the tokens, 0 where not trained on
+    manifest.json            which model, at which precision, for which corpus; SHA-256 of every file; written last
 """
 
 from __future__ import annotations
@@ -87,13 +87,17 @@ class Sidecar:
         except (ValueError, KeyError, TypeError):
             raise DataError(f"{path} is damaged. Remove {self.directory}. {again}") from None
         if version != FORMAT_VERSION:
-            raise DataError(f"{path} has format version {version}; this program reads {FORMAT_VERSION}. Remove {self.directory}. {again}")
+            raise DataError(
+                f"{path} has format version {version}; this program reads {FORMAT_VERSION}. Remove {self.directory}. {again}"
+            )
         if made_for != corpus.fingerprint:
             raise DataError(f"{self.directory} was computed for another version of the corpus. Remove it. {again}")
         self._shards = [IndexedReader(self.directory / name) for name in corpus.shards]
         for k, reader in enumerate(self._shards):
             if not np.array_equal(reader.lengths, corpus.shard_lengths(k)):
-                raise DataError(f"{self.directory / corpus.shards[k]} does not fit its corpus shard. Remove {self.directory}. {again}")
+                raise DataError(
+                    f"{self.directory / corpus.shards[k]} does not fit its corpus shard. Remove {self.directory}. {again}"
+                )
         self._corpus = corpus
 
     def __call__(self, i: int) -> np.ndarray:
@@ -133,7 +137,10 @@ class SidecarWriter:
 
     def open(self) -> None:
         self._maps = [np.memmap(self._partial(name), np.float32, mode="r+") for name in self.corpus.shards]
-        self._starts = [np.concatenate([[0], np.cumsum(self.corpus.shard_lengths(k), dtype=np.int64)]) for k in range(len(self._maps))]
+        self._starts = [
+            np.concatenate([[0], np.cumsum(self.corpus.shard_lengths(k), dtype=np.int64)])
+            for k in range(len(self._maps))
+        ]
         # A first token has no prediction: its log-prob is 0 by definition, also where a mask covers it.
         for values, starts in zip(self._maps, self._starts, strict=True):
             values[starts[:-1]] = 0
@@ -155,7 +162,9 @@ class SidecarWriter:
         trained = batch.mask.bool().cpu().numpy()
         values = logprobs.float().cpu().numpy()[trained]
         if np.isnan(values).any():
-            raise DataError("the reference model gives NaN log-probs. Check its weights, or use a wider precision.dtype.")
+            raise DataError(
+                "the reference model gives NaN log-probs. Check its weights, or use a wider precision.dtype."
+            )
         segment = batch.segment.cpu().numpy()[trained]
         # A label belongs to the next token.
         position = batch.position_ids[0].cpu().numpy()[trained] + 1
@@ -173,7 +182,7 @@ class SidecarWriter:
         missing = sum(int(np.isnan(values).sum()) for values in self._maps)
         if missing:
             raise DataError(f"{missing} positions of {self.directory} have no value. Run the same command again.")
-        files = {}
+        files: dict[str, str] = {}
         for k, name in enumerate(self.corpus.shards):
             os.replace(self._partial(name), self.directory / f"{name}.bin")
             write_index(self.directory / name, self.corpus.shard_lengths(k), np.dtype(np.float32))

@@ -19,7 +19,9 @@ from megatron_iwsft import platform
 from megatron_iwsft.platform import ParallelContext
 
 
-def run_distributed(function: Callable[..., Any], world_size: int, *args: Any, device: platform.DeviceChoice = "cpu") -> list[Any]:
+def run_distributed(
+    function: Callable[..., Any], world_size: int, *args: Any, device: platform.DeviceChoice = "cpu"
+) -> list[Any]:
     """Call function(platform, *args) on `world_size` new processes that form one job; returns each rank's answer.
 
     `function` must be importable (defined at a module's top level). The first rank's failure is raised with its traceback.
@@ -39,7 +41,13 @@ def run_distributed(function: Callable[..., Any], world_size: int, *args: Any, d
 
 
 def _entry(
-    rank: int, world_size: int, port: int, function: Callable[..., Any], args: tuple, device: platform.DeviceChoice, directory: str
+    rank: int,
+    world_size: int,
+    port: int,
+    function: Callable[..., Any],
+    args: tuple,
+    device: platform.DeviceChoice,
+    directory: str,
 ) -> None:
     os.environ |= {
         "RANK": str(rank),
@@ -81,7 +89,9 @@ def whole_gradients(chunks: list[Any], parallel: ParallelContext) -> dict[str, T
         for name, tensor in part.items():
             known = shards.setdefault(name, {}).setdefault(rank, tensor)
             if known is not tensor and not torch.equal(known, tensor):
-                raise AssertionError(f"ranks that hold the same shard of {name} differ: norms {known.norm():g} and {tensor.norm():g}")
+                raise AssertionError(
+                    f"ranks that hold the same shard of {name} differ: norms {known.norm():g} and {tensor.norm():g}"
+                )
     out: dict[str, Tensor] = {}
     for name, row in named_rows(architecture, tensor_parallel=parallel.tp.size()):
         whole = row.layout.unshard([shards[name][rank] for rank in range(parallel.tp.size())])

@@ -6,7 +6,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-
 from megatron_iwsft import checkpoint
 from megatron_iwsft.config import Config
 from megatron_iwsft.data.corpus import TOKENIZER, Corpus
@@ -91,12 +90,24 @@ def train(config: Config) -> dict[str, Any]:
             hook(info)
         saves(info)
     if job.is_main:
-        _say(f"finished: {total_steps} steps; {run_dir}/metrics.jsonl, {run_dir}/checkpoints/{checkpoint.step_name(total_steps)}")
+        _say(
+            f"finished: {total_steps} steps; {run_dir}/metrics.jsonl, {run_dir}/checkpoints/{checkpoint.step_name(total_steps)}"
+        )
     return metrics
 
 
 _REFERENCE_METRICS = frozenset(
-    "weight_mean weight_max weight_ess clip_fraction log_ratio abs_log_ratio kl_to_reference bound_sft bound_iw".split()
+    [
+        "weight_mean",
+        "weight_max",
+        "weight_ess",
+        "clip_fraction",
+        "log_ratio",
+        "abs_log_ratio",
+        "kl_to_reference",
+        "bound_sft",
+        "bound_iw",
+    ]
 )
 
 
@@ -111,7 +122,10 @@ def _hooks(job: Job, run_dir: Path, resumed_at: int, total_steps: int) -> list[H
         f"{counts['tokens']:,} tokens trained), {total_steps} steps of {config.data.global_batch_size} sequences; "
         f"{job.platform.device.type}, {job.parallel.describe()}"
     )
-    hooks: list[Hook] = [metrics_writer(run_dir / "metrics.jsonl", resumed_at), Every(config.logging.every, progress_line, True)]
+    hooks: list[Hook] = [
+        metrics_writer(run_dir / "metrics.jsonl", resumed_at),
+        Every(config.logging.every, progress_line, True),
+    ]
     if config.logging.wandb.mode != "disabled":
         hooks.append(wandb_logger(config.logging.wandb, config.run, config.model_dump()))
     if config.logging.tensorboard:
@@ -149,7 +163,9 @@ def _resume(job: Job, policy: list[Any], optimizer: Any, schedule: Any) -> int:
             _say(f"resuming from {directory} after step {info.step}")
         return info.step
     if found:
-        raise CheckpointError(f"none of the {len(found)} checkpoints in {root} can be loaded. Move them away to start afresh.")
+        raise CheckpointError(
+            f"none of the {len(found)} checkpoints in {root} can be loaded. Move them away to start afresh."
+        )
     return 0
 
 
@@ -193,5 +209,3 @@ def _evaluation(job: Job, chunks: list[Any], settings: Settings):
 
 def _say(text: str) -> None:
     print(text, flush=True)
-
-

@@ -39,7 +39,8 @@ def logits(w: dict[str, Tensor], config: dict, tokens: Tensor) -> Tensor:
         p = f"model.layers.{layer}."
         h = rms_norm(x, w[p + "input_layernorm.weight"], eps)
         q, k, v = (
-            h @ w[p + f"self_attn.{name}_proj.weight"].T + w.get(p + f"self_attn.{name}_proj.bias", 0.0) for name in "qkv"
+            h @ w[p + f"self_attn.{name}_proj.weight"].T + w.get(p + f"self_attn.{name}_proj.bias", 0.0)
+            for name in "qkv"
         )
         q = rotate(q.view(n, heads, d).transpose(0, 1), theta)
         k = rotate(k.view(n, groups, d).transpose(0, 1), theta)

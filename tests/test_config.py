@@ -23,7 +23,9 @@ def test_shipped_configs_are_valid(path: Path) -> None:
 
 
 def test_overrides_are_yaml_and_make_sections() -> None:
-    config = parse("optimizer.lr=3e-5", "data.quality.mode=thresholds", "data.quality.thresholds=[1, 2.5]", "objective.clip=[0, 3]")
+    config = parse(
+        "optimizer.lr=3e-5", "data.quality.mode=thresholds", "data.quality.thresholds=[1, 2.5]", "objective.clip=[0, 3]"
+    )
     assert config.optimizer.lr == 3e-5
     assert config.data.quality.thresholds == [1, 2.5]
     assert config.objective.clip_range == (0, 3)
@@ -87,13 +89,15 @@ def test_mistakes_in_the_file(text: str, message: str) -> None:
 
 
 def test_a_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="cannot read the config .*: No such file"):
+    with pytest.raises(ConfigError, match=r"cannot read the config .*: No such file"):
         load_config(tmp_path / "none.yaml")
 
 
 def test_world_sizes_that_do_not_fit() -> None:
     with pytest.raises(ConfigError, match="tensor 2 × pipeline 2 × context 1 = 4 does not divide the world size of 6"):
         parse("parallel.tensor=2", "parallel.pipeline=2").data_parallel(6)
-    with pytest.raises(ConfigError, match=r"global_batch_size 6 is not a multiple of micro_batch_size 2 × data parallel 2 = 4"):
+    with pytest.raises(
+        ConfigError, match=r"global_batch_size 6 is not a multiple of micro_batch_size 2 × data parallel 2 = 4"
+    ):
         parse("data.global_batch_size=6", "data.micro_batch_size=2").data_parallel(2)
     assert parse("parallel.tensor=2", "data.global_batch_size=4").data_parallel(4) == 2

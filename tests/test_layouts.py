@@ -73,7 +73,9 @@ def reference_logprobs(corpus: Corpus):
 
     def read(i: int) -> np.ndarray:
         rng = np.random.default_rng(i)
-        return (rng.normal(-5.7 + 0.3 * rng.standard_normal(), 0.5, int(corpus.lengths[i])) * (corpus.mask(i) == 1)).astype(np.float32)
+        return (
+            rng.normal(-5.7 + 0.3 * rng.standard_normal(), 0.5, int(corpus.lengths[i])) * (corpus.mask(i) == 1)
+        ).astype(np.float32)
 
     return read
 
@@ -81,7 +83,13 @@ def reference_logprobs(corpus: Corpus):
 def sampler(corpus: Corpus, packing: str) -> Sampler:
     """Twelve trajectories make a partial last global batch; step 0 is compared."""
     return Sampler(
-        corpus.lengths, corpus.scores, seq_length=SEQ_LENGTH, packing=packing, global_batch_size=8, quality=Quality("weight"), seed=3
+        corpus.lengths,
+        corpus.scores,
+        seq_length=SEQ_LENGTH,
+        packing=packing,
+        global_batch_size=8,
+        quality=Quality("weight"),
+        seed=3,
     )
 
 
@@ -133,7 +141,12 @@ def expected(corpus: Corpus, layout: Layout, objective: Objective):
         tokens = torch.from_numpy(corpus.tokens(i).astype(np.int64))
         mask = torch.from_numpy(corpus.mask(i)[1:].astype(np.int64))
         batch.append(
-            (plain.logprobs(weights, config, tokens), torch.from_numpy(reference(i)[1:]), mask, float(np.float32(corpus.scores[i])))
+            (
+                plain.logprobs(weights, config, tokens),
+                torch.from_numpy(reference(i)[1:]),
+                mask,
+                float(np.float32(corpus.scores[i])),
+            )
         )
     loss = plain.loss(batch, vars(objective))
     gradients = torch.autograd.grad(loss, list(weights.values()))
@@ -153,5 +166,7 @@ def test_layouts_agree_with_plain_torch(world_size: int, tmp_path: Path) -> None
         for name, gradient in want.items():
             error = ((gradients[name].double() - gradient).norm() / gradient.norm()).item()
             if not error <= TOLERANCE:
-                complaints.append(f"[{layout}] {objective}: {name} off by {error:.2e}; norms {gradients[name].norm():.6g}, expected {gradient.norm():.6g}")
+                complaints.append(
+                    f"[{layout}] {objective}: {name} off by {error:.2e}; norms {gradients[name].norm():.6g}, expected {gradient.norm():.6g}"
+                )
     assert not complaints, "\n".join(complaints)

@@ -65,9 +65,7 @@ def written_formula(name, settings: Settings, ell, r, mask, segment, quality):
     return (gradient * ell).sum(), gradient, weight
 
 
-CASES = [
-    ("sft", Settings(normalize=n)) for n in ("tokens", "weights", "sequences")
-] + [
+CASES = [("sft", Settings(normalize=n)) for n in ("tokens", "weights", "sequences")] + [
     ("iw_sft", Settings(level=level, temperature=tau, clip=clip, normalize=n))
     for level in ("sequence", "token")
     for tau, clip in ((1.0, (0.0, 16.0)), (2.5, (0.5, 1.5)))
@@ -90,7 +88,7 @@ def test_loss_and_gradient(name: str, settings: Settings) -> None:
 
 @pytest.mark.parametrize("level", ["sequence", "token"])
 def test_metrics(level: str) -> None:
-    ell, r, mask, segment, quality = values = data()
+    ell, r, mask, segment, _quality = values = data()
     settings = Settings(level=level, temperature=1.0, clip=(0.6, 1.4))
     out = micro_batch_loss("iw_sft", trajectories(*values), settings)
     metrics = summarize(out.sums, out.weight_max)

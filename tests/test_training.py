@@ -37,7 +37,11 @@ checkpoint: {{every: 3}}
     return parse_config(text, list(overrides), where=name)
 
 
-SFT = ("objective.name=sft", "model.checkpoint=null", f"model.config={json.dumps(tiny.model_config(tie_word_embeddings=True))}")
+SFT = (
+    "objective.name=sft",
+    "model.checkpoint=null",
+    f"model.config={json.dumps(tiny.model_config(tie_word_embeddings=True))}",
+)
 LAYOUTS = {
     "pp2": ("parallel.tensor=1", "parallel.sequence=false", "parallel.pipeline=2"),
     "dp2": ("parallel.tensor=1", "parallel.sequence=false"),
@@ -57,10 +61,24 @@ def all_runs(platform, tmp: Path) -> None:
     for name, overrides in LAYOUTS.items():
         train(config(tmp, name, *overrides))
     train(config(tmp, "live-pp2", *LAYOUTS["pp2"], "reference.source=live"))
-    train(config(tmp, "unpacked", "data.packing=none", "data.micro_batch_size=2", "reference.source=live", "evaluation.every=2", f"evaluation.corpus={tmp}/corpus"))
+    train(
+        config(
+            tmp,
+            "unpacked",
+            "data.packing=none",
+            "data.micro_batch_size=2",
+            "reference.source=live",
+            "evaluation.every=2",
+            f"evaluation.corpus={tmp}/corpus",
+        )
+    )
 
     # Interrupted in the middle, then again after the epoch's end, and continued each time.
-    for name, overrides in {"resumed": (), "resumed-plain": ("optimizer.distributed=false",), "resumed-at-pp2": ()}.items():
+    for name, overrides in {
+        "resumed": (),
+        "resumed-plain": ("optimizer.distributed=false",),
+        "resumed-at-pp2": (),
+    }.items():
         if platform.rank == 0:
             whole = "plain-optimizer" if overrides else "cached"
             shutil.copytree(tmp / whole, tmp / name)
@@ -93,7 +111,12 @@ def metrics(run: Path) -> list[dict]:
     return [{k: v for k, v in line.items() if k not in TIMING} for line in lines]
 
 
-def close(found: list[dict], expected: list[dict], tolerance: float, keys=("loss", "nll", "grad_norm", "weight_mean", "weight_ess")) -> None:
+def close(
+    found: list[dict],
+    expected: list[dict],
+    tolerance: float,
+    keys=("loss", "nll", "grad_norm", "weight_mean", "weight_ess"),
+) -> None:
     assert len(found) == len(expected)
     for a, b in zip(found, expected, strict=True):
         for key in keys:
@@ -135,7 +158,9 @@ def test_curves_agree_at_every_layout(runs: Path, layout: str) -> None:
     close(metrics(runs / layout), metrics(runs / "cached"), 1e-4)
 
 
-@pytest.mark.parametrize(("run", "whole"), [("resumed", "cached"), ("resumed-plain", "plain-optimizer"), ("damaged", "cached")])
+@pytest.mark.parametrize(
+    ("run", "whole"), [("resumed", "cached"), ("resumed-plain", "plain-optimizer"), ("damaged", "cached")]
+)
 def test_a_resumed_run_repeats_the_unbroken_one_bit_for_bit(runs: Path, run: str, whole: str) -> None:
     assert metrics(runs / run) == metrics(runs / whole)
 
@@ -159,25 +184,13 @@ def test_checkpoints_are_kept_as_configured(runs: Path) -> None:
 
 
 def test_the_exported_model_gives_the_log_probs_that_training_reported(runs: Path, tmp_path: Path) -> None:
-    """Train one more step at learning rate 0 and compare its nll with `transformers` on the exported model."""
-    import transformers
+    from megatron_iwsft.convert import export_checkpoint
+    from megatron_iwsft.evaluate import score_corpus
 
-    from megatron_iwsft import convert
-    from megatron_iwsft.job import make_sampler
-
-    probe = config(runs, "probe", *SFT[:1], f"model.checkpoint={runs}/pp2", "optimizer.lr=0", "data.max_steps=1")
-    run_distributed(train_only, 2, probe)
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        convert.export_checkpoint(runs / "pp2", tmp_path / "hf"), dtype=torch.float32
-    )
-    corpus = Corpus.open(runs / "corpus")
-    total = count = 0.0
-    for i in np.concatenate(make_sampler(probe, corpus).packs_at(0)).tolist():
-        with torch.no_grad():
-            logprobs = convert.hugging_face_logprobs(model, corpus.tokens(i).tolist())
-        mask = torch.from_numpy(corpus.mask(i)[1:].astype(np.float32))
-        total, count = total - (logprobs * mask).sum().item(), count + mask.sum().item()
-    assert metrics(runs / "probe")[0]["nll"] == pytest.approx(total / count, abs=1e-4)
+    reported = metrics(runs / "unpacked")[-1]["eval_nll"]
+    score = score_corpus(export_checkpoint(runs / "unpacked", tmp_path / "hf"), runs / "corpus")
+    assert score.nll == pytest.approx(reported, abs=1e-4)
+    assert score.trajectories == len(LENGTHS)
 
 
 def train_only(platform, settings: Config) -> None:
@@ -193,13 +206,22 @@ def mistakes(platform, tmp: Path) -> dict[str, tuple[type, str]]:
     found = {}
     cases = {
         "no sidecar": config(tmp, "x", f"model.checkpoint={tmp}/cached"),
-        "live reference of another vocabulary": config(tmp, "x", "reference.source=live", f"reference.model={tmp}/other"),
+        "live reference of another vocabulary": config(
+            tmp, "x", "reference.source=live", f"reference.model={tmp}/other"
+        ),
         "unfinished sidecar": config(tmp, "x", f"data.corpus={tmp}/unfinished"),
         "stale sidecar": config(tmp, "x", f"data.corpus={tmp}/stale"),
         "truncated sidecar": config(tmp, "x", f"data.corpus={tmp}/truncated"),
         "wrong values": config(tmp, "wrong", f"data.corpus={tmp}/wrong"),
         "other tokenizer": config(tmp, "x", f"data.corpus={tmp}/foreign/corpus"),
-        "too many layers": config(tmp, "x", "parallel.pipeline=2", "parallel.tensor=1", "parallel.sequence=false", "parallel.virtual_pipeline=4"),
+        "too many layers": config(
+            tmp,
+            "x",
+            "parallel.pipeline=2",
+            "parallel.tensor=1",
+            "parallel.sequence=false",
+            "parallel.virtual_pipeline=4",
+        ),
         "too many ranks": config(tmp, "x", "parallel.tensor=4"),
         "no checkpoint": config(tmp, "x", f"model.checkpoint={tmp}/corpus"),
         "no corpus": config(tmp, "x", "data.corpus=/nowhere"),
@@ -225,7 +247,9 @@ def test_mistakes_are_told(runs: Path) -> None:
     (values * 1.1).tofile(runs / "wrong" / sidecar / "shard-00000.bin")
     tiny.token_corpus(runs / "foreign", [20] * 4, vocab_size=280)
     other = tiny.model_config(vocab_size=320)
-    run_distributed(train_only, 2, config(runs, "other", SFT[0], SFT[1], f"model.config={json.dumps(other)}", "data.max_steps=1"))
+    run_distributed(
+        train_only, 2, config(runs, "other", SFT[0], SFT[1], f"model.config={json.dumps(other)}", "data.max_steps=1")
+    )
 
     found = run_distributed(mistakes, 2, runs)[0]
     expected = {

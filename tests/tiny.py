@@ -66,7 +66,9 @@ def write_jsonl(path: Path, records: list) -> Path:
     return path
 
 
-def token_corpus(directory: Path, lengths: list[int], *, vocab_size: int = 300, seed: int = 0, scores: bool = False) -> Corpus:
+def token_corpus(
+    directory: Path, lengths: list[int], *, vocab_size: int = 300, seed: int = 0, scores: bool = False
+) -> Corpus:
     """A corpus of random tokens, some much likelier than others, with about half of each trajectory trained on."""
     rng = np.random.default_rng(seed)
     tokenizer = hf_tokenizer(directory / "tokenizer", vocab_size=vocab_size)
@@ -74,7 +76,13 @@ def token_corpus(directory: Path, lengths: list[int], *, vocab_size: int = 300, 
     for n in lengths:
         mask = (rng.random(n) < 0.5).astype(int)
         mask[0], mask[-1] = 0, 1
-        records.append({"input_ids": np.minimum(rng.zipf(1.3, n), vocab_size - 1).tolist(), "loss_mask": mask.tolist(), "score": round(rng.random() + 0.1, 3)})
+        records.append(
+            {
+                "input_ids": np.minimum(rng.zipf(1.3, n), vocab_size - 1).tolist(),
+                "loss_mask": mask.tolist(),
+                "score": round(rng.random() + 0.1, 3),
+            }
+        )
     write_jsonl(directory / "records.jsonl", records)
     settings = ShardSettings(str(tokenizer), record=RecordFormat(score_fields=("score",) if scores else ()))
     shard_corpus([directory / "records.jsonl"], directory / "corpus", settings, show_progress=False)

@@ -1,8 +1,8 @@
 """Checkpoints ↔ Hugging Face.
 
-  tools/convert_hf.py import --hf DIR --output CKPT
-  tools/convert_hf.py export --checkpoint CKPT --output DIR
-  tools/convert_hf.py verify HF_DIR CKPT [--text FILE]
+tools/convert_hf.py import --hf DIR --output CKPT
+tools/convert_hf.py export --checkpoint CKPT --output DIR
+tools/convert_hf.py verify HF_DIR CKPT [--text FILE]
 """
 
 from __future__ import annotations

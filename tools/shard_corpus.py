@@ -13,13 +13,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("inputs", nargs="+", type=Path, metavar="INPUT", help="JSONL files")
     parser.add_argument("--output", required=True, type=Path, help="corpus directory to make")
-    parser.add_argument("--tokenizer", required=True, help="Hugging Face directory with tokenizer.json, or SentencePiece .model")
+    parser.add_argument(
+        "--tokenizer", required=True, help="Hugging Face directory with tokenizer.json, or SentencePiece .model"
+    )
     parser.add_argument("--template", help="named chat template (chatml, plain); default: the tokenizer's own")
     parser.add_argument("--prompt-field", default="prompt", help="dotted path of the prompt (default: prompt)")
     parser.add_argument(
-        "--response-field", action="append", help="dotted path of the response; repeat for several solutions of one problem"
+        "--response-field",
+        action="append",
+        help="dotted path of the response; repeat for several solutions of one problem",
     )
-    parser.add_argument("--score-field", action="append", default=[], help="quality, a number or boolean; once, or once per response")
+    parser.add_argument(
+        "--score-field", action="append", default=[], help="quality, a number or boolean; once, or once per response"
+    )
     parser.add_argument("--min-score", type=float, help="drop trajectories that score less")
     parser.add_argument("--max-tokens", type=int, help="drop longer trajectories")
     parser.add_argument("--shard-tokens", type=int, default=100_000_000, help="tokens a shard (default: 100 million)")

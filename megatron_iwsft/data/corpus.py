@@ -1,12 +1,12 @@
 """The corpus directory: curated, tokenized, scored trajectories, memory-mapped.
 
-    manifest.json                            what it is and how it was made; SHA-256 of every file; written last
-    shard-00000.bin, .idx                    tokens: a Megatron IndexedDataset, one sequence a trajectory
-    shard-00000.mask.bin, .idx               uint8, 1 where trained on
-    shard-00000.meta.parquet                 id, score, num_tokens, num_trained, source, line, content_hash
-    tokenizer/                               the tokenizer's files, so that the corpus stands alone
-    dropped.jsonl                            every rejected record: source, line, reason
-    reference-<fingerprint>/                 sidecars of reference log-probs (`reference.py`)
+manifest.json                            what it is and how it was made; SHA-256 of every file; written last
+shard-00000.bin, .idx                    tokens: a Megatron IndexedDataset, one sequence a trajectory
+shard-00000.mask.bin, .idx               uint8, 1 where trained on
+shard-00000.meta.parquet                 id, score, num_tokens, num_trained, source, line, content_hash
+tokenizer/                               the tokenizer's files, so that the corpus stands alone
+dropped.jsonl                            every rejected record: source, line, reason
+reference-<fingerprint>/                 sidecars of reference log-probs (`reference.py`)
 """
 
 from __future__ import annotations
@@ -140,7 +140,9 @@ class Corpus:
         if not directory.is_dir():
             raise DataError(f"there is no corpus at {directory}. Make one with tools/shard_corpus.py.")
         if not path.exists():
-            raise DataError(f"{directory} has no {MANIFEST}: sharding was interrupted. Run tools/shard_corpus.py again to finish it.")
+            raise DataError(
+                f"{directory} has no {MANIFEST}: sharding was interrupted. Run tools/shard_corpus.py again to finish it."
+            )
         content = path.read_bytes()
         try:
             manifest = json.loads(content)
@@ -148,7 +150,9 @@ class Corpus:
         except (ValueError, KeyError, TypeError):
             raise DataError(f"{path} is damaged. Make the corpus again.") from None
         if version != FORMAT_VERSION:
-            raise DataError(f"{path} has format version {version}; this program reads version {FORMAT_VERSION}. Shard the records again.")
+            raise DataError(
+                f"{path} has format version {version}; this program reads version {FORMAT_VERSION}. Shard the records again."
+            )
         names = [shard["name"] for shard in manifest["shards"]]
         tokens = [IndexedReader(directory / name) for name in names]
         masks = [IndexedReader(directory / f"{name}.mask") for name in names]
@@ -158,7 +162,9 @@ class Corpus:
                 raise DataError(f"{directory / name}: tokens and masks differ in length. Make the corpus again.")
         sizes = [len(t) for t in tokens]
         if sum(sizes) != meta.num_rows:
-            raise DataError(f"{directory}: {sum(sizes)} sequences but {meta.num_rows} rows of metadata. Make the corpus again.")
+            raise DataError(
+                f"{directory}: {sum(sizes)} sequences but {meta.num_rows} rows of metadata. Make the corpus again."
+            )
         return Corpus(
             directory=directory,
             manifest=manifest,

@@ -163,12 +163,15 @@ class RecordReader:
         ids, mask = record["input_ids"], record.get("loss_mask")
         if not _is_list_of_int(ids):
             raise Dropped("input_ids is not a list of integers")
-        if not _is_list_of_int(mask) or not set(mask) <= {0, 1}:
+        if mask is None or not _is_list_of_int(mask) or not set(mask) <= {0, 1}:
             raise Dropped("loss_mask is not a list of zeros and ones")
         if len(ids) != len(mask):
             raise Dropped("input_ids and loss_mask differ in length", f"{len(ids)} and {len(mask)}")
-        if ids and not (0 <= min(ids) and max(ids) < self.tokenizer.vocab_size):
-            raise Dropped("token outside the vocabulary", f"ids go up to {max(ids)}, the vocabulary to {self.tokenizer.vocab_size - 1}")
+        if ids and not (min(ids) >= 0 and max(ids) < self.tokenizer.vocab_size):
+            raise Dropped(
+                "token outside the vocabulary",
+                f"ids go up to {max(ids)}, the vocabulary to {self.tokenizer.vocab_size - 1}",
+            )
         return np.asarray(ids, np.int64), np.asarray(mask, np.uint8)
 
 

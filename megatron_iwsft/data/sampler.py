@@ -86,7 +86,9 @@ class Sampler:
                     f"data.quality.mode {quality.mode} needs scores ≥ 0 with a positive sum; found {scores.min():g} … {scores.max():g}."
                 )
             if quality.mode == "thresholds" and not (scores >= min(quality.thresholds)).any():
-                raise DataError(f"no trajectory reaches the lowest of data.quality.thresholds, {min(quality.thresholds):g}.")
+                raise DataError(
+                    f"no trajectory reaches the lowest of data.quality.thresholds, {min(quality.thresholds):g}."
+                )
         self.lengths, self.scores = lengths, scores
         self.seq_length, self.packing = seq_length, packing
         self.global_batch_size, self.quality, self.seed = global_batch_size, quality, seed

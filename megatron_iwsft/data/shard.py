@@ -80,13 +80,17 @@ def shard_corpus(
         "record": asdict(settings.record),
         "shard_tokens": settings.shard_tokens,
     }
-    run = _digest({**described, "tokenizer": tokenizer.fingerprint, "inputs": [(p.name, p.stat().st_size) for p in inputs]})
+    run = _digest(
+        {**described, "tokenizer": tokenizer.fingerprint, "inputs": [(p.name, p.stat().st_size) for p in inputs]}
+    )
 
     manifest_path = output / layout.MANIFEST
     if manifest_path.exists():
         if json.loads(manifest_path.read_text(encoding="utf-8")).get("run") == run:
             return json.loads(manifest_path.read_text(encoding="utf-8"))
-        raise DataError(f"{output} already holds a corpus made from other inputs or settings. Choose another --output, or remove it.")
+        raise DataError(
+            f"{output} already holds a corpus made from other inputs or settings. Choose another --output, or remove it."
+        )
     try:
         output.mkdir(parents=True, exist_ok=True)
         progress = _resume(output, run)
@@ -123,7 +127,7 @@ class _OrderedWriter:
 
     def __init__(self, output: Path, progress: _Progress, dtype: np.dtype, shard_tokens: int) -> None:
         self.output, self.progress, self.dtype, self.shard_tokens = output, progress, dtype, shard_tokens
-        self.seen = set()
+        self.seen: set[bytes] = set()
         for shard in progress.shards:
             hashes = pq.read_table(output / f"{shard['name']}.meta.parquet", columns=["content_hash"])["content_hash"]
             self.seen.update(bytes.fromhex(h)[:16] for h in hashes.to_pylist())
@@ -188,7 +192,9 @@ def _resume(output: Path, run: str) -> _Progress:
         return progress
     if any(output.iterdir()):
         unknown = sorted(p.name for p in output.iterdir())[:3]
-        raise DataError(f"{output} is not empty and no corpus was begun there (it holds {', '.join(unknown)}). Choose another --output.")
+        raise DataError(
+            f"{output} is not empty and no corpus was begun there (it holds {', '.join(unknown)}). Choose another --output."
+        )
     progress = _Progress(run=run)
     (output / layout.DROPPED).touch()
     _save_progress(output, progress)
@@ -236,7 +242,9 @@ def _reader(settings: ShardSettings, with_template: bool) -> RecordReader:
     return RecordReader(tokenizer, template, settings.record)
 
 
-def _run_task(settings: ShardSettings, with_template: bool, lines: list[_Line]) -> list[tuple[_Line, list[Trajectory | Dropped]]]:
+def _run_task(
+    settings: ShardSettings, with_template: bool, lines: list[_Line]
+) -> list[tuple[_Line, list[Trajectory | Dropped]]]:
     reader = _reader(settings, with_template)
     out = []
     for line in lines:
@@ -246,7 +254,9 @@ def _run_task(settings: ShardSettings, with_template: bool, lines: list[_Line]) 
 
 
 @contextmanager
-def _pool(workers: int, settings: ShardSettings, *, with_template: bool) -> Iterator[Callable[[Iterator[list[_Line]]], Iterator]]:
+def _pool(
+    workers: int, settings: ShardSettings, *, with_template: bool
+) -> Iterator[Callable[[Iterator[list[_Line]]], Iterator]]:
     """A map that keeps the order: in this process, or over workers with a bounded number of tasks in flight."""
     run = partial(_run_task, settings, with_template)
     if workers <= 1:
@@ -274,7 +284,9 @@ def _manifest(
     scores = meta["score"].drop_null().to_numpy()
     if not len(lengths):
         why = ", ".join(f"{reason}: {n}" for reason, n in sorted(progress.reasons.items())) or "the inputs are empty"
-        raise DataError(f"no trajectory was taken ({why}); see {output / layout.DROPPED}. Remove {output} before trying again.")
+        raise DataError(
+            f"no trajectory was taken ({why}); see {output / layout.DROPPED}. Remove {output} before trying again."
+        )
     files = {name: digest for shard in progress.shards for name, digest in shard["files"].items()}
     for path in [output / layout.DROPPED, *sorted((output / layout.TOKENIZER).iterdir())]:
         files[str(path.relative_to(output))] = layout.file_hash(path)

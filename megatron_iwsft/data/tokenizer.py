@@ -62,10 +62,8 @@ class Tokenizer(ABC):
 
     def ends_with_special(self, text: str) -> int | None:
         """Length of `text` up to and including its last special token, if only whitespace follows; None otherwise."""
-        last = None
-        for last in self._special_pattern.finditer(text):
-            pass
-        return last.end() if last and not text[last.end() :].strip() else None
+        ends = [match.end() for match in self._special_pattern.finditer(text)]
+        return ends[-1] if ends and not text[ends[-1] :].strip() else None
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -109,7 +107,7 @@ class SentencePieceTokenizer(Tokenizer):
     def __init__(self, path: Path) -> None:
         import sentencepiece
         from google.protobuf.message import DecodeError
-        from sentencepiece.sentencepiece_model_pb2 import ModelProto
+        from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
 
         content = path.read_bytes()
         try:

@@ -14,15 +14,56 @@ FAMILIES = {"llama": ("LlamaForCausalLM", False), "qwen2": ("Qwen2ForCausalLM", 
 
 # Keys that say nothing about the computation, or nothing that training uses.
 _NEUTRAL = frozenset(
-    "_name_or_path architectures auto_map bos_token_id dtype eos_token_id id2label initializer_range is_decoder "
-    "is_encoder_decoder label2id max_position_embeddings max_window_layers model_type output_attentions "
-    "output_hidden_states pad_token_id pretraining_tp return_dict sliding_window tie_word_embeddings "
-    "torch_dtype transformers_version use_cache chunk_size_feed_forward problem_type num_labels".split()
+    [
+        "_name_or_path",
+        "architectures",
+        "auto_map",
+        "bos_token_id",
+        "dtype",
+        "eos_token_id",
+        "id2label",
+        "initializer_range",
+        "is_decoder",
+        "is_encoder_decoder",
+        "label2id",
+        "max_position_embeddings",
+        "max_window_layers",
+        "model_type",
+        "output_attentions",
+        "output_hidden_states",
+        "pad_token_id",
+        "pretraining_tp",
+        "return_dict",
+        "sliding_window",
+        "tie_word_embeddings",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+        "chunk_size_feed_forward",
+        "problem_type",
+        "num_labels",
+    ]
 )
 _READ = frozenset(
-    "attention_bias attention_dropout head_dim hidden_act hidden_size intermediate_size layer_types mlp_bias "
-    "num_attention_heads num_hidden_layers num_key_value_heads rms_norm_eps rope_parameters rope_scaling rope_theta "
-    "use_sliding_window vocab_size".split()
+    [
+        "attention_bias",
+        "attention_dropout",
+        "head_dim",
+        "hidden_act",
+        "hidden_size",
+        "intermediate_size",
+        "layer_types",
+        "mlp_bias",
+        "num_attention_heads",
+        "num_hidden_layers",
+        "num_key_value_heads",
+        "rms_norm_eps",
+        "rope_parameters",
+        "rope_scaling",
+        "rope_theta",
+        "use_sliding_window",
+        "vocab_size",
+    ]
 )
 
 
@@ -54,10 +95,14 @@ class Architecture:
         """Read a Hugging Face config. Raises CheckpointError naming the key that is missing, wrong or unsupported."""
         family = config.get("model_type")
         if family not in FAMILIES:
-            raise CheckpointError(f"{where}: model_type {family!r} is not supported; supported are {', '.join(FAMILIES)}.")
+            raise CheckpointError(
+                f"{where}: model_type {family!r} is not supported; supported are {', '.join(FAMILIES)}."
+            )
         unknown = sorted(set(config) - _NEUTRAL - _READ)
         if unknown:
-            raise CheckpointError(f"{where}: {', '.join(unknown)} is not a key that this program knows for {family}, and it ignores none.")
+            raise CheckpointError(
+                f"{where}: {', '.join(unknown)} is not a key that this program knows for {family}, and it ignores none."
+            )
 
         def need(key: str) -> int:
             value = config.get(key)
@@ -76,15 +121,22 @@ class Architecture:
         refuse(bool(config.get("mlp_bias")), "mlp_bias true")
         refuse(bool(config.get("attention_bias")) and family == "llama", "attention_bias true")
         refuse(bool(config.get("use_sliding_window")), "use_sliding_window true")
-        refuse(any(t != "full_attention" for t in config.get("layer_types") or []), "an attention other than full_attention")
+        refuse(
+            any(t != "full_attention" for t in config.get("layer_types") or []),
+            "an attention other than full_attention",
+        )
         refuse(bool(config.get("attention_dropout")), "attention_dropout above 0")
 
         heads, hidden = need("num_attention_heads"), need("hidden_size")
         groups = config.get("num_key_value_heads") or heads
         if heads % groups:
-            raise CheckpointError(f"{where}: num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}.")
+            raise CheckpointError(
+                f"{where}: num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}."
+            )
         if not config.get("head_dim") and hidden % heads:
-            raise CheckpointError(f"{where}: hidden_size {hidden} is not a multiple of num_attention_heads {heads}, and there is no head_dim.")
+            raise CheckpointError(
+                f"{where}: hidden_size {hidden} is not a multiple of num_attention_heads {heads}, and there is no head_dim."
+            )
         head_dim = config.get("head_dim") or hidden // heads
         class_name, qkv_bias = FAMILIES[family]
         theta = float(rope.get("rope_theta", config.get("rope_theta", 10000.0)))

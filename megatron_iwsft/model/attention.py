@@ -6,6 +6,7 @@ every rank holds two chunks of each segment (`Batch.slice_for_context_parallel`)
 
 from __future__ import annotations
 
+import itertools
 from functools import lru_cache
 from typing import Any
 
@@ -24,7 +25,9 @@ class PackedAttention(torch.nn.Module):
     Collectives under context parallelism: an all-gather of keys and values, in backward a reduce-scatter of their gradients.
     """
 
-    def __init__(self, config: Any, softmax_scale: float | None = None, pg_collection: Any = None, **unused: Any) -> None:
+    def __init__(
+        self, config: Any, softmax_scale: float | None = None, pg_collection: Any = None, **unused: Any
+    ) -> None:
         super().__init__()
         self.scale = softmax_scale
         self.cp_group: dist.ProcessGroup = pg_collection.cp
@@ -70,13 +73,18 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, boundaries: tuple[int, ..
 
 
 def _attend_chunks(
-    query: Tensor, key: Tensor, value: Tensor, boundaries: tuple[int, ...], group: dist.ProcessGroup, scale: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    boundaries: tuple[int, ...],
+    group: dist.ProcessGroup,
+    scale: float | None,
 ) -> Tensor:
     """This rank's two chunks of each segment against the whole segment's keys up to the chunk's end."""
     rank, size = group.rank(), group.size()
     outs = []
     at = 0
-    for start, stop in zip(boundaries[:-1], boundaries[1:], strict=True):
+    for start, stop in itertools.pairwise(boundaries):
         chunk = (stop - start) // (2 * size)
         for i in (rank, 2 * size - 1 - rank):
             end = (i + 1) * chunk
@@ -93,7 +101,9 @@ class _GatherSegments(torch.autograd.Function):
     """[2, T/cp, …] of every rank → whole keys and values [T, …] in sequence order; gradients are summed back to their owners."""
 
     @staticmethod
-    def forward(ctx: Any, local: Tensor, boundaries: tuple[int, ...], group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, local: Tensor, boundaries: tuple[int, ...], group: dist.ProcessGroup
+    ) -> tuple[Tensor, Tensor]:
         parts = [torch.empty_like(local) for _ in range(group.size())]
         dist.all_gather(parts, local.contiguous(), group=group)
         order = _gathered_positions(boundaries, group.size()).to(local.device)
@@ -103,7 +113,7 @@ class _GatherSegments(torch.autograd.Function):
         return full[0], full[1]
 
     @staticmethod
-    def backward(ctx: Any, grad_key: Tensor, grad_value: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_key: Tensor, grad_value: Tensor) -> tuple[Tensor, None, None]:
         grads = torch.stack([grad_key, grad_value])[:, ctx.order]
         by_rank = torch.cat(grads.chunk(ctx.group.size(), dim=1))
         out = torch.empty_like(by_rank[:2])

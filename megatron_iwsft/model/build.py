@@ -151,7 +151,9 @@ def check_layout(arch: Architecture, parallel: ParallelContext) -> None:
         if size % tensor:
             raise ConfigError(f"parallel.tensor {tensor} does not divide the model's {size} {name}.")
     if arch.num_groups % tensor and tensor % arch.num_groups:
-        raise ConfigError(f"parallel.tensor {tensor} and the model's {arch.num_groups} key-value heads: one must divide the other.")
+        raise ConfigError(
+            f"parallel.tensor {tensor} and the model's {arch.num_groups} key-value heads: one must divide the other."
+        )
 
 
 def _transformer_config(arch: Architecture, parallel: ParallelContext, settings: ModelSettings) -> TransformerConfig:
@@ -201,7 +203,9 @@ def _leave_as_it_is(weight: Tensor) -> Tensor:
     return weight
 
 
-def _block_spec(config: TransformerConfig, settings: ModelSettings, vp_stage: int | None) -> ModuleSpec | TransformerBlockSubmodules:
+def _block_spec(
+    config: TransformerConfig, settings: ModelSettings, vp_stage: int | None
+) -> ModuleSpec | TransformerBlockSubmodules:
     if settings.backend == "transformer_engine":
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 

@@ -64,7 +64,9 @@ class SafetensorsDirectory:
             except FileNotFoundError:
                 raise CheckpointError(f"{self.directory / file} is missing; {_INDEX} names it.") from None
             except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"{self.directory / file} cannot be read as safetensors: {error}. Download it again.") from None
+                raise CheckpointError(
+                    f"{self.directory / file} cannot be read as safetensors: {error}. Download it again."
+                ) from None
             self._open[file] = handle
             for name in handle.keys():  # noqa: SIM118 - not a dict
                 found[name] = tuple(handle.get_slice(name).get_shape())
@@ -77,7 +79,9 @@ class SafetensorsDirectory:
             try:
                 names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
             except (ValueError, KeyError, TypeError, AttributeError):
-                raise CheckpointError(f"{index} is not a valid index: expected a weight_map of tensor names to files.") from None
+                raise CheckpointError(
+                    f"{index} is not a valid index: expected a weight_map of tensor names to files."
+                ) from None
             outside = [n for n in names if Path(n).name != n]
             if outside:
                 raise CheckpointError(f"{index} names a file outside its directory: {outside[0]}.")
@@ -97,10 +101,14 @@ class SafetensorsDirectory:
             if name not in found:
                 raise CheckpointError(f"{self.directory}: tensor {name} is missing from the safetensors files.")
             if found[name] != shape:
-                raise CheckpointError(f"{self.directory}: tensor {name} has shape {found[name]}, but config.json implies {shape}.")
+                raise CheckpointError(
+                    f"{self.directory}: tensor {name} has shape {found[name]}, but config.json implies {shape}."
+                )
         extra = sorted(set(found) - set(expected))
         if extra:
-            raise CheckpointError(f"{self.directory}: tensor {extra[0]} has no place in a {self.architecture.family} model.")
+            raise CheckpointError(
+                f"{self.directory}: tensor {extra[0]} has no place in a {self.architecture.family} model."
+            )
 
     def read(self, name: str, span: Span) -> Tensor:
         dim, start, stop = span
@@ -199,7 +207,11 @@ def write_directory(
 
 
 def _write_safetensors(
-    path: Path, names: list[str], all_shapes: dict[str, tuple[int, ...]], read: Callable[[str], Tensor], dtype: torch.dtype
+    path: Path,
+    names: list[str],
+    all_shapes: dict[str, tuple[int, ...]],
+    read: Callable[[str], Tensor],
+    dtype: torch.dtype,
 ) -> None:
     """The safetensors format: header length (u64), JSON header, then the tensors' bytes end to end."""
     size = torch.empty((), dtype=dtype).element_size()
@@ -216,7 +228,9 @@ def _write_safetensors(
         for name in names:
             tensor = read(name).to(dtype).contiguous()
             if tuple(tensor.shape) != all_shapes[name]:
-                raise CheckpointError(f"tensor {name} has shape {tuple(tensor.shape)} where the config implies {all_shapes[name]}.")
+                raise CheckpointError(
+                    f"tensor {name} has shape {tuple(tensor.shape)} where the config implies {all_shapes[name]}."
+                )
             file.write(tensor.view(torch.uint8).numpy().data if tensor.ndim else tensor.numpy().tobytes())
         file.flush()
         os.fsync(file.fileno())

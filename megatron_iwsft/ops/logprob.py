@@ -81,7 +81,7 @@ class _VocabParallelLogprob(torch.autograd.Function):
         return out.index_copy_(0, rows, target_logit - lse)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         trained, weight, rows, local_target, lse = ctx.saved_tensors
         grad = grad.index_select(0, rows).float()
         grad_trained = torch.empty_like(trained)
@@ -162,7 +162,9 @@ class _WeightGrad:
         self.main_grad: Tensor | None = getattr(weight, "main_grad", None)
         if self.main_grad is not None and self.main_grad.dtype != torch.float32:
             self.main_grad = None
-        self.total = self.main_grad if self.main_grad is not None else weight.new_zeros(weight.shape, dtype=torch.float32)
+        self.total = (
+            self.main_grad if self.main_grad is not None else weight.new_zeros(weight.shape, dtype=torch.float32)
+        )
 
     def add(self, dlogits: Tensor, hidden: Tensor) -> None:
         if dlogits.dtype == torch.float32:
@@ -175,7 +177,7 @@ class _WeightGrad:
     def result(self) -> Tensor:
         if self.main_grad is None:
             return self.total.to(self.weight.dtype)
-        self.weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+        self.weight.grad_added_to_main_grad = True
         return torch.zeros((), dtype=self.weight.dtype, device=self.weight.device).expand(self.weight.shape)
 
 

@@ -169,5 +169,7 @@ def quiet_megatron() -> None:
     os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning,ignore::FutureWarning")
     for category in (UserWarning, FutureWarning):
         warnings.filterwarnings("ignore", category=category, module=r"(megatron|torch|transformer_engine)\..*")
+    # The optimizer asks slices of a parameter for their .grad before it has set one.
+    warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
     for name in ("megatron", "torch.distributed.checkpoint"):
         logging.getLogger(name).setLevel(logging.ERROR)

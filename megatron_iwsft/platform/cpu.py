@@ -72,7 +72,9 @@ class _CudaToCpu(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _l2_norm(chunk_size: int, noop_flag: Any, tensor_lists: list[list[torch.Tensor]], *unused: Any) -> tuple[torch.Tensor, None]:
+def _l2_norm(
+    chunk_size: int, noop_flag: Any, tensor_lists: list[list[torch.Tensor]], *unused: Any
+) -> tuple[torch.Tensor, None]:
     """The gradient norm, in float64: torch's float32 norm on CPU is off by 3e-4 for a few million elements, and by another
     amount at every layout. Stands in for Megatron-Core's local fallback of a fused kernel.
     """

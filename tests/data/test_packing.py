@@ -46,7 +46,10 @@ def test_too_long_an_item_is_refused() -> None:
         best_fit(np.array([3, 9]), 8)
 
 
-def sampler(scores=None, *, n=50, quality=Quality(), packing="best_fit", seed=0, batch=4) -> Sampler:
+NO_QUALITY = Quality()
+
+
+def sampler(scores=None, *, n=50, quality=NO_QUALITY, packing="best_fit", seed=0, batch=4) -> Sampler:
     sizes = lengths(n, 40)
     scores = np.full(n, np.nan) if scores is None else scores
     return Sampler(sizes, scores, seq_length=64, packing=packing, global_batch_size=batch, quality=quality, seed=seed)
@@ -109,5 +112,15 @@ def test_scores_that_do_not_serve_are_refused() -> None:
 
 
 def test_trajectories_longer_than_a_sequence_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"data.seq_length is 16, but 1 of 2 trajectories are longer \(up to 30 tokens\)"):
-        Sampler(np.array([5, 30]), np.zeros(2), seq_length=16, packing="none", global_batch_size=1, quality=Quality(), seed=0)
+    with pytest.raises(
+        ConfigError, match=r"data.seq_length is 16, but 1 of 2 trajectories are longer \(up to 30 tokens\)"
+    ):
+        Sampler(
+            np.array([5, 30]),
+            np.zeros(2),
+            seq_length=16,
+            packing="none",
+            global_batch_size=1,
+            quality=Quality(),
+            seed=0,
+        )

@@ -33,7 +33,16 @@ def chat(*turns: str) -> dict:
     return {"messages": [{"role": roles[i % 2], "content": text} for i, text in enumerate(turns)]}
 
 
-def shard(tmp_path: Path, records: list, tokenizer: Path, *, template: str | None = None, workers: int = 1, shard_tokens=100_000, **fmt) -> Corpus:
+def shard(
+    tmp_path: Path,
+    records: list,
+    tokenizer: Path,
+    *,
+    template: str | None = None,
+    workers: int = 1,
+    shard_tokens=100_000,
+    **fmt,
+) -> Corpus:
     source = tiny.write_jsonl(tmp_path / "records.jsonl", records) if records else tmp_path / "records.jsonl"
     settings = ShardSettings(str(tokenizer), template, RecordFormat(**fmt), shard_tokens)
     shard_corpus([source], tmp_path / "corpus", settings, workers=workers, show_progress=False)
@@ -57,7 +66,15 @@ def test_the_answer_and_its_end_of_turn_token_are_trained_on(tmp_path: Path, bpe
 
 def test_prompt_and_response_pairs_with_sentencepiece(tmp_path: Path, sentencepiece: Path) -> None:
     records = [{"question": "What is 7 + 8?", "answer": {"text": "It is 15.\nDone.", "right": True}}]
-    corpus = shard(tmp_path, records, sentencepiece, template="plain", prompt_field="question", response_fields=("answer.text",), score_fields=("answer.right",))
+    corpus = shard(
+        tmp_path,
+        records,
+        sentencepiece,
+        template="plain",
+        prompt_field="question",
+        response_fields=("answer.text",),
+        score_fields=("answer.right",),
+    )
     tokenizer = load_tokenizer(sentencepiece)
     tokens, mask = corpus.tokens(0), corpus.mask(0)
     assert tokenizer.decode(tokens.tolist()) == "<s>Question: What is 7 + 8?\nAnswer: It is 15.\nDone.</s>"
@@ -69,7 +86,12 @@ def test_prompt_and_response_pairs_with_sentencepiece(tmp_path: Path, sentencepi
 def test_ids_are_the_tokenizers_own(tmp_path: Path, kind: str, request) -> None:
     path = request.getfixturevalue(kind)
     texts = ["Zug fährt 120 km", "double it → 30 😀", "tabs\tand  spaces", "ends in space "]
-    corpus = shard(tmp_path, [{"prompt": t, "response": t + "?"} for t in texts], path, template="plain" if kind == "sentencepiece" else None)
+    corpus = shard(
+        tmp_path,
+        [{"prompt": t, "response": t + "?"} for t in texts],
+        path,
+        template="plain" if kind == "sentencepiece" else None,
+    )
     for i, text in enumerate(texts):
         if kind == "sentencepiece":
             import sentencepiece as sp
@@ -128,7 +150,7 @@ def test_bad_records_are_dropped_with_their_reason(tmp_path: Path, bpe: Path) ->
     corpus = shard(tmp_path, [], bpe)
     assert len(corpus) == 1
     found = {entry["line"]: entry["reason"] for entry in dropped(corpus)}
-    expected = {i: reason for i, reason in enumerate(BAD_RECORDS.values(), 2)}
+    expected = dict(enumerate(BAD_RECORDS.values(), 2))
     n = len(expected)
     assert found == expected | {n + 2: "duplicate", n + 4: "not UTF-8"}
     counts = corpus.manifest["counts"]
@@ -136,7 +158,10 @@ def test_bad_records_are_dropped_with_their_reason(tmp_path: Path, bpe: Path) ->
 
 
 def test_scores_filter_and_bounds(tmp_path: Path, bpe: Path) -> None:
-    records = [{"prompt": f"p{i}", "response": "r" * 8 ** (i // 4 + 1), "good": [True, 0.4, "high", 1, 2.5][i]} for i in range(5)]
+    records = [
+        {"prompt": f"p{i}", "response": "r" * 8 ** (i // 4 + 1), "good": [True, 0.4, "high", 1, 2.5][i]}
+        for i in range(5)
+    ]
     corpus = shard(tmp_path, records, bpe, score_fields=("good",), min_score=0.5, max_tokens=60)
     assert corpus.scores.tolist() == [1.0, 1.0]
     assert [d["reason"] for d in dropped(corpus)] == ["score too low", "score is not a number", "too long"]
@@ -144,7 +169,9 @@ def test_scores_filter_and_bounds(tmp_path: Path, bpe: Path) -> None:
 
 def test_several_responses_of_one_problem(tmp_path: Path, bpe: Path) -> None:
     records = [{"q": "1+1", "a": {"s": "2", "ok": True}, "b": {"s": "3", "ok": False}}]
-    corpus = shard(tmp_path, records, bpe, prompt_field="q", response_fields=("a.s", "b.s"), score_fields=("a.ok", "b.ok"))
+    corpus = shard(
+        tmp_path, records, bpe, prompt_field="q", response_fields=("a.s", "b.s"), score_fields=("a.ok", "b.ok")
+    )
     assert corpus.scores.tolist() == [1.0, 0.0]
     assert corpus.meta(["id"])["id"].to_pylist() == ["records:1#0", "records:1#1"]
 
@@ -243,7 +270,11 @@ def test_mistakes_of_a_run_are_told(tmp_path: Path, bpe: Path) -> None:
     with pytest.raises(DataError, match="not valid Jinja"):
         shard(tmp_path, records, tiny.hf_tokenizer(tmp_path / "broken", template="{% for %}"))
     with pytest.raises(DataError, match="does not end an assistant turn with a special token"):
-        shard(tmp_path, records, tiny.hf_tokenizer(tmp_path / "endless", template="{% for m in messages %}{{ m.content }}{% endfor %}"))
+        shard(
+            tmp_path,
+            records,
+            tiny.hf_tokenizer(tmp_path / "endless", template="{% for m in messages %}{{ m.content }}{% endfor %}"),
+        )
     with pytest.raises(DataError, match=r"no trajectory was taken \(empty response: 1\)"):
         shard(tmp_path, [{"prompt": "a", "response": ""}], bpe)
     shutil.rmtree(tmp_path / "corpus")
@@ -263,4 +294,6 @@ def test_chat_templates_render_as_transformers_does(bpe: Path) -> None:
     ours = ChatTemplate(load_tokenizer(bpe))
     messages = chat("Hi\n", " Hello ", "Bye")["messages"]
     for prompt in (False, True):
-        assert ours.render(messages, add_generation_prompt=prompt) == theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+        assert ours.render(messages, add_generation_prompt=prompt) == theirs.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=prompt
+        )

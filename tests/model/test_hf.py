@@ -55,7 +55,13 @@ def roundtrip(platform, directories: dict[str, str], layouts: list[dict], out: s
                 found[name, str(layout)] = convert.checkpoint_logprobs(chunks[0], IDS)
             label = "-".join(f"{k}{v}" for k, v in layout.items()) or "one"
             checkpoint.save(
-                Path(out) / f"{name}@{label}", 0, chunks, architecture=source.architecture, config={}, layout={}, tokenizer_files=[]
+                Path(out) / f"{name}@{label}",
+                0,
+                chunks,
+                architecture=source.architecture,
+                config={},
+                layout={},
+                tokenizer_files=[],
             )
     return found
 
@@ -67,7 +73,9 @@ def test_logprobs_and_bit_exact_roundtrip(world_size: int, tmp_path: Path) -> No
     from safetensors.torch import load_file
 
     directories = {name: hf_directory(tmp_path / name, **changes) for name, changes in MODELS.items()}
-    found = run_distributed(roundtrip, world_size, {k: str(v) for k, v in directories.items()}, LAYOUTS[world_size], str(tmp_path / "ck"))[0]
+    found = run_distributed(
+        roundtrip, world_size, {k: str(v) for k, v in directories.items()}, LAYOUTS[world_size], str(tmp_path / "ck")
+    )[0]
     for name, directory in directories.items():
         theirs = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
         with torch.no_grad():
@@ -115,12 +123,17 @@ def test_damaged_directories_are_refused_by_name(tmp_path: Path) -> None:
     first = sorted(good.glob("*.safetensors"))[0].name
 
     def edit_config(**changes):
-        return lambda d: (d / "config.json").write_text(json.dumps(json.loads((d / "config.json").read_text()) | changes))
+        return lambda d: (d / "config.json").write_text(
+            json.dumps(json.loads((d / "config.json").read_text()) | changes)
+        )
 
     cases = [
         (lambda d: (d / first).unlink(), f"{first} is missing"),
         (lambda d: (d / first).write_bytes((d / first).read_bytes()[:-9]), "cannot be read as safetensors"),
-        (lambda d: (d / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../../x"}}'), "names a file outside its directory"),
+        (
+            lambda d: (d / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../../x"}}'),
+            "names a file outside its directory",
+        ),
         (lambda d: (d / "model.safetensors.index.json").write_text("[]"), "is not a valid index"),
         (lambda d: (d / "model.safetensors.index.json").unlink(), "has neither model.safetensors nor"),
         (edit_config(intermediate_size=100), r"has shape \(96, 64\), but config.json implies \(100, 64\)"),

@@ -16,7 +16,12 @@ def case(trained: str, seed: int = 0):
     hidden = torch.randn(T, H, generator=generator)
     weight = torch.randn(PADDED, H, generator=generator)
     targets = torch.randint(0, VOCAB, (T,), generator=generator)
-    keep = {"all": torch.ones(T), "none": torch.zeros(T), "one": torch.eye(T)[3], "ragged": torch.rand(T, generator=generator)}[trained]
+    keep = {
+        "all": torch.ones(T),
+        "none": torch.zeros(T),
+        "one": torch.eye(T)[3],
+        "ragged": torch.rand(T, generator=generator),
+    }[trained]
     targets[keep < 0.5] = IGNORE
     grad = torch.randn(T, generator=generator)
     return hidden, weight, targets, grad
@@ -49,7 +54,13 @@ def run_operator(platform, cases):
         if main_grad:
             weight.main_grad = torch.ones(weight.shape)
         logprobs = vocab_parallel_logprob(
-            hidden, weight, targets, group=group, vocab_size=VOCAB, chunk_size=chunk_size, sequence_parallel=sequence_parallel
+            hidden,
+            weight,
+            targets,
+            group=group,
+            vocab_size=VOCAB,
+            chunk_size=chunk_size,
+            sequence_parallel=sequence_parallel,
         )
         (logprobs * grad).sum().backward()
         if main_grad:

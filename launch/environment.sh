@@ -1,0 +1,31 @@
+# Sourced by launch/quickstart.sh, launch/local.sh and tests/run.sh: make or reuse a virtual environment at the root.
+#
+#   make_environment [EXTRAS]    with PYTHON (an interpreter; default python3) and VENV (default .venv); sets $python
+#
+# Packages are installed once per state of pyproject.toml and constraints.txt.
+
+make_environment() {
+  local extras=${1:-} root stamp log
+  root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+  VENV=${VENV:-$root/.venv}
+  python=$VENV/bin/python
+  stamp=$VENV/installed$extras
+  log=$VENV/install.log
+  if [ ! -x "$python" ]; then
+    "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
+      echo "Python 3.10 or newer is needed; name one with PYTHON=/path/to/python." >&2
+      return 1
+    }
+    echo "making the environment $VENV"
+    "${PYTHON:-python3}" -m venv "$VENV" || { echo "python -m venv failed; on Debian install python3-venv." >&2; return 1; }
+  fi
+  if ! cat "$root/pyproject.toml" "$root/constraints.txt" | cmp -s - "$stamp"; then
+    echo "installing packages (log: $log)"
+    "$python" -m pip install --quiet --editable "$root$extras" --constraint "$root/constraints.txt" >"$log" 2>&1 || {
+      tail -n 20 "$log" >&2
+      echo "installing failed; the whole log is $log" >&2
+      return 1
+    }
+    cat "$root/pyproject.toml" "$root/constraints.txt" >"$stamp"
+  fi
+}

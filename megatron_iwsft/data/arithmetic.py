@@ -1,0 +1,63 @@
+"""A generated arithmetic-reasoning corpus with quality scores, for the quick start, tests and benchmarks.
+
+Problems are sums of two numbers, worked digit by digit. A share of the demonstrations goes wrong in one step and follows
+through; their scores are low, except where the (imperfect) judge is mistaken. Everything is a function of the seed.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+_QUESTIONS = (
+    "What is {a} + {b}?",
+    "Add {a} and {b}.",
+    "Mia has {a} marbles and finds {b} more. How many has she now?",
+    "A bus drives {a} km, then another {b} km. How far is that?",
+)
+
+
+@dataclass(frozen=True)
+class ArithmeticSettings:
+    """digits: of each summand; wrong: share of wrong demonstrations; judge_error: share that the judge scores the other way."""
+
+    digits: int = 2
+    wrong: float = 0.3
+    judge_error: float = 0.1
+
+
+def arithmetic_records(count: int, settings: ArithmeticSettings, seed: int) -> Iterator[dict[str, Any]]:
+    """`count` records: prompt, response, score in [0, 1], answer (the true one) and correct (whether the response reaches it)."""
+    rng = random.Random(seed)
+    top = 10**settings.digits - 1
+    for number in range(count):
+        a, b = rng.randint(0, top), rng.randint(0, top)
+        wrong_step = rng.randrange(settings.digits) if rng.random() < settings.wrong else None
+        response, result = _worked(a, b, settings.digits, wrong_step, rng)
+        correct = result == a + b
+        looks_right = correct != (rng.random() < settings.judge_error)
+        yield {
+            "id": f"sum-{seed}-{number}",
+            "prompt": rng.choice(_QUESTIONS).format(a=a, b=b),
+            "response": response,
+            "score": round(rng.uniform(0.5, 1.0) if looks_right else rng.uniform(0.0, 0.5), 3),
+            "answer": str(a + b),
+            "correct": correct,
+        }
+
+
+def _worked(a: int, b: int, digits: int, wrong_step: int | None, rng: random.Random) -> tuple[str, int]:
+    """The worked sum, units first, and what it comes to; step `wrong_step` adds up wrongly."""
+    steps, carry, result = [], 0, 0
+    for place in range(digits):
+        x, y = a // 10**place % 10, b // 10**place % 10
+        total = x + y + carry
+        if place == wrong_step:
+            total = (total + rng.randint(1, 8)) % 20
+        steps.append(f"{x} + {y} + {carry} = {total}.")
+        result += total % 10 * 10**place
+        carry = total // 10
+    result += carry * 10**digits
+    return " ".join([*steps, f"The answer is {result}."]), result

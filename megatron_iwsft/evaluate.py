@@ -1,0 +1,51 @@
+"""What an exported model is worth, measured with `transformers` alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from megatron_iwsft.convert import hugging_face_logprobs
+from megatron_iwsft.data.corpus import Corpus
+from megatron_iwsft.data.tokenizer import load_tokenizer
+from megatron_iwsft.errors import CheckpointError, DataError
+
+
+@dataclass(frozen=True)
+class CorpusScore:
+    """nll: mean over `tokens` trained tokens of `trajectories`, nats."""
+
+    nll: float
+    tokens: int
+    trajectories: int
+
+
+def score_corpus(model_directory: str | Path, corpus_directory: str | Path) -> CorpusScore:
+    """Negative log-likelihood of a corpus's trained tokens under a Hugging Face model, in fp32: training's `eval_nll`.
+
+    Raises CheckpointError if transformers cannot load the model, DataError if the corpus was made with another tokenizer.
+    """
+    import transformers
+
+    corpus = Corpus.open(corpus_directory)
+    if load_tokenizer(model_directory).fingerprint != corpus.manifest["tokenizer"]["fingerprint"]:
+        raise DataError(f"{corpus_directory} was made with another tokenizer than {model_directory} has.")
+    transformers.logging.disable_progress_bar()
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            model_directory, dtype=torch.float32, local_files_only=True
+        )
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{model_directory} cannot be loaded by transformers: {error}") from None
+    total, count = 0.0, 0
+    for i in tqdm(range(len(corpus)), desc="scoring", unit="trajectory", disable=None):
+        with torch.no_grad():
+            logprobs = hugging_face_logprobs(model, corpus.tokens(i).tolist())
+        trained = corpus.mask(i)[1:] == 1
+        total -= float(logprobs.double().numpy()[trained].sum())
+        count += int(np.count_nonzero(trained))
+    return CorpusScore(total / count, count, len(corpus))

@@ -1,0 +1,130 @@
+"""One self-contained HTML page about one run or several side by side: curves, final metrics, how far the curves lie apart."""
+
+from __future__ import annotations
+
+import html
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_iwsft.errors import DataError
+
+# metric → what the page calls it
+PLOTS = {
+    "nll": "negative log-likelihood per trained token",
+    "eval_nll": "held-out negative log-likelihood per token",
+    "loss": "loss",
+    "grad_norm": "gradient norm",
+    "weight_mean": "mean importance weight",
+    "weight_max": "largest importance weight",
+    "weight_ess": "effective sample size, share of the batch",
+    "clip_fraction": "share of weights changed by the clip",
+    "kl_to_reference": "estimated KL to the reference, nats per token",
+    "bound_iw": "iw-SFT bound (solid) and SFT bound (dashed)",
+    "lr": "learning rate",
+    "tokens_per_s": "tokens per second",
+}
+_STYLE = (
+    "body{font:16px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;color:#222}"
+    "table{border-collapse:collapse}td,th{padding:.3rem .8rem;border-bottom:1px solid #ddd;text-align:right}"
+    "td:first-child,th:first-child{text-align:left}.plots{display:flex;flex-wrap:wrap}.plots svg{width:34rem;max-width:100%;height:auto}"
+    "pre{background:#f6f6f6;padding:1rem;overflow-x:auto}"
+)
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The lines of RUN/metrics.jsonl. Raises DataError if there are none."""
+    path = run / "metrics.jsonl"
+    try:
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except FileNotFoundError:
+        raise DataError(f"{run} is not a run directory: it has no metrics.jsonl.") from None
+    except ValueError:
+        raise DataError(f"{path} is damaged.") from None
+    if not lines:
+        raise DataError(f"{path} is empty: the run has not finished a step.")
+    return lines
+
+
+def curve_difference(a: list[dict[str, Any]], b: list[dict[str, Any]], metric: str = "loss") -> float:
+    """Largest relative difference of a metric over the steps that both runs have."""
+    other = {line["step"]: line[metric] for line in b}
+    pairs = [(line[metric], other[line["step"]]) for line in a if line["step"] in other]
+    return max((abs(x - y) / abs(y) for x, y in pairs if y), default=0.0)
+
+
+def write_report(runs: Sequence[Path], output: Path) -> str:
+    """Write the page; returns a summary for the terminal."""
+    metrics = {run.name: read_metrics(run) for run in runs}
+    configs = {run.name: (run / "config.yaml") for run in runs}
+    shown = [m for m in PLOTS if any(m in line for lines in metrics.values() for line in lines)]
+    rows = [
+        [name, *(_last(lines, m) for m in ("step", "nll", "loss", "weight_mean", "weight_ess", "kl_to_reference"))]
+        for name, lines in metrics.items()
+    ]
+    header = ["run", "steps", "nll", "loss", "weight mean", "effective sample size", "KL to reference"]
+    summary = [
+        "  ".join(f"{cell:>{max(len(h), 10)}}" for cell, h in zip(row, header, strict=True)) for row in [header, *rows]
+    ]
+    names = list(metrics)
+    differences = [
+        f"{name} and {names[0]}: loss curves at most {curve_difference(metrics[name], metrics[names[0]]):.2e} apart (relative)"
+        for name in names[1:]
+        if metrics[name][0].get("weight_mean") is not None and metrics[names[0]][0].get("weight_mean") is not None
+    ]
+    body = [
+        f"<h1>{html.escape(' · '.join(names))}</h1>",
+        "<table><tr>" + "".join(f"<th>{h}</th>" for h in header) + "</tr>",
+        *("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows),
+        "</table>",
+        *(f"<p>{html.escape(text)}</p>" for text in differences),
+        '<div class="plots">',
+        *(_plot(metric, metrics) for metric in shown),
+        "</div>",
+        *(
+            f"<details><summary>config of {html.escape(name)}</summary><pre>{html.escape(path.read_text(encoding='utf-8'))}</pre></details>"
+            for name, path in configs.items()
+            if path.exists()
+        ),
+    ]
+    page = (
+        f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(names[0])}</title><style>{_STYLE}</style>"
+        + "\n".join(body)
+    )
+    output.write_text(page, encoding="utf-8")
+    return "\n".join(summary + differences)
+
+
+def _last(lines: list[dict[str, Any]], metric: str) -> str:
+    value = lines[-1].get(metric)
+    return "–" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def _plot(metric: str, metrics: dict[str, list[dict[str, Any]]]) -> str:
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 3.2), layout="constrained")
+    for i, (name, lines) in enumerate(metrics.items()):
+        for key, line_style in ((metric, "-"), *([("bound_sft", "--")] if metric == "bound_iw" else [])):
+            points = [(line["step"], line[key]) for line in lines if key in line]
+            if points:
+                axes.plot(
+                    *zip(*points, strict=True),
+                    line_style,
+                    color=f"C{i}",
+                    label=name if line_style == "-" else None,
+                    linewidth=1.2,
+                )
+    axes.set_title(PLOTS[metric], fontsize=10)
+    axes.set_xlabel("step")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, frameon=False)
+    text = io.StringIO()
+    figure.savefig(text, format="svg")
+    pyplot.close(figure)
+    return text.getvalue().partition("<svg")[1] + text.getvalue().partition("<svg")[2]
