@@ -10,7 +10,8 @@ make_environment
 out=runs/quickstart
 say() { printf '\n== %s\n' "$*"; }
 train() { bash launch/local.sh 2 configs/quickstart.yaml "$@"; }
-tuning=(model.config=null model.checkpoint=$out/base data.corpus=$out/corpus-curated optimizer.lr=3e-4 data.epochs=1)
+tuning=(model.config=null model.checkpoint=$out/base data.corpus=$out/corpus-curated optimizer.lr=3e-4
+  data.micro_batch_size=4 data.global_batch_size=4 logging.every=50)
 
 say "1/6 a corpus: 12,000 worked sums, 30 % of them wrong, scored by a judge that errs in 10 % of cases"
 if [ ! -f $out/records.jsonl ]; then

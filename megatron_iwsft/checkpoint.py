@@ -139,56 +139,82 @@ def _load_optimizer(optimizer: Any, state: dict[Any, Any]) -> None:
             part.optimizer.state[parameter]["step"] = step
 
 
-def save(
-    root: Path,
-    step: int,
-    chunks: list[Any],
-    *,
-    architecture: Architecture,
-    config: dict[str, Any],
-    layout: dict[str, int],
-    template_hash: str | None = None,
-    tokenizer_files: list[Path],
-    optimizer: Any | None = None,
-    schedule: Any | None = None,
-    keep: int | None = None,
-) -> Path:
-    """Write root/step-…, then point `latest` at it and remove all but the `keep` newest. Collective over all ranks."""
-    from megatron.core import dist_checkpointing
+@dataclass
+class CheckpointWriter:
+    """Writes the checkpoints of one run under `root`, at once or in the background.
 
-    final = root / step_name(step)
-    partial = root / f"{final.name}.partial"
-    if dist.get_rank() == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
-    dist_checkpointing.save(
-        _state(chunks, optimizer, schedule, loading=False), str(partial), validate_access_integrity=False
-    )
-    dist.barrier()
-    if dist.get_rank() == 0:
-        (partial / TOKENIZER).mkdir()
-        for file in tokenizer_files:
-            shutil.copyfile(file, partial / TOKENIZER / file.name)
-        info = {
-            "format_version": FORMAT_VERSION,
-            "step": step,
-            "architecture": architecture.hf,
-            "layout": layout,
-            "config": config,
-            "template_hash": template_hash,
-        }
-        (partial / INFO).write_text(json.dumps(info, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        if final.exists():
-            shutil.rmtree(final)
-        os.replace(partial, final)
-        pointer = root / f"{LATEST}.partial"
-        pointer.write_text(final.name + "\n")
-        os.replace(pointer, root / LATEST)
-        for old in complete_checkpoints(root)[keep:] if keep else []:
-            shutil.rmtree(old)
-    dist.barrier()
-    return final
+    asynchronous: tensors are copied, a forked process writes them, and the checkpoint counts once `poll` or `wait` has found
+    every rank's file written. Every method is collective over all ranks.
+    """
+
+    root: Path
+    architecture: Architecture
+    config: dict[str, Any]
+    layout: dict[str, int]
+    tokenizer_files: list[Path]
+    template_hash: str | None = None
+    keep: int | None = None
+    asynchronous: bool = False
+
+    def __post_init__(self) -> None:
+        from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+
+        self._queue = AsyncCallsQueue()
+
+    def save(self, step: int, chunks: list[Any], *, optimizer: Any | None = None, schedule: Any | None = None) -> Path:
+        """Write root/step-…, then point `latest` at it and remove all but the `keep` newest."""
+        from megatron.core import dist_checkpointing
+
+        self.wait()
+        final = self.root / step_name(step)
+        partial = self.root / f"{final.name}.partial"
+        if dist.get_rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        dist.barrier()
+        state = _state(chunks, optimizer, schedule, loading=False)
+        request = dist_checkpointing.save(
+            state, str(partial), validate_access_integrity=False, async_sharded_save=self.asynchronous
+        )
+        if request is None:
+            self._complete(partial, final, step)
+        else:
+            request.add_finalize_fn(lambda: self._complete(partial, final, step))
+            self._queue.schedule_async_request(request)
+        return final
+
+    def poll(self) -> None:
+        """Complete a background save whose files are written, if there is one."""
+        self._queue.maybe_finalize_async_calls(blocking=False)
+
+    def wait(self) -> None:
+        """Wait for a background save and complete it, if there is one."""
+        self._queue.maybe_finalize_async_calls(blocking=True)
+
+    def _complete(self, partial: Path, final: Path, step: int) -> None:
+        dist.barrier()
+        if dist.get_rank() == 0:
+            (partial / TOKENIZER).mkdir()
+            for file in self.tokenizer_files:
+                shutil.copyfile(file, partial / TOKENIZER / file.name)
+            info = {
+                "format_version": FORMAT_VERSION,
+                "step": step,
+                "architecture": self.architecture.hf,
+                "layout": self.layout,
+                "config": self.config,
+                "template_hash": self.template_hash,
+            }
+            (partial / INFO).write_text(json.dumps(info, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            if final.exists():
+                shutil.rmtree(final)
+            os.replace(partial, final)
+            pointer = self.root / f"{LATEST}.partial"
+            pointer.write_text(final.name + "\n")
+            os.replace(pointer, self.root / LATEST)
+            for old in complete_checkpoints(self.root)[self.keep :] if self.keep else []:
+                shutil.rmtree(old)
+        dist.barrier()
 
 
 def complete_checkpoints(root: Path) -> list[Path]:

@@ -54,15 +54,14 @@ def import_directory(source: str | Path, output: str | Path, *, dtype: str = "fp
     parallel = platform.parallel()
     chunks = build_model(weights.architecture, parallel, platform, ModelSettings(dtype=DTYPES[dtype]))
     weights.load(chunks, parallel)
-    return checkpoint.save(
+    writer = checkpoint.CheckpointWriter(
         Path(output),
-        0,
-        chunks,
         architecture=weights.architecture,
         config={"model": {"hf": str(source)}, "precision": {"dtype": dtype}},
         layout={},
         tokenizer_files=weights.tokenizer_files,
     )
+    return writer.save(0, chunks)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 from megatron_iwsft import checkpoint
 from megatron_iwsft.config import Config
 from megatron_iwsft.data.corpus import TOKENIZER, Corpus
-from megatron_iwsft.errors import CheckpointError, ConfigError, DataError
+from megatron_iwsft.errors import CheckpointError, DataError
 from megatron_iwsft.hooks import (
     Every,
     Hook,
@@ -34,8 +34,6 @@ START_TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
 def train(config: Config) -> dict[str, Any]:
     """Run (or continue) the training that `config` describes; returns the last step's metrics. Collective over all ranks."""
     job = start_job(config)
-    if config.checkpoint.asynchronous:
-        raise ConfigError("checkpoint.asynchronous is not available; use checkpoint.asynchronous: false.")
     needs_reference = config.objective.name in NEEDS_REFERENCE
     cached = needs_reference and config.reference.source == "cached"
     sidecar = Sidecar(job.corpus, job.identity) if cached else None
@@ -60,8 +58,10 @@ def train(config: Config) -> dict[str, Any]:
     hooks = _hooks(job, run_dir, resumed_at, total_steps) if job.is_main else []
     evaluate = _evaluation(job, chunks, objective)
 
+    writer = _checkpoint_writer(job)
+
     def save(info: StepInfo) -> None:
-        _save(job, info.step, policy, optimizer, schedule)
+        writer.save(info.step, policy, optimizer=optimizer, schedule=schedule)
 
     saves = Every(config.checkpoint.every, save, at_end=True)
     metrics: dict[str, Any] = {}
@@ -89,6 +89,8 @@ def train(config: Config) -> dict[str, Any]:
         for hook in hooks:
             hook(info)
         saves(info)
+        writer.poll()
+    writer.wait()
     if job.is_main:
         _say(
             f"finished: {total_steps} steps; {run_dir}/metrics.jsonl, {run_dir}/checkpoints/{checkpoint.step_name(total_steps)}"
@@ -169,20 +171,17 @@ def _resume(job: Job, policy: list[Any], optimizer: Any, schedule: Any) -> int:
     return 0
 
 
-def _save(job: Job, step: int, policy: list[Any], optimizer: Any, schedule: Any) -> None:
+def _checkpoint_writer(job: Job) -> checkpoint.CheckpointWriter:
     config, template = job.config, job.corpus.manifest["template"]
-    checkpoint.save(
+    return checkpoint.CheckpointWriter(
         Path(config.run.dir) / "checkpoints",
-        step,
-        policy,
         architecture=job.policy.architecture,
         config=config.model_dump(),
         layout={**config.parallel.model_dump(), "data": job.data_size},
-        template_hash=template["hash"] if template else None,
         tokenizer_files=job.policy.tokenizer_files or sorted((job.corpus.directory / TOKENIZER).iterdir()),
-        optimizer=optimizer,
-        schedule=schedule,
+        template_hash=template["hash"] if template else None,
         keep=config.checkpoint.keep,
+        asynchronous=config.checkpoint.asynchronous,
     )
 
 

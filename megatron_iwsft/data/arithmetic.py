@@ -31,9 +31,9 @@ class ArithmeticSettings:
 def arithmetic_records(count: int, settings: ArithmeticSettings, seed: int) -> Iterator[dict[str, Any]]:
     """`count` records: prompt, response, score in [0, 1], answer (the true one) and correct (whether the response reaches it)."""
     rng = random.Random(seed)
-    top = 10**settings.digits - 1
+    low, high = 10 ** (settings.digits - 1), 10**settings.digits - 1
     for number in range(count):
-        a, b = rng.randint(0, top), rng.randint(0, top)
+        a, b = rng.randint(low, high), rng.randint(low, high)
         wrong_step = rng.randrange(settings.digits) if rng.random() < settings.wrong else None
         response, result = _worked(a, b, settings.digits, wrong_step, rng)
         correct = result == a + b

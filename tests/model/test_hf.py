@@ -54,15 +54,8 @@ def roundtrip(platform, directories: dict[str, str], layouts: list[dict], out: s
             if parallel.pp.size() == 1:
                 found[name, str(layout)] = convert.checkpoint_logprobs(chunks[0], IDS)
             label = "-".join(f"{k}{v}" for k, v in layout.items()) or "one"
-            checkpoint.save(
-                Path(out) / f"{name}@{label}",
-                0,
-                chunks,
-                architecture=source.architecture,
-                config={},
-                layout={},
-                tokenizer_files=[],
-            )
+            root = Path(out) / f"{name}@{label}"
+            checkpoint.CheckpointWriter(root, source.architecture, {}, {}, []).save(0, chunks)
     return found
 
 
