@@ -129,7 +129,10 @@ class Reference(Section):
 
 
 class Parallel(Section):
-    """Degrees. What tensor × pipeline × context leaves of the world is data parallel. sequence: Megatron's sequence parallelism."""
+    """Degrees. What tensor × pipeline × context leaves of the world is data parallel. sequence: Megatron's sequence
+    parallelism. layers_per_stage: an uneven pipeline split, layers of each (virtual) stage in order. recompute: activations that
+    are computed again in backward instead of kept, of the attention core (selective) or of whole layers (full).
+    """
 
     tensor: PositiveInt = 1
     pipeline: PositiveInt = 1
@@ -137,11 +140,15 @@ class Parallel(Section):
     context: PositiveInt = 1
     expert: PositiveInt = 1
     sequence: bool = False
+    layers_per_stage: list[PositiveInt] | None = None
+    recompute: Literal["none", "selective", "full"] = "none"
 
     @model_validator(mode="after")
     def _consistent(self) -> Parallel:
         if self.virtual_pipeline is not None and self.pipeline < 2:
             raise ValueError(f"virtual_pipeline {self.virtual_pipeline} needs pipeline ≥ 2; it is {self.pipeline}")
+        if self.layers_per_stage is not None and self.pipeline < 2:
+            raise ValueError(f"layers_per_stage needs pipeline ≥ 2; it is {self.pipeline}")
         if self.sequence and self.tensor < 2:
             raise ValueError(f"sequence: true needs tensor ≥ 2; it is {self.tensor}")
         return self
@@ -153,7 +160,9 @@ class Precision(Section):
 
 
 class Optimizer(Section):
-    """AdamW. warmup_fraction is of all steps; clip_grad 0 clips nothing; distributed: Megatron's distributed optimizer."""
+    """AdamW. warmup_fraction is of all steps; clip_grad 0 clips nothing. distributed: Megatron's distributed optimizer.
+    overlap_grad_reduce, overlap_param_gather: communicate while computing; the latter needs the distributed optimizer.
+    """
 
     lr: NonNegativeFloat = 1e-5
     min_lr: NonNegativeFloat = 0.0
@@ -164,9 +173,13 @@ class Optimizer(Section):
     weight_decay: NonNegativeFloat = 0.0
     clip_grad: NonNegativeFloat = 1.0
     distributed: bool = True
+    overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
 
     @model_validator(mode="after")
-    def _rates(self) -> Optimizer:
+    def _consistent(self) -> Optimizer:
+        if self.overlap_param_gather and not (self.distributed and self.overlap_grad_reduce):
+            raise ValueError("overlap_param_gather needs distributed: true and overlap_grad_reduce: true")
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr {self.min_lr:g} is above lr {self.lr:g}")
         return self
@@ -229,6 +242,12 @@ class Config(Section):
             raise ConfigError(
                 f"data.global_batch_size {self.data.global_batch_size} is not a multiple of micro_batch_size "
                 f"{self.data.micro_batch_size} × data parallel {data} = {step}."
+            )
+        micro_batches = self.data.global_batch_size // step
+        if p.virtual_pipeline is not None and micro_batches % p.pipeline:
+            raise ConfigError(
+                f"parallel.virtual_pipeline needs the {micro_batches} micro-batches of a step to be a multiple of pipeline "
+                f"{p.pipeline}; change data.global_batch_size or micro_batch_size."
             )
         return data
 

@@ -91,7 +91,13 @@ class Job:
 
     def build(self, weights: Weights) -> list[PolicyModel]:
         """This rank's chunks of a model, with `weights`."""
-        settings = ModelSettings(dtype=self.dtype, sequence_parallel=self.config.parallel.sequence)
+        degrees = self.config.parallel
+        settings = ModelSettings(
+            dtype=self.dtype,
+            sequence_parallel=degrees.sequence,
+            layers_per_stage=tuple(degrees.layers_per_stage) if degrees.layers_per_stage else None,
+            recompute=degrees.recompute,
+        )
         chunks = build_model(weights.architecture, self.parallel, self.platform, settings)
         weights.load(chunks, self.parallel)
         return chunks

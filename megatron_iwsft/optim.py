@@ -16,13 +16,20 @@ def wrap_for_gradients(chunks: list[Any], settings: config.Optimizer) -> list[Di
     """Give each model chunk float32 gradient buffers that are reduced over data-parallel ranks."""
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
-        overlap_grad_reduce=False,
+        overlap_grad_reduce=settings.overlap_grad_reduce,
+        overlap_param_gather=settings.overlap_param_gather,
         use_distributed_optimizer=settings.distributed,
         check_for_nan_in_grad=False,
     )
-    return [
+    # Interleaved chunks beyond the first run backward while the first one's buckets still fill: one bucket each.
+    wrapped = [
         DistributedDataParallel(chunk.config, ddp, chunk, disable_bucketing=i > 0) for i, chunk in enumerate(chunks)
     ]
+    if settings.overlap_grad_reduce:  # the schedule must tell the last micro-batch from the others
+        no_sync = [chunk.no_sync for chunk in wrapped]
+        for chunk in wrapped:
+            chunk.config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+    return wrapped
 
 
 def build_optimizer(chunks: list[DistributedDataParallel], settings: config.Optimizer, dtype: torch.dtype) -> Any:
@@ -40,6 +47,7 @@ def build_optimizer(chunks: list[DistributedDataParallel], settings: config.Opti
             bf16=dtype == torch.bfloat16,
             params_dtype=dtype,
             use_distributed_optimizer=settings.distributed,
+            overlap_param_gather=settings.overlap_param_gather,
         ),
         chunks,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from pathlib import Path
+from functools import lru_cache
 
 import numpy as np
 import pytest
@@ -35,6 +35,9 @@ class Layout:
     packing: str = "best_fit"
     micro_batch_size: int = 1
     tied: bool = False
+    layers_per_stage: tuple[int, ...] | None = None
+    recompute: str = "none"
+    overlap: bool = False
 
     def __str__(self) -> str:
         names = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
@@ -54,18 +57,44 @@ class Objective:
 
 
 LAYOUTS = {
-    1: [Layout(), Layout(packing="none", micro_batch_size=2), Layout(tied=True)],
+    1: [
+        Layout(),
+        Layout(packing="none", micro_batch_size=2),
+        Layout(micro_batch_size=4, tied=True),
+        Layout(recompute="selective"),
+        Layout(recompute="full"),
+        Layout(overlap=True),
+    ],
     2: [
         Layout(tensor=2),
-        Layout(tensor=2, sequence=True, tied=True),
+        Layout(tensor=2, sequence=True, tied=True, recompute="full"),
         Layout(pipeline=2, tied=True),
-        Layout(pipeline=2, virtual=2),
+        Layout(pipeline=2, virtual=2, tied=True),
+        Layout(pipeline=2, layers_per_stage=(5, 3)),
+        Layout(pipeline=2, virtual=2, layers_per_stage=(1, 2, 4, 1), recompute="selective"),
         Layout(context=2),
+        Layout(context=2, packing="none", micro_batch_size=2, recompute="full"),
         Layout(),  # data parallel 2
-        Layout(packing="none"),
+        Layout(packing="none", overlap=True),
+    ],
+    4: [
+        Layout(tensor=4),  # two key-value heads over four ranks
+        Layout(tensor=4, sequence=True, tied=True),
+        Layout(tensor=2, sequence=True, pipeline=2),
+        Layout(tensor=2, pipeline=2, virtual=2, tied=True),
+        Layout(tensor=2, sequence=True, context=2),
+        Layout(tensor=2, overlap=True),  # data parallel 2
+        Layout(pipeline=4, tied=True),
+        Layout(pipeline=4, virtual=2),
+        Layout(pipeline=2, context=2, tied=True),
+        Layout(pipeline=2, micro_batch_size=2),  # data parallel 2
+        Layout(context=4),
+        Layout(context=2, packing="none"),  # data parallel 2
+        Layout(micro_batch_size=2),  # data parallel 4
     ],
 }
 OBJECTIVES = [Objective("sft"), Objective(normalize="weights"), Objective(level="token", normalize="sequences")]
+MODEL = dict(num_hidden_layers=8, hidden_size=32, intermediate_size=64, num_attention_heads=8, num_key_value_heads=2)
 
 
 def reference_logprobs(corpus: Corpus):
@@ -105,10 +134,13 @@ def run_layouts(platform, corpus_dir: str, layouts: list[Layout], objectives: li
         parallel = platform.parallel(
             tensor=layout.tensor, pipeline=layout.pipeline, context=layout.context, virtual_pipeline=layout.virtual
         )
-        arch = Architecture.from_hf(tiny.model_config(tie_word_embeddings=layout.tied), where="test")
-        model = build_model(arch, parallel, platform, ModelSettings(sequence_parallel=layout.sequence))
+        arch = Architecture.from_hf(tiny.model_config(**MODEL, tie_word_embeddings=layout.tied), where="test")
+        settings = ModelSettings(
+            sequence_parallel=layout.sequence, layers_per_stage=layout.layers_per_stage, recompute=layout.recompute
+        )
+        model = build_model(arch, parallel, platform, settings)
         load_weights(model, RandomInit(arch, 5), parallel)
-        chunks = wrap_for_gradients(model, Optimizer(distributed=False))
+        chunks = wrap_for_gradients(model, Optimizer(distributed=False, overlap_grad_reduce=layout.overlap))
         row = layout.micro_batch_size * SEQ_LENGTH if layout.packing == "best_fit" else None
         builder = BatchBuilder(
             corpus,
@@ -129,15 +161,17 @@ def run_layouts(platform, corpus_dir: str, layouts: list[Layout], objectives: li
     return out if platform.rank == 0 else None
 
 
-def expected(corpus: Corpus, layout: Layout, objective: Objective):
+@lru_cache
+def expected(corpus_dir: str, packing: str, tied: bool, objective: Objective):
     """Loss and gradients of the same global batch from the plain model, in float64."""
-    config = tiny.model_config(tie_word_embeddings=layout.tied)
+    corpus = Corpus.open(corpus_dir)
+    config = tiny.model_config(**MODEL, tie_word_embeddings=tied)
     arch = Architecture.from_hf(config, where="test")
     source = RandomInit(arch, 5)
     weights = {n: source.read(n, (0, 0, s[0])).double().requires_grad_() for n, s in shapes(arch).items()}
     reference = reference_logprobs(corpus)
     batch = []
-    for i in np.concatenate(sampler(corpus, layout.packing).packs_at(0)).tolist():
+    for i in np.concatenate(sampler(corpus, packing).packs_at(0)).tolist():
         tokens = torch.from_numpy(corpus.tokens(i).astype(np.int64))
         mask = torch.from_numpy(corpus.mask(i)[1:].astype(np.int64))
         batch.append(
@@ -153,14 +187,18 @@ def expected(corpus: Corpus, layout: Layout, objective: Objective):
     return loss.item(), dict(zip(weights, gradients, strict=True))
 
 
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Corpus:
+    return tiny.token_corpus(tmp_path_factory.mktemp("layouts"), LENGTHS, scores=True)
+
+
 @pytest.mark.parallel
 @pytest.mark.parametrize("world_size", LAYOUTS)
-def test_layouts_agree_with_plain_torch(world_size: int, tmp_path: Path) -> None:
-    corpus = tiny.token_corpus(tmp_path, LENGTHS, scores=True)
+def test_layouts_agree_with_plain_torch(world_size: int, corpus: Corpus) -> None:
     found = run_distributed(run_layouts, world_size, str(corpus.directory), LAYOUTS[world_size], OBJECTIVES)[0]
     complaints = []
     for (layout, objective), (loss, gradients) in found.items():
-        want_loss, want = expected(corpus, layout, objective)
+        want_loss, want = expected(str(corpus.directory), layout.packing, layout.tied, objective)
         if abs(loss - want_loss) > TOLERANCE * abs(want_loss):
             complaints.append(f"[{layout}] {objective}: loss {loss:.8f}, expected {want_loss:.8f}")
         for name, gradient in want.items():

@@ -20,6 +20,7 @@ from megatron_iwsft.errors import ConfigError
 from megatron_iwsft.model.architecture import Architecture
 from megatron_iwsft.model.attention import PackedAttention
 from megatron_iwsft.model.hf import TensorSource
+from megatron_iwsft.model.layout import Layout, broken_rule
 from megatron_iwsft.model.weights import shapes, table
 from megatron_iwsft.ops.logprob import vocab_parallel_logprob
 from megatron_iwsft.platform import ParallelContext, Platform
@@ -33,10 +34,12 @@ _CHECKPOINT_NAMES = {
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """How a model computes: dtype of parameters and activations, sequence parallelism, the backend."""
+    """How a model computes: dtype of parameters and activations, what `config.Parallel` says beside degrees, the backend."""
 
     dtype: torch.dtype = torch.float32
     sequence_parallel: bool = False
+    layers_per_stage: tuple[int, ...] | None = None
+    recompute: Literal["none", "selective", "full"] = "none"
     backend: Literal["local", "transformer_engine"] = "local"
 
 
@@ -115,7 +118,16 @@ def build_model(
     arch: Architecture, parallel: ParallelContext, platform: Platform, settings: ModelSettings
 ) -> list[PolicyModel]:
     """This rank's model chunks (one, or one per virtual stage), with uninitialised parameters: see `load_weights`."""
-    check_layout(arch, parallel)
+    layout = Layout(
+        tensor=parallel.tp.size(),
+        pipeline=parallel.pp.size(),
+        virtual=parallel.virtual_pipeline or 1,
+        sequence=settings.sequence_parallel,
+        layers_per_stage=settings.layers_per_stage,
+    )
+    broken = broken_rule(arch, layout)
+    if broken:
+        raise ConfigError(f"parallel: {broken}.")
     config = _transformer_config(arch, parallel, settings)
     virtual = parallel.virtual_pipeline or 1
     chunks = []
@@ -136,24 +148,6 @@ def build_model(
         )
         chunks.append(model.to(platform.device))
     return chunks
-
-
-def check_layout(arch: Architecture, parallel: ParallelContext) -> None:
-    """Raise ConfigError naming the rule that a layout breaks for this architecture."""
-    tensor, pipeline = parallel.tp.size(), parallel.pp.size()
-    stages = pipeline * (parallel.virtual_pipeline or 1)
-    if arch.num_layers % stages:
-        raise ConfigError(
-            f"parallel: {arch.num_layers} layers do not divide into {stages} pipeline stages "
-            f"(pipeline {pipeline} × virtual_pipeline {parallel.virtual_pipeline or 1})."
-        )
-    for name, size in (("attention heads", arch.num_heads), ("feed-forward columns", arch.ffn_size)):
-        if size % tensor:
-            raise ConfigError(f"parallel.tensor {tensor} does not divide the model's {size} {name}.")
-    if arch.num_groups % tensor and tensor % arch.num_groups:
-        raise ConfigError(
-            f"parallel.tensor {tensor} and the model's {arch.num_groups} key-value heads: one must divide the other."
-        )
 
 
 def _transformer_config(arch: Architecture, parallel: ParallelContext, settings: ModelSettings) -> TransformerConfig:
@@ -196,7 +190,19 @@ def _transformer_config(arch: Architecture, parallel: ParallelContext, settings:
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
+        recompute_granularity=None if settings.recompute == "none" else settings.recompute,
+        recompute_method="uniform" if settings.recompute == "full" else None,
+        recompute_num_layers=1 if settings.recompute == "full" else None,
+        pipeline_model_parallel_layout=_pipeline_layout(settings.layers_per_stage),
     )
+
+
+def _pipeline_layout(layers_per_stage: tuple[int, ...] | None) -> list[list[str]] | None:
+    """An uneven split in Megatron-Core's terms: what each (virtual) stage holds, in order."""
+    if layers_per_stage is None:
+        return None
+    stages = [["decoder"] * layers for layers in layers_per_stage]
+    return [["embedding", *stages[0]], *stages[1:-1], [*stages[-1], "loss"]]
 
 
 def _leave_as_it_is(weight: Tensor) -> Tensor:

@@ -1,0 +1,78 @@
+"""Layout arithmetic: rules named, parameters counted as the built model has them."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_iwsft.model.architecture import Architecture
+from megatron_iwsft.model.layout import Layout, _stage_parameters, broken_rule, cost, valid_layouts
+from megatron_iwsft.testing import run_distributed
+from tests import tiny
+
+
+def arch(**changes) -> Architecture:
+    return Architecture.from_hf(tiny.model_config(**changes), where="test")
+
+
+@pytest.mark.parametrize(
+    ("layout", "rule"),
+    [
+        (Layout(pipeline=3), "4 layers do not divide into 3 pipeline stages"),
+        (Layout(pipeline=2, layers_per_stage=(2, 1, 1)), "layers_per_stage names 3 stages"),
+        (Layout(pipeline=2, layers_per_stage=(2, 3)), "layers_per_stage adds up to 5 layers; the model has 4"),
+        (Layout(tensor=3), "tensor 3 does not divide the model's 8 attention heads"),
+        (Layout(tensor=4), "tensor 4 and the model's 6 key-value heads: one must divide the other"),
+        (Layout(sequence=True), "sequence parallelism needs tensor ≥ 2"),
+    ],
+)
+def test_rules_are_named(layout: Layout, rule: str) -> None:
+    changes = dict(num_attention_heads=12, num_key_value_heads=6, head_dim=8) if "key-value" in rule else {}
+    assert rule in str(broken_rule(arch(**changes), layout))
+
+
+def test_every_offered_layout_is_valid_and_uses_all_gpus() -> None:
+    found = list(valid_layouts(arch(), 8))
+    assert {(x.tensor, x.pipeline, x.context, x.data) for x in found} >= {
+        (8, 1, 1, 1),
+        (1, 4, 2, 1),
+        (2, 2, 2, 1),
+        (1, 1, 1, 8),
+    }
+    assert all(x.world_size == 8 and broken_rule(arch(), x) is None for x in found)
+
+
+def test_cost_follows_the_published_formulas() -> None:
+    a = arch(num_hidden_layers=8)
+    step = dict(seq_length=1024, micro_batch_size=1, micro_batches=8)
+    flat, deep = cost(a, Layout(), **step), cost(a, Layout(pipeline=4), **step)
+    interleaved = cost(a, Layout(pipeline=4, virtual=2), **step)
+    assert flat.bubble == 0
+    assert deep.bubble == pytest.approx(3 / (8 + 3))  # (p−1)/(m+p−1)
+    assert interleaved.bubble == pytest.approx(3 / (2 * 8 + 3))
+    assert deep.activations == flat.activations  # a quarter of the layers, four micro-batches in flight
+    assert interleaved.activations == pytest.approx(flat.activations * (1 + 3 / 8))  # 1 + (p−1)/(p·v)
+    assert cost(a, Layout(context=2, data=2), **step).optimizer * 4 == flat.optimizer
+    assert cost(a, Layout(), **step, recompute="full").activations < flat.activations / 4
+
+
+COUNTED = [dict(), dict(tensor=2), dict(pipeline=2), dict(pipeline=2, virtual_pipeline=2)]
+
+
+def built_parameters(platform, tied: bool, layouts: list[dict]) -> list[int]:
+    from megatron_iwsft.model.build import ModelSettings, build_model
+
+    out = []
+    for layout in layouts:
+        parallel = platform.parallel(**layout)
+        chunks = build_model(arch(tie_word_embeddings=tied), parallel, platform, ModelSettings())
+        out.append(sum(p.numel() for chunk in chunks for p in chunk.parameters()))
+    return out
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_parameters_are_counted_as_they_are_built(tied: bool) -> None:
+    built = run_distributed(built_parameters, 2, tied, COUNTED)
+    for i, degrees in enumerate(COUNTED):
+        layout = Layout(degrees.get("tensor", 1), degrees.get("pipeline", 1), degrees.get("virtual_pipeline", 1))
+        counts = _stage_parameters(arch(tie_word_embeddings=tied), layout)
+        assert [built[0][i], built[1][i]] == (counts * 2 if layout.pipeline == 1 else counts)
