@@ -67,13 +67,13 @@ class TrainStep:
     def __post_init__(self) -> None:
         references = self.reference or [None] * len(self.chunks)
         self._stages = [c if r is None else WithReference(c, r) for c, r in zip(self.chunks, references, strict=True)]
-        for chunk in self.chunks:
-            chunk.config.finalize_model_grads_func = self._finalize
         self._totals = LossTotals(self.device)
 
     def forward_backward(self, batches: list[Batch]) -> dict[str, float]:
         """Gradients of the global batch's loss into `main_grad`; returns its metrics, the same on every rank."""
         for chunk in self.chunks:
+            # Set anew: another TrainStep, for evaluation say, may share these chunks.
+            chunk.config.finalize_model_grads_func = self._finalize
             chunk.train()
             chunk.zero_grad_buffer()
         self._run(batches, forward_only=False)

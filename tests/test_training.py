@@ -71,17 +71,9 @@ def all_runs(platform, tmp: Path) -> None:
     for name, overrides in LAYOUTS.items():
         train(config(tmp, name, *overrides))
     train(config(tmp, "live-pp2", *LAYOUTS["pp2"], "reference.source=live"))
-    train(
-        config(
-            tmp,
-            "unpacked",
-            "data.packing=none",
-            "data.micro_batch_size=2",
-            "reference.source=live",
-            "evaluation.every=2",
-            f"evaluation.corpus={tmp}/corpus",
-        )
-    )
+    evaluation = ("evaluation.every=2", f"evaluation.corpus={tmp}/corpus")
+    train(config(tmp, "evaluated", *evaluation))
+    train(config(tmp, "unpacked", "data.packing=none", "data.micro_batch_size=2", "reference.source=live", *evaluation))
 
     # Interrupted before the last checkpoint, and continued.
     for name, whole in RESUMED.items():
@@ -171,6 +163,11 @@ def test_a_resumed_run_repeats_the_unbroken_one_bit_for_bit(runs: Path, run: str
 
 def test_a_run_resumes_at_another_layout(runs: Path) -> None:
     close(metrics(runs / "resumed-at-pp2"), metrics(runs / "cached"), 1e-4)
+
+
+def test_evaluation_does_not_touch_training(runs: Path) -> None:
+    evaluated = [{k: v for k, v in line.items() if k != "eval_nll"} for line in metrics(runs / "evaluated")]
+    assert evaluated == metrics(runs / "cached")
 
 
 def test_unpacked_micro_batches_and_evaluation(runs: Path) -> None:
