@@ -65,7 +65,10 @@ class CheckpointInfo:
         if not (directory / INFO).exists():
             for parent in (directory, directory / "checkpoints"):
                 if (parent / LATEST).exists():
-                    directory = parent / (parent / LATEST).read_text().strip()
+                    newest = parent / (parent / LATEST).read_text().strip()
+                    if not (newest / INFO).exists():  # killed between replacing a checkpoint and pointing at it
+                        newest = next(iter(complete_checkpoints(parent)), newest)
+                    directory = newest
                     break
         path = directory / INFO
         if not path.exists():
@@ -98,7 +101,8 @@ def _state(chunks: list[Any], optimizer: Any | None, schedule: Any | None, *, lo
     if optimizer is not None:
         if loading:
             _create_optimizer_states(optimizer)
-        models = {k: v for part in state.values() for k, v in part.items()}
+        # Chunks of an interleaved pipeline number their layers alike: the optimizer wants tensors, whatever their keys.
+        models = {f"{part}.{name}": tensor for part, tensors in state.items() for name, tensor in tensors.items()}
         state["optimizer"] = optimizer.sharded_state_dict(models, is_loading=loading, metadata=metadata)
     if schedule is not None:
         state["schedule"] = schedule.state_dict()
@@ -133,16 +137,19 @@ def _load_optimizer(optimizer: Any, state: dict[Any, Any]) -> None:
             continue
         parameter_state = own.pop("param_state")
         part.load_state_dict(own)
-        steps = {parameter: values.pop("step") for parameter, values in part.optimizer.state.items()}
+        states = part.optimizer.state.items()
+        steps = {parameter: values.pop("step") for parameter, values in states if "step" in values}
         part.load_parameter_state_from_fully_reshardable(parameter_state)
         for parameter, step in steps.items():
-            part.optimizer.state[parameter]["step"] = step
+            # A count of its own: Megatron-Core hands all of them one tensor, which each update would then advance.
+            part.optimizer.state[parameter]["step"] = step.clone()
 
 
 @dataclass
 class CheckpointWriter:
     """Writes the checkpoints of one run under `root`, at once or in the background.
 
+    chat_template: replaces the tokenizer's own, where the corpus was rendered with a named one.
     asynchronous: tensors are copied, a forked process writes them, and the checkpoint counts once `poll` or `wait` has found
     every rank's file written. Every method is collective over all ranks.
     """
@@ -153,6 +160,7 @@ class CheckpointWriter:
     layout: dict[str, int]
     tokenizer_files: list[Path]
     template_hash: str | None = None
+    chat_template: str | None = None
     keep: int | None = None
     asynchronous: bool = False
 
@@ -197,6 +205,8 @@ class CheckpointWriter:
             (partial / TOKENIZER).mkdir()
             for file in self.tokenizer_files:
                 shutil.copyfile(file, partial / TOKENIZER / file.name)
+            if self.chat_template is not None:
+                (partial / TOKENIZER / "chat_template.jinja").write_text(self.chat_template, encoding="utf-8")
             info = {
                 "format_version": FORMAT_VERSION,
                 "step": step,
@@ -212,7 +222,8 @@ class CheckpointWriter:
             pointer = self.root / f"{LATEST}.partial"
             pointer.write_text(final.name + "\n")
             os.replace(pointer, self.root / LATEST)
-            for old in complete_checkpoints(self.root)[self.keep :] if self.keep else []:
+            others = [c for c in complete_checkpoints(self.root) if c != final]
+            for old in others[self.keep - 1 :] if self.keep else []:
                 shutil.rmtree(old)
         dist.barrier()
 
@@ -227,8 +238,9 @@ def load(directory: Path, chunks: list[Any], *, optimizer: Any | None = None, sc
     """Load a checkpoint made at any layout into this one. Collective over all ranks. Raises CheckpointError if it is damaged."""
     from megatron.core import dist_checkpointing
 
+    wanted = _state(chunks, optimizer, schedule, loading=True)
     try:
-        state = dist_checkpointing.load(_state(chunks, optimizer, schedule, loading=True), str(directory))
+        state = dist_checkpointing.load(wanted, str(directory))
     except (Exception, CheckpointException) as error:  # many kinds, for a damaged file
         raise CheckpointError(f"{directory} cannot be loaded: {_short(error)}") from error
     for i, chunk in enumerate(chunks):

@@ -145,6 +145,8 @@ class Parallel(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Parallel:
+        if self.virtual_pipeline == 1:
+            raise ValueError("virtual_pipeline is 1; use null for a pipeline that is not interleaved, or 2 and more")
         if self.virtual_pipeline is not None and self.pipeline < 2:
             raise ValueError(f"virtual_pipeline {self.virtual_pipeline} needs pipeline ≥ 2; it is {self.pipeline}")
         if self.layers_per_stage is not None and self.pipeline < 2:
@@ -206,10 +208,16 @@ class Logging(Section):
 
 
 class Evaluation(Section):
-    """corpus: held-out trajectories whose loss is logged every so many steps (0: never)."""
+    """corpus: held-out trajectories whose loss is logged every so many steps. Both or neither."""
 
     corpus: str | None = None
     every: NonNegativeInt = 0
+
+    @model_validator(mode="after")
+    def _both_or_neither(self) -> Evaluation:
+        if (self.corpus is None) != (self.every == 0):
+            raise ValueError("corpus and every (steps, above 0) go together")
+        return self
 
 
 class Config(Section):

@@ -14,10 +14,8 @@ from megatron_iwsft import checkpoint
 from megatron_iwsft.batch import IGNORE, Batch
 from megatron_iwsft.config import Model
 from megatron_iwsft.errors import CheckpointError
-from megatron_iwsft.model.hf import write_directory
+from megatron_iwsft.model.hf import DTYPES, write_directory
 from megatron_iwsft.version import __version__
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def export_checkpoint(source: str | Path, output: str | Path, *, dtype: str | None = None) -> Path:
@@ -76,15 +74,12 @@ class Parity:
 
 def verify(hf_directory: str | Path, source: str | Path, texts: Sequence[str]) -> list[Parity]:
     """Compare the log-probs of every token of `texts` under `transformers` and under the checkpoint's Megatron-Core model, in fp32."""
-    import transformers
-
     from megatron_iwsft.job import Weights
     from megatron_iwsft.model.build import ModelSettings, build_model
     from megatron_iwsft.platform import start
 
     info = checkpoint.CheckpointInfo.read(source)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(hf_directory, dtype=torch.float32, local_files_only=True)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(hf_directory, local_files_only=True)
+    theirs, tokenizer = load_in_transformers(hf_directory)
     encoded = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     with torch.no_grad():
         expected = [hugging_face_logprobs(theirs, ids) for ids in encoded]
@@ -100,6 +95,21 @@ def verify(hf_directory: str | Path, source: str | Path, texts: Sequence[str]) -
         worst = int(difference.argmax())
         out.append(Parity(len(ids), float(difference[worst]), worst + 1, tokenizer.decode([ids[worst + 1]])))
     return out
+
+
+def load_in_transformers(directory: str | Path) -> tuple[Any, Any]:
+    """(model in fp32, tokenizer) of a Hugging Face directory. Raises CheckpointError if `transformers` cannot load it."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    if not (Path(directory) / "config.json").exists():
+        raise CheckpointError(f"{directory} is not a Hugging Face model directory: it has no config.json.")
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, local_files_only=True)
+        return model, transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{directory} cannot be loaded by transformers: {error}") from None
 
 
 def hugging_face_logprobs(model: Any, ids: list[int]) -> torch.Tensor:

@@ -24,6 +24,10 @@ class CheckpointError(UserError):
     """A checkpoint or Hugging Face directory is missing, damaged or of another model."""
 
 
+class DivergenceError(UserError):
+    """Training gave a loss or gradient that is not a finite number."""
+
+
 EXIT_USER_ERROR = 2
 
 
@@ -43,6 +47,9 @@ def run_command(main: Callable[[], int | None]) -> None:
         print(f"{type(error).__name__}{where}: {error}", file=sys.stderr, flush=True)
         # Skips interpreter teardown, where peers waiting in a collective would each add a traceback of their own.
         sys.stdout.flush()
+        os._exit(EXIT_USER_ERROR)
+    except OSError as error:
+        print(f"{error.strerror}: {error.filename}" if error.filename else str(error), file=sys.stderr, flush=True)
         os._exit(EXIT_USER_ERROR)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from megatron_iwsft.convert import hugging_face_logprobs
+from megatron_iwsft.convert import hugging_face_logprobs, load_in_transformers
 from megatron_iwsft.data.corpus import Corpus
 from megatron_iwsft.data.tokenizer import load_tokenizer
-from megatron_iwsft.errors import CheckpointError, DataError
+from megatron_iwsft.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -29,18 +29,10 @@ def score_corpus(model_directory: str | Path, corpus_directory: str | Path) -> C
 
     Raises CheckpointError if transformers cannot load the model, DataError if the corpus was made with another tokenizer.
     """
-    import transformers
-
     corpus = Corpus.open(corpus_directory)
     if load_tokenizer(model_directory).fingerprint != corpus.manifest["tokenizer"]["fingerprint"]:
         raise DataError(f"{corpus_directory} was made with another tokenizer than {model_directory} has.")
-    transformers.logging.disable_progress_bar()
-    try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            model_directory, dtype=torch.float32, local_files_only=True
-        )
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{model_directory} cannot be loaded by transformers: {error}") from None
+    model, _ = load_in_transformers(model_directory)
     total, count = 0.0, 0
     for i in tqdm(range(len(corpus)), desc="scoring", unit="trajectory", disable=None):
         with torch.no_grad():

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_iwsft import config
+from megatron_iwsft.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,10 @@ def wandb_logger(settings: config.Wandb, run: config.Run, resolved: dict[str, An
 
 def tensorboard_logger(directory: Path) -> Hook:
     """Write scalars for TensorBoard."""
-    from torch.utils.tensorboard import SummaryWriter
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ConfigError("logging.tensorboard needs the package tensorboard: pip install tensorboard.") from None
 
     writer = SummaryWriter(str(directory))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +20,9 @@ from megatron_iwsft.data.tokenizer import load_tokenizer
 from megatron_iwsft.errors import CheckpointError, ConfigError, DataError
 from megatron_iwsft.model.architecture import Architecture
 from megatron_iwsft.model.build import ModelSettings, PolicyModel, build_model, load_weights
-from megatron_iwsft.model.hf import RandomInit, SafetensorsDirectory, tokenizer_files
+from megatron_iwsft.model.hf import DTYPES, RandomInit, SafetensorsDirectory, tokenizer_files
 from megatron_iwsft.platform import ParallelContext, Platform, start
 from megatron_iwsft.reference import ReferenceIdentity, weights_fingerprint
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Weights:
@@ -55,9 +54,11 @@ class Weights:
             assert model.config is not None
             self.architecture = Architecture.from_hf(model.config, where="model.config")
             self._source = RandomInit(self.architecture, seed)
-            text = json.dumps([self.architecture.hf, seed], sort_keys=True)
-            self.fingerprint = hashlib.sha256(text.encode()).hexdigest()
+            self.fingerprint = f"seed {seed}"
             self.described = f"random initialisation with seed {seed}"
+
+        identity = json.dumps([self.architecture.hf, self.fingerprint], sort_keys=True)
+        self.fingerprint = hashlib.sha256(identity.encode()).hexdigest()
 
     def load(self, chunks: list[PolicyModel], parallel: ParallelContext) -> None:
         """Fill this rank's chunks. Collective over all ranks for a checkpoint."""
@@ -80,6 +81,7 @@ class Job:
     policy: Weights
     reference: Weights
     identity: ReferenceIdentity
+    evaluation: Corpus | None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -97,6 +99,7 @@ class Job:
             sequence_parallel=degrees.sequence,
             layers_per_stage=tuple(degrees.layers_per_stage) if degrees.layers_per_stage else None,
             recompute=degrees.recompute,
+            backend="transformer_engine" if self.platform.has_transformer_engine else "local",
         )
         chunks = build_model(weights.architecture, self.parallel, self.platform, settings)
         weights.load(chunks, self.parallel)
@@ -125,14 +128,26 @@ def start_job(config: Config) -> Job:
     sampler = make_sampler(config, corpus)
     policy = Weights(config.model, config.run.seed)
     check_tokenizer(corpus, policy)
+    evaluation = Corpus.open(config.evaluation.corpus) if config.evaluation.corpus is not None else None
+    if evaluation is not None and evaluation.manifest["tokenizer"] != corpus.manifest["tokenizer"]:
+        raise DataError(
+            f"evaluation.corpus {evaluation.directory} was made with another tokenizer than {corpus.directory}."
+        )
     reference = policy
     if config.reference.model is not None:
         reference = Weights(_model_at(config.reference.model), config.run.seed)
         check_tokenizer(corpus, reference)
-        if reference.architecture.vocab_size != policy.architecture.vocab_size and config.reference.source == "live":
-            raise ConfigError("reference.source live needs a reference with the policy's vocabulary size.")
+        if config.reference.source == "live" and reference.architecture.hidden_size != policy.architecture.hidden_size:
+            raise ConfigError(
+                "reference.source live needs a reference of the policy's hidden size: their hidden states travel side by side. Use "
+                "reference.source: cached."
+            )
     if config.precision.fp8 is not None:
-        raise ConfigError("precision.fp8 needs Transformer Engine on a Hopper or newer GPU; use precision.fp8: null.")
+        raise ConfigError("precision.fp8 is not implemented yet; use precision.fp8: null.")
+    if config.parallel.expert != 1:
+        raise ConfigError(
+            f"parallel.expert is {config.parallel.expert}, but the {policy.architecture.family} family has no experts; use 1."
+        )
     template = corpus.manifest["template"]
     identity = ReferenceIdentity(
         weights=reference.fingerprint,
@@ -141,6 +156,7 @@ def start_job(config: Config) -> Job:
         dtype=config.precision.dtype,
     )
 
+    config.data_parallel(int(os.environ.get("WORLD_SIZE", "1")))  # refused before ranks wait for each other
     platform = start(config.run.device)
     data_size = config.data_parallel(platform.world_size)
     degrees = config.parallel
@@ -152,7 +168,7 @@ def start_job(config: Config) -> Job:
         virtual_pipeline=degrees.virtual_pipeline,
         seed=config.run.seed,
     )
-    return Job(config, platform, parallel, data_size, corpus, sampler, policy, reference, identity)
+    return Job(config, platform, parallel, data_size, corpus, sampler, policy, reference, identity, evaluation)
 
 
 def make_sampler(config: Config, corpus: Corpus) -> Sampler:

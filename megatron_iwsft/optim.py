@@ -67,4 +67,7 @@ def build_schedule(optimizer: Any, settings: config.Optimizer, total_steps: int)
         end_wd=settings.weight_decay,
         wd_incr_steps=0,
         wd_incr_style="constant",
+        # A resumed run takes its position from the checkpoint and everything else from its config.
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
     )

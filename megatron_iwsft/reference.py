@@ -115,6 +115,10 @@ class SidecarWriter:
         self.corpus, self.identity = corpus, identity
         self.directory = sidecar_directory(corpus, identity)
         self._maps: list[np.memmap] = []
+        self._files: list[int] = []
+        self._starts = [
+            np.concatenate([[0], np.cumsum(corpus.shard_lengths(k), dtype=np.int64)]) for k in range(len(corpus.shards))
+        ]
 
     @property
     def complete(self) -> bool:
@@ -123,7 +127,7 @@ class SidecarWriter:
     def prepare(self) -> None:
         """Create the files that are not there yet. On one rank, before `open` on all."""
         self.directory.mkdir(exist_ok=True)
-        for name in self.corpus.shards:
+        for index, name in enumerate(self.corpus.shards):
             path = self._partial(name)
             if path.exists():
                 continue
@@ -133,17 +137,15 @@ class SidecarWriter:
                 for at in range(0, len(mask), 1 << 24):
                     part = mask[at : at + (1 << 24)]
                     file.write(np.where(part == 1, np.float32(np.nan), np.float32(0)).astype(np.float32).tobytes())
+            # A first token has no prediction: its log-prob is 0 by definition, also where a mask covers it.
+            values = np.memmap(fresh, np.float32, mode="r+")
+            values[self._starts[index][:-1]] = 0
+            values.flush()
             os.replace(fresh, path)
 
     def open(self) -> None:
-        self._maps = [np.memmap(self._partial(name), np.float32, mode="r+") for name in self.corpus.shards]
-        self._starts = [
-            np.concatenate([[0], np.cumsum(self.corpus.shard_lengths(k), dtype=np.int64)])
-            for k in range(len(self._maps))
-        ]
-        # A first token has no prediction: its log-prob is 0 by definition, also where a mask covers it.
-        for values, starts in zip(self._maps, self._starts, strict=True):
-            values[starts[:-1]] = 0
+        self._maps = [np.memmap(self._partial(name), np.float32, mode="r") for name in self.corpus.shards]
+        self._files = [os.open(self._partial(name), os.O_WRONLY) for name in self.corpus.shards]
 
     def _partial(self, name: str) -> Path:
         return self.directory / f"{name}.bin.partial"
@@ -171,14 +173,21 @@ class SidecarWriter:
         trajectory = batch.trajectory.cpu().numpy()
         for s in np.unique(segment):
             at = segment == s
-            self._view(int(trajectory[s]))[position[at]] = values[at]
+            shard, k = self.corpus.locate(int(trajectory[s]))
+            runs = np.flatnonzero(np.diff(position[at]) != 1) + 1
+            # Written byte by byte, not through the mapping: nodes that share a page of it over a network file system would
+            # write back each other's stale values.
+            for where, run in zip(np.split(position[at], runs), np.split(values[at], runs), strict=True):
+                os.pwrite(self._files[shard], run.tobytes(), run.itemsize * int(self._starts[shard][k] + where[0]))
 
     def flush(self) -> None:
-        for values in self._maps:
-            values.flush()
+        for file in self._files:
+            os.fsync(file)
 
     def finish(self, described: dict[str, Any]) -> None:
         """Give the files their names and write the manifest. On one rank, after every rank has flushed."""
+        for file in self._files:
+            os.close(file)
         missing = sum(int(np.isnan(values).sum()) for values in self._maps)
         if missing:
             raise DataError(f"{missing} positions of {self.directory} have no value. Run the same command again.")

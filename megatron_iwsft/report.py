@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from megatron_iwsft.errors import DataError
 
 # metric → what the page calls it
@@ -52,13 +54,14 @@ def curve_difference(a: list[dict[str, Any]], b: list[dict[str, Any]], metric: s
     """Largest relative difference of a metric over the steps that both runs have."""
     other = {line["step"]: line[metric] for line in b}
     pairs = [(line[metric], other[line["step"]]) for line in a if line["step"] in other]
-    return max((abs(x - y) / abs(y) for x, y in pairs if y), default=0.0)
+    # Not max(): it would pass over NaN.
+    return float(np.max([abs(x - y) / abs(y) for x, y in pairs], initial=0.0))
 
 
 def write_report(runs: Sequence[Path], output: Path) -> str:
     """Write the page; returns a summary for the terminal."""
-    metrics = {run.name: read_metrics(run) for run in runs}
-    configs = {run.name: (run / "config.yaml") for run in runs}
+    metrics = {str(run): read_metrics(run) for run in runs}
+    configs = {str(run): run / "config.yaml" for run in runs}
     shown = [m for m in PLOTS if any(m in line for lines in metrics.values() for line in lines)]
     rows = [
         [name, *(_last(lines, m) for m in ("step", "nll", "loss", "weight_mean", "weight_ess", "kl_to_reference"))]
@@ -72,7 +75,7 @@ def write_report(runs: Sequence[Path], output: Path) -> str:
     differences = [
         f"{name} and {names[0]}: loss curves at most {curve_difference(metrics[name], metrics[names[0]]):.2e} apart (relative)"
         for name in names[1:]
-        if metrics[name][0].get("weight_mean") is not None and metrics[names[0]][0].get("weight_mean") is not None
+        if metrics[name][0].keys() == metrics[names[0]][0].keys()  # the same objective
     ]
     body = [
         f"<h1>{html.escape(' · '.join(names))}</h1>",

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import Any
 
 from megatron_iwsft import checkpoint
 from megatron_iwsft.config import Config
-from megatron_iwsft.data.corpus import TOKENIZER, Corpus
-from megatron_iwsft.errors import CheckpointError, DataError
+from megatron_iwsft.data.corpus import TOKENIZER
+from megatron_iwsft.errors import CheckpointError, ConfigError, DataError, DivergenceError
 from megatron_iwsft.hooks import (
     Every,
     Hook,
@@ -61,6 +62,9 @@ def train(config: Config) -> dict[str, Any]:
     writer = _checkpoint_writer(job)
 
     def save(info: StepInfo) -> None:
+        if config.optimizer.overlap_param_gather:  # else parameters are gathered no sooner than the next forward
+            for chunk in chunks:
+                chunk.start_param_sync(force_sync=True)
         writer.save(info.step, policy, optimizer=optimizer, schedule=schedule)
 
     saves = Every(config.checkpoint.every, save, at_end=True)
@@ -73,8 +77,16 @@ def train(config: Config) -> dict[str, Any]:
         metrics |= step.forward_backward(builder.from_packs(packs))
         if number == 0 and needs_reference:
             _check_start(job, metrics)
+        if not math.isfinite(metrics["loss"]) and metrics["trained_tokens"]:
+            raise DivergenceError(
+                f"the loss of step {number + 1} is {metrics['loss']}; the last checkpoint is unharmed."
+            )
         metrics["lr"] = max(group["lr"] for group in optimizer.param_groups)
         _, metrics["grad_norm"], _ = optimizer.step()
+        if not math.isfinite(metrics["grad_norm"]):
+            raise DivergenceError(
+                f"the gradient norm of step {number + 1} is {metrics['grad_norm']}; the last checkpoint is unharmed."
+            )
         schedule.step(increment=1)
         job.platform.synchronize()
         metrics["step_time_s"] = time.perf_counter() - started
@@ -137,10 +149,10 @@ def _hooks(job: Job, run_dir: Path, resumed_at: int, total_steps: int) -> list[H
 
 def _check_start(job: Job, metrics: dict[str, Any]) -> None:
     """Before the first update, a reference that is the initial policy must give the policy's own log-probs."""
-    if job.reference is not job.policy:
+    if job.reference.fingerprint != job.policy.fingerprint:
         return
     found, allowed = metrics["abs_log_ratio"], START_TOLERANCE[job.config.precision.dtype]
-    if found > allowed:
+    if not found <= allowed:  # NaN too
         raise DataError(
             f"policy and reference are the same model, yet their log-probs differ by {found:.3g} per token on the first batch "
             f"(allowed in {job.config.precision.dtype}: {allowed:g}). Model, tokenizer and template match by fingerprint, so the "
@@ -152,15 +164,24 @@ def _check_start(job: Job, metrics: dict[str, Any]) -> None:
 def _resume(job: Job, policy: list[Any], optimizer: Any, schedule: Any) -> int:
     """Load the newest checkpoint of this run that can be loaded; returns its step, 0 for a fresh run."""
     root = Path(job.config.run.dir) / "checkpoints"
-    found = checkpoint.complete_checkpoints(root) if job.config.checkpoint.resume == "auto" else []
+    found = checkpoint.complete_checkpoints(root)
+    if found and job.config.checkpoint.resume == "never":
+        raise ConfigError(
+            f"checkpoint.resume is never, but {root} holds checkpoints. Choose another run.dir, or remove them."
+        )
     for directory in found:
+        problem = ""
         try:
             info = checkpoint.CheckpointInfo.read(directory)
             checkpoint.load(directory, policy, optimizer=optimizer, schedule=schedule)
         except CheckpointError as error:
-            if job.is_main:
-                _say(f"skipping a damaged checkpoint: {error}")
+            problem = str(error)
+        # Every rank must take the same checkpoint, also where only one of them met the damage.
+        if job.platform.any(bool(problem)):
+            if problem:
+                _say(f"skipping a damaged checkpoint: {problem}")
             continue
+        _check_same_run(job.config, info.config, directory)
         if job.is_main:
             _say(f"resuming from {directory} after step {info.step}")
         return info.step
@@ -169,6 +190,23 @@ def _resume(job: Job, policy: list[Any], optimizer: Any, schedule: Any) -> int:
             f"none of the {len(found)} checkpoints in {root} can be loaded. Move them away to start afresh."
         )
     return 0
+
+
+# What may differ between a run and its continuation; anything else would make it another run.
+_MAY_CHANGE = {"run": {"name", "dir", "device"}, "data": {"corpus", "micro_batch_size", "epochs", "max_steps"}}
+_MUST_STAY = ("model", "data", "objective", "reference", "precision", "run")
+
+
+def _check_same_run(now: Config, before: dict[str, Any], directory: Path) -> None:
+    """Raise ConfigError naming the first key that a continued run may not change."""
+    for section in _MUST_STAY:
+        for key, value in getattr(now, section).model_dump().items():
+            earlier = before.get(section, {}).get(key, value)
+            if value != earlier and key not in _MAY_CHANGE.get(section, ()):
+                raise ConfigError(
+                    f"{section}.{key} is {value!r}, but {directory} was trained with {earlier!r}. Set it back to continue that run, "
+                    "or choose another run.dir for a new one."
+                )
 
 
 def _checkpoint_writer(job: Job) -> checkpoint.CheckpointWriter:
@@ -180,6 +218,9 @@ def _checkpoint_writer(job: Job) -> checkpoint.CheckpointWriter:
         layout={**config.parallel.model_dump(), "data": job.data_size},
         tokenizer_files=job.policy.tokenizer_files or sorted((job.corpus.directory / TOKENIZER).iterdir()),
         template_hash=template["hash"] if template else None,
+        chat_template=template["source"]
+        if template and job.corpus.manifest["settings"]["template"] != "tokenizer"
+        else None,
         keep=config.checkpoint.keep,
         asynchronous=config.checkpoint.asynchronous,
     )
@@ -187,9 +228,9 @@ def _checkpoint_writer(job: Job) -> checkpoint.CheckpointWriter:
 
 def _evaluation(job: Job, chunks: list[Any], settings: Settings):
     """A function giving the loss on `evaluation.corpus`, or None."""
-    if job.config.evaluation.corpus is None or not job.config.evaluation.every:
+    corpus = job.evaluation
+    if corpus is None:
         return None
-    corpus = Corpus.open(job.config.evaluation.corpus)
     unweighted = job.config.model_copy(
         update={"data": job.config.data.model_copy(update={"quality": type(job.config.data.quality)()})}
     )

@@ -10,8 +10,6 @@ import math
 import torch
 from torch import Tensor
 
-IGNORED_FIRST = 1  # a trajectory's first token has no prediction
-
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x / torch.sqrt((x * x).mean(-1, keepdim=True) + eps) * weight

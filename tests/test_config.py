@@ -58,6 +58,13 @@ MISTAKES = [
     (["model.checkpoint=x"], "needs exactly one of hf, checkpoint and config; found hf, checkpoint"),
     (["model.hf=null"], "needs exactly one of hf, checkpoint and config; found none"),
     (["parallel.virtual_pipeline=2"], "virtual_pipeline 2 needs pipeline ≥ 2; it is 1"),
+    (["parallel.virtual_pipeline=1"], "virtual_pipeline is 1; use null"),
+    (["parallel.layers_per_stage=[2]"], "layers_per_stage needs pipeline ≥ 2; it is 1"),
+    (
+        ["optimizer.overlap_param_gather=true"],
+        "overlap_param_gather needs distributed: true and overlap_grad_reduce: true",
+    ),
+    (["evaluation.every=5"], "evaluation: corpus and every (steps, above 0) go together"),
     (["parallel.sequence=true"], "sequence: true needs tensor ≥ 2; it is 1"),
     (["run=5"], "run must hold keys; found 5"),
     (["nonsense"], "override 'nonsense' is not of the form section.key=value"),

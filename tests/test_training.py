@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_iwsft.checkpoint import CheckpointInfo, hugging_face_reader
 from megatron_iwsft.config import Config, parse_config
 from megatron_iwsft.data.corpus import Corpus
 from megatron_iwsft.errors import CheckpointError, ConfigError, DataError, UserError
@@ -27,12 +28,12 @@ def config(tmp: Path, name: str, *overrides: str, start: str = "sft") -> Config:
     text = f"""
 run: {{name: {name}, dir: {tmp}/{name}, seed: 7}}
 model: {{checkpoint: {tmp}/{start}}}
-data: {{corpus: {tmp}/corpus, seq_length: 128, global_batch_size: 4, epochs: 1}}
+data: {{corpus: {tmp}/corpus, seq_length: 128, global_batch_size: 4, epochs: 2}}
 objective: {{name: iw_sft, temperature: 2.0}}
 parallel: {{tensor: 2, sequence: true}}
 precision: {{dtype: fp32}}
 optimizer: {{lr: 3.0e-3, weight_decay: 0.1}}
-checkpoint: {{every: 3}}
+checkpoint: {{every: 3, keep: 9}}
 """
     return parse_config(text, list(overrides), where=name)
 
@@ -48,6 +49,13 @@ LAYOUTS = {
     "cp2": ("parallel.tensor=1", "parallel.sequence=false", "parallel.context=2"),
     "plain-optimizer": ("optimizer.distributed=false",),
     "async": ("checkpoint.asynchronous=true",),
+    "vp2": ("parallel.tensor=1", "parallel.sequence=false", "parallel.pipeline=2", "parallel.virtual_pipeline=2"),
+    "overlap": (
+        "parallel.tensor=1",
+        "parallel.sequence=false",
+        "optimizer.overlap_grad_reduce=true",
+        "optimizer.overlap_param_gather=true",
+    ),
 }
 
 
@@ -56,6 +64,8 @@ RESUMED = {
     "resumed": "cached",
     "resumed-plain": "plain-optimizer",
     "resumed-async": "async",
+    "resumed-vp2": "vp2",
+    "resumed-dp2": "dp2",
     "resumed-at-pp2": "cached",
 }
 
@@ -64,7 +74,7 @@ def all_runs(platform, tmp: Path) -> None:
     from megatron_iwsft.precompute import precompute_reference
     from megatron_iwsft.trainer import train
 
-    train(config(tmp, "sft", *SFT, "data.max_steps=4"))
+    train(config(tmp, "sft", *SFT, "data.max_steps=4", "checkpoint.keep=1"))
     precompute_reference(config(tmp, "cached"))
     train(config(tmp, "cached"))
     train(config(tmp, "live", "reference.source=live"))
@@ -75,13 +85,13 @@ def all_runs(platform, tmp: Path) -> None:
     train(config(tmp, "evaluated", *evaluation))
     train(config(tmp, "unpacked", "data.packing=none", "data.micro_batch_size=2", "reference.source=live", *evaluation))
 
-    # Interrupted before the last checkpoint, and continued.
+    # Interrupted after step 6, the epoch ending with step 7, and continued.
     for name, whole in RESUMED.items():
         overrides = LAYOUTS.get(whole, ())
         if platform.rank == 0:
             shutil.copytree(tmp / whole, tmp / name)
-            newest = sorted((tmp / name / "checkpoints").glob("step-*"))[-1]
-            shutil.rmtree(newest)
+            for later in sorted((tmp / name / "checkpoints").glob("step-*"))[2:]:
+                shutil.rmtree(later)
         torch.distributed.barrier()
         train(config(tmp, name, *overrides, *(LAYOUTS["pp2"] if "pp2" in name else ())))
 
@@ -91,6 +101,8 @@ def all_runs(platform, tmp: Path) -> None:
         newest = sorted((tmp / "damaged" / "checkpoints").glob("step-*"))[-1]
         for file in newest.glob("*.distcp"):
             file.write_bytes(b"")
+        for name in ("common.pt", "metadata.json"):  # and of the one before, a part that ranks read on their own
+            (sorted((tmp / "damaged" / "checkpoints").glob("step-*"))[-2] / name).write_bytes(b"")
     torch.distributed.barrier()
     train(config(tmp, "damaged"))
 
@@ -130,9 +142,11 @@ def test_it_learns(runs: Path) -> None:
 def test_every_trajectory_is_trained_on_once_an_epoch(runs: Path) -> None:
     corpus = Corpus.open(runs / "corpus")
     lines = metrics(runs / "cached")
-    assert sum(m["sequences"] for m in lines) == len(corpus)
-    assert sum(m["tokens"] for m in lines) == corpus.lengths.sum()
-    assert sum(m["trained_tokens"] for m in lines) == corpus.num_trained.sum()
+    for epoch in (0, 1):
+        of_epoch = [m for m in lines if m["epoch"] == epoch]
+        assert sum(m["sequences"] for m in of_epoch) == len(corpus)
+        assert sum(m["tokens"] for m in of_epoch) == corpus.lengths.sum()
+        assert sum(m["trained_tokens"] for m in of_epoch) == corpus.num_trained.sum()
 
 
 def test_weights_are_one_before_the_first_update(runs: Path) -> None:
@@ -156,9 +170,23 @@ def test_curves_agree_at_every_layout(runs: Path, layout: str) -> None:
     close(metrics(runs / layout), metrics(runs / "cached"), 1e-4)
 
 
-@pytest.mark.parametrize("run", ["resumed", "resumed-plain", "resumed-async", "damaged"])
+@pytest.mark.parametrize("run", [*(run for run in RESUMED if run != "resumed-at-pp2"), "damaged"])
 def test_a_resumed_run_repeats_the_unbroken_one_bit_for_bit(runs: Path, run: str) -> None:
-    assert metrics(runs / run) == metrics(runs / RESUMED.get(run, "cached"))
+    whole = RESUMED.get(run, "cached")
+    assert metrics(runs / run) == metrics(runs / whole)
+    same_weights(runs / run, runs / whole)
+
+
+def same_weights(a: Path, b: Path) -> None:
+    """The latest checkpoints of two runs hold the same tensors, bit for bit."""
+    infos = [CheckpointInfo.read(run) for run in (a, b)]
+    assert infos[0].step == infos[1].step
+    (read_a, names), (read_b, _) = (hugging_face_reader(info.directory, info.architecture) for info in infos)
+    assert [name for name in names if not torch.equal(read_a(name), read_b(name))] == []
+
+
+def test_overlapped_communication_saves_the_weights_that_were_trained(runs: Path) -> None:
+    same_weights(runs / "overlap", runs / "dp2")
 
 
 def test_a_run_resumes_at_another_layout(runs: Path) -> None:
@@ -172,16 +200,15 @@ def test_evaluation_does_not_touch_training(runs: Path) -> None:
 
 def test_unpacked_micro_batches_and_evaluation(runs: Path) -> None:
     lines = metrics(runs / "unpacked")
-    assert len(lines) == len(LENGTHS) // 4
+    assert len(lines) == 2 * len(LENGTHS) // 4
     assert [("eval_nll" in m) for m in lines] == [i % 2 == 1 for i in range(len(lines))]
     assert lines[-1]["eval_nll"] < lines[1]["eval_nll"]
 
 
 def test_checkpoints_are_kept_as_configured(runs: Path) -> None:
     kept = sorted(p.name for p in (runs / "cached" / "checkpoints").iterdir())
-    assert kept[0] == "latest"
-    assert len(kept) <= 1 + 3
-    assert not any(name.endswith(".partial") for name in kept)
+    assert kept == ["latest", *(f"step-{step:08d}" for step in (3, 6, 9, 12, 14))]
+    assert len(sorted((runs / "sft" / "checkpoints").glob("step-*"))) == 1, "keep is 1 there"
 
 
 def test_the_exported_model_gives_the_log_probs_that_training_reported(runs: Path, tmp_path: Path) -> None:
@@ -207,8 +234,12 @@ def mistakes(platform, tmp: Path) -> dict[str, tuple[type, str]]:
     found = {}
     cases = {
         "no sidecar": config(tmp, "x", f"model.checkpoint={tmp}/cached"),
-        "live reference of another vocabulary": config(
-            tmp, "x", "reference.source=live", f"reference.model={tmp}/other"
+        "live reference of another size": config(tmp, "x", "reference.source=live", f"reference.model={tmp}/other"),
+        "never resumes": config(tmp, "cached", "checkpoint.resume=never"),
+        "another objective": config(tmp, "cached", "objective.temperature=1.0"),
+        "experts": config(tmp, "x", "parallel.expert=2"),
+        "evaluated with another tokenizer": config(
+            tmp, "x", f"evaluation.corpus={tmp}/foreign/corpus", "evaluation.every=1"
         ),
         "unfinished sidecar": config(tmp, "x", f"data.corpus={tmp}/unfinished"),
         "stale sidecar": config(tmp, "x", f"data.corpus={tmp}/stale"),
@@ -247,7 +278,7 @@ def test_mistakes_are_told(runs: Path) -> None:
     values = np.fromfile(runs / "wrong" / sidecar / "shard-00000.bin", np.float32)
     (values * 1.1).tofile(runs / "wrong" / sidecar / "shard-00000.bin")
     tiny.token_corpus(runs / "foreign", [20] * 4, vocab_size=280)
-    other = tiny.model_config(vocab_size=320)
+    other = tiny.model_config(hidden_size=32)
     run_distributed(
         train_only, 2, config(runs, "other", SFT[0], SFT[1], f"model.config={json.dumps(other)}", "data.max_steps=1")
     )
@@ -255,7 +286,11 @@ def test_mistakes_are_told(runs: Path) -> None:
     found = run_distributed(mistakes, 2, runs)[0]
     expected = {
         "no sidecar": (DataError, "has no reference log-probs of this reference model"),
-        "live reference of another vocabulary": (ConfigError, "needs a reference with the policy's vocabulary size"),
+        "live reference of another size": (ConfigError, "needs a reference of the policy's hidden size"),
+        "never resumes": (ConfigError, "checkpoint.resume is never, but"),
+        "another objective": (ConfigError, "objective.temperature is 1.0, but"),
+        "experts": (ConfigError, "the qwen2 family has no experts"),
+        "evaluated with another tokenizer": (DataError, "evaluation.corpus"),
         "unfinished sidecar": (DataError, "are unfinished. Run tools/precompute_reference.py"),
         "stale sidecar": (DataError, "was computed for another version of the corpus"),
         "truncated sidecar": (DataError, "where its index announces"),

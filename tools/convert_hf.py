@@ -51,7 +51,7 @@ def main() -> int:
             f"{parity.tokens} tokens: largest difference of log-probs {parity.max_difference:.2e}, at token {parity.worst} "
             f"({parity.worst_token!r})"
         )
-        if parity.max_difference > args.tolerance:
+        if not parity.max_difference <= args.tolerance:  # NaN too
             raise CheckpointError(f"the two models differ by more than {args.tolerance:g}.")
     return 0
 

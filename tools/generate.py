@@ -15,17 +15,15 @@ def main() -> None:
     args = parser.parse_args()
 
     import torch
-    import transformers
 
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            args.model, dtype=torch.float32, local_files_only=True
-        )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(args.model, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{args.model} cannot be loaded by transformers: {error}") from None
+    from megatron_iwsft.platform import quiet_megatron
+
+    quiet_megatron()
+    from megatron_iwsft.convert import load_in_transformers
+
+    model, tokenizer = load_in_transformers(args.model)
+    if tokenizer.chat_template is None:
+        raise CheckpointError(f"{args.model} has no chat template.")
     for prompt in args.prompts:
         text = tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True

@@ -137,7 +137,8 @@ class RecordReader:
         return out
 
     def _render(self, messages: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
-        assert self.template is not None
+        if self.template is None:
+            raise Dropped("no chat template", "the first record was already tokenized, this one is text")
         for message in messages:
             if message["role"] == "assistant" and not message["content"].strip():
                 raise Dropped("empty response")
@@ -179,8 +180,8 @@ def _messages(value: Any) -> list[dict[str, Any]]:
     if not isinstance(value, list) or not value:
         raise Dropped("messages is not a list")
     for i, message in enumerate(value):
-        if not isinstance(message, Mapping) or message.get("role") not in _ROLES:
-            role = message.get("role") if isinstance(message, Mapping) else type(message).__name__
+        role = message.get("role") if isinstance(message, Mapping) else type(message).__name__
+        if not isinstance(message, Mapping) or not isinstance(role, str) or role not in _ROLES:
             raise Dropped("message without a known role", f"message {i}: {role!r:.60}")
         if not isinstance(message.get("content"), str):
             raise Dropped("message without text", f"message {i}: content is {type(message.get('content')).__name__}")

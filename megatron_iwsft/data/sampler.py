@@ -93,6 +93,7 @@ class Sampler:
         self.seq_length, self.packing = seq_length, packing
         self.global_batch_size, self.quality, self.seed = global_batch_size, quality, seed
         self.epoch = lru_cache(maxsize=2)(self._epoch)
+        self._steps: dict[int, int] = {}
 
     def _epoch(self, epoch: int) -> EpochPlan:
         rng = np.random.default_rng(np.random.SeedSequence([self.seed, epoch]))
@@ -126,7 +127,10 @@ class Sampler:
 
     def steps_in(self, epoch: int) -> int:
         # Best fit needs the same number of packs for the same lengths in any order; only drawing changes the lengths.
-        return self.epoch(epoch if self.quality.mode == "sample" else 0).num_steps
+        planned = epoch if self.quality.mode == "sample" else 0
+        if planned not in self._steps:
+            self._steps[planned] = self.epoch(planned).num_steps
+        return self._steps[planned]
 
     def total_steps(self, epochs: int | None, max_steps: int | None) -> int:
         """Steps of a run that ends after `epochs` or `max_steps`, whichever comes first."""

@@ -12,6 +12,8 @@ import multiprocessing
 import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache, partial
@@ -77,11 +79,12 @@ def shard_corpus(
     template = ChatTemplate(tokenizer, settings.template) if _needs_template(inputs) else None
     described = {
         "template": settings.template or "tokenizer",
+        "template_hash": template.hash if template else None,
         "record": asdict(settings.record),
         "shard_tokens": settings.shard_tokens,
     }
     run = _digest(
-        {**described, "tokenizer": tokenizer.fingerprint, "inputs": [(p.name, p.stat().st_size) for p in inputs]}
+        {**described, "tokenizer": tokenizer.fingerprint, "inputs": [(p.name, layout.file_hash(p)) for p in inputs]}
     )
 
     manifest_path = output / layout.MANIFEST
@@ -111,6 +114,8 @@ def shard_corpus(
                 raise DataError(f"the inputs have become shorter since {output} was begun. Remove it and start again.")
             writer.consume(mapper(_tasks(lines)))
         tokenizer.copy_to(output / layout.TOKENIZER)
+        if template is not None and settings.template is not None:
+            (output / layout.TOKENIZER / "chat_template.jinja").write_text(template.source, encoding="utf-8")
         manifest = _manifest(output, progress, run, described, tokenizer, template)
         layout.write_manifest(output, manifest)
         (output / _PROGRESS).unlink(missing_ok=True)
@@ -264,13 +269,19 @@ def _pool(
         return
     # Each worker runs one tokenizer thread: parallelism comes from the processes.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
 
         def ordered(tasks: Iterator[list[_Line]]) -> Iterator:
-            flying = deque(pool.apply_async(run, (task,)) for task in islice(tasks, 2 * workers))
-            while flying:
-                yield flying.popleft().get()
-                flying.extend(pool.apply_async(run, (task,)) for task in islice(tasks, 1))
+            flying = deque(pool.submit(run, task) for task in islice(tasks, 2 * workers))
+            try:
+                while flying:
+                    yield flying.popleft().result()
+                    flying.extend(pool.submit(run, task) for task in islice(tasks, 1))
+            except BrokenProcessPool:
+                raise DataError(
+                    "a worker process was killed, probably for want of memory. Run the same command again, with fewer --workers, to "
+                    "continue after the last finished shard."
+                ) from None
 
         yield ordered
 

@@ -74,7 +74,10 @@ class ChatTemplate:
 
     def _check_end_of_turn(self) -> None:
         probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        rendered = self.render(probe)
+        try:
+            rendered = self.render(probe)
+        except TemplateError as error:
+            raise DataError(f"the chat template cannot render a question and an answer: {error}") from None
         if self._tokenizer.ends_with_special(rendered) is None:
             raise DataError(
                 "the template does not end an assistant turn with a special token of this tokenizer, so that the model would "

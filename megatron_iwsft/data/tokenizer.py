@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from megatron_iwsft.errors import DataError
 
 # Copied beside the corpus and into exports, where they exist.
@@ -80,6 +82,7 @@ class HuggingFaceTokenizer(Tokenizer):
             raise DataError(f"{path} cannot be read as a tokenizer: {error}") from None
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
+        self._adds_space = _adds_space(json.loads(content))
         config = _read_json(directory / "tokenizer_config.json") | {
             k: v for k, v in _read_json(directory / "special_tokens_map.json").items() if v
         }
@@ -95,7 +98,14 @@ class HuggingFaceTokenizer(Tokenizer):
         self._compile_special()
 
     def encode_pieces(self, texts: Sequence[str]) -> list[list[int]]:
-        return [e.ids for e in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+        if not self._adds_space:
+            return [e.ids for e in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+        # Such a tokenizer puts a space before every text it is given; only the first piece begins one. So the whole is encoded
+        # and cut where a token's first character lies.
+        whole = self._tokenizer.encode("".join(texts), add_special_tokens=False)
+        ends = np.cumsum([len(text) for text in texts])
+        piece = np.searchsorted(ends, [min(start, ends[-1] - 1) for start, _ in whole.offsets], side="right")
+        return [np.asarray(whole.ids)[piece == k].tolist() for k in range(len(texts))]
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=False)
@@ -160,6 +170,22 @@ class SentencePieceTokenizer(Tokenizer):
             else:
                 run.append(int(i))
         return "".join(out)
+
+
+def _adds_space(part: Any) -> bool:
+    """Whether any normalizer or pre-tokenizer of a tokenizer.json puts a space before the text."""
+    if isinstance(part, dict):
+        kind = part.get("type")
+        if kind == "Prepend" or (kind == "ByteLevel" and part.get("add_prefix_space") and "use_regex" in part):
+            return True
+        if kind == "Metaspace" and part.get("prepend_scheme", "always") != "never":
+            return True
+        return any(
+            _adds_space(part[key])
+            for key in ("normalizer", "pre_tokenizer", "normalizers", "pretokenizers")
+            if part.get(key)
+        )
+    return isinstance(part, list) and any(_adds_space(item) for item in part)
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:

@@ -56,7 +56,11 @@ def _texts(inputs: Sequence[Path], fields: Sequence[str]) -> Iterator[str]:
     for path in inputs:
         if not path.is_file():
             raise DataError(f"input file {path} does not exist.")
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8", errors="replace") as file:
             for line in file:
-                record = json.loads(line)
-                yield from (record[field] for field in fields if isinstance(record.get(field), str))
+                try:
+                    record = json.loads(line)
+                except ValueError:
+                    continue  # sharding will list it
+                if isinstance(record, dict):
+                    yield from (record[field] for field in fields if isinstance(record.get(field), str))

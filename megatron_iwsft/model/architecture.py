@@ -93,6 +93,11 @@ class Architecture:
     @staticmethod
     def from_hf(config: dict[str, Any], *, where: str) -> Architecture:
         """Read a Hugging Face config. Raises CheckpointError naming the key that is missing, wrong or unsupported."""
+        if not isinstance(config, dict):
+            raise CheckpointError(f"{where} must hold a JSON object; it holds {type(config).__name__}.")
+        for key in ("rope_parameters", "rope_scaling"):
+            if not isinstance(config.get(key) or {}, dict):
+                raise CheckpointError(f"{where}: {key} must be an object; found {config[key]!r}.")
         family = config.get("model_type")
         if family not in FAMILIES:
             raise CheckpointError(
@@ -127,8 +132,14 @@ class Architecture:
         )
         refuse(bool(config.get("attention_dropout")), "attention_dropout above 0")
 
+        def number(key: str, default: float) -> float:
+            value = config.get(key, default)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise CheckpointError(f"{where}: {key} must be a number; found {value!r}.")
+            return float(value)
+
         heads, hidden = need("num_attention_heads"), need("hidden_size")
-        groups = config.get("num_key_value_heads") or heads
+        groups = need("num_key_value_heads") if config.get("num_key_value_heads") is not None else heads
         if heads % groups:
             raise CheckpointError(
                 f"{where}: num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}."
@@ -137,10 +148,10 @@ class Architecture:
             raise CheckpointError(
                 f"{where}: hidden_size {hidden} is not a multiple of num_attention_heads {heads}, and there is no head_dim."
             )
-        head_dim = config.get("head_dim") or hidden // heads
+        head_dim = need("head_dim") if config.get("head_dim") is not None else hidden // heads
         class_name, qkv_bias = FAMILIES[family]
-        theta = float(rope.get("rope_theta", config.get("rope_theta", 10000.0)))
-        eps = float(config.get("rms_norm_eps", 1e-6))
+        theta = float(rope["rope_theta"]) if "rope_theta" in rope else number("rope_theta", 10000.0)
+        eps = number("rms_norm_eps", 1e-6)
         tied = bool(config.get("tie_word_embeddings", False))
         # Whatever was left to defaults is written out: those of another library version may differ.
         complete = {k: v for k, v in config.items() if k not in ("rope_theta", "rope_parameters", "rope_scaling")} | {
@@ -163,8 +174,8 @@ class Architecture:
             rope_theta=theta,
             qkv_bias=qkv_bias,
             tied=tied,
-            max_positions=int(config.get("max_position_embeddings", 2048)),
-            init_std=float(config.get("initializer_range", 0.02)),
+            max_positions=int(number("max_position_embeddings", 2048)),
+            init_std=number("initializer_range", 0.02),
             hf=complete,
         )
 

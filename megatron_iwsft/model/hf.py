@@ -30,6 +30,7 @@ _TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
 )
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
@@ -114,9 +115,6 @@ class SafetensorsDirectory:
         dim, start, stop = span
         view = self._open[self._file_of[name]].get_slice(name)
         return view[start:stop] if dim == 0 else view[:, start:stop]
-
-    def tokenizer_files(self) -> list[Path]:
-        return tokenizer_files(self.directory)
 
 
 class RandomInit:

@@ -7,6 +7,7 @@ process gives a `Platform`; `Platform.parallel` gives a `ParallelContext` with e
 from __future__ import annotations
 
 import datetime
+import importlib.util
 import logging
 import os
 import warnings
@@ -66,6 +67,11 @@ class Platform:
     def is_cuda(self) -> bool:
         return self.device.type == "cuda"
 
+    @property
+    def has_transformer_engine(self) -> bool:
+        """Whether Transformer Engine's layers are used: on CUDA, where it is installed."""
+        return self.is_cuda and importlib.util.find_spec("transformer_engine") is not None
+
     def parallel(
         self,
         *,
@@ -108,6 +114,12 @@ class Platform:
             virtual_pipeline=virtual_pipeline,
         )
 
+    def any(self, condition: bool) -> bool:
+        """Whether the condition holds on any rank. Collective: a maximum over all ranks."""
+        flag = torch.tensor(int(condition), device=self.device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag)
+
     def peak_memory(self) -> int:
         """Peak bytes held by this process: the allocator's on CUDA, the resident set on CPU."""
         if self.is_cuda:
@@ -144,6 +156,11 @@ def start(device: DeviceChoice = "auto", *, timeout_s: float = 600.0) -> Platfor
         torch_device = torch.device("cpu")
     else:
         torch_device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        if torch_device.index >= torch.cuda.device_count():
+            raise ConfigError(
+                f"{torch_device.index + 1} processes or more were started here, but torch sees {torch.cuda.device_count()} GPUs. "
+                "Start one process a GPU, or run on CPU with IWSFT_DEVICE=cpu."
+            )
         torch.cuda.set_device(torch_device)
     if not dist.is_initialized():
         options: dict[str, Any] = {"device_id": torch_device} if use_cuda else {}
@@ -162,7 +179,7 @@ def stop() -> None:
 
 
 def quiet_megatron() -> None:
-    """Silence notices about optional packages, here and in child processes; `tools/doctor.py` reports them properly.
+    """Silence notices about optional packages, here and in child processes.
 
     Call before the first import of Megatron-Core: it warns while it is imported.
     """

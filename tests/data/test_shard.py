@@ -82,6 +82,23 @@ def test_prompt_and_response_pairs_with_sentencepiece(tmp_path: Path, sentencepi
     assert corpus.scores[0] == 1.0
 
 
+def test_a_tokenizer_that_puts_a_space_before_a_text_does_so_once(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    own = Tokenizer(models.BPE())
+    own.pre_tokenizer = pre_tokenizers.Metaspace()
+    own.train_from_iterator(
+        tiny.TEXTS, trainers.BpeTrainer(special_tokens=["</s>"], vocab_size=90, show_progress=False)
+    )
+    own.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    corpus = shard(tmp_path, [{"prompt": "Add 7 and 8", "response": "15 is it"}], tmp_path, template="plain")
+    whole = own.encode("Question: Add 7 and 8\nAnswer: 15 is it</s>")
+    assert corpus.tokens(0).tolist() == whole.ids
+    trained = [whole.tokens[i] for i in np.flatnonzero(corpus.mask(0))]
+    assert "".join(trained) == "▁15▁is▁it</s>"
+
+
 @pytest.mark.parametrize("kind", ["bpe", "sentencepiece"])
 def test_ids_are_the_tokenizers_own(tmp_path: Path, kind: str, request) -> None:
     path = request.getfixturevalue(kind)
@@ -133,6 +150,7 @@ BAD_RECORDS = {
     '{"prompt": "\\ud800", "response": "b"}': "not valid Unicode",
     '{"messages": [{"role": "robot", "content": "a"}]}': "message without a known role",
     '{"messages": [{"role": "user", "content": null}]}': "message without text",
+    '{"messages": [{"role": ["user"], "content": "a"}]}': "message without a known role",
     '{"messages": []}': "messages is not a list",
     '{"messages": [{"role": "user", "content": "a"}]}': "no assistant turn",
     '{"input_ids": [1, 2], "loss_mask": [1]}': "input_ids and loss_mask differ in length",
@@ -281,6 +299,8 @@ def test_mistakes_of_a_run_are_told(tmp_path: Path, bpe: Path) -> None:
     shard(tmp_path, records, bpe)
     with pytest.raises(DataError, match="already holds a corpus made from other inputs or settings"):
         shard(tmp_path, records, bpe, shard_tokens=5)
+    with pytest.raises(DataError, match="already holds a corpus made from other inputs or settings"):
+        shard(tmp_path, [{"prompt": "a", "response": "c"}], bpe)  # the same size, other content
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "file").touch()
     with pytest.raises(DataError, match="is not empty and no corpus was begun there"):
