@@ -34,10 +34,10 @@ PRESETS = {
     "plain": (
         "{{ bos_token or '' }}{% for m in messages %}"
         "{% if m.role == 'system' %}{{ m.content }}\n\n"
-        "{% elif m.role == 'user' %}Question: {{ m.content }}\nAnswer:"
-        "{% elif m.role == 'assistant' %} {{ m.content }}{{ eos_token }}"
+        "{% elif m.role == 'user' %}Question: {{ m.content }}\n"
+        "{% elif m.role == 'assistant' %}Answer: {{ m.content }}{{ eos_token }}"
         "{% else %}{{ raise_exception('the plain template knows the roles system, user and assistant') }}{% endif %}"
-        "{% endfor %}"
+        "{% endfor %}{% if add_generation_prompt %}Answer:{% endif %}"
     ),
 }
 
