@@ -16,7 +16,9 @@ RATIOS = {
     "clip_fraction": ("clipped", "units"),
     "log_ratio": ("log_ratio", "tokens"),
     "abs_log_ratio": ("abs_log_ratio", "tokens"),
-    "kl_to_reference": ("kl_to_reference", "tokens"),
+    # KL(q‖π_ref) = E_q[log q/π_ref], by self-normalised importance sampling with the objective's own (clipped) weights: the
+    # unclipped ones have so heavy a tail that one surprising token would be all of the estimate.
+    "kl_to_reference": ("weighted_log_ratio", "token_weight"),
     "bound_sft": ("bound_sft", "sequences"),
     "bound_iw": ("bound_iw", "sequences"),
 }

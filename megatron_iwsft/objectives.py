@@ -118,7 +118,8 @@ SUMS = (
     "clipped",  # units whose weight the clip changed
     "log_ratio",  # Σ (q_t − r_t) over tokens
     "abs_log_ratio",  # Σ |q_t − r_t| over tokens
-    "kl_to_reference",  # Σ (ρ log ρ − ρ + 1) over tokens, ρ = exp(q_t − r_t)
+    "token_weight",  # Σ w_t over tokens
+    "weighted_log_ratio",  # Σ w_t (q_t − r_t) over tokens
     "bound_sft",  # Σ 1 + x over trajectories, x the mean of ℓ − r
     "bound_iw",  # Σ w (1 + mean of ℓ − q) over trajectories
 )
@@ -148,7 +149,6 @@ def micro_batch_loss(name: str, t: Trajectories, s: Settings) -> LossSums:
     with torch.no_grad():
         unit = t.mask if s.level == "token" else share
         log_ratio = (t.proposal - t.reference) * t.mask
-        ratio = torch.exp(log_ratio.clamp(max=_MAX_LOG_RATIO))
         weight = out.weight.double()
         denominator = {
             "tokens": t.mask,
@@ -168,7 +168,8 @@ def micro_batch_loss(name: str, t: Trajectories, s: Settings) -> LossSums:
             "clipped": unit * out.clipped,
             "log_ratio": log_ratio,
             "abs_log_ratio": log_ratio.abs(),
-            "kl_to_reference": (ratio * log_ratio - ratio + 1.0) * t.mask,
+            "token_weight": weight,
+            "weighted_log_ratio": weight * log_ratio,
             "bound_sft": share * (1.0 + logprobs - t.reference),
             "bound_iw": share * weight * (1.0 + logprobs - t.proposal),
         }
