@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.api import CheckpointException  # a BaseExcept
 from megatron_iwsft.errors import CheckpointError
 from megatron_iwsft.model.architecture import Architecture
 from megatron_iwsft.model.weights import named_rows
+from megatron_iwsft.platform import async_save_options
 
 INFO = "iwsft.json"
 LATEST = "latest"
@@ -181,9 +182,8 @@ class CheckpointWriter:
             partial.mkdir(parents=True)
         dist.barrier()
         state = _state(chunks, optimizer, schedule, loading=False)
-        request = dist_checkpointing.save(
-            state, str(partial), validate_access_integrity=False, async_sharded_save=self.asynchronous
-        )
+        options = async_save_options() if self.asynchronous else {}
+        request = dist_checkpointing.save(state, str(partial), validate_access_integrity=False, **options)
         if request is None:
             self._complete(partial, final, step)
         else:

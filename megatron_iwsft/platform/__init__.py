@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import importlib.util
+import inspect
 import logging
 import os
 import warnings
@@ -176,6 +177,18 @@ def stop() -> None:
     """Leave the job: destroy the process groups."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def async_save_options() -> dict[str, Any]:
+    """Arguments of `dist_checkpointing.save` for a background save by Megatron-Core's own writer.
+
+    0.19 has a second writer, of another package, and takes it by default; 0.16 has one and no
+    argument.
+    """
+    from megatron.core.dist_checkpointing import save
+
+    known = inspect.signature(save).parameters
+    return {"async_sharded_save": True} | ({"async_strategy": "mcore"} if "async_strategy" in known else {})
 
 
 def quiet_megatron() -> None:
