@@ -48,9 +48,7 @@ class LocalRMSNorm(torch.nn.Module):
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any) -> None:
         super().__init__()
-        self.weight = torch.nn.Parameter(
-            torch.ones(hidden_size, dtype=config.params_dtype, device=torch.cuda.current_device())
-        )
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
         self.weight.sequence_parallel = config.sequence_parallel
         self.eps = config.layernorm_epsilon
 
@@ -128,7 +126,7 @@ def build_model(
     broken = broken_rule(arch, layout)
     if broken:
         raise ConfigError(f"parallel: {broken}.")
-    config = _transformer_config(arch, parallel, settings)
+    config = _transformer_config(arch, parallel, platform, settings)
     virtual = parallel.virtual_pipeline or 1
     chunks = []
     for stage in range(virtual):
@@ -150,7 +148,9 @@ def build_model(
     return chunks
 
 
-def _transformer_config(arch: Architecture, parallel: ParallelContext, settings: ModelSettings) -> TransformerConfig:
+def _transformer_config(
+    arch: Architecture, parallel: ParallelContext, platform: Platform, settings: ModelSettings
+) -> TransformerConfig:
     return TransformerConfig(
         num_layers=arch.num_layers,
         hidden_size=arch.hidden_size,
@@ -184,7 +184,7 @@ def _transformer_config(arch: Architecture, parallel: ParallelContext, settings:
         init_method=_leave_as_it_is,
         output_layer_init_method=_leave_as_it_is,
         embedding_init_method=_leave_as_it_is,
-        use_cpu_initialization=not torch.cuda.is_available(),
+        use_cpu_initialization=not platform.is_cuda,
         gradient_accumulation_fusion=False,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,

@@ -22,7 +22,7 @@ from megatron_iwsft.model.architecture import Architecture
 Span = tuple[int, int, int]  # (dimension, start, stop)
 
 
-class Layout(Protocol):
+class ParameterLayout(Protocol):
     """How the Hugging Face tensors of one parameter are cut over `size` tensor-parallel ranks and joined."""
 
     def spans(self, shapes: list[tuple[int, ...]], rank: int, size: int) -> list[Span]:
@@ -174,7 +174,7 @@ class Mapping:
 
     megatron: str
     hf: tuple[str, ...]
-    layout: Layout
+    layout: ParameterLayout
 
 
 def table(arch: Architecture, *, tensor_parallel: int = 1) -> list[Mapping]:
@@ -183,7 +183,7 @@ def table(arch: Architecture, *, tensor_parallel: int = 1) -> list[Mapping]:
     qkv = QKV(arch.num_heads, arch.num_groups, arch.head_dim)
     layer, hf_layer = "decoder.layers.{}.", "model.layers.{}."
 
-    def in_layer(megatron: str, *hf: str, layout: Layout) -> Mapping:
+    def in_layer(megatron: str, *hf: str, layout: ParameterLayout) -> Mapping:
         return Mapping(layer + megatron, tuple(hf_layer + name for name in hf), layout)
 
     def projections(kind: str) -> tuple[str, ...]:
