@@ -96,7 +96,10 @@ class Proposal(Section):
 
 
 class Objective(Section):
-    """See objectives.py. clip defaults to [0, 16] at sequence level and [0.2, 1.8] at token level."""
+    """See objectives.py. clip defaults to [0, 16] at sequence level and [0.2, 1.8] at token level.
+
+    router_balance: coefficient of the load-balance loss of a mixture of experts (model/moe.py), added beside the objective.
+    """
 
     name: Literal["sft", "iw_sft"] = "iw_sft"
     level: Literal["sequence", "token"] = "sequence"
@@ -104,11 +107,17 @@ class Objective(Section):
     clip: list[float] | None = None
     normalize: Literal["tokens", "weights", "sequences"] = "tokens"
     proposal: Proposal = Proposal()
+    router_balance: NonNegativeFloat = 0.0
 
     @model_validator(mode="after")
     def _clip_is_an_interval(self) -> Objective:
         if self.clip is not None and (len(self.clip) != 2 or not 0 <= self.clip[0] < self.clip[1]):
             raise ValueError(f"clip must be [low, high] with 0 ≤ low < high; found {self.clip}")
+        if self.router_balance and self.normalize == "weights":
+            raise ValueError(
+                "router_balance needs normalize: tokens or sequences; what weights add up to is known only after the backward "
+                "passes that the balance loss is part of"
+            )
         return self
 
     @property
@@ -129,7 +138,8 @@ class Reference(Section):
 
 
 class Parallel(Section):
-    """Degrees. What tensor × pipeline × context leaves of the world is data parallel. sequence: Megatron's sequence
+    """Degrees. What tensor × pipeline × context leaves of the world is data parallel. expert: experts of a layer are spread over
+    that many of a pipeline stage's ranks, whatever else those are. sequence: Megatron's sequence
     parallelism. layers_per_stage: an uneven pipeline split, layers of each (virtual) stage in order. recompute: activations that
     are computed again in backward instead of kept, of the attention core (selective) or of whole layers (full).
     """

@@ -144,9 +144,9 @@ def start_job(config: Config) -> Job:
             )
     if config.precision.fp8 is not None:
         raise ConfigError("precision.fp8 is not implemented yet; use precision.fp8: null.")
-    if config.parallel.expert != 1:
+    if config.objective.router_balance and policy.architecture.experts is None:
         raise ConfigError(
-            f"parallel.expert is {config.parallel.expert}, but the {policy.architecture.family} family has no experts; use 1."
+            f"objective.router_balance is {config.objective.router_balance:g}, but the {policy.architecture.family} family has no experts."
         )
     template = corpus.manifest["template"]
     identity = ReferenceIdentity(

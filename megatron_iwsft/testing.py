@@ -72,9 +72,9 @@ def whole_gradients(chunks: list[Any], parallel: ParallelContext) -> dict[str, T
     Reads `main_grad` after reduction, so the data-parallel sharding of a distributed optimizer must be off. Collective.
     """
     from megatron_iwsft.model.build import PolicyModel, checkpoint_name
-    from megatron_iwsft.model.weights import named_rows
+    from megatron_iwsft.model.weights import PerExpert, named_rows
 
-    local: dict[str, Tensor] = {}
+    local: dict[tuple[str, int | None], Tensor] = {}
     architecture = None
     for chunk in chunks:
         model: PolicyModel = chunk.module
@@ -84,16 +84,20 @@ def whole_gradients(chunks: list[Any], parallel: ParallelContext) -> dict[str, T
     assert architecture is not None
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, (parallel.tp.rank(), local))
-    shards: dict[str, dict[int, Tensor]] = {}
+    shards: dict[tuple[str, int | None], dict[int, Tensor]] = {}
     for rank, part in gathered:
-        for name, tensor in part.items():
-            known = shards.setdefault(name, {}).setdefault(rank, tensor)
+        for (name, expert), tensor in part.items():
+            piece = rank if expert is None else 0  # tensor parallelism does not cut experts
+            known = shards.setdefault((name, expert), {}).setdefault(piece, tensor)
             if known is not tensor and not torch.equal(known, tensor):
                 raise AssertionError(
                     f"ranks that hold the same shard of {name} differ: norms {known.norm():g} and {tensor.norm():g}"
                 )
     out: dict[str, Tensor] = {}
     for name, row in named_rows(architecture, tensor_parallel=parallel.tp.size()):
-        whole = row.layout.unshard([shards[name][rank] for rank in range(parallel.tp.size())])
+        if isinstance(row.layout, PerExpert):
+            whole = torch.stack([shards[name, expert][0] for expert in range(row.layout.count)])
+        else:
+            whole = row.layout.unshard([shards[name, None][rank] for rank in range(parallel.tp.size())])
         out |= dict(zip(row.hf, row.layout.split(whole), strict=True))
     return out

@@ -51,7 +51,15 @@ def train(config: Config) -> dict[str, Any]:
         clip=config.objective.clip_range,
         normalize=config.objective.normalize,
     )
-    step = TrainStep(chunks, job.parallel, job.platform.device, config.objective.name, objective, reference=live)
+    step = TrainStep(
+        chunks,
+        job.parallel,
+        job.platform.device,
+        config.objective.name,
+        objective,
+        reference=live,
+        router_balance=config.objective.router_balance,
+    )
     builder = job.batches(job.corpus, job.sampler, sidecar)
 
     run_dir = Path(config.run.dir)

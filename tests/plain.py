@@ -25,14 +25,44 @@ def rotate(x: Tensor, theta: float) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 
-def logits(w: dict[str, Tensor], config: dict, tokens: Tensor) -> Tensor:
+def swiglu(w: dict[str, Tensor], p: str, h: Tensor) -> Tensor:
+    gate, up = (h @ w[p + f"{name}_proj.weight"].T for name in ("gate", "up"))
+    return (gate * torch.sigmoid(gate) * up) @ w[p + "down_proj.weight"].T
+
+
+def experts(w: dict[str, Tensor], config: dict, p: str, h: Tensor, routed: list | None) -> Tensor:
+    """Every expert on every token, weighted; (probabilities, chosen) [n, experts] of the layer are appended to `routed`."""
+    probs = torch.softmax(h @ w[p + "gate.weight"].T, dim=-1)
+    chosen = torch.zeros_like(probs).scatter(1, probs.topk(config["num_experts_per_tok"], dim=-1).indices, 1.0)
+    weight = probs * chosen
+    if config["norm_topk_prob"]:
+        weight = weight / weight.sum(dim=-1, keepdim=True)
+    if routed is not None:
+        routed.append((probs, chosen))
+    return sum(weight[:, e, None] * swiglu(w, p + f"experts.{e}.", h) for e in range(config["num_experts"]))
+
+
+def router_balance(routed: list, config: dict, mask: Tensor) -> Tensor:
+    """Σ over layers of experts/(chosen·n²) · Σ_e count_e · probability_e over the n positions of `mask` [tokens]."""
+    total = torch.zeros((), dtype=torch.float64)
+    for probs, chosen in routed:
+        probs, chosen = probs[mask.bool()], chosen[mask.bool()]
+        scale = config["num_experts"] / (config["num_experts_per_tok"] * len(probs) ** 2)
+        total = total + scale * (probs.sum(0) * chosen.sum(0)).sum()
+    return total
+
+
+def logits(w: dict[str, Tensor], config: dict, tokens: Tensor, routed: list | None = None) -> Tensor:
     """tokens [n] → [n, vocabulary]."""
     heads, groups = config["num_attention_heads"], config["num_key_value_heads"]
     d = config.get("head_dim") or config["hidden_size"] // heads
     eps, theta = config["rms_norm_eps"], config["rope_theta"]
     n = len(tokens)
     x = w["model.embed_tokens.weight"][tokens]
-    hidden_future = torch.full((n, n), -math.inf, dtype=x.dtype).triu(1)
+    hidden = torch.full((n, n), -math.inf, dtype=x.dtype)
+    masked = hidden.triu(1)
+    if config.get("use_sliding_window") or config["model_type"] == "mistral":
+        masked = masked + hidden.tril(-config["sliding_window"])
     for layer in range(config["num_hidden_layers"]):
         p = f"model.layers.{layer}."
         h = rms_norm(x, w[p + "input_layernorm.weight"], eps)
@@ -40,21 +70,22 @@ def logits(w: dict[str, Tensor], config: dict, tokens: Tensor) -> Tensor:
             h @ w[p + f"self_attn.{name}_proj.weight"].T + w.get(p + f"self_attn.{name}_proj.bias", 0.0)
             for name in "qkv"
         )
-        q = rotate(q.view(n, heads, d).transpose(0, 1), theta)
-        k = rotate(k.view(n, groups, d).transpose(0, 1), theta)
+        q, k = q.view(n, heads, d), k.view(n, groups, d)
+        if config["model_type"].startswith("qwen3"):
+            q, k = (rms_norm(x_, w[p + f"self_attn.{name}_norm.weight"], eps) for name, x_ in (("q", q), ("k", k)))
+        q, k = rotate(q.transpose(0, 1), theta), rotate(k.transpose(0, 1), theta)
         k, v = (t.repeat_interleave(heads // groups, dim=0) for t in (k, v.view(n, groups, d).transpose(0, 1)))
-        attention = torch.softmax(q @ k.transpose(1, 2) / math.sqrt(d) + hidden_future, dim=-1)
+        attention = torch.softmax(q @ k.transpose(1, 2) / math.sqrt(d) + masked, dim=-1)
         x = x + (attention @ v).transpose(0, 1).reshape(n, heads * d) @ w[p + "self_attn.o_proj.weight"].T
         h = rms_norm(x, w[p + "post_attention_layernorm.weight"], eps)
-        gate, up = (h @ w[p + f"mlp.{name}_proj.weight"].T for name in ("gate", "up"))
-        x = x + (gate * torch.sigmoid(gate) * up) @ w[p + "mlp.down_proj.weight"].T
+        x = x + (experts(w, config, p + "mlp.", h, routed) if "num_experts" in config else swiglu(w, p + "mlp.", h))
     head = w.get("lm_head.weight", w["model.embed_tokens.weight"])
     return rms_norm(x, w["model.norm.weight"], eps) @ head.T
 
 
-def logprobs(w: dict[str, Tensor], config: dict, tokens: Tensor) -> Tensor:
+def logprobs(w: dict[str, Tensor], config: dict, tokens: Tensor, routed: list | None = None) -> Tensor:
     """log π(token t | before) for t = 1 …, [n−1]."""
-    return torch.log_softmax(logits(w, config, tokens)[:-1], dim=-1).gather(1, tokens[1:, None])[:, 0]
+    return torch.log_softmax(logits(w, config, tokens, routed)[:-1], dim=-1).gather(1, tokens[1:, None])[:, 0]
 
 
 def loss(trajectories: list[tuple[Tensor, Tensor, Tensor, float]], objective: dict) -> Tensor:

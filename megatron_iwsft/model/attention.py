@@ -1,4 +1,4 @@
-"""The local backend's core attention: packed segments and context parallelism, in plain torch.
+"""The local backend's core attention: packed segments, sliding windows and context parallelism, in plain torch.
 
 Megatron-Core's own local attention knows neither. Segments attend causally to themselves only. Under context parallelism
 every rank holds two chunks of each segment (`Batch.slice_for_context_parallel`); keys and values are gathered over the group.
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -26,10 +27,17 @@ class PackedAttention(torch.nn.Module):
     """
 
     def __init__(
-        self, config: Any, softmax_scale: float | None = None, pg_collection: Any = None, **unused: Any
+        self,
+        config: Any,
+        layer_number: int,
+        softmax_scale: float | None = None,
+        pg_collection: Any = None,
+        **unused: Any,
     ) -> None:
         super().__init__()
         self.scale = softmax_scale
+        windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
+        self.window: int | None = config.window_size[0] + 1 if windowed else None
         self.cp_group: dist.ProcessGroup = pg_collection.cp
 
     def forward(
@@ -44,10 +52,10 @@ class PackedAttention(torch.nn.Module):
     ) -> Tensor:
         boundaries = tuple(packed_seq_params.cu_seqlens_q.tolist())
         if self.cp_group.size() == 1:
-            out = _attend(query, key, value, boundaries, self.scale)
+            out = _attend(query, key, value, boundaries, self.scale, self.window)
         else:
             key, value = _GatherSegments.apply(torch.stack([key, value]), boundaries, self.cp_group)
-            out = _attend_chunks(query, key, value, boundaries, self.cp_group, self.scale)
+            out = _attend_chunks(query, key, value, boundaries, self.cp_group, self.scale, self.window)
         return out.flatten(1)
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -55,7 +63,9 @@ class PackedAttention(torch.nn.Module):
         return {}
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, boundaries: tuple[int, ...], scale: float | None) -> Tensor:
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, boundaries: tuple[int, ...], scale: float | None, window: int | None
+) -> Tensor:
     """Causal attention within each segment. Runs of equally long segments share one call."""
     outs = []
     i = 0
@@ -66,7 +76,10 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, boundaries: tuple[int, ..
             n += 1
         part = slice(start, start + n * length)
         q, k, v = (x[part].unflatten(0, (n, length)).transpose(1, 2) for x in (query, key, value))
-        out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+        visible = None if window is None or window >= length else _visible(length, length, window, q.device)
+        out = scaled_dot_product_attention(
+            q, k, v, visible, is_causal=visible is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
         outs.append(out.transpose(1, 2).flatten(0, 1))
         i += n
     return torch.cat(outs)
@@ -79,6 +92,7 @@ def _attend_chunks(
     boundaries: tuple[int, ...],
     group: dist.ProcessGroup,
     scale: float | None,
+    window: int | None,
 ) -> Tensor:
     """This rank's two chunks of each segment against the whole segment's keys up to the chunk's end."""
     rank, size = group.rank(), group.size()
@@ -90,11 +104,17 @@ def _attend_chunks(
             end = (i + 1) * chunk
             q = query[at : at + chunk].transpose(0, 1)[None]
             k, v = (x[start : start + end].transpose(0, 1)[None] for x in (key, value))
-            visible = torch.ones(chunk, end, dtype=torch.bool, device=q.device).tril(end - chunk)
+            visible = _visible(chunk, end, window, q.device)
             out = scaled_dot_product_attention(q, k, v, visible, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
             outs.append(out[0].transpose(0, 1))
             at += chunk
     return torch.cat(outs)
+
+
+def _visible(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
+    """bool [queries, keys]: which of the first `keys` positions each of the last `queries` of them attends to."""
+    visible = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+    return visible if window is None else visible.triu(keys - queries - window + 1)
 
 
 class _GatherSegments(torch.autograd.Function):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
@@ -21,15 +21,18 @@ from megatron_iwsft.model.architecture import Architecture
 from megatron_iwsft.model.attention import PackedAttention
 from megatron_iwsft.model.hf import TensorSource
 from megatron_iwsft.model.layout import Layout, broken_rule
-from megatron_iwsft.model.weights import shapes, table
+from megatron_iwsft.model.moe import Balance, BalancedRouter, ExpertLayer, PackedRow
+from megatron_iwsft.model.weights import PerExpert, shapes, table
 from megatron_iwsft.ops.logprob import vocab_parallel_logprob
-from megatron_iwsft.platform import ParallelContext, Platform
+from megatron_iwsft.platform import ParallelContext, Platform, moe_submodules
 
-# Names of the local backend's parameters → names in checkpoints, which are Transformer Engine's.
-_CHECKPOINT_NAMES = {
-    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
-    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
-}
+# Names of the local backend's parameters → names in checkpoints, which are Transformer Engine's: it fuses a norm with the
+# projection that follows, but keeps one in front of a router apart.
+_ATTENTION_NORM = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+_DENSE_NORMS = {**_ATTENTION_NORM, "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
+
+# An expert's parameter in the local backend, and in Transformer Engine's grouped layers.
+_EXPERT = re.compile(r"mlp\.experts\.(?:local_experts\.(\d+)\.(linear_fc.)\.weight|(linear_fc.)\.weight(\d+))$")
 
 
 @dataclass(frozen=True)
@@ -100,14 +103,18 @@ class PolicyModel(GPTModel):
         return -logprobs.unsqueeze(0)
 
 
-def forward(model: torch.nn.Module, batch: Batch) -> Tensor:
-    """Run one stage on a micro-batch: hidden states [T (/tp), 1, H], or on the last stage −log-probs [1, T]."""
-    packed = PackedSeqParams(
+def forward(model: torch.nn.Module, batch: Batch, balance: Balance | None = None) -> Tensor:
+    """Run one stage on a micro-batch: hidden states [T (/tp), 1, H], or on the last stage −log-probs [1, T].
+
+    balance: of a mixture of experts whose routers are trained to spread the load, else None.
+    """
+    packed = PackedRow(
         qkv_format="thd",
         cu_seqlens_q=batch.cu_seqlens,
         cu_seqlens_kv=batch.cu_seqlens,
         max_seqlen_q=batch.max_seqlen,
         max_seqlen_kv=batch.max_seqlen,
+        balance=balance,
     )
     return model(batch.tokens, batch.position_ids, None, labels=batch.labels, packed_seq_params=packed)
 
@@ -122,6 +129,9 @@ def build_model(
         virtual=parallel.virtual_pipeline or 1,
         sequence=settings.sequence_parallel,
         layers_per_stage=settings.layers_per_stage,
+        expert=parallel.ep.size(),
+        context=parallel.cp.size(),
+        data=parallel.dp.size(),
     )
     broken = broken_rule(arch, layout)
     if broken:
@@ -134,16 +144,21 @@ def build_model(
         model = PolicyModel(
             arch,
             config=config,
-            transformer_layer_spec=_block_spec(config, settings, vp_stage),
+            transformer_layer_spec=_block_spec(arch, config, settings, vp_stage),
             vocab_size=arch.padded_vocab(parallel.tp.size()),
             max_sequence_length=arch.max_positions,
             pre_process=parallel.is_first_stage and stage == 0,
             post_process=parallel.is_last_stage and stage == virtual - 1,
             share_embeddings_and_output_weights=arch.tied,
             position_embedding_type="rope",
-            rotary_base=arch.rope_theta,
             vp_stage=vp_stage,
         )
+        model.rotary_pos_emb.inv_freq = arch.rope.inverse_frequencies(arch.head_dim).to(platform.device)
+        for name, parameter in model.named_parameters():
+            if _EXPERT.search(name):
+                # Reduced over the ranks that hold the same expert. Megatron-Core says so only with expert parallelism, but
+                # without it too those are others than a dense parameter's where tensor parallelism cuts only the latter.
+                parameter.allreduce = False
         chunks.append(model.to(platform.device))
     return chunks
 
@@ -151,6 +166,7 @@ def build_model(
 def _transformer_config(
     arch: Architecture, parallel: ParallelContext, platform: Platform, settings: ModelSettings
 ) -> TransformerConfig:
+    window = next((w for w in arch.windows if w is not None), None)
     return TransformerConfig(
         num_layers=arch.num_layers,
         hidden_size=arch.hidden_size,
@@ -164,12 +180,20 @@ def _transformer_config(
         activation_func=torch.nn.functional.silu,
         add_bias_linear=False,
         add_qkv_bias=arch.qkv_bias,
+        qk_layernorm=arch.qk_norm,
+        # Queries and keys scaled alike after rotation: the product, by the square.
+        softmax_scale=arch.rope.attention_factor**2 / arch.head_dim**0.5,
+        window_size=None if window is None else (window - 1, 0),
+        window_attn_skip_freq=None if window is None else [int(w is not None) for w in arch.windows],
+        **_expert_settings(arch, settings),
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=parallel.tp.size(),
         pipeline_model_parallel_size=parallel.pp.size(),
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
         context_parallel_size=parallel.cp.size(),
+        expert_model_parallel_size=parallel.ep.size(),
+        expert_tensor_parallel_size=1,
         sequence_parallel=settings.sequence_parallel,
         params_dtype=settings.dtype,
         pipeline_dtype=settings.dtype,
@@ -197,6 +221,22 @@ def _transformer_config(
     )
 
 
+def _expert_settings(arch: Architecture, settings: ModelSettings) -> dict[str, Any]:
+    if arch.experts is None:
+        return {}
+    return dict(
+        num_moe_experts=arch.experts.count,
+        moe_router_topk=arch.experts.per_token,
+        moe_ffn_hidden_size=arch.experts.ffn_size,
+        # Softmax over the chosen experts' logits equals softmax over all, rescaled to add up to 1.
+        moe_router_pre_softmax=not arch.experts.normalize,
+        moe_router_dtype="fp32",
+        moe_router_load_balancing_type="none",  # ours: see moe.py
+        moe_token_dispatcher_type="alltoall",
+        moe_grouped_gemm=settings.backend == "transformer_engine",
+    )
+
+
 def _pipeline_layout(layers_per_stage: tuple[int, ...] | None) -> list[list[str]] | None:
     """An uneven split in Megatron-Core's terms: what each (virtual) stage holds, in order."""
     if layers_per_stage is None:
@@ -210,28 +250,49 @@ def _leave_as_it_is(weight: Tensor) -> Tensor:
 
 
 def _block_spec(
-    config: TransformerConfig, settings: ModelSettings, vp_stage: int | None
+    arch: Architecture, config: TransformerConfig, settings: ModelSettings, vp_stage: int | None
 ) -> ModuleSpec | TransformerBlockSubmodules:
+    options = dict(qk_layernorm=arch.qk_norm, num_experts=arch.experts.count if arch.experts else None)
     if settings.backend == "transformer_engine":
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
-        return get_gpt_layer_with_transformer_engine_spec()
-    layer = get_gpt_layer_local_spec(normalization="RMSNorm")
-    layer.submodules.input_layernorm = LocalRMSNorm
-    layer.submodules.pre_mlp_layernorm = LocalRMSNorm
-    layer.submodules.self_attention.submodules.core_attention = PackedAttention
+        layer = get_gpt_layer_with_transformer_engine_spec(**options, moe_grouped_gemm=arch.experts is not None)
+    else:
+        layer = get_gpt_layer_local_spec(normalization="RMSNorm", **options)
+        layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = LocalRMSNorm
+        attention = layer.submodules.self_attention.submodules
+        attention.core_attention = PackedAttention
+        if arch.qk_norm:
+            attention.q_layernorm = attention.k_layernorm = LocalRMSNorm
+    if arch.experts is not None:
+        layer.module = ExpertLayer
+        moe_submodules(layer).router = BalancedRouter
+        if settings.backend == "local":
+            layer.submodules.sharded_state_dict_keys_map = _ATTENTION_NORM
+    if settings.backend == "transformer_engine":
+        return layer
     count = get_num_layers_to_build(config, vp_stage=vp_stage)
     return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=LocalRMSNorm)
 
 
-def checkpoint_name(model: PolicyModel, name: str) -> str:
-    """A parameter's name in checkpoints: global layer number, Transformer Engine's names for the norms."""
+def checkpoint_name(model: PolicyModel, name: str) -> tuple[str, int | None]:
+    """Where a parameter lies in checkpoints: (name with the global layer number, global expert number or None).
+
+    Names are Transformer Engine's, whatever the backend. Every expert of a layer has the same name.
+    """
     if name.startswith("decoder.layers."):
         _, _, local, rest = name.split(".", 3)
         name = f"decoder.layers.{model.decoder.layers[int(local)].layer_number - 1}.{rest}"
-    for ours, theirs in _CHECKPOINT_NAMES.items():
+    experts = model.architecture.experts
+    for ours, theirs in (_ATTENTION_NORM if experts else _DENSE_NORMS).items():
         name = name.replace(ours, theirs)
-    return name
+    found = _EXPERT.search(name)
+    if found is None or experts is None:
+        return name, None
+    number, kind = int(found[1] or found[4]), found[2] or found[3]
+    group = model.pg_collection.ep
+    number += group.rank() * (experts.count // group.size())
+    return f"{name[: found.start()]}mlp.experts.experts.{kind}.weight", number
 
 
 @torch.no_grad()
@@ -243,13 +304,16 @@ def load_weights(chunks: list[PolicyModel], source: TensorSource, parallel: Para
     all_shapes = shapes(arch)
     for model in chunks:
         for name, parameter in model.named_parameters():
-            target = checkpoint_name(model, name)
+            target, expert = checkpoint_name(model, name)
             layer = target.split(".")[2] if target.startswith("decoder.layers.") else ""
             pattern = target.replace(f"layers.{layer}.", "layers.{}.") if layer else target
             if pattern == "output_layer.weight" and arch.tied:
                 pattern = "embedding.word_embeddings.weight"
             row = rows[pattern]
+            if isinstance(row.layout, PerExpert) and expert is not None:
+                row = row.layout.one(row, expert)
             names = [hf.format(layer) for hf in row.hf]
-            spans = row.layout.spans([all_shapes[n] for n in names], rank, size)
+            cut = (0, 1) if expert is not None else (rank, size)  # tensor parallelism does not cut experts
+            spans = row.layout.spans([all_shapes[n] for n in names], *cut)
             parts = [source.read(n, span) for n, span in zip(names, spans, strict=True)]
-            parameter.copy_(row.layout.join(parts, rank, size))
+            parameter.copy_(row.layout.join(parts, *cut))

@@ -27,6 +27,7 @@ class Layout:
     data: int = 1
     sequence: bool = False
     layers_per_stage: tuple[int, ...] | None = None
+    expert: int = 1
 
     @property
     def world_size(self) -> int:
@@ -38,7 +39,9 @@ class Layout:
 
     def describe(self) -> str:
         text = f"TP {self.tensor} PP {self.pipeline} CP {self.context} DP {self.data}"
-        return text + (f" VP {self.virtual}" if self.virtual > 1 else "") + (" SP" if self.sequence else "")
+        text += (f" VP {self.virtual}" if self.virtual > 1 else "") + (" SP" if self.sequence else "")
+        text += f" EP {self.expert}" if self.expert > 1 else ""
+        return text
 
 
 def broken_rule(arch: Architecture, layout: Layout) -> str | None:
@@ -56,13 +59,27 @@ def broken_rule(arch: Architecture, layout: Layout) -> str | None:
             f"{arch.num_layers} layers do not divide into {layout.stages} pipeline stages (pipeline {layout.pipeline} × "
             f"virtual_pipeline {layout.virtual}); name an uneven split with layers_per_stage"
         )
-    for name, size in (("attention heads", arch.num_heads), ("feed-forward columns", arch.ffn_size)):
+    columns = arch.ffn_size if arch.experts is None else layout.tensor  # tensor parallelism does not cut experts
+    for name, size in (("attention heads", arch.num_heads), ("feed-forward columns", columns)):
         if size % layout.tensor:
             return f"tensor {layout.tensor} does not divide the model's {size} {name}"
     if arch.num_groups % layout.tensor and layout.tensor % arch.num_groups:
         return f"tensor {layout.tensor} and the model's {arch.num_groups} key-value heads: one must divide the other"
     if layout.sequence and layout.tensor == 1:
         return "sequence parallelism needs tensor ≥ 2"
+    return _broken_expert_rule(arch, layout)
+
+
+def _broken_expert_rule(arch: Architecture, layout: Layout) -> str | None:
+    if arch.experts is None:
+        return f"expert {layout.expert}, but the {arch.family} family has no experts" if layout.expert > 1 else None
+    if arch.experts.count % layout.expert:
+        return f"expert {layout.expert} does not divide the model's {arch.experts.count} experts"
+    stage = layout.world_size // layout.pipeline
+    if stage % layout.expert:
+        return f"expert {layout.expert} does not divide the {stage} ranks of a pipeline stage"
+    if layout.tensor > 1 and not layout.sequence:
+        return "a mixture of experts with tensor ≥ 2 needs sequence parallelism: each rank routes its own tokens"
     return None
 
 
@@ -94,9 +111,10 @@ def cost(
 
     The log-prob operator's chunk of logits and the trained rows it saves are left out: they do not grow with the layout.
     """
-    counts = _stage_parameters(arch, layout)
     # The first stage holds most activations, and the first or the last most parameters.
-    parameters = max(counts)
+    dense, expert = max(_stage_parameters(arch, layout), key=sum)
+    replicas = layout.context * layout.data
+    optimizer = dense // replicas + expert // (layout.tensor * replicas // layout.expert)
     tokens = seq_length * micro_batch_size // layout.context
     layers = max(_layers(arch, layout)) * layout.virtual
     in_flight = float(min(layout.pipeline, micro_batches))
@@ -111,9 +129,9 @@ def cost(
     else:
         activations = tokens * per_layer * layers * in_flight
     return Cost(
-        parameters=_BF16 * parameters,
-        gradients=_FP32 * parameters,
-        optimizer=3 * _FP32 * parameters // (layout.data * layout.context),
+        parameters=_BF16 * (dense + expert),
+        gradients=_FP32 * (dense + expert),
+        optimizer=3 * _FP32 * optimizer,
         activations=int(activations),
         bubble=(layout.pipeline - 1) / (layout.virtual * micro_batches + layout.pipeline - 1),
     )
@@ -124,29 +142,37 @@ def _layers(arch: Architecture, layout: Layout) -> list[int]:
     return list(layout.layers_per_stage or [arch.num_layers // layout.stages] * layout.stages)
 
 
-def _stage_parameters(arch: Architecture, layout: Layout) -> list[int]:
-    """Parameters on one tensor-parallel rank of each pipeline rank."""
+def _stage_parameters(arch: Architecture, layout: Layout) -> list[tuple[int, int]]:
+    """(dense, experts') parameters on one rank of each pipeline stage."""
     query, kv, h = arch.num_heads * arch.head_dim, arch.num_groups * arch.head_dim, arch.hidden_size
-    split = h * (query + 2 * kv) + query * h + 3 * h * arch.ffn_size + (query + 2 * kv if arch.qkv_bias else 0)
-    layer = split // layout.tensor + 2 * h
-    counts = [0] * layout.pipeline
+    cut = h * (query + 2 * kv) + query * h + (query + 2 * kv if arch.qkv_bias else 0)
+    whole = 2 * h + (2 * arch.head_dim if arch.qk_norm else 0)
+    per_expert = 0
+    if arch.experts is None:
+        cut += 3 * h * arch.ffn_size
+    else:
+        whole += h * arch.experts.count  # the router
+        per_expert = 3 * h * arch.experts.ffn_size * arch.experts.count // layout.expert
+    dense, experts = [0] * layout.pipeline, [0] * layout.pipeline
     for stage, layers in enumerate(_layers(arch, layout)):
-        counts[stage % layout.pipeline] += layers * layer
+        dense[stage % layout.pipeline] += layers * (cut // layout.tensor + whole)
+        experts[stage % layout.pipeline] += layers * per_expert
     vocabulary = arch.padded_vocab(layout.tensor) // layout.tensor * h
-    counts[0] += vocabulary
-    counts[-1] += h
+    dense[0] += vocabulary
+    dense[-1] += h
     if not arch.tied or layout.pipeline > 1:  # a tied output layer on another stage is a copy
-        counts[-1] += vocabulary
-    return counts
+        dense[-1] += vocabulary
+    return list(zip(dense, experts, strict=True))
 
 
 def _activation_bytes(arch: Architecture, layout: Layout) -> int:
-    """Bytes that one layer keeps for backward, per token of this rank, in bf16."""
+    """Bytes that one layer keeps for backward, per token of this rank, in bf16. Experts: as if their load were balanced."""
     whole = 4 * arch.hidden_size  # inputs of both norms, of the QKV and of the first feed-forward projection
-    split = (
-        2 * (arch.num_heads + arch.num_groups) * arch.head_dim  # query, key, value, attention's output
-        + 3 * arch.ffn_size  # gate, up, their product
-    )
+    attention = 2 * (arch.num_heads + arch.num_groups) * arch.head_dim  # query, key, value, attention's output
+    feed_forward = 3 * arch.ffn_size  # gate, up, their product
+    if arch.experts is not None:  # and the tokens' copies before and after their experts
+        feed_forward = arch.experts.per_token * (3 * arch.experts.ffn_size + 2 * arch.hidden_size)
+    split = attention + feed_forward
     return _BF16 * (whole // (layout.tensor if layout.sequence else 1) + split // layout.tensor)
 
 
@@ -156,11 +182,11 @@ def valid_layouts(arch: Architecture, gpus: int, *, gpus_per_node: int = 8, max_
         for pipeline in _divisors(gpus // tensor):
             for context in _divisors(gpus // (tensor * pipeline)):
                 for virtual in range(1, max_virtual + 1 if pipeline > 1 else 2):
-                    layout = Layout(
-                        tensor, pipeline, virtual, context, gpus // (tensor * pipeline * context), sequence=tensor > 1
-                    )
-                    if layout.world_size == gpus and broken_rule(arch, layout) is None:
-                        yield layout
+                    data = gpus // (tensor * pipeline * context)
+                    for expert in _divisors(gpus // pipeline) if arch.experts else [1]:
+                        layout = Layout(tensor, pipeline, virtual, context, data, sequence=tensor > 1, expert=expert)
+                        if broken_rule(arch, layout) is None:
+                            yield layout
 
 
 def _divisors(n: int) -> list[int]:

@@ -5,12 +5,14 @@ Megatron's fused layouts, of one tensor-parallel rank or of the whole (the rows 
     linear_qkv   for each KV group g:  [ query heads of g · head_dim | key of g | value of g ]   rows
     linear_fc1                         [ gate | up ]                                             rows
     embedding, output layer            vocabulary rows, zeros from vocab_size to the padded size
+    experts                            every expert's linear_fc1 (linear_fc2), stacked; never cut by tensor parallelism
 
 Pure tensor functions: no Megatron-Core, no collectives.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -165,6 +167,32 @@ class Vocabulary:
 
 
 @dataclass(frozen=True)
+class PerExpert:
+    """Every expert's parameter, stacked along a new first dimension. A rank holds whole experts, each a parameter of its own."""
+
+    count: int
+    of_one: ParameterLayout
+
+    def one(self, row: Mapping, expert: int) -> Mapping:
+        """The mapping of a single expert's parameter."""
+        size = len(row.hf) // self.count
+        return Mapping(row.megatron, row.hf[expert * size : (expert + 1) * size], self.of_one)
+
+    def spans(self, shapes: list[tuple[int, ...]], rank: int, size: int) -> list[Span]:
+        return [(0, 0, shape[0]) for shape in shapes]
+
+    def join(self, parts: list[Tensor], rank: int, size: int) -> Tensor:
+        step = len(parts) // self.count
+        return torch.stack([self.of_one.join(parts[i : i + step], 0, 1) for i in range(0, len(parts), step)])
+
+    def unshard(self, shards: list[Tensor]) -> Tensor:
+        return shards[0]
+
+    def split(self, whole: Tensor) -> list[Tensor]:
+        return [part for expert in whole for part in self.of_one.split(expert)]
+
+
+@dataclass(frozen=True)
 class Mapping:
     """One row of the table. Names hold `{}` where the layer's number goes.
 
@@ -194,11 +222,14 @@ def table(arch: Architecture, *, tensor_parallel: int = 1) -> list[Mapping]:
         in_layer("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight", layout=Replicated()),
         in_layer("self_attention.linear_qkv.weight", *projections("weight"), layout=qkv),
         in_layer("self_attention.linear_proj.weight", "self_attn.o_proj.weight", layout=Split(1)),
-        in_layer("mlp.linear_fc1.layer_norm_weight", "post_attention_layernorm.weight", layout=Replicated()),
-        in_layer("mlp.linear_fc1.weight", "mlp.gate_proj.weight", "mlp.up_proj.weight", layout=GateUp()),
-        in_layer("mlp.linear_fc2.weight", "mlp.down_proj.weight", layout=Split(1)),
+        *_feed_forward(arch, in_layer),
         Mapping("decoder.final_layernorm.weight", ("model.norm.weight",), Replicated()),
     ]
+    if arch.qk_norm:
+        rows += [
+            in_layer(f"self_attention.{x}_layernorm.weight", f"self_attn.{x}_norm.weight", layout=Replicated())
+            for x in "qk"
+        ]
     if arch.qkv_bias:
         rows.append(in_layer("self_attention.linear_qkv.bias", *projections("bias"), layout=qkv))
     if not arch.tied:
@@ -206,9 +237,32 @@ def table(arch: Architecture, *, tensor_parallel: int = 1) -> list[Mapping]:
     return rows
 
 
+def _feed_forward(arch: Architecture, in_layer: Callable[..., Mapping]) -> list[Mapping]:
+    norm = "post_attention_layernorm.weight"
+    if arch.experts is None:
+        return [
+            in_layer("mlp.linear_fc1.layer_norm_weight", norm, layout=Replicated()),
+            in_layer("mlp.linear_fc1.weight", "mlp.gate_proj.weight", "mlp.up_proj.weight", layout=GateUp()),
+            in_layer("mlp.linear_fc2.weight", "mlp.down_proj.weight", layout=Split(1)),
+        ]
+    count = arch.experts.count
+
+    def per_expert(*names: str) -> list[str]:
+        return [f"mlp.experts.{e}.{name}_proj.weight" for e in range(count) for name in names]
+
+    stacked = "mlp.experts.experts."
+    return [
+        in_layer("pre_mlp_layernorm.weight", norm, layout=Replicated()),
+        in_layer("mlp.router.weight", "mlp.gate.weight", layout=Replicated()),
+        in_layer(stacked + "linear_fc1.weight", *per_expert("gate", "up"), layout=PerExpert(count, GateUp())),
+        in_layer(stacked + "linear_fc2.weight", *per_expert("down"), layout=PerExpert(count, Split(1))),
+    ]
+
+
 def shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
     """Hugging Face tensor name → shape, for every tensor of a model, in a fixed order."""
     query, kv = arch.num_heads * arch.head_dim, arch.num_groups * arch.head_dim
+    ffn = arch.experts.ffn_size if arch.experts else arch.ffn_size
     by_suffix = {
         "embed_tokens.weight": (arch.vocab_size, arch.hidden_size),
         "lm_head.weight": (arch.vocab_size, arch.hidden_size),
@@ -219,9 +273,12 @@ def shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
         "k_proj.bias": (kv,),
         "v_proj.bias": (kv,),
         "o_proj.weight": (arch.hidden_size, query),
-        "gate_proj.weight": (arch.ffn_size, arch.hidden_size),
-        "up_proj.weight": (arch.ffn_size, arch.hidden_size),
-        "down_proj.weight": (arch.hidden_size, arch.ffn_size),
+        "q_norm.weight": (arch.head_dim,),
+        "k_norm.weight": (arch.head_dim,),
+        "gate_proj.weight": (ffn, arch.hidden_size),
+        "up_proj.weight": (ffn, arch.hidden_size),
+        "down_proj.weight": (arch.hidden_size, ffn),
+        "mlp.gate.weight": (arch.experts.count if arch.experts else 0, arch.hidden_size),
         "norm.weight": (arch.hidden_size,),  # last: also the end of both layernorms' names
     }
     out = {}

@@ -99,7 +99,7 @@ class _VocabParallelLogprob(torch.autograd.Function):
         if ctx.sequence_parallel:
             grad_hidden = _reduce_scatter_rows(grad_hidden, ctx.group)
         elif ctx.group.size() > 1:
-            dist.all_reduce(grad_hidden, group=ctx.group)
+            _all_reduce(grad_hidden, ctx.group)
         return grad_hidden, weight_grad.result() if weight_grad else None, None, None, None, None, None
 
 
@@ -179,6 +179,10 @@ class _WeightGrad:
             return self.total.to(self.weight.dtype)
         self.weight.grad_added_to_main_grad = True
         return torch.zeros((), dtype=self.weight.dtype, device=self.weight.device).expand(self.weight.shape)
+
+
+def _all_reduce(tensor: Tensor, group: dist.ProcessGroup) -> None:
+    dist.all_reduce(tensor, group=group)
 
 
 def _all_gather_rows(local: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -27,7 +27,8 @@ DeviceChoice = Literal["auto", "cpu", "cuda"]
 class ParallelContext:
     """The process groups of one layout, and this rank's place in each.
 
-    dp is data parallel alone; dp_cp spans data and context parallel ranks, over which losses and gradients are summed.
+    dp is data parallel alone; dp_cp spans data and context parallel ranks, over which losses and gradients are summed. ep, the
+    expert-parallel group, lies across tensor, context and data parallel ranks.
     """
 
     tp: dist.ProcessGroup
@@ -35,6 +36,7 @@ class ParallelContext:
     cp: dist.ProcessGroup
     dp: dist.ProcessGroup
     dp_cp: dist.ProcessGroup
+    ep: dist.ProcessGroup
     virtual_pipeline: int | None
 
     @property
@@ -53,6 +55,7 @@ class ParallelContext:
     def describe(self) -> str:
         sizes = {"TP": self.tp, "PP": self.pp, "CP": self.cp, "DP": self.dp}
         text = " × ".join(f"{name} {group.size()}" for name, group in sizes.items())
+        text += f", EP {self.ep.size()}" if self.ep.size() > 1 else ""
         return text + (f", {self.virtual_pipeline} virtual stages" if self.virtual_pipeline else "")
 
 
@@ -96,12 +99,18 @@ class Platform:
                 f"parallel: tensor {tensor} × pipeline {pipeline} × context {context} = {product} does not divide the "
                 f"{self.world_size} processes that were started. Start a multiple of {product} processes, or change the degrees."
             )
+        if self.world_size // pipeline % expert:
+            raise ConfigError(
+                f"parallel.expert {expert} does not divide the {self.world_size // pipeline} processes of a pipeline stage. Choose a "
+                "divisor, or change the other degrees."
+            )
         parallel_state.destroy_model_parallel()
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=tensor,
             pipeline_model_parallel_size=pipeline,
             context_parallel_size=context,
             expert_model_parallel_size=expert,
+            expert_tensor_parallel_size=1,  # experts are small: whole ones are spread, none is cut
             virtual_pipeline_model_parallel_size=virtual_pipeline,
         )
         torch.manual_seed(seed)
@@ -112,6 +121,7 @@ class Platform:
             cp=parallel_state.get_context_parallel_group(),
             dp=parallel_state.get_data_parallel_group(),
             dp_cp=parallel_state.get_data_parallel_group(with_context_parallel=True),
+            ep=parallel_state.get_expert_model_parallel_group(),
             virtual_pipeline=virtual_pipeline,
         )
 
@@ -163,6 +173,7 @@ def start(device: DeviceChoice = "auto", *, timeout_s: float = 600.0) -> Platfor
                 "Start one process a GPU, or run on CPU with IWSFT_DEVICE=cpu."
             )
         torch.cuda.set_device(torch_device)
+    _define_missing_names()
     if not dist.is_initialized():
         options: dict[str, Any] = {"device_id": torch_device} if use_cuda else {}
         if "MASTER_PORT" not in os.environ:  # a job of one needs no rendezvous
@@ -173,10 +184,24 @@ def start(device: DeviceChoice = "auto", *, timeout_s: float = 600.0) -> Platfor
     return Platform(device=torch_device, rank=dist.get_rank(), world_size=dist.get_world_size())
 
 
+def _define_missing_names() -> None:
+    """0.16 without Transformer Engine asks whether its matrix product is None in the router, but never said so."""
+    from megatron.core.transformer.moe import moe_utils
+
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
+
+
 def stop() -> None:
     """Leave the job: destroy the process groups."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def moe_submodules(layer: Any) -> Any:
+    """The mixture of experts' submodules in a layer spec: 0.16 nests specs there, 0.19 a partially called constructor."""
+    mlp = layer.submodules.mlp
+    return mlp.keywords["submodules"] if hasattr(mlp, "keywords") else mlp.submodules
 
 
 def async_save_options() -> dict[str, Any]:

@@ -8,6 +8,7 @@ It changes process-wide state, so only `platform.start` calls it, once, when the
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -82,6 +83,16 @@ def _l2_norm(
     return torch.stack(squares).sum().sqrt().float().reshape(1), None
 
 
+def _with_sizes_as_lists(all_to_all_single: Callable[..., Any]) -> Callable[..., Any]:
+    """The expert dispatcher copies split sizes from the GPU into lists, but leaves CPU tensors as they are."""
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        sizes = {k: v.tolist() for k, v in kwargs.items() if k.endswith("split_sizes") and torch.is_tensor(v)}
+        return all_to_all_single(*args, **kwargs | sizes)
+
+    return wrapped
+
+
 def install() -> None:
     """Make Megatron-Core run on CPU in this process. Must come before any Megatron-Core module is built; again does nothing."""
     cuda: Any = torch.cuda
@@ -114,6 +125,8 @@ def install() -> None:
     clip_grads.l2_norm_impl = _l2_norm
     megatron_random._get_cuda_rng_state = get_rng_state
     megatron_random._set_cuda_rng_state = set_rng_state
+
+    torch.distributed.all_to_all_single = _with_sizes_as_lists(torch.distributed.all_to_all_single)
 
     # Entered for the life of the process: Megatron-Core builds tensors in every phase of a run.
     _CudaToCpu().__enter__()

@@ -16,14 +16,34 @@ from megatron_iwsft.model.hf import SafetensorsDirectory
 from megatron_iwsft.testing import run_distributed
 from tests import tiny
 
-MODELS = {
+YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=32)
+LLAMA3 = dict(
+    rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32
+)
+MOE = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=48)
+MODELS = {  # every prompt is longer than the original context of a scaled rope, and than a sliding window
     "qwen2": dict(family="qwen2", rope_theta=1e6),
-    "qwen2-tied": dict(family="qwen2", tie_word_embeddings=True, num_key_value_heads=2),
+    "qwen2-tied": dict(family="qwen2", tie_word_embeddings=True, num_key_value_heads=1),
+    "qwen2-yarn": dict(family="qwen2", rope_scaling=YARN),
+    "qwen2-windows": dict(family="qwen2", use_sliding_window=True, sliding_window=24, max_window_layers=2),
     "llama": dict(family="llama", num_key_value_heads=8),
     "llama-head-size": dict(family="llama", head_dim=16, vocab_size=257, tie_word_embeddings=True),
+    "llama-3": dict(family="llama", rope_scaling=LLAMA3, rope_theta=5e5),
+    "llama-linear": dict(family="llama", rope_scaling=dict(type="linear", factor=4.0), max_position_embeddings=32),
+    "mistral": dict(family="mistral", sliding_window=24, head_dim=16),
+    "qwen3": dict(family="qwen3", head_dim=16),
+    "qwen3-yarn": dict(
+        family="qwen3", head_dim=16, num_key_value_heads=1, rope_scaling=YARN | dict(attention_factor=1.2)
+    ),
+    "qwen3-moe": dict(family="qwen3_moe", head_dim=16, norm_topk_prob=True, **MOE),
+    "qwen3-moe-plain": dict(family="qwen3_moe", norm_topk_prob=False, tie_word_embeddings=True, **MOE),
 }
-LAYOUTS = {1: [dict()], 2: [dict(tensor=2), dict(pipeline=2), dict(pipeline=2, virtual_pipeline=2)]}
-IDS = torch.randint(0, 257, (90,), generator=torch.Generator().manual_seed(1)).tolist()
+LAYOUTS = {
+    1: [dict()],
+    2: [dict(tensor=2), dict(pipeline=2), dict(pipeline=2, virtual_pipeline=2), dict(expert=2)],
+    4: [dict(tensor=4), dict(pipeline=4), dict(tensor=2, expert=2, pipeline=2)],
+}
+IDS = torch.randint(0, 257, (92,), generator=torch.Generator().manual_seed(1)).tolist()
 
 
 def hf_directory(path: Path, **changes) -> Path:
@@ -48,10 +68,13 @@ def roundtrip(platform, directories: dict[str, str], layouts: list[dict], out: s
     for name, directory in directories.items():
         source = SafetensorsDirectory(directory)
         for layout in layouts:
+            if "expert" in layout and source.architecture.experts is None:
+                continue
             parallel = platform.parallel(**layout)
-            chunks = build_model(source.architecture, parallel, platform, ModelSettings())
+            settings = ModelSettings(sequence_parallel=layout.get("tensor", 1) > 1)
+            chunks = build_model(source.architecture, parallel, platform, settings)
             load_weights(chunks, source, parallel)
-            if parallel.pp.size() == 1:
+            if parallel.pp.size() == 1 and parallel.ep.size() == 1:
                 found[name, str(layout)] = convert.checkpoint_logprobs(chunks[0], IDS)
             label = "-".join(f"{k}{v}" for k, v in layout.items()) or "one"
             root = Path(out) / f"{name}@{label}"
@@ -130,11 +153,17 @@ def test_damaged_directories_are_refused_by_name(tmp_path: Path) -> None:
         (lambda d: (d / "model.safetensors.index.json").write_text("[]"), "is not a valid index"),
         (lambda d: (d / "model.safetensors.index.json").unlink(), "has neither model.safetensors nor"),
         (edit_config(intermediate_size=100), r"has shape \(96, 64\), but config.json implies \(100, 64\)"),
-        (edit_config(num_hidden_layers=5), "model.layers.4.input_layernorm.weight is missing"),
-        (edit_config(num_hidden_layers=3), "has no place in a qwen2 model"),
+        (edit_config(num_hidden_layers=5, layer_types=None), "model.layers.4.input_layernorm.weight is missing"),
+        (edit_config(num_hidden_layers=3, layer_types=None), "has no place in a qwen2 model"),
         (edit_config(model_type="gpt2"), "model_type 'gpt2' is not supported"),
-        (edit_config(rope_parameters={"rope_type": "yarn", "factor": 4.0}), "rope type 'yarn' is not supported"),
-        (edit_config(use_sliding_window=True), "use_sliding_window true is not supported"),
+        (edit_config(rope_parameters={"rope_type": "longrope"}), "rope type 'longrope' is not supported"),
+        (edit_config(rope_parameters={"rope_type": "yarn"}), "rope type yarn needs factor"),
+        (edit_config(rope_parameters={"rope_type": "linear", "factor": "4"}), "factor must be a number; found '4'"),
+        (edit_config(layer_types=["full_attention"]), "layer_types must list 4 layers"),
+        (
+            edit_config(layer_types=["chunked_attention"] * 4),
+            "an attention of type 'chunked_attention' is not supported",
+        ),
         (edit_config(hidden_act="gelu"), "hidden_act 'gelu' is not supported"),
         (edit_config(new_feature=1), "new_feature is not a key that this program knows"),
         (edit_config(hidden_size="64"), "hidden_size must be a positive integer; found '64'"),

@@ -23,11 +23,27 @@ def arch(**changes) -> Architecture:
         (Layout(tensor=3), "tensor 3 does not divide the model's 8 attention heads"),
         (Layout(tensor=4), "tensor 4 and the model's 6 key-value heads: one must divide the other"),
         (Layout(sequence=True), "sequence parallelism needs tensor ≥ 2"),
+        (Layout(data=2, expert=2), "expert 2, but the qwen2 family has no experts"),
     ],
 )
 def test_rules_are_named(layout: Layout, rule: str) -> None:
     changes = dict(num_attention_heads=12, num_key_value_heads=6, head_dim=8) if "key-value" in rule else {}
     assert rule in str(broken_rule(arch(**changes), layout))
+
+
+MOE = dict(family="qwen3_moe", head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=48)
+
+
+@pytest.mark.parametrize(
+    ("layout", "rule"),
+    [
+        (Layout(data=3, expert=3), "expert 3 does not divide the model's 4 experts"),
+        (Layout(pipeline=2, data=2, expert=4), "expert 4 does not divide the 2 ranks of a pipeline stage"),
+        (Layout(tensor=2, expert=2), "a mixture of experts with tensor ≥ 2 needs sequence parallelism"),
+    ],
+)
+def test_rules_of_experts_are_named(layout: Layout, rule: str) -> None:
+    assert rule in str(broken_rule(arch(**MOE), layout))
 
 
 def test_every_offered_layout_is_valid_and_uses_all_gpus() -> None:
@@ -55,24 +71,39 @@ def test_cost_follows_the_published_formulas() -> None:
     assert cost(a, Layout(), **step, recompute="full").activations < flat.activations / 4
 
 
-COUNTED = [dict(), dict(tensor=2), dict(pipeline=2), dict(pipeline=2, virtual_pipeline=2)]
+COUNTED = [
+    Layout(data=2),
+    Layout(tensor=2, sequence=True),
+    Layout(pipeline=2),
+    Layout(pipeline=2, virtual=2),
+    Layout(data=2, expert=2),
+]
+COUNTED_MODELS = {"untied": {}, "tied": dict(tie_word_embeddings=True), "experts": MOE}
 
 
-def built_parameters(platform, tied: bool, layouts: list[dict]) -> list[int]:
+def built_parameters(platform) -> dict[tuple[str, Layout], int]:
     from megatron_iwsft.model.build import ModelSettings, build_model
 
-    out = []
-    for layout in layouts:
-        parallel = platform.parallel(**layout)
-        chunks = build_model(arch(tie_word_embeddings=tied), parallel, platform, ModelSettings())
-        out.append(sum(p.numel() for chunk in chunks for p in chunk.parameters()))
+    out = {}
+    for name, layout in counted():
+        parallel = platform.parallel(
+            tensor=layout.tensor,
+            pipeline=layout.pipeline,
+            expert=layout.expert,
+            virtual_pipeline=layout.virtual if layout.virtual > 1 else None,
+        )
+        settings = ModelSettings(sequence_parallel=layout.sequence)
+        chunks = build_model(arch(**COUNTED_MODELS[name]), parallel, platform, settings)
+        out[name, layout] = sum(p.numel() for chunk in chunks for p in chunk.parameters())
     return out
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_parameters_are_counted_as_they_are_built(tied: bool) -> None:
-    built = run_distributed(built_parameters, 2, tied, COUNTED)
-    for i, degrees in enumerate(COUNTED):
-        layout = Layout(degrees.get("tensor", 1), degrees.get("pipeline", 1), degrees.get("virtual_pipeline", 1))
-        counts = _stage_parameters(arch(tie_word_embeddings=tied), layout)
-        assert [built[0][i], built[1][i]] == (counts * 2 if layout.pipeline == 1 else counts)
+def counted() -> list[tuple[str, Layout]]:
+    return [(n, x) for n, c in COUNTED_MODELS.items() for x in COUNTED if broken_rule(arch(**c), x) is None]
+
+
+def test_parameters_are_counted_as_they_are_built() -> None:
+    built = run_distributed(built_parameters, 2)
+    for name, layout in counted():
+        counts = [sum(c) for c in _stage_parameters(arch(**COUNTED_MODELS[name]), layout)]
+        assert [b[name, layout] for b in built] == (counts * 2 if layout.pipeline == 1 else counts), (name, layout)

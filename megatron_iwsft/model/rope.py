@@ -1,0 +1,132 @@
+"""Rotary positions: the frequencies of every scaling that the supported families use.
+
+Sources: linear interpolation (arXiv 2306.15595), YaRN (arXiv 2309.00071, section 3), Llama 3.1's scaling by wavelength. The keys are
+those of a Hugging Face config's `rope_parameters` (before transformers 5 `rope_scaling` and `rope_theta`).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_iwsft.errors import CheckpointError
+
+# kind → (parameters that must be given, those that may be)
+_PARAMETERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "default": ((), ()),
+    "linear": (("factor",), ()),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor"), ("original_max_position_embeddings",)),
+    "yarn": (
+        ("factor",),
+        (
+            "original_max_position_embeddings",
+            "attention_factor",
+            "beta_fast",
+            "beta_slow",
+            "mscale",
+            "mscale_all_dim",
+            "truncate",
+        ),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Rope:
+    """theta: base of the wavelengths; kind and parameters: the scaling."""
+
+    theta: float
+    kind: str = "default"
+    parameters: dict[str, float] = field(default_factory=dict)
+
+    @staticmethod
+    def from_hf(config: dict[str, Any], *, max_positions: int, where: str) -> Rope:
+        """Read a Hugging Face config. Raises CheckpointError naming what is missing, wrong or unsupported."""
+        given: dict[str, Any] = {}
+        for key in ("rope_scaling", "rope_parameters"):
+            if not isinstance(config.get(key) or {}, dict):
+                raise CheckpointError(f"{where}: {key} must be an object; found {config[key]!r}.")
+            given |= config.get(key) or {}
+        kind = given.pop("rope_type", given.pop("type", "default"))
+        given.pop("type", None)
+        theta = given.pop("rope_theta", config.get("rope_theta", 10000.0))
+        if given.pop("partial_rotary_factor", 1.0) != 1.0:
+            raise CheckpointError(f"{where}: a partial_rotary_factor other than 1 is not supported.")
+        if kind not in _PARAMETERS:
+            raise CheckpointError(
+                f"{where}: rope type {kind!r} is not supported; supported are {', '.join(_PARAMETERS)}."
+            )
+        required, optional = _PARAMETERS[kind]
+        given = {k: v for k, v in given.items() if v is not None}
+        for key in required:
+            if key not in given:
+                raise CheckpointError(f"{where}: rope type {kind} needs {key}.")
+        for key, value in {"rope_theta": theta, **given}.items():
+            if key != "rope_theta" and key not in (*required, *optional):
+                raise CheckpointError(f"{where}: {key} is not a key that this program knows for rope type {kind}.")
+            if not isinstance(value, int | float) or (isinstance(value, bool) and key != "truncate"):
+                raise CheckpointError(f"{where}: {key} must be a number; found {value!r}.")
+        if "original_max_position_embeddings" in optional:
+            given.setdefault("original_max_position_embeddings", max_positions)
+        return Rope(float(theta), kind, given)
+
+    def to_hf(self) -> dict[str, Any]:
+        """`rope_parameters` for a config."""
+        return {"rope_type": self.kind, "rope_theta": self.theta, **self.parameters}
+
+    def inverse_frequencies(self, head_dim: int) -> Tensor:
+        """Radians a position advances each pair of dimensions by: float32 [head_dim / 2]."""
+        plain = 1.0 / (self.theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim))
+        if self.kind == "linear":
+            return plain / self.parameters["factor"]
+        if self.kind == "llama3":
+            return self._llama3(plain)
+        if self.kind == "yarn":
+            return self._yarn(head_dim)
+        return plain
+
+    @property
+    def attention_factor(self) -> float:
+        """What queries and keys are each scaled by after rotation (YaRN's temperature; 1 elsewhere)."""
+        if self.kind != "yarn":
+            return 1.0
+        p = self.parameters
+        if "attention_factor" in p:
+            return float(p["attention_factor"])
+
+        def temperature(scale: float) -> float:
+            return 1.0 if p["factor"] <= 1 else 0.1 * scale * math.log(p["factor"]) + 1.0
+
+        if p.get("mscale") and p.get("mscale_all_dim"):
+            return temperature(p["mscale"]) / temperature(p["mscale_all_dim"])
+        return temperature(1.0)
+
+    def _llama3(self, plain: Tensor) -> Tensor:
+        """Long wavelengths are stretched by `factor`, short ones kept, those between interpolated."""
+        p = self.parameters
+        # How many times a wavelength fits into the original context.
+        turns = p["original_max_position_embeddings"] * plain / (2 * math.pi)
+        keep = ((turns - p["low_freq_factor"]) / (p["high_freq_factor"] - p["low_freq_factor"])).clamp(0.0, 1.0)
+        return (1 - keep) * plain / p["factor"] + keep * plain
+
+    def _yarn(self, head_dim: int) -> Tensor:
+        """Dimensions that turn often are kept, those that turn seldom interpolated, a linear ramp between."""
+        p = self.parameters
+
+        def dimension(turns: float) -> float:
+            wavelength = p["original_max_position_embeddings"] / (turns * 2 * math.pi)
+            return head_dim * math.log(wavelength) / (2 * math.log(self.theta))
+
+        low, high = dimension(p.get("beta_fast", 32)), dimension(p.get("beta_slow", 1))
+        if p.get("truncate", True):
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, head_dim - 1)
+        if low == high:
+            high += 0.001
+        interpolate = ((torch.arange(head_dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0.0, 1.0)
+        wavelengths = self.theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+        return interpolate / (p["factor"] * wavelengths) + (1 - interpolate) / wavelengths
