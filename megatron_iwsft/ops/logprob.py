@@ -1,7 +1,12 @@
 """Vocabulary-parallel log-probs from hidden states: output projection and log-softmax as one operation.
 
-Full logits [T, V/tp] never exist. Positions that are not trained on are not projected. For each projected row only the
-log-sum-exp is kept; backward recomputes a chunk of logits at a time from it and needs no statistics of other ranks.
+Full logits [T, V/tp] never exist: rows are projected a chunk at a time into one buffer. Positions that are not trained on and
+columns that are padding are not projected. Each row leaves its log-sum-exp; backward recomputes a chunk's logits and needs no
+statistics of other ranks. The last chunk's logits stay in the buffer from forward to backward: where all rows fit into one
+chunk nothing is computed twice.
+
+Per chunk, forward: logits (a matrix product), then maximum, Σ exp and target logit in one pass over them (`row_statistics`).
+Backward: logits, their gradient in place (`logits_gradient`), then two matrix products.
 """
 
 from __future__ import annotations
@@ -13,9 +18,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_iwsft.batch import IGNORE
+from megatron_iwsft.ops import rows
 
-# Logits of one chunk in float32 hold about this many bytes.
-_CHUNK_BYTES = 128 * 2**20
+# The buffer holds at most this many bytes of logits. Fixed, not a share of free memory: a weight gradient adds up over chunks,
+# so their size is part of the arithmetic, which must not depend on what else is in memory.
+CHUNK_BYTES = 2**30
 
 
 def vocab_parallel_logprob(
@@ -27,6 +34,7 @@ def vocab_parallel_logprob(
     vocab_size: int,
     chunk_size: int | None = None,
     sequence_parallel: bool = False,
+    entropy: Tensor | None = None,
 ) -> Tensor:
     """log softmax(hidden · Wᵀ)[target] for every trained position.
 
@@ -34,16 +42,23 @@ def vocab_parallel_logprob(
     weight   [V/tp, H]: this rank's rows of the output projection, rank r holding rows r·V/tp …
     targets  [T] int64, token ids, IGNORE where nothing is trained; the same on every rank
     vocab_size  ids from here to V are padding: excluded from the softmax
-    chunk_size  rows projected at a time; None takes what 128 MiB of float32 logits hold
+    chunk_size  rows projected at a time; None: as many as CHUNK_BYTES of logits hold, spread evenly
+    entropy  float32 [T], filled with the entropy of each trained position's distribution (nats, no gradient), if given
 
     Returns float32 [T], 0 where IGNORE, the same on every rank. The softmax is float32 for every input dtype; the gradient
     of hidden comes in its dtype, that of weight is accumulated over chunks in float32 and, where Megatron-Core keeps a
     float32 `main_grad`, straight into it.
 
-    Collectives, forward: one all-gather of [3, trained] float32 statistics (merged in rank order); with `sequence_parallel` an
-    all-gather of hidden. Backward: the gradient's own all-reduce, or with `sequence_parallel` its reduce-scatter.
+    Values do not depend on chunk_size but for what the library's matrix product makes of a smaller one; weight gradients are
+    added up a chunk at a time, so their last bits do. Runs repeat bit by bit.
+
+    Collectives, forward: one all-gather of [3 (4 with entropy), trained] float32 statistics, merged in rank order; with
+    `sequence_parallel` an all-gather of hidden. Backward: the gradient's own all-reduce, or with `sequence_parallel` its
+    reduce-scatter, while the last chunk's weight gradient is computed.
     """
-    return _VocabParallelLogprob.apply(hidden, weight, targets, group, vocab_size, chunk_size, sequence_parallel)
+    return _VocabParallelLogprob.apply(
+        hidden, weight, targets, group, vocab_size, chunk_size, sequence_parallel, entropy
+    )
 
 
 class _VocabParallelLogprob(torch.autograd.Function):
@@ -57,96 +72,98 @@ class _VocabParallelLogprob(torch.autograd.Function):
         vocab_size: int,
         chunk_size: int | None,
         sequence_parallel: bool,
+        entropy: Tensor | None,
     ) -> Tensor:
         if sequence_parallel and group.size() > 1:
             hidden = _all_gather_rows(hidden, group)
-        rows = torch.nonzero(targets != IGNORE).flatten()
-        trained = hidden.index_select(0, rows)
+        index = torch.nonzero(targets != IGNORE).flatten()
+        trained = hidden.index_select(0, index)
         first_row = group.rank() * weight.shape[0]
-        local_target = targets.index_select(0, rows) - first_row
-        valid = max(0, min(weight.shape[0], vocab_size - first_row))
-        chunk = chunk_size or max(1, _CHUNK_BYTES // (4 * weight.shape[0]))
+        local_target = targets.index_select(0, index) - first_row
+        weight_rows = weight[: max(0, min(weight.shape[0], vocab_size - first_row))]  # without padding
+        chunks = _chunks(trained, weight.shape[0], chunk_size)
 
-        stats = hidden.new_empty((3, rows.numel()), dtype=torch.float32)
-        for start in range(0, rows.numel(), chunk):
-            part = slice(start, start + chunk)
-            logits = _logits(trained[part], weight, valid)
-            _chunk_statistics(logits, local_target[part], out=stats[:, part])
-        lse, target_logit = _merge_statistics(stats, group)
+        buffer = trained.new_empty(_longest(chunks), weight_rows.shape[0])
+        stats = hidden.new_empty((3 if entropy is None else 4, index.numel()), dtype=torch.float32)
+        for chunk in chunks:
+            logits = torch.mm(trained[chunk], weight_rows.t(), out=buffer[: chunk.stop - chunk.start])
+            rows.row_statistics(logits, local_target[chunk], out=stats[:, chunk])
+        lse, target_logit, row_entropy = _merge_statistics(stats, group)
 
-        ctx.save_for_backward(trained, weight, rows, local_target, lse)
-        ctx.group, ctx.valid, ctx.chunk = group, valid, chunk
+        ctx.save_for_backward(trained, weight, index, local_target, lse)
+        ctx.group, ctx.chunks, ctx.valid = group, chunks, weight_rows.shape[0]
         ctx.sequence_parallel, ctx.num_tokens = sequence_parallel and group.size() > 1, targets.numel()
+        ctx.buffer = buffer if any(ctx.needs_input_grad) else None  # holds the last chunk's logits
+        if entropy is not None and row_entropy is not None:
+            entropy.zero_().index_copy_(0, index, row_entropy)
         out = torch.zeros(targets.numel(), dtype=torch.float32, device=hidden.device)
-        return out.index_copy_(0, rows, target_logit - lse)
+        return out.index_copy_(0, index, target_logit - lse)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        trained, weight, rows, local_target, lse = ctx.saved_tensors
-        grad = grad.index_select(0, rows).float()
+        trained, weight, index, local_target, lse = ctx.saved_tensors
+        weight_rows = weight[: ctx.valid]
+        grad = grad.index_select(0, index).float()
         grad_trained = torch.empty_like(trained)
-        weight_grad = _WeightGrad(weight) if ctx.needs_input_grad[1] else None
-        for start in range(0, rows.numel(), ctx.chunk):
-            part = slice(start, start + ctx.chunk)
-            dlogits = _chunk_dlogits(
-                _logits(trained[part], weight, ctx.valid), local_target[part], lse[part], grad[part]
-            ).to(trained.dtype)
-            torch.mm(dlogits, weight, out=grad_trained[part])
+        weight_grad = _WeightGrad(weight, ctx.valid) if ctx.needs_input_grad[1] else None
+        kept, ctx.buffer = ctx.buffer, None
+        # Without kept logits this is a second backward through one graph.
+        buffer = kept if kept is not None else trained.new_empty(_longest(ctx.chunks), ctx.valid)
+        last = ctx.chunks[-1] if ctx.chunks else slice(0, 0)
+
+        def input_gradient(chunk: slice, *, recompute: bool) -> Tensor:
+            logits = buffer[: chunk.stop - chunk.start]
+            if recompute:
+                torch.mm(trained[chunk], weight_rows.t(), out=logits)
+            rows.logits_gradient(logits, local_target[chunk], lse[chunk], grad[chunk])
+            torch.mm(logits, weight_rows, out=grad_trained[chunk])
+            return logits
+
+        # Kept logits come first: the other chunks need the buffer. The collective starts before the last weight gradient.
+        order = [last, *ctx.chunks[:-1]]
+        for number, chunk in enumerate(order):
+            dlogits = input_gradient(chunk, recompute=kept is None or number > 0)
+            if number == len(order) - 1:
+                grad_hidden = grad_trained.new_zeros(ctx.num_tokens, trained.shape[1])
+                grad_hidden.index_copy_(0, index, grad_trained)
+                grad_hidden, arrival = _reduce(grad_hidden, ctx.group, sequence_parallel=ctx.sequence_parallel)
             if weight_grad is not None:
-                weight_grad.add(dlogits, trained[part])
-        grad_hidden = grad_trained.new_zeros(ctx.num_tokens, trained.shape[1])
-        grad_hidden.index_copy_(0, rows, grad_trained)
-        if ctx.sequence_parallel:
-            grad_hidden = _reduce_scatter_rows(grad_hidden, ctx.group)
-        elif ctx.group.size() > 1:
-            _all_reduce(grad_hidden, ctx.group)
-        return grad_hidden, weight_grad.result() if weight_grad else None, None, None, None, None, None
+                weight_grad.add(dlogits, trained[chunk])
+        if arrival is not None:
+            arrival.wait()
+        return grad_hidden, weight_grad.result() if weight_grad else None, None, None, None, None, None, None
 
 
-def _logits(hidden: Tensor, weight: Tensor, valid: int) -> Tensor:
-    """float32 [n, V/tp]; padded columns are −inf."""
-    logits = (hidden @ weight.t()).float()
-    if valid < weight.shape[0]:
-        logits[:, valid:] = -torch.inf
-    return logits
+def _chunks(trained: Tensor, columns: int, chunk_size: int | None) -> list[slice]:
+    """Consecutive, about equally long parts of the trained rows."""
+    total = trained.shape[0]
+    most = chunk_size or max(1, CHUNK_BYTES // (columns * trained.element_size()))
+    count = -(-total // most)
+    size = -(-total // count) if count else 0
+    return [slice(start, min(start + size, total)) for start in range(0, total, size)] if count else []
 
 
-def _chunk_statistics(logits: Tensor, local_target: Tensor, *, out: Tensor) -> None:
-    """Into out [3, n]: the row maximum, Σ exp(logit − maximum), and the target's logit (0 if another rank holds it).
-
-    Overwrites logits. A rank whose columns are all padding contributes a maximum of the lowest finite float and a sum of 0.
-    """
-    maximum = logits.amax(dim=1).clamp_(min=torch.finfo(torch.float32).min)
-    here = (local_target >= 0) & (local_target < logits.shape[1])
-    index = local_target.clamp(0, logits.shape[1] - 1).unsqueeze(1)
-    out[2] = torch.where(here, logits.gather(1, index).squeeze(1), 0.0)
-    out[0] = maximum
-    out[1] = logits.sub_(maximum.unsqueeze(1)).exp_().sum(dim=1)
+def _longest(chunks: list[slice]) -> int:
+    return max((chunk.stop - chunk.start for chunk in chunks), default=0)
 
 
-def _merge_statistics(stats: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
-    """(log-sum-exp, target logit), each float32 [n], from every rank's statistics, in rank order."""
+def _merge_statistics(stats: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(log-sum-exp, target logit, entropy or None), each float32 [n], from every rank's statistics, in rank order."""
     if group.size() > 1:
         gathered = [torch.empty_like(stats) for _ in range(group.size())]
-        dist.all_gather(gathered, stats, group=group)
+        dist.all_gather(gathered, stats.contiguous(), group=group)
     else:
         gathered = [stats]
     maximum = torch.stack([s[0] for s in gathered]).amax(dim=0)
-    total = torch.zeros_like(maximum)
-    target = torch.zeros_like(maximum)
+    total, target, surplus = (torch.zeros_like(maximum) for _ in range(3))
     for s in gathered:
-        total += s[1] * torch.exp(s[0] - maximum)
+        scale = torch.exp(s[0] - maximum)
+        total += s[1] * scale
         target += s[2]
-    return maximum + torch.log(total), target
-
-
-def _chunk_dlogits(logits: Tensor, local_target: Tensor, lse: Tensor, grad: Tensor) -> Tensor:
-    """d(log-prob)/d(logits) · grad = grad · (onehot − softmax), in place of logits. float32 [n, V/tp]."""
-    softmax = logits.sub_(lse.unsqueeze(1)).exp_()
-    dlogits = softmax.mul_(-grad.unsqueeze(1))
-    here = (local_target >= 0) & (local_target < logits.shape[1])
-    index = local_target.clamp(0, logits.shape[1] - 1).unsqueeze(1)
-    return dlogits.scatter_add_(1, index, torch.where(here, grad, 0.0).unsqueeze(1))
+        if stats.shape[0] == 4:
+            surplus += (s[3] + (s[0] - maximum) * s[1]) * scale
+    entropy = torch.log(total) - surplus / total if stats.shape[0] == 4 else None
+    return maximum + torch.log(total), target, entropy
 
 
 class _WeightGrad:
@@ -157,22 +174,21 @@ class _WeightGrad:
     The stand-in is zero because the hook does add it where the weight is shared with the embedding (`zero_out_wgrad`).
     """
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, weight: Tensor, valid: int) -> None:
         self.weight = weight
         self.main_grad: Tensor | None = getattr(weight, "main_grad", None)
         if self.main_grad is not None and self.main_grad.dtype != torch.float32:
             self.main_grad = None
-        self.total = (
-            self.main_grad if self.main_grad is not None else weight.new_zeros(weight.shape, dtype=torch.float32)
-        )
+        self.total = self.main_grad if self.main_grad is not None else torch.zeros_like(weight, dtype=torch.float32)
+        self._rows = self.total[:valid]
 
     def add(self, dlogits: Tensor, hidden: Tensor) -> None:
         if dlogits.dtype == torch.float32:
-            self.total.addmm_(dlogits.t(), hidden)
+            self._rows.addmm_(dlogits.t(), hidden)
         elif dlogits.is_cuda:
-            torch.addmm(self.total, dlogits.t(), hidden, out_dtype=torch.float32, out=self.total)
+            torch.addmm(self._rows, dlogits.t(), hidden, out_dtype=torch.float32, out=self._rows)
         else:
-            self.total.addmm_(dlogits.t().float(), hidden.float())
+            rows.add_product(self._rows, dlogits.t(), hidden)
 
     def result(self) -> Tensor:
         if self.main_grad is None:
@@ -181,17 +197,21 @@ class _WeightGrad:
         return torch.zeros((), dtype=self.weight.dtype, device=self.weight.device).expand(self.weight.shape)
 
 
-def _all_reduce(tensor: Tensor, group: dist.ProcessGroup) -> None:
-    dist.all_reduce(tensor, group=group)
+def _reduce(grad: Tensor, group: dist.ProcessGroup, *, sequence_parallel: bool) -> tuple[Tensor, dist.Work | None]:
+    """Start adding up [T, H] over the group: whole everywhere, or with `sequence_parallel` each rank's [T/tp, H]."""
+    if group.size() == 1:
+        return grad, None
+    if not sequence_parallel:
+        return grad, _all_reduce(grad, group)
+    out = grad.new_empty((grad.shape[0] // group.size(), grad.shape[1]))
+    return out, dist.reduce_scatter_tensor(out, grad, group=group, async_op=True)
+
+
+def _all_reduce(tensor: Tensor, group: dist.ProcessGroup) -> dist.Work | None:
+    return dist.all_reduce(tensor, group=group, async_op=True)
 
 
 def _all_gather_rows(local: Tensor, group: dist.ProcessGroup) -> Tensor:
     out = local.new_empty((local.shape[0] * group.size(), *local.shape[1:]))
     dist.all_gather_into_tensor(out, local.contiguous(), group=group)
-    return out
-
-
-def _reduce_scatter_rows(full: Tensor, group: dist.ProcessGroup) -> Tensor:
-    out = full.new_empty((full.shape[0] // group.size(), *full.shape[1:]))
-    dist.reduce_scatter_tensor(out, full, group=group)
     return out

@@ -1,21 +1,28 @@
-"""The operator against full logits in float64: value and both gradients."""
+"""The operator against full logits in float64: value, entropy and both gradients; its collectives, counted."""
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
+from unittest.mock import patch
+
 import pytest
 import torch
+import torch.distributed as dist
 
 from megatron_iwsft.batch import IGNORE
 from megatron_iwsft.testing import run_distributed
 
-H, VOCAB, PADDED, T = 24, 300, 384, 16
+H, PADDED, T = 24, 384, 16
+VOCABULARIES = (300, 280)  # over four ranks of 96 rows: 12 columns for the last, or padding only
+TRAINED = ("all", "none", "one", "ragged")
 
 
-def case(trained: str, seed: int = 0):
-    generator = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(T, H, generator=generator)
-    weight = torch.randn(PADDED, H, generator=generator)
-    targets = torch.randint(0, VOCAB, (T,), generator=generator)
+def case(trained: str, vocabulary: int, dtype: torch.dtype = torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(T, H, generator=generator).to(dtype)
+    weight = torch.randn(PADDED, H, generator=generator).to(dtype)
+    targets = torch.randint(0, vocabulary, (T,), generator=generator)
     keep = {
         "all": torch.ones(T),
         "none": torch.zeros(T),
@@ -27,87 +34,168 @@ def case(trained: str, seed: int = 0):
     return hidden, weight, targets, grad
 
 
-def full_logits(hidden, weight, targets, grad):
-    """(log-probs, d hidden, d weight) in float64 over the real vocabulary."""
+def full_logits(hidden, weight, targets, grad, vocabulary):
+    """(log-probs, entropy, d hidden, d weight) in float64 over the real vocabulary."""
     hidden, weight = hidden.double().requires_grad_(), weight.double().requires_grad_()
     trained = targets != IGNORE
-    logprobs = torch.log_softmax(hidden @ weight[:VOCAB].T, dim=-1)
+    logprobs = torch.log_softmax(hidden @ weight[:vocabulary].T, dim=-1)
     picked = logprobs.gather(1, targets.clamp(min=0)[:, None])[:, 0] * trained
     (picked * grad.double()).sum().backward()
-    return picked.detach(), hidden.grad, weight.grad
+    entropy = -(logprobs.exp() * logprobs).sum(1).detach() * trained
+    return picked.detach(), entropy, hidden.grad, weight.grad
 
 
-def run_operator(platform, cases):
-    """Each case through the operator, sharded over the job; whole results."""
+def operator(group, inputs, vocabulary, *, chunk_size=None, sequence_parallel=False, main_grad=False, entropy=False):
+    """(log-probs, entropy, d hidden, d weight) of this rank."""
     from megatron_iwsft.ops.logprob import vocab_parallel_logprob
 
+    hidden, weight, targets, grad = inputs
+    if sequence_parallel:
+        hidden = hidden.chunk(group.size())[group.rank()].clone()
+    weight = weight.chunk(group.size())[group.rank()].clone()
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    if main_grad:
+        weight.main_grad = torch.ones(weight.shape)
+    entropies = torch.full((T,), torch.nan) if entropy else None
+    logprobs = vocab_parallel_logprob(
+        hidden,
+        weight,
+        targets,
+        group=group,
+        vocab_size=vocabulary,
+        chunk_size=chunk_size,
+        sequence_parallel=sequence_parallel,
+        entropy=entropies,
+    )
+    (logprobs * grad).sum().backward()
+    if main_grad:
+        assert weight.grad_added_to_main_grad and not weight.grad.any()
+    return logprobs.detach(), entropies, hidden.grad, weight.main_grad - 1 if main_grad else weight.grad
+
+
+def run_cases(platform, cases):
     group = platform.parallel(tensor=platform.world_size).tp
-    rank, size = group.rank(), group.size()
-    out = []
-    for trained, sequence_parallel, chunk_size, main_grad in cases:
-        hidden, weight, targets, grad = case(trained)
-        if sequence_parallel:
-            hidden = hidden.chunk(size)[rank].clone()
-        weight = weight.chunk(size)[rank].clone()
-        hidden.requires_grad_()
-        weight.requires_grad_()
-        if main_grad:
-            weight.main_grad = torch.ones(weight.shape)
-        logprobs = vocab_parallel_logprob(
-            hidden,
-            weight,
-            targets,
-            group=group,
-            vocab_size=VOCAB,
+    return [
+        operator(
+            group,
+            case(trained, vocabulary),
+            vocabulary,
             chunk_size=chunk_size,
             sequence_parallel=sequence_parallel,
+            main_grad=main_grad,
+            entropy=main_grad,
         )
-        (logprobs * grad).sum().backward()
-        if main_grad:
-            assert weight.grad_added_to_main_grad and not weight.grad.any()
-        out.append((logprobs.detach(), hidden.grad, weight.main_grad - 1 if main_grad else weight.grad))
-    return out
+        for trained, vocabulary, sequence_parallel, chunk_size, main_grad in cases
+    ]
 
 
-def close(found, expected, tolerance=1e-5):
-    scale = expected.norm().clamp(min=1e-3)
-    assert (found.double() - expected).norm() / scale <= tolerance
+def error(found, expected) -> float:
+    return float((found.double() - expected).norm() / expected.norm().clamp(min=1e-3))
 
 
 @pytest.mark.parallel
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_value_and_gradients(world_size: int) -> None:
-    cases = [
-        (trained, sequence_parallel, chunk_size, main_grad)
-        for trained in ("all", "none", "one", "ragged")
-        for sequence_parallel in (False, True)
-        for chunk_size in (1, 5, None)
-        for main_grad in (False, True)
-    ]
-    answers = run_distributed(run_operator, world_size, cases)
-    for i, (trained, sequence_parallel, _, _) in enumerate(cases):
-        value, d_hidden, d_weight = full_logits(*case(trained))
+    cases = list(itertools.product(TRAINED, VOCABULARIES, (False, True), (1, 5, None), (False, True)))
+    answers = run_distributed(run_cases, world_size, cases)
+    for i, (trained, vocabulary, sequence_parallel, _, with_entropy) in enumerate(cases):
+        value, entropy, d_hidden, d_weight = full_logits(*case(trained, vocabulary), vocabulary)
         for answer in answers:
-            close(answer[i][0], value)
-        found = torch.cat([a[i][1] for a in answers]) if sequence_parallel else answers[0][i][1]
-        close(found, d_hidden)
-        close(torch.cat([a[i][2] for a in answers]), d_weight)
-        assert not torch.cat([a[i][2] for a in answers])[VOCAB:].any(), "padded columns have a gradient"
-
-
-def test_bfloat16_inputs_keep_float32_softmax() -> None:
-    answers = run_distributed(run_bfloat16, 1)
-    value, expected = answers[0]
-    # Only the logits are rounded to bfloat16 (8 bits); the log-sum-exp over them is not.
-    assert (value - expected).abs().max() < 1e-4
+            assert error(answer[i][0], value) <= 1e-6
+            if with_entropy:
+                assert error(answer[i][1], entropy) <= 1e-6
+        found = torch.cat([a[i][2] for a in answers]) if sequence_parallel else answers[0][i][2]
+        assert error(found, d_hidden) <= 1e-6
+        whole = torch.cat([a[i][3] for a in answers])
+        assert error(whole, d_weight) <= 1e-6
+        assert not whole[vocabulary:].any(), "padded columns have a gradient"
 
 
 def run_bfloat16(platform):
+    group = platform.parallel(tensor=platform.world_size).tp
+    return [
+        operator(group, case("ragged", 300, torch.bfloat16), 300, chunk_size=c, sequence_parallel=s, main_grad=True)
+        for c, s in itertools.product((3, None), (False, True))
+    ]
+
+
+@pytest.mark.parallel
+def test_bfloat16_rounds_logits_and_their_gradient_only() -> None:
+    """Against float64 from the same bfloat16 inputs: 8 bits of mantissa in the logits, in their gradient and d hidden."""
+    value, _, d_hidden, d_weight = full_logits(*case("ragged", 300, torch.bfloat16), 300)
+    answers = run_distributed(run_bfloat16, 2)
+    for i, (_, sequence_parallel) in enumerate(itertools.product((3, None), (False, True))):
+        found = torch.cat([a[i][2] for a in answers]) if sequence_parallel else answers[0][i][2]
+        weight_gradient = torch.cat([a[i][3] for a in answers])
+        assert found.dtype == torch.bfloat16 and weight_gradient.dtype == torch.float32
+        assert error(answers[0][i][0], value) <= 2**-8
+        assert error(found, d_hidden) <= 2**-7
+        assert error(weight_gradient, d_weight) <= 2**-7
+
+
+def run_repeatedly(platform):
+    group = platform.parallel(tensor=platform.world_size).tp
+    inputs = case("ragged", 300)
+    return [operator(group, inputs, 300, chunk_size=c) for c in (None, None, T, 7, 5, 2)]
+
+
+def test_repeats_bit_by_bit_and_values_do_not_depend_on_chunks() -> None:
+    first, again, *others = run_distributed(run_repeatedly, 1)[0]
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True) if a is not None)
+    for other in others:
+        assert torch.equal(other[0], first[0])
+        assert torch.equal(other[2], first[2])
+        assert error(other[3], first[3].double()) <= 1e-6  # a sum over chunks: another order
+
+
+COLLECTIVES = ("all_gather", "all_gather_into_tensor", "all_reduce", "reduce_scatter_tensor", "broadcast")
+
+
+def run_counting(platform):
+    """Collectives of forward and of backward, without and with sequence parallelism."""
     from megatron_iwsft.ops.logprob import vocab_parallel_logprob
 
-    hidden, weight, targets, _ = case("all")
-    hidden, weight = hidden.bfloat16(), weight.bfloat16()
-    group = platform.parallel().tp
-    found = vocab_parallel_logprob(hidden, weight, targets, group=group, vocab_size=VOCAB)
-    logits = (hidden @ weight.T)[:, :VOCAB].double()
-    return found.double(), torch.log_softmax(logits, -1).gather(1, targets[:, None])[:, 0]
+    group = platform.parallel(tensor=platform.world_size).tp
+    out = []
+    for sequence_parallel in (False, True):
+        calls: Counter[str] = Counter()
+
+        def counted(name: str, calls=calls):
+            original = getattr(dist, name)
+
+            def call(*args, **kwargs):
+                calls[name] += 1
+                return original(*args, **kwargs)
+
+            return patch.object(dist, name, call)
+
+        patches = [counted(name) for name in COLLECTIVES]
+        for p in patches:
+            p.start()
+        hidden, weight, targets, grad = case("ragged", 300)
+        hidden = hidden.chunk(2)[group.rank()].clone() if sequence_parallel else hidden
+        weight = weight.chunk(2)[group.rank()].clone()
+        logprobs = vocab_parallel_logprob(
+            hidden.requires_grad_(),
+            weight.requires_grad_(),
+            targets,
+            group=group,
+            vocab_size=300,
+            chunk_size=3,
+            sequence_parallel=sequence_parallel,
+        )
+        forward = dict(calls)
+        calls.clear()
+        (logprobs * grad).sum().backward()
+        out.append((forward, dict(calls)))
+        for p in patches:
+            p.stop()
+    return out
+
+
+@pytest.mark.parallel
+def test_one_collective_for_statistics_and_one_for_the_gradient() -> None:
+    plain, sequence_parallel = run_distributed(run_counting, 2)[0]
+    assert plain == ({"all_gather": 1}, {"all_reduce": 1})
+    assert sequence_parallel == ({"all_gather_into_tensor": 1, "all_gather": 1}, {"reduce_scatter_tensor": 1})
