@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -26,11 +25,10 @@ def run_distributed(
 
     `function` must be importable (defined at a module's top level). The first rank's failure is raised with its traceback.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    # This process keeps the store, so that nobody can take its port before the job's processes start.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with tempfile.TemporaryDirectory() as directory:
-        context = mp.spawn(_entry, (world_size, port, function, args, device, directory), nprocs=world_size, join=False)
+        context = mp.spawn(_entry, (world_size, store.port, function, args, device, directory), nprocs=world_size, join=False)
         try:
             while not context.join():
                 pass
@@ -55,6 +53,7 @@ def _entry(
         "WORLD_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is there already: connect to it
     }
     torch.set_num_threads(1)
     try:
