@@ -28,7 +28,9 @@ def run_distributed(
     # This process keeps the store, so that nobody can take its port before the job's processes start.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with tempfile.TemporaryDirectory() as directory:
-        context = mp.spawn(_entry, (world_size, store.port, function, args, device, directory), nprocs=world_size, join=False)
+        context = mp.spawn(
+            _entry, (world_size, store.port, function, args, device, directory), nprocs=world_size, join=False
+        )
         try:
             while not context.join():
                 pass
