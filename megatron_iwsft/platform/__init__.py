@@ -117,9 +117,13 @@ class Platform:
 
     def any(self, condition: bool) -> bool:
         """Whether the condition holds on any rank. Collective: a maximum over all ranks."""
-        flag = torch.tensor(int(condition), device=self.device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag)
+        return bool(self.largest(condition)[0])
+
+    def largest(self, *values: int) -> list[int]:
+        """The largest of each value over all ranks. Collective."""
+        out = torch.tensor(values, dtype=torch.int, device=self.device)
+        dist.all_reduce(out, op=dist.ReduceOp.MAX)
+        return out.tolist()
 
     def peak_memory(self) -> int:
         """Peak bytes held by this process: the allocator's on CUDA, the resident set on CPU."""
@@ -173,6 +177,26 @@ def start(device: DeviceChoice = "auto", *, timeout_s: float = 600.0) -> Platfor
     return Platform(device=torch_device, rank=dist.get_rank(), world_size=dist.get_world_size())
 
 
+def random_states() -> dict[str, Any]:
+    """This rank's states of torch's and Megatron-Core's random generators."""
+    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+    return {
+        "torch": torch.get_rng_state(),
+        "device": torch.cuda.get_rng_state(),
+        "megatron": get_cuda_rng_tracker().get_states(),
+    }
+
+
+def set_random_states(states: dict[str, Any]) -> None:
+    """Continue where `random_states` was taken."""
+    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+    torch.set_rng_state(states["torch"])
+    torch.cuda.set_rng_state(states["device"])
+    get_cuda_rng_tracker().set_states(states["megatron"])
+
+
 def stop() -> None:
     """Leave the job: destroy the process groups."""
     if dist.is_initialized():
@@ -180,7 +204,7 @@ def stop() -> None:
 
 
 def async_save_options() -> dict[str, Any]:
-    """Arguments of `dist_checkpointing.save` for a background save by Megatron-Core's own writer.
+    """Arguments of `dist_checkpointing.save` for a request that Megatron-Core's own writer will carry out.
 
     0.19 has a second writer, of another package, and takes it by default; 0.16 has one and no
     argument.
