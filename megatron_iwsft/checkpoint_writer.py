@@ -22,7 +22,7 @@ from megatron_iwsft.checkpoint import INFO, LATEST, TOKENIZER, complete_checkpoi
 from megatron_iwsft.errors import CheckpointError
 from megatron_iwsft.integrity import FileSum, file_sum
 from megatron_iwsft.model.architecture import Architecture
-from megatron_iwsft.platform import async_save_options
+from megatron_iwsft.platform import async_save_options, start_results_queue
 
 PARTIAL = ".partial"
 # Beyond what the tensors need: the small files, and room for whoever else writes there meanwhile.
@@ -83,6 +83,7 @@ class CheckpointWriter:
         from megatron.core import dist_checkpointing
 
         self.wait()
+        start_results_queue()
         started = time.perf_counter()
         final = self.root / step_name(step)
         state = checkpoint.sharded_state(chunks, optimizer, schedule, loading=False, random=optimizer is not None)

@@ -30,7 +30,7 @@ class DivergenceError(UserError):
 
 
 class RequeueError(Exception):
-    """The run was told to stop, has saved, and is not finished: to be started again as it was."""
+    """The run was told to stop, has saved and said so, and is not finished: to be started again as it was."""
 
 
 class PeerError(Exception):
@@ -57,8 +57,8 @@ def run_command(main: Callable[[], int | None]) -> None:
             time.sleep(3 if os.environ.get("LOCAL_RANK") == "0" else 6)
         where = f" (rank {rank})" if rank > 0 else ""
         _leave(EXIT_USER_ERROR, f"{type(error).__name__}{where}: {error}")
-    except RequeueError as error:
-        _leave(EXIT_REQUEUE, str(error) if os.environ.get("RANK", "0") == "0" else None)
+    except RequeueError:
+        _leave(EXIT_REQUEUE, None)
     except PeerError:
         _leave(EXIT_FAILURE, None)
     except OSError as error:

@@ -95,7 +95,8 @@ class Trainer:
     def run(self) -> dict[str, Any]:
         """Train to the end; returns the last step's metrics."""
         if self.job.platform.any(self.stop.requested):
-            raise RequeueError(f"stopped before step {self.done + 1}; {self.saver.standing()}")
+            self.events("stopped", f"stopped before step {self.done + 1}; {self.saver.standing()}", step=self.done)
+            raise RequeueError
         metrics: dict[str, Any] = {}
         while self.done < self.total_steps:
             stepped = self._train_step(self.done + 1)
@@ -229,7 +230,7 @@ class Trainer:
             "start the run again to continue." if saved else f"it could not be saved, but {self.saver.standing()}"
         )
         self.events("stopped", text, step=self.done)
-        raise RequeueError(text)
+        raise RequeueError
 
     def _load_newest(self, *, before: int | None = None) -> int | None:
         """Load the newest whole checkpoint of this run; returns its step, or None if there is none."""

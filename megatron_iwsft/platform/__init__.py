@@ -10,15 +10,18 @@ import datetime
 import importlib.util
 import inspect
 import logging
+import multiprocessing
 import os
 import warnings
 from dataclasses import dataclass
+from multiprocessing.managers import SyncManager
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 
 from megatron_iwsft.errors import ConfigError
+from megatron_iwsft.platform.signals import die_with_parent
 
 DeviceChoice = Literal["auto", "cpu", "cuda"]
 
@@ -152,6 +155,8 @@ def start(device: DeviceChoice = "auto", *, timeout_s: float = 600.0) -> Platfor
     use_cuda = has_cuda and choice != "cpu"
 
     quiet_megatron()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with_parent()  # torchrun, when it is killed, leaves its workers
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(name, value)
     if not use_cuda:
@@ -213,6 +218,19 @@ def async_save_options() -> dict[str, Any]:
 
     known = inspect.signature(save).parameters
     return {"async_sharded_save": True} | ({"async_strategy": "mcore"} if "async_strategy" in known else {})
+
+
+def start_results_queue() -> None:
+    """Start the process through which Megatron-Core's checkpoint writers report, as one that ends with this.
+
+    Megatron-Core starts it at the first save, and it would outlive a killed trainer, holding its output open.
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    if filesystem_async._results_queue is None:
+        manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
+        manager.start(initializer=die_with_parent)
+        filesystem_async._results_queue = manager.Queue()  # keeps the manager alive
 
 
 def quiet_megatron() -> None:

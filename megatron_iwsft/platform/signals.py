@@ -6,6 +6,7 @@ its own reads the signals' numbers from the pipe that the interpreter writes the
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import sys
@@ -65,3 +66,11 @@ class StopSignals:
             if speaks:
                 print(f"{name} again: stopping now; the last complete checkpoint stands.", file=sys.stderr, flush=True)
             os._exit(EXIT_REQUEUE)
+
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def die_with_parent() -> None:
+    """Have the kernel end this process when the one that started it is gone, so that a killed job leaves none behind."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

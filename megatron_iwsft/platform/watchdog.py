@@ -141,11 +141,7 @@ class Watchdog:
                 self._end()
 
     def _beat(self) -> None:
-        store = self._store
-        assert store is not None
-        self._beats += 1
-        stuck_s = time.monotonic() - self._marked_at
-        store.set(f"beat-{self.rank}", json.dumps(self._mark | {"beats": self._beats, "since_s": stuck_s}))
+        stuck_s = self._publish()
         failure = self._failure()
         if failure is not None:
             # The main thread may be about to meet the echo of it and leave in order.
@@ -160,6 +156,14 @@ class Watchdog:
                 return
         if stuck_s > self.timeout_s:
             self._report_hang()
+
+    def _publish(self) -> float:
+        """Write this rank's progress to the store; returns the seconds since its last mark."""
+        assert self._store is not None
+        self._beats += 1
+        since_s = time.monotonic() - self._marked_at
+        self._store.set(f"beat-{self.rank}", json.dumps(self._mark | {"beats": self._beats, "since_s": since_s}))
+        return since_s
 
     def _has_left(self, peer: Peer) -> bool:
         assert self._store is not None
@@ -180,18 +184,20 @@ class Watchdog:
     def _report_hang(self) -> None:
         self._dump_stacks()
         assert self._store is not None
-        if self._store.add("hangs", 1) == 1:
-            text = self._who_is_stuck()
+        before = self._marks() if self._store.add("hangs", 1) == 1 else None
+        for _ in range(_LOST_BEATS if before is not None else 3 * _LOST_BEATS):
+            time.sleep(_BEAT_S)
+            self._publish()  # or whoever reports would take this rank for a silent one
+            if self._failure() is not None:
+                break
+        if before is not None:
+            text = self._who_is_stuck(before, self._marks())
             if self._claim(text):
                 _say(text)
-        else:
-            self._leaving.wait(4 * _BEAT_S + _ECHO_S)
         self._end()
 
-    def _who_is_stuck(self) -> str:
-        before = self._marks()
-        time.sleep(4 * _BEAT_S)
-        after = self._marks()
+    def _who_is_stuck(self, before: dict[int, dict[str, Any]], after: dict[int, dict[str, Any]]) -> str:
+        """From all ranks' marks, a few beats apart."""
         silent = [p for p in self._peers if before.get(p.rank, {}).get("beats") == after.get(p.rank, {}).get("beats")]
         furthest = max(mark["marks"] for mark in after.values())
         behind = [p for p in self._peers if p not in silent and after[p.rank]["marks"] < furthest]
@@ -223,9 +229,9 @@ class Watchdog:
 
 
 def _where(mark: dict[str, Any] | None) -> str:
-    return (
-        "before it began" if mark is None else f"in step {mark['step']}, {mark['phase']}, since {mark['since_s']:.0f} s"
-    )
+    if mark is None:
+        return "before it began"
+    return f"in step {mark['step']}, {mark['phase']}, {mark['since_s']:.0f} s after it entered that"
 
 
 def _is_echo(error: BaseException) -> bool:
