@@ -3,20 +3,21 @@
     checkpoints/
         latest                 name of the newest complete checkpoint, replaced atomically
         step-00000100/
-            iwsft.json         step, architecture, layout, resolved config; its presence means complete
+            iwsft.json         step, architecture, layout, resolved config, state of the trainer, and of every other file its
+                               size and SHA-256; its presence means complete
             tokenizer/         so that an export needs nothing else
             .metadata, *.distcp, common.pt, metadata.json
 
-A checkpoint is written under `step-….partial` and renamed when every rank is done.
+A checkpoint is written (checkpoint_writer.py) under `step-….partial` and renamed when every rank is done.
 
-`.metadata` and `common.pt` are pickles, by Megatron-Core's and torch's format: load only checkpoints that you trust.
+`.metadata`, `common.pt` and parts of `*.distcp` are pickles, by Megatron-Core's and torch's format. So before one is read, its
+owner and its checksum are checked (integrity.py).
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,15 +27,16 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException  # a BaseException
 
+from megatron_iwsft import integrity
 from megatron_iwsft.errors import CheckpointError
 from megatron_iwsft.model.architecture import Architecture
 from megatron_iwsft.model.weights import named_rows
-from megatron_iwsft.platform import async_save_options
+from megatron_iwsft.platform import random_states, set_random_states
 
 INFO = "iwsft.json"
 LATEST = "latest"
 TOKENIZER = "tokenizer"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 # How Megatron-Core lays states out: one key a layer (so that any pipeline split and the exporter find it), optimizer states in
 # the shape of their parameters (so that they load at any layout).
@@ -47,14 +49,21 @@ _LAYOUT = {
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """What `iwsft.json` says."""
+    """What `iwsft.json` says.
+
+    layout: the parallel degrees it was saved at; corpus: fingerprint of the training corpus; trainer: the run's own state (see
+    trainer.py); files: name under the directory → size and SHA-256.
+    """
 
     directory: Path
     step: int
     architecture: Architecture
     config: dict[str, Any]
-    layout: dict[str, int]
+    layout: dict[str, Any]
     template_hash: str | None
+    corpus: str | None
+    trainer: dict[str, Any]
+    files: dict[str, integrity.FileSum]
 
     @staticmethod
     def read(directory: str | Path) -> CheckpointInfo:
@@ -80,6 +89,8 @@ class CheckpointInfo:
                 raise CheckpointError(
                     f"{path} has format version {info['format_version']}; this program reads {FORMAT_VERSION}."
                 )
+            if info.pop("checksum") != info_checksum(info):
+                raise CheckpointError(f"{path} is damaged: its checksum is not the one it was written with.")
             return CheckpointInfo(
                 directory=directory,
                 step=info["step"],
@@ -87,16 +98,38 @@ class CheckpointInfo:
                 config=info["config"],
                 layout=info["layout"],
                 template_hash=info.get("template_hash"),
+                corpus=info.get("corpus"),
+                trainer=info.get("trainer", {}),
+                files=info["files"],
             )
         except (ValueError, KeyError, TypeError):
             raise CheckpointError(f"{path} is damaged.") from None
+
+    @property
+    def size(self) -> int:
+        """Bytes of all its files."""
+        return sum(file["bytes"] for file in self.files.values())
+
+    def damage(self, *, contents: bool = True) -> list[str]:
+        """One complaint a file that is missing, truncated or (with `contents`, which reads all of it) changed."""
+        return integrity.damage(self.directory, self.files, sorted(self.files), contents=contents)
+
+
+def info_checksum(info: dict[str, Any]) -> str:
+    """SHA-256 of what `iwsft.json` says, which stands in it too, as `checksum`."""
+    return hashlib.sha256(json.dumps(info, sort_keys=True).encode()).hexdigest()
 
 
 def step_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def _state(chunks: list[Any], optimizer: Any | None, schedule: Any | None, *, loading: bool) -> dict[str, Any]:
+def sharded_state(
+    chunks: list[Any], optimizer: Any | None, schedule: Any | None, *, loading: bool, random: bool
+) -> dict[str, Any]:
+    """Megatron-Core's sharded state dict of model, optimizer, schedule and, with `random`, this rank's random states."""
+    from megatron.core.dist_checkpointing import ShardedObject
+
     metadata = dict(_LAYOUT)
     state: dict[str, Any] = {f"model{i}": chunk.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(chunks)}
     if optimizer is not None:
@@ -107,6 +140,8 @@ def _state(chunks: list[Any], optimizer: Any | None, schedule: Any | None, *, lo
         state["optimizer"] = optimizer.sharded_state_dict(models, is_loading=loading, metadata=metadata)
     if schedule is not None:
         state["schedule"] = schedule.state_dict()
+    if random:
+        state["random"] = ShardedObject("random", random_states(), (dist.get_world_size(),), (dist.get_rank(),))
     return state
 
 
@@ -146,112 +181,55 @@ def _load_optimizer(optimizer: Any, state: dict[Any, Any]) -> None:
             part.optimizer.state[parameter]["step"] = step.clone()
 
 
-@dataclass
-class CheckpointWriter:
-    """Writes the checkpoints of one run under `root`, at once or in the background.
-
-    chat_template: replaces the tokenizer's own, where the corpus was rendered with a named one.
-    asynchronous: tensors are copied, a forked process writes them, and the checkpoint counts once `poll` or `wait` has found
-    every rank's file written. Every method is collective over all ranks.
-    """
-
-    root: Path
-    architecture: Architecture
-    config: dict[str, Any]
-    layout: dict[str, int]
-    tokenizer_files: list[Path]
-    template_hash: str | None = None
-    chat_template: str | None = None
-    keep: int | None = None
-    asynchronous: bool = False
-
-    def __post_init__(self) -> None:
-        from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
-
-        self._queue = AsyncCallsQueue()
-
-    def save(self, step: int, chunks: list[Any], *, optimizer: Any | None = None, schedule: Any | None = None) -> Path:
-        """Write root/step-…, then point `latest` at it and remove all but the `keep` newest."""
-        from megatron.core import dist_checkpointing
-
-        self.wait()
-        final = self.root / step_name(step)
-        partial = self.root / f"{final.name}.partial"
-        if dist.get_rank() == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        dist.barrier()
-        state = _state(chunks, optimizer, schedule, loading=False)
-        options = async_save_options() if self.asynchronous else {}
-        request = dist_checkpointing.save(state, str(partial), validate_access_integrity=False, **options)
-        if request is None:
-            self._complete(partial, final, step)
-        else:
-            request.add_finalize_fn(lambda: self._complete(partial, final, step))
-            self._queue.schedule_async_request(request)
-        return final
-
-    def poll(self) -> None:
-        """Complete a background save whose files are written, if there is one."""
-        self._queue.maybe_finalize_async_calls(blocking=False)
-
-    def wait(self) -> None:
-        """Wait for a background save and complete it, if there is one."""
-        self._queue.maybe_finalize_async_calls(blocking=True)
-
-    def _complete(self, partial: Path, final: Path, step: int) -> None:
-        dist.barrier()
-        if dist.get_rank() == 0:
-            (partial / TOKENIZER).mkdir()
-            for file in self.tokenizer_files:
-                shutil.copyfile(file, partial / TOKENIZER / file.name)
-            if self.chat_template is not None:
-                (partial / TOKENIZER / "chat_template.jinja").write_text(self.chat_template, encoding="utf-8")
-            info = {
-                "format_version": FORMAT_VERSION,
-                "step": step,
-                "architecture": self.architecture.hf,
-                "layout": self.layout,
-                "config": self.config,
-                "template_hash": self.template_hash,
-            }
-            (partial / INFO).write_text(json.dumps(info, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-            if final.exists():
-                shutil.rmtree(final)
-            os.replace(partial, final)
-            pointer = self.root / f"{LATEST}.partial"
-            pointer.write_text(final.name + "\n")
-            os.replace(pointer, self.root / LATEST)
-            others = [c for c in complete_checkpoints(self.root) if c != final]
-            for old in others[self.keep - 1 :] if self.keep else []:
-                shutil.rmtree(old)
-        dist.barrier()
-
-
 def complete_checkpoints(root: Path) -> list[Path]:
     """Complete checkpoints under `root`, newest first."""
     found = [p for p in root.glob("step-*") if not p.name.endswith(".partial") and (p / INFO).exists()]
     return sorted(found, reverse=True)
 
 
-def load(directory: Path, chunks: list[Any], *, optimizer: Any | None = None, schedule: Any | None = None) -> None:
-    """Load a checkpoint made at any layout into this one. Collective over all ranks. Raises CheckpointError if it is damaged."""
+def load(
+    directory: Path,
+    chunks: list[Any],
+    *,
+    optimizer: Any | None = None,
+    schedule: Any | None = None,
+    random: bool = False,
+) -> None:
+    """Load a checkpoint made at any layout into this one; `random` states only into the one it was made at.
+
+    Collective over all ranks, which share the work of checking its files. Raises CheckpointError on all of them if it is damaged
+    or not to be trusted.
+    """
     from megatron.core import dist_checkpointing
 
-    wanted = _state(chunks, optimizer, schedule, loading=True)
+    verify(CheckpointInfo.read(directory))
+    wanted = sharded_state(chunks, optimizer, schedule, loading=True, random=random)
     try:
         state = dist_checkpointing.load(wanted, str(directory))
     except (Exception, CheckpointException) as error:  # many kinds, for a damaged file
-        raise CheckpointError(f"{directory} cannot be loaded: {_short(error)}") from error
+        raise CheckpointError(f"{directory} cannot be loaded: {short(error)}") from error
     for i, chunk in enumerate(chunks):
         chunk.load_state_dict(state[f"model{i}"], strict=False)
     if optimizer is not None:
         _load_optimizer(optimizer, state["optimizer"])
     if schedule is not None:
         schedule.load_state_dict(state["schedule"])
+    if random:
+        set_random_states(state["random"])
 
 
-def _short(error: BaseException) -> str:
+def verify(info: CheckpointInfo) -> None:
+    """Check owner and checksum of every file, each rank some of them. Collective; raises CheckpointError on all ranks."""
+    integrity.check_owner(info.directory, info.files)
+    names = sorted(info.files)[dist.get_rank() :: dist.get_world_size()]
+    complaints: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(complaints, integrity.damage(info.directory, info.files, names))
+    found = [text for rank in complaints for text in rank]
+    if found:
+        raise CheckpointError("; ".join(found) + ".")
+
+
+def short(error: BaseException) -> str:
     """One line of an error; of a CheckpointException, which carries every rank's traceback, the first rank's cause."""
     if isinstance(error, CheckpointException):
         error = next((failure[0] for failure in error.failures.values()), error)
@@ -267,11 +245,28 @@ class CheckpointTensors:
         from torch.distributed.checkpoint import FileSystemReader
 
         self.directory = directory
+        self._files = CheckpointInfo.read(directory).files
+        self._checked: set[str] = set()
+        integrity.check_owner(directory, self._files)
+        self._check(".metadata")
         self._reader = FileSystemReader(str(directory))
         try:
             self._metadata = self._reader.read_metadata()
         except Exception as error:  # an unreadable pickle raises anything
-            raise CheckpointError(f"{directory / '.metadata'} cannot be read: {_short(error)}") from None
+            raise CheckpointError(f"{directory / '.metadata'} cannot be read: {short(error)}") from None
+        self._where: dict[str, set[str]] = {}
+        for index, stored in self._metadata.storage_data.items():
+            self._where.setdefault(index.fqn, set()).add(stored.relative_path)
+
+    def _check(self, file: str) -> None:
+        """Hash a file before its first use."""
+        if file not in self._checked:
+            if file not in self._files:
+                raise CheckpointError(f"{self.directory / file} is not a file that this checkpoint was written with.")
+            complaints = integrity.damage(self.directory, self._files, [file])
+            if complaints:
+                raise CheckpointError(f"{complaints[0]}.")
+            self._checked.add(file)
 
     def read(self, name: str) -> Tensor:
         """The whole tensor `name`. Raises CheckpointError if the checkpoint has none or its file is damaged."""
@@ -280,11 +275,13 @@ class CheckpointTensors:
         entry = self._metadata.state_dict_metadata.get(name)
         if entry is None:
             raise CheckpointError(f"{self.directory} holds no tensor {name}.")
+        for file in sorted(self._where.get(name, ())):
+            self._check(file)
         out = torch.empty(entry.size, dtype=entry.properties.dtype)
         try:
             load_tensors({name: out}, storage_reader=self._reader, no_dist=True)
         except (Exception, CheckpointException) as error:
-            raise CheckpointError(f"{self.directory}: tensor {name} cannot be read: {_short(error)}") from None
+            raise CheckpointError(f"{self.directory}: tensor {name} cannot be read: {short(error)}") from None
         return out
 
 

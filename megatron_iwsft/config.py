@@ -26,13 +26,33 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
+class Spike(Section):
+    """A loss spike: a step's loss more than `deviations` standard deviations above the mean of the last `window` steps' (0 looks
+    for none). It is logged; with `rewind`, the run goes back to its newest checkpoint from before the last `batches` steps and
+    passes over those batches, at most `max_rewinds` times.
+    """
+
+    deviations: NonNegativeFloat = 0.0
+    window: Annotated[int, Field(ge=2)] = 50
+    rewind: bool = False
+    batches: PositiveInt = 2
+    max_rewinds: PositiveInt = 3
+
+
 class Run(Section):
-    """name: shown in logs; dir: the run directory; seed: of sampling, packing and random initialisation."""
+    """name: shown in logs; dir: the run directory; seed: of sampling, packing and random initialisation.
+
+    hang_timeout_s: seconds without progress (loading, a step's phase, a save) after which the job ends and the ranks that did not
+    arrive are named. max_bad_steps: so many steps in a row whose loss or gradient is not finite end the run; fewer are skipped.
+    """
 
     name: str
     dir: str
     seed: NonNegativeInt = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    hang_timeout_s: Annotated[float, Field(gt=0)] = 600.0
+    max_bad_steps: PositiveInt = 10
+    spike: Spike = Spike()
 
 
 class Model(Section):
@@ -198,12 +218,20 @@ class Optimizer(Section):
 
 
 class Checkpoint(Section):
-    """every: steps between saves, 0 saves at the end only; keep: how many of the newest stay; resume: auto continues the run's own."""
+    """every: steps between saves, 0 saves at the end only; keep: how many of the newest stay; keep_every: checkpoints of steps
+    that are a multiple of it stay too, 0 none; asynchronous: written by a forked process while training goes on; resume: auto
+    continues the run's own.
+
+    A save that fails is tried again after `retry_after` steps; `max_failures` in a row end the run.
+    """
 
     every: NonNegativeInt = 100
     keep: PositiveInt = 3
+    keep_every: NonNegativeInt = 0
     asynchronous: bool = False
     resume: Literal["auto", "never"] = "auto"
+    retry_after: PositiveInt = 10
+    max_failures: PositiveInt = 5
 
 
 class Wandb(Section):

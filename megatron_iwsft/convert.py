@@ -12,6 +12,7 @@ import torch
 
 from megatron_iwsft import checkpoint
 from megatron_iwsft.batch import IGNORE, Batch
+from megatron_iwsft.checkpoint_writer import CheckpointWriter
 from megatron_iwsft.config import Model
 from megatron_iwsft.errors import CheckpointError
 from megatron_iwsft.model.hf import DTYPES, write_directory
@@ -52,7 +53,7 @@ def import_directory(source: str | Path, output: str | Path, *, dtype: str = "fp
     parallel = platform.parallel()
     chunks = build_model(weights.architecture, parallel, platform, ModelSettings(dtype=DTYPES[dtype]))
     weights.load(chunks, parallel)
-    writer = checkpoint.CheckpointWriter(
+    writer = CheckpointWriter(
         Path(output),
         architecture=weights.architecture,
         config={"model": {"hf": str(source)}, "precision": {"dtype": dtype}},

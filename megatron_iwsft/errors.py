@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable
 
 
@@ -28,29 +29,50 @@ class DivergenceError(UserError):
     """Training gave a loss or gradient that is not a finite number."""
 
 
+class RequeueError(Exception):
+    """The run was told to stop, has saved and said so, and is not finished: to be started again as it was."""
+
+
+class PeerError(Exception):
+    """Another rank has failed first, and has said why."""
+
+
+EXIT_FAILURE = 1
 EXIT_USER_ERROR = 2
+EXIT_REQUEUE = 75  # EX_TEMPFAIL of sysexits.h
 
 
 def run_command(main: Callable[[], int | None]) -> None:
     """Run a command's `main` and exit with its status; a `UserError` becomes one message on standard error.
 
-    Under torchrun most mistakes are met by every rank: rank 0 speaks first, torchrun then ends the others, and only a
-    rank that failed alone is left to print its own.
+    Statuses: 0 done, 2 a user's mistake, 75 stopped on request and to be started again, 1 anything else. Of the ranks of a job
+    only one speaks: most mistakes are met by every rank, so rank 0 is given time to speak first, then the first rank of each
+    machine; torchrun ends the others of its machine with the first that fails.
     """
     try:
         status = main()
     except UserError as error:
         rank = int(os.environ.get("RANK", "0"))
         if rank > 0:
-            time.sleep(3)
+            time.sleep(3 if os.environ.get("LOCAL_RANK") == "0" else 6)
         where = f" (rank {rank})" if rank > 0 else ""
-        print(f"{type(error).__name__}{where}: {error}", file=sys.stderr, flush=True)
-        # Skips interpreter teardown, where peers waiting in a collective would each add a traceback of their own.
-        sys.stdout.flush()
-        os._exit(EXIT_USER_ERROR)
+        _leave(EXIT_USER_ERROR, f"{type(error).__name__}{where}: {error}")
+    except RequeueError:
+        _leave(EXIT_REQUEUE, None)
+    except PeerError:
+        _leave(EXIT_FAILURE, None)
     except OSError as error:
-        print(f"{error.strerror}: {error.filename}" if error.filename else str(error), file=sys.stderr, flush=True)
-        os._exit(EXIT_USER_ERROR)
+        _leave(EXIT_USER_ERROR, f"{error.strerror}: {error.filename}" if error.filename else str(error))
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception:
+        _leave(EXIT_FAILURE, traceback.format_exc())
     sys.exit(status or 0)
+
+
+def _leave(status: int, message: str | None) -> None:
+    """End the process without the interpreter's teardown, where peers waiting in a collective would add tracebacks of their own."""
+    if message is not None:
+        print(message, file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(status)

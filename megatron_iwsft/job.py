@@ -22,6 +22,7 @@ from megatron_iwsft.model.architecture import Architecture
 from megatron_iwsft.model.build import ModelSettings, PolicyModel, build_model, load_weights
 from megatron_iwsft.model.hf import DTYPES, RandomInit, SafetensorsDirectory, tokenizer_files
 from megatron_iwsft.platform import ParallelContext, Platform, start
+from megatron_iwsft.platform.watchdog import Watchdog
 from megatron_iwsft.reference import ReferenceIdentity, weights_fingerprint
 
 
@@ -82,6 +83,19 @@ class Job:
     reference: Weights
     identity: ReferenceIdentity
     evaluation: Corpus | None
+
+    @property
+    def run_directory(self) -> Path:
+        return Path(self.config.run.dir)
+
+    def watchdog(self) -> Watchdog:
+        """To be entered around the job's work, by all ranks."""
+        return Watchdog(
+            self.platform.rank,
+            self.platform.world_size,
+            timeout_s=self.config.run.hang_timeout_s,
+            logs=self.run_directory / "logs",
+        )
 
     @property
     def dtype(self) -> torch.dtype:
@@ -157,7 +171,8 @@ def start_job(config: Config) -> Job:
     )
 
     config.data_parallel(int(os.environ.get("WORLD_SIZE", "1")))  # refused before ranks wait for each other
-    platform = start(config.run.device)
+    # Twice the watchdog's patience: it can name the ranks that a collective waits for.
+    platform = start(config.run.device, timeout_s=2 * config.run.hang_timeout_s)
     data_size = config.data_parallel(platform.world_size)
     degrees = config.parallel
     parallel = platform.parallel(

@@ -8,8 +8,11 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from tqdm import tqdm
 
 from megatron_iwsft.config import Config
-from megatron_iwsft.job import all_packs, start_job
+from megatron_iwsft.errors import RequeueError
+from megatron_iwsft.job import Job, all_packs, start_job
 from megatron_iwsft.model.build import forward
+from megatron_iwsft.platform.signals import StopSignals
+from megatron_iwsft.platform.watchdog import Watchdog
 from megatron_iwsft.reference import SidecarWriter
 
 
@@ -18,8 +21,16 @@ def precompute_reference(config: Config) -> str:
 
     Uses the config's own layout, packing and batch sizes, so that r_t goes through the arithmetic that the policy's log-probs
     will. An interrupted run continues: finished global batches are skipped. A complete sidecar is left as it is.
+
+    Raises RequeueError when told to stop (SIGUSR1, SIGTERM) before the end.
     """
-    job = start_job(config)
+    with StopSignals() as stop:
+        job = start_job(config)
+        with job.watchdog() as watch:
+            return _precompute(job, watch, stop)
+
+
+def _precompute(job: Job, watch: Watchdog, stop: StopSignals) -> str:
     writer = SidecarWriter(job.corpus, job.identity)
     if writer.complete:
         if job.is_main:
@@ -30,6 +41,7 @@ def precompute_reference(config: Config) -> str:
     dist.barrier()
     writer.open()
 
+    watch.at(0, "building the reference")
     chunks = job.build(job.reference)
     for chunk in chunks:
         chunk.eval()
@@ -48,12 +60,19 @@ def precompute_reference(config: Config) -> str:
         return forward(model, batch.to(job.platform.device)), keep
 
     steps = list(all_packs(job))
-    for packs in tqdm(steps, desc="reference log-probs", unit="batch", disable=None if job.is_main else True):
-        finished = torch.tensor(all(writer.done(i) for pack in packs for i in pack.tolist()), dtype=torch.int)
-        # Ranks look at shared files at slightly different times; they must agree on whether to skip.
-        finished = finished.to(job.platform.device)
-        dist.all_reduce(finished, op=dist.ReduceOp.MIN)
-        if finished:
+    shown = tqdm(steps, desc="reference log-probs", unit="batch", disable=None if job.is_main else True)
+    for number, packs in enumerate(shown, start=1):
+        watch.at(number, "forward")
+        unfinished = not all(writer.done(i) for pack in packs for i in pack.tolist())
+        # Ranks look at shared files, and hear of signals, at slightly different times; they must agree.
+        needed, told_to_stop = job.platform.largest(unfinished, stop.requested)
+        if told_to_stop:
+            writer.flush()
+            if job.is_main:
+                print(f"stopped after batch {number - 1} of {len(steps)}; start it again to continue.", flush=True)
+            dist.barrier()
+            raise RequeueError
+        if not needed:
             continue
         batches = builder.from_packs(packs)
         with torch.no_grad():

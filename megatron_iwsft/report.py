@@ -53,7 +53,7 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 def curve_difference(a: list[dict[str, Any]], b: list[dict[str, Any]], metric: str = "loss") -> float:
     """Largest relative difference of a metric over the steps that both runs have."""
     other = {line["step"]: line[metric] for line in b}
-    pairs = [(line[metric], other[line["step"]]) for line in a if line["step"] in other]
+    pairs = [(line[metric], other[line["step"]]) for line in a if None not in (line[metric], other.get(line["step"]))]
     # Not max(): it would pass over NaN.
     return float(np.max([abs(x - y) / abs(y) for x, y in pairs], initial=0.0))
 
@@ -114,7 +114,7 @@ def _plot(metric: str, metrics: dict[str, list[dict[str, Any]]]) -> str:
     figure, axes = pyplot.subplots(figsize=(6, 3.2), layout="constrained")
     for i, (name, lines) in enumerate(metrics.items()):
         for key, line_style in ((metric, "-"), *([("bound_sft", "--")] if metric == "bound_iw" else [])):
-            points = [(line["step"], line[key]) for line in lines if key in line]
+            points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
             if points:
                 axes.plot(
                     *zip(*points, strict=True),

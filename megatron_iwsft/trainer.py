@@ -2,121 +2,32 @@
 
 from __future__ import annotations
 
-import math
 import time
-from pathlib import Path
+from contextlib import ExitStack
 from typing import Any
 
 from megatron_iwsft import checkpoint
+from megatron_iwsft.checkpoint import CheckpointInfo
+from megatron_iwsft.checkpoint_writer import CheckpointWriter, Saved
 from megatron_iwsft.config import Config
 from megatron_iwsft.data.corpus import TOKENIZER
-from megatron_iwsft.errors import CheckpointError, ConfigError, DataError, DivergenceError
-from megatron_iwsft.hooks import (
-    Every,
-    Hook,
-    StepInfo,
-    metrics_writer,
-    progress_line,
-    tensorboard_logger,
-    wandb_logger,
-)
+from megatron_iwsft.errors import DataError, DivergenceError, RequeueError
+from megatron_iwsft.guard import Guard, Verdict
+from megatron_iwsft.hooks import Events, StepInfo, start_hooks
 from megatron_iwsft.job import Job, make_sampler, start_job
 from megatron_iwsft.metrics import summarize
 from megatron_iwsft.objectives import NEEDS_REFERENCE, Settings
-from megatron_iwsft.optim import build_optimizer, build_schedule, wrap_for_gradients
+from megatron_iwsft.optim import build_optimizer, build_schedule, gradient_norm, wrap_for_gradients
+from megatron_iwsft.platform.signals import StopSignals
+from megatron_iwsft.platform.watchdog import Watchdog
 from megatron_iwsft.reference import Sidecar
+from megatron_iwsft.resume import lock_run, resume
+from megatron_iwsft.saving import Saver
 from megatron_iwsft.step import LossTotals, TrainStep
 
 # How far the policy's log-probs may lie from its own as reference, mean |log-ratio| per token, before the first update. The
 # cached reference may have been computed at another layout, which moves the last bits.
 START_TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
-
-
-def train(config: Config) -> dict[str, Any]:
-    """Run (or continue) the training that `config` describes; returns the last step's metrics. Collective over all ranks."""
-    job = start_job(config)
-    needs_reference = config.objective.name in NEEDS_REFERENCE
-    cached = needs_reference and config.reference.source == "cached"
-    sidecar = Sidecar(job.corpus, job.identity) if cached else None
-
-    policy = job.build(job.policy)
-    live = job.build(job.reference) if needs_reference and not cached else None
-    chunks = wrap_for_gradients(policy, config.optimizer)
-    optimizer = build_optimizer(chunks, config.optimizer, job.dtype)
-    total_steps = job.sampler.total_steps(config.data.epochs, config.data.max_steps)
-    schedule = build_schedule(optimizer, config.optimizer, total_steps)
-    objective = Settings(
-        level=config.objective.level,
-        temperature=config.objective.temperature,
-        clip=config.objective.clip_range,
-        normalize=config.objective.normalize,
-    )
-    step = TrainStep(
-        chunks,
-        job.parallel,
-        job.platform.device,
-        config.objective.name,
-        objective,
-        reference=live,
-        router_balance=config.objective.router_balance,
-    )
-    builder = job.batches(job.corpus, job.sampler, sidecar)
-
-    run_dir = Path(config.run.dir)
-    resumed_at = _resume(job, policy, optimizer, schedule)
-    hooks = _hooks(job, run_dir, resumed_at, total_steps) if job.is_main else []
-    evaluate = _evaluation(job, chunks, objective)
-
-    writer = _checkpoint_writer(job)
-
-    def save(info: StepInfo) -> None:
-        if config.optimizer.overlap_param_gather:  # else parameters are gathered no sooner than the next forward
-            for chunk in chunks:
-                chunk.start_param_sync(force_sync=True)
-        writer.save(info.step, policy, optimizer=optimizer, schedule=schedule)
-
-    saves = Every(config.checkpoint.every, save, at_end=True)
-    metrics: dict[str, Any] = {}
-    for number in range(resumed_at, total_steps):
-        started = time.perf_counter()
-        metrics = {"step": number + 1, "epoch": job.sampler.locate(number)[0]}
-        packs = job.sampler.packs_at(number)
-        optimizer.zero_grad()  # without the distributed optimizer, .grad is main_grad until told otherwise
-        metrics |= step.forward_backward(builder.from_packs(packs))
-        if number == 0 and needs_reference:
-            _check_start(job, metrics)
-        if not math.isfinite(metrics["loss"]) and metrics["trained_tokens"]:
-            raise DivergenceError(
-                f"the loss of step {number + 1} is {metrics['loss']}; the last checkpoint is unharmed."
-            )
-        metrics["lr"] = max(group["lr"] for group in optimizer.param_groups)
-        _, metrics["grad_norm"], _ = optimizer.step()
-        if not math.isfinite(metrics["grad_norm"]):
-            raise DivergenceError(
-                f"the gradient norm of step {number + 1} is {metrics['grad_norm']}; the last checkpoint is unharmed."
-            )
-        schedule.step(increment=1)
-        job.platform.synchronize()
-        metrics["step_time_s"] = time.perf_counter() - started
-        metrics["tokens"] = sum(int(job.corpus.lengths[ids].sum()) for ids in packs)
-        metrics["tokens_per_s"] = metrics["tokens"] / metrics["step_time_s"]
-        metrics["peak_memory_bytes"] = job.platform.peak_memory()
-        if not needs_reference:
-            metrics = {k: v for k, v in metrics.items() if k not in _REFERENCE_METRICS}
-        if evaluate and (number + 1) % config.evaluation.every == 0:
-            metrics |= evaluate()
-        info = StepInfo(number + 1, total_steps, metrics)
-        for hook in hooks:
-            hook(info)
-        saves(info)
-        writer.poll()
-    writer.wait()
-    if job.is_main:
-        _say(
-            f"finished: {total_steps} steps; {run_dir}/metrics.jsonl, {run_dir}/checkpoints/{checkpoint.step_name(total_steps)}"
-        )
-    return metrics
-
 
 _REFERENCE_METRICS = frozenset(
     [
@@ -133,108 +44,295 @@ _REFERENCE_METRICS = frozenset(
 )
 
 
-def _hooks(job: Job, run_dir: Path, resumed_at: int, total_steps: int) -> list[Hook]:
-    config = job.config
-    for name in ("logs", "checkpoints"):
-        (run_dir / name).mkdir(parents=True, exist_ok=True)
-    (run_dir / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
-    counts = job.corpus.manifest["counts"]
-    _say(
-        f"{config.run.name}: {config.objective.name} on {len(job.corpus)} trajectories ({counts['trained_tokens']:,} of "
-        f"{counts['tokens']:,} tokens trained), {total_steps} steps of {config.data.global_batch_size} sequences; "
-        f"{job.platform.device.type}, {job.parallel.describe()}"
-    )
-    hooks: list[Hook] = [
-        metrics_writer(run_dir / "metrics.jsonl", resumed_at),
-        Every(config.logging.every, progress_line, True),
-    ]
-    if config.logging.wandb.mode != "disabled":
-        hooks.append(wandb_logger(config.logging.wandb, config.run, config.model_dump()))
-    if config.logging.tensorboard:
-        hooks.append(tensorboard_logger(run_dir / "logs"))
-    return hooks
+def train(config: Config) -> dict[str, Any]:
+    """Run (or continue) the training that `config` describes; returns the last step's metrics. Collective over all ranks.
+
+    Raises RequeueError when told to stop (SIGUSR1, SIGTERM) before the end: what was done is saved.
+    """
+    with StopSignals() as stop:
+        job = start_job(config)
+        with job.watchdog() as watch, ExitStack() as at_exit:
+            return Trainer(job, watch, stop, at_exit).run()
 
 
-def _check_start(job: Job, metrics: dict[str, Any]) -> None:
-    """Before the first update, a reference that is the initial policy must give the policy's own log-probs."""
-    if job.reference.fingerprint != job.policy.fingerprint:
-        return
-    found, allowed = metrics["abs_log_ratio"], START_TOLERANCE[job.config.precision.dtype]
-    if not found <= allowed:  # NaN too
-        raise DataError(
-            f"policy and reference are the same model, yet their log-probs differ by {found:.3g} per token on the first batch "
-            f"(allowed in {job.config.precision.dtype}: {allowed:g}). Model, tokenizer and template match by fingerprint, so the "
-            "cached log-probs are damaged or were computed by other code: remove the corpus's reference-* directory and run "
-            "tools/precompute_reference.py again, or use reference.source: live."
-        )
+class Trainer:
+    """A run under way. Every method is collective over all ranks."""
 
-
-def _resume(job: Job, policy: list[Any], optimizer: Any, schedule: Any) -> int:
-    """Load the newest checkpoint of this run that can be loaded; returns its step, 0 for a fresh run."""
-    root = Path(job.config.run.dir) / "checkpoints"
-    found = checkpoint.complete_checkpoints(root)
-    if found and job.config.checkpoint.resume == "never":
-        raise ConfigError(
-            f"checkpoint.resume is never, but {root} holds checkpoints. Choose another run.dir, or remove them."
-        )
-    for directory in found:
-        problem = ""
-        try:
-            info = checkpoint.CheckpointInfo.read(directory)
-            checkpoint.load(directory, policy, optimizer=optimizer, schedule=schedule)
-        except CheckpointError as error:
-            problem = str(error)
-        # Every rank must take the same checkpoint, also where only one of them met the damage.
-        if job.platform.any(bool(problem)):
-            if problem:
-                _say(f"skipping a damaged checkpoint: {problem}")
-            continue
-        _check_same_run(job.config, info.config, directory)
+    def __init__(self, job: Job, watch: Watchdog, stop: StopSignals, at_exit: ExitStack) -> None:
+        config = job.config
+        self.job, self.watch, self.stop = job, watch, stop
         if job.is_main:
-            _say(f"resuming from {directory} after step {info.step}")
-        return info.step
-    if found:
-        raise CheckpointError(
-            f"none of the {len(found)} checkpoints in {root} can be loaded. Move them away to start afresh."
+            lock_run(job.run_directory, at_exit)
+        self.events = Events(job.run_directory / "logs" / "events.jsonl" if job.is_main else None)
+        self.needs_reference = config.objective.name in NEEDS_REFERENCE
+        cached = self.needs_reference and config.reference.source == "cached"
+        sidecar = Sidecar(job.corpus, job.identity) if cached else None
+
+        watch.at(0, "building the model")
+        self.policy = job.build(job.policy)
+        live = job.build(job.reference) if self.needs_reference and not cached else None
+        self.chunks = wrap_for_gradients(self.policy, config.optimizer)
+        self.optimizer = build_optimizer(self.chunks, config.optimizer, job.dtype)
+        self.total_steps = job.sampler.total_steps(config.data.epochs, config.data.max_steps)
+        self.schedule = build_schedule(self.optimizer, config.optimizer, self.total_steps)
+        settings = Settings(
+            level=config.objective.level,
+            temperature=config.objective.temperature,
+            clip=config.objective.clip_range,
+            normalize=config.objective.normalize,
         )
-    return 0
+        self.step = TrainStep(
+            self.chunks,
+            job.parallel,
+            job.platform.device,
+            config.objective.name,
+            settings,
+            reference=live,
+            router_balance=config.objective.router_balance,
+        )
+        self.batches = job.batches(job.corpus, job.sampler, sidecar)
+        self.evaluate = _evaluation(job, self.chunks)
+
+        self.guard = Guard(config.run.spike)
+        self.saver = Saver(_writer(job, self._saved), config.checkpoint, self._write, self._save_failed)
+        self.done = self._load_newest() or 0
+        self.hooks = start_hooks(job, self.done, self.total_steps, at_exit) if job.is_main else []
+
+    def run(self) -> dict[str, Any]:
+        """Train to the end; returns the last step's metrics."""
+        if self.job.platform.any(self.stop.requested):
+            self.events("stopped", f"stopped before step {self.done + 1}; {self.saver.standing()}", step=self.done)
+            raise RequeueError
+        metrics: dict[str, Any] = {}
+        while self.done < self.total_steps:
+            stepped = self._train_step(self.done + 1)
+            if stepped is None:  # a rewind
+                continue
+            metrics, stop = stepped
+            self.done += 1
+            for hook in self.hooks:
+                hook(StepInfo(self.done, self.total_steps, metrics))
+            if stop and self.done < self.total_steps:
+                self._stop()
+            self.watch.at(self.done, "saving")
+            self.saver.after(self.done)
+        self.watch.at(self.done, "saving at the end")
+        self.saver.at_end(self.done)
+        self.events(
+            "finished",
+            f"finished: {self.total_steps} steps; {self.job.run_directory}/metrics.jsonl, "
+            f"{self.saver.writer.root / checkpoint.step_name(self.total_steps)}",
+        )
+        return metrics
+
+    def _train_step(self, number: int) -> tuple[dict[str, Any], bool] | None:
+        """Step `number`, counted from 1: its metrics, and whether a rank was told to stop; None if it led to a rewind."""
+        job, started = self.job, time.perf_counter()
+        packs = job.sampler.packs_at(number - 1)
+        metrics: dict[str, Any] = {"step": number, "epoch": job.sampler.locate(number - 1)[0]}
+        if number in self.guard.passed_over:
+            stop = job.platform.any(self.stop.requested)
+            return metrics | {"loss": None, "nll": None, "grad_norm": None, "skipped": "loss spike"}, stop
+        self.watch.at(number, "reading the batch")
+        self.optimizer.zero_grad()  # without the distributed optimizer, .grad is main_grad until told otherwise
+        batches = self.batches.from_packs(packs)
+        self.watch.at(number, "forward and backward")
+        metrics |= self.step.forward_backward(batches)
+        if number == 1 and self.needs_reference:
+            self._check_start(metrics)
+        metrics["grad_norm"] = gradient_norm(self.optimizer)
+        verdict = self.guard.judge(metrics["loss"], metrics["grad_norm"], metrics["trained_tokens"])
+        self.watch.at(number, "update")
+        told_to_stop, worst = job.platform.largest(self.stop.requested, verdict)
+        if worst == Verdict.SPIKE and self._handle_spike(number, metrics, packs):
+            return None
+        metrics["lr"] = max(group["lr"] for group in self.optimizer.param_groups)
+        if worst == Verdict.NOT_FINITE:
+            self._skip(number, metrics, packs)
+        else:
+            self.optimizer.step()
+            self.schedule.step(increment=1)
+            self.guard.updated(metrics["loss"])
+        job.platform.synchronize()
+        metrics["step_time_s"] = time.perf_counter() - started
+        metrics["tokens"] = sum(int(job.corpus.lengths[ids].sum()) for ids in packs)
+        metrics["tokens_per_s"] = metrics["tokens"] / metrics["step_time_s"]
+        metrics["peak_memory_bytes"] = job.platform.peak_memory()
+        metrics["skipped_steps"] = self.guard.skipped
+        if not self.needs_reference:
+            metrics = {k: v for k, v in metrics.items() if k not in _REFERENCE_METRICS}
+        if self.evaluate and number % job.config.evaluation.every == 0:
+            self.watch.at(number, "evaluation")
+            metrics |= self.evaluate()
+        return metrics, bool(told_to_stop)
+
+    def _skip(self, number: int, metrics: dict[str, Any], packs: list[Any]) -> None:
+        """Leave parameters, optimizer and schedule as they are. Raises DivergenceError after too many in a row."""
+        self.guard.skip()
+        metrics["skipped"] = "not finite"
+        what = f"loss {metrics['loss']}, gradient norm {metrics['grad_norm']}"
+        self.events(
+            "skipped",
+            f"step {number} is skipped: {what}. Its trajectories are in logs/events.jsonl.",
+            step=number,
+            loss=metrics["loss"],
+            grad_norm=metrics["grad_norm"],
+            trajectories=self._trajectories(packs),
+        )
+        if self.guard.in_a_row >= self.job.config.run.max_bad_steps:
+            self.saver.writer.wait()
+            raise DivergenceError(
+                f"{self.guard.in_a_row} steps in a row (run.max_bad_steps) had a loss or gradient that is not finite, the last one "
+                f"step {number} ({what}). {self.saver.standing().capitalize()} The trajectories are in "
+                f"{self.job.run_directory}/logs/events.jsonl."
+            )
+
+    def _handle_spike(self, number: int, metrics: dict[str, Any], packs: list[Any]) -> bool:
+        """Log a loss spike; rewind if the config asks for it, in which case the answer is True and this step is not taken."""
+        settings = self.job.config.run.spike
+        mean = sum(self.guard.losses) / len(self.guard.losses)
+        self.events(
+            "spike",
+            f"step {number}: the loss is {metrics['loss']:.4g}, after {mean:.4g} on average.",
+            step=number,
+            loss=metrics["loss"],
+            mean=mean,
+            trajectories=self._trajectories(packs),
+        )
+        if not settings.rewind:
+            return False
+        if self.guard.rewinds >= settings.max_rewinds:
+            raise DivergenceError(
+                f"the loss spiked again at step {number}, after {self.guard.rewinds} rewinds (run.spike.max_rewinds). "
+                f"{self.saver.standing().capitalize()}"
+            )
+        self.saver.writer.wait()
+        first = max(1, number - settings.batches + 1)
+        rewinds, passed_over = self.guard.rewinds + 1, {*self.guard.passed_over, *range(first, number + 1)}
+        back = self._load_newest(before=first - 1)
+        if back is None:
+            self.events("no rewind", f"no checkpoint is older than step {first}: training goes on.", step=number)
+            return False
+        self.guard.rewinds, self.guard.passed_over = rewinds, sorted(passed_over)
+        self.saver.writer.discard_after(back)
+        self.events(
+            "rewind",
+            f"back to step {back}; the batches of steps {first} to {number} are passed over.",
+            step=back,
+            passed_over=self.guard.passed_over,
+        )
+        self.done = back
+        return True
+
+    def _trajectories(self, packs: list[Any]) -> list[str]:
+        ids = self.job.corpus.meta(["id"])["id"]
+        return [str(ids[int(i)]) for pack in packs for i in pack]
+
+    def _stop(self) -> None:
+        """Save what is done and leave."""
+        self.watch.at(self.done, "saving before leaving")
+        saved = self.saver.now(self.done)
+        text = f"stopped after step {self.done} of {self.total_steps}; " + (
+            "start the run again to continue." if saved else f"it could not be saved, but {self.saver.standing()}"
+        )
+        self.events("stopped", text, step=self.done)
+        raise RequeueError
+
+    def _load_newest(self, *, before: int | None = None) -> int | None:
+        """Load the newest whole checkpoint of this run; returns its step, or None if there is none."""
+        job, root = self.job, self.saver.writer.root
+        self.watch.at(self.done if before else 0, "loading a checkpoint")
+        if before is not None:
+            self._sync_parameters()
+
+        def load(info: CheckpointInfo) -> None:
+            checkpoint.load(
+                info.directory,
+                self.policy,
+                optimizer=self.optimizer,
+                schedule=self.schedule,
+                random=info.layout == self.saver.writer.layout,
+            )
+
+        info = resume(job, load, print, before=before)
+        if info is None:
+            return None
+        self.guard.load_state(info.trainer["guard"])
+        self.saver.last_good = Saved(root / info.directory.name, info.step, info.size, 0.0, 0.0)
+        self.events("resumed", f"resuming from {info.directory} after step {info.step}", step=info.step)
+        return info.step
+
+    def _write(self, writer: CheckpointWriter, step: int) -> None:
+        self._sync_parameters()
+        writer.save(
+            step,
+            self.policy,
+            optimizer=self.optimizer,
+            schedule=self.schedule,
+            trainer={"guard": self.guard.state()},
+        )
+
+    def _sync_parameters(self) -> None:
+        if (
+            self.job.config.optimizer.overlap_param_gather
+        ):  # else parameters are gathered no sooner than the next forward
+            for chunk in self.chunks:
+                chunk.start_param_sync(force_sync=True)
+
+    def _saved(self, saved: Saved) -> None:
+        self.events(
+            "saved",
+            f"saved {saved.directory.name}: {saved.bytes / 1e9:.2f} GB, training stood still for {saved.stall_s:.2f} s, "
+            f"whole after {saved.total_s:.2f} s",
+            step=saved.step,
+            bytes=saved.bytes,
+            stall_s=saved.stall_s,
+            total_s=saved.total_s,
+        )
+
+    def _save_failed(self, step: int, why: str) -> None:
+        settings = self.job.config.checkpoint
+        self.events(
+            "save failed",
+            f"saving after step {step} failed: {why} Training goes on and tries again after {settings.retry_after} steps; "
+            f"{self.saver.standing()}",
+            step=step,
+        )
+
+    def _check_start(self, metrics: dict[str, Any]) -> None:
+        """Before the first update, a reference that is the initial policy must give the policy's own log-probs."""
+        if self.job.reference.fingerprint != self.job.policy.fingerprint:
+            return
+        found, allowed = metrics["abs_log_ratio"], START_TOLERANCE[self.job.config.precision.dtype]
+        if not found <= allowed:  # NaN too
+            raise DataError(
+                f"policy and reference are the same model, yet their log-probs differ by {found:.3g} per token on the first batch "
+                f"(allowed in {self.job.config.precision.dtype}: {allowed:g}). Model, tokenizer and template match by fingerprint, so the "
+                "cached log-probs are damaged or were computed by other code: remove the corpus's reference-* directory and run "
+                "tools/precompute_reference.py again, or use reference.source: live."
+            )
 
 
-# What may differ between a run and its continuation; anything else would make it another run.
-_MAY_CHANGE = {"run": {"name", "dir", "device"}, "data": {"corpus", "micro_batch_size", "epochs", "max_steps"}}
-_MUST_STAY = ("model", "data", "objective", "reference", "precision", "run")
-
-
-def _check_same_run(now: Config, before: dict[str, Any], directory: Path) -> None:
-    """Raise ConfigError naming the first key that a continued run may not change."""
-    for section in _MUST_STAY:
-        for key, value in getattr(now, section).model_dump().items():
-            earlier = before.get(section, {}).get(key, value)
-            if value != earlier and key not in _MAY_CHANGE.get(section, ()):
-                raise ConfigError(
-                    f"{section}.{key} is {value!r}, but {directory} was trained with {earlier!r}. Set it back to continue that run, "
-                    "or choose another run.dir for a new one."
-                )
-
-
-def _checkpoint_writer(job: Job) -> checkpoint.CheckpointWriter:
+def _writer(job: Job, on_saved: Any) -> CheckpointWriter:
     config, template = job.config, job.corpus.manifest["template"]
-    return checkpoint.CheckpointWriter(
-        Path(config.run.dir) / "checkpoints",
+    named = template and job.corpus.manifest["settings"]["template"] != "tokenizer"
+    return CheckpointWriter(
+        job.run_directory / "checkpoints",
         architecture=job.policy.architecture,
         config=config.model_dump(),
         layout={**config.parallel.model_dump(), "data": job.data_size},
         tokenizer_files=job.policy.tokenizer_files or sorted((job.corpus.directory / TOKENIZER).iterdir()),
         template_hash=template["hash"] if template else None,
-        chat_template=template["source"]
-        if template and job.corpus.manifest["settings"]["template"] != "tokenizer"
-        else None,
+        chat_template=template["source"] if named else None,
+        corpus=job.corpus.fingerprint,
         keep=config.checkpoint.keep,
+        keep_every=config.checkpoint.keep_every,
         asynchronous=config.checkpoint.asynchronous,
+        on_saved=on_saved,
     )
 
 
-def _evaluation(job: Job, chunks: list[Any], settings: Settings):
+def _evaluation(job: Job, chunks: list[Any]) -> Any:
     """A function giving the loss on `evaluation.corpus`, or None."""
     corpus = job.evaluation
     if corpus is None:
@@ -253,7 +351,3 @@ def _evaluation(job: Job, chunks: list[Any], settings: Settings):
         return {"eval_nll": summarize(totals.sums, totals.weight_max)["nll"]}
 
     return evaluate
-
-
-def _say(text: str) -> None:
-    print(text, flush=True)

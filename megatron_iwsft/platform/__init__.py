@@ -10,15 +10,18 @@ import datetime
 import importlib.util
 import inspect
 import logging
+import multiprocessing
 import os
 import warnings
 from dataclasses import dataclass
+from multiprocessing.managers import SyncManager
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 
 from megatron_iwsft.errors import ConfigError
+from megatron_iwsft.platform.signals import die_with_parent
 
 DeviceChoice = Literal["auto", "cpu", "cuda"]
 
@@ -127,9 +130,13 @@ class Platform:
 
     def any(self, condition: bool) -> bool:
         """Whether the condition holds on any rank. Collective: a maximum over all ranks."""
-        flag = torch.tensor(int(condition), device=self.device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag)
+        return bool(self.largest(condition)[0])
+
+    def largest(self, *values: int) -> list[int]:
+        """The largest of each value over all ranks. Collective."""
+        out = torch.tensor(values, dtype=torch.int, device=self.device)
+        dist.all_reduce(out, op=dist.ReduceOp.MAX)
+        return out.tolist()
 
     def peak_memory(self) -> int:
         """Peak bytes held by this process: the allocator's on CUDA, the resident set on CPU."""
@@ -158,6 +165,8 @@ def start(device: DeviceChoice = "auto", *, timeout_s: float = 600.0) -> Platfor
     use_cuda = has_cuda and choice != "cpu"
 
     quiet_megatron()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with_parent()  # torchrun, when it is killed, leaves its workers
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(name, value)
     if not use_cuda:
@@ -192,6 +201,26 @@ def _define_missing_names() -> None:
         moe_utils.te_general_gemm = None
 
 
+def random_states() -> dict[str, Any]:
+    """This rank's states of torch's and Megatron-Core's random generators."""
+    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+    return {
+        "torch": torch.get_rng_state(),
+        "device": torch.cuda.get_rng_state(),
+        "megatron": get_cuda_rng_tracker().get_states(),
+    }
+
+
+def set_random_states(states: dict[str, Any]) -> None:
+    """Continue where `random_states` was taken."""
+    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+    torch.set_rng_state(states["torch"])
+    torch.cuda.set_rng_state(states["device"])
+    get_cuda_rng_tracker().set_states(states["megatron"])
+
+
 def stop() -> None:
     """Leave the job: destroy the process groups."""
     if dist.is_initialized():
@@ -205,7 +234,7 @@ def moe_submodules(layer: Any) -> Any:
 
 
 def async_save_options() -> dict[str, Any]:
-    """Arguments of `dist_checkpointing.save` for a background save by Megatron-Core's own writer.
+    """Arguments of `dist_checkpointing.save` for a request that Megatron-Core's own writer will carry out.
 
     0.19 has a second writer, of another package, and takes it by default; 0.16 has one and no
     argument.
@@ -214,6 +243,19 @@ def async_save_options() -> dict[str, Any]:
 
     known = inspect.signature(save).parameters
     return {"async_sharded_save": True} | ({"async_strategy": "mcore"} if "async_strategy" in known else {})
+
+
+def start_results_queue() -> None:
+    """Start the process through which Megatron-Core's checkpoint writers report, as one that ends with this.
+
+    Megatron-Core starts it at the first save, and it would outlive a killed trainer, holding its output open.
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    if filesystem_async._results_queue is None:
+        manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
+        manager.start(initializer=die_with_parent)
+        filesystem_async._results_queue = manager.Queue()  # keeps the manager alive
 
 
 def quiet_megatron() -> None:

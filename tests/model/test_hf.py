@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_iwsft import checkpoint, convert
+from megatron_iwsft import convert
+from megatron_iwsft.checkpoint_writer import CheckpointWriter
 from megatron_iwsft.errors import CheckpointError
 from megatron_iwsft.model.architecture import Architecture
 from megatron_iwsft.model.hf import SafetensorsDirectory
@@ -78,7 +79,7 @@ def roundtrip(platform, directories: dict[str, str], layouts: list[dict], out: s
                 found[name, str(layout)] = convert.checkpoint_logprobs(chunks[0], IDS)
             label = "-".join(f"{k}{v}" for k, v in layout.items()) or "one"
             root = Path(out) / f"{name}@{label}"
-            checkpoint.CheckpointWriter(root, source.architecture, {}, {}, []).save(0, chunks)
+            CheckpointWriter(root, source.architecture, {}, {}, []).save(0, chunks)
     return found
 
 

@@ -1,0 +1,216 @@
+"""Kill a training run again and again and see that nothing is lost: python tools/bench/faults.py [--kills 50] [--output DIR]
+
+Two processes under torchrun train a small model with packing and quality sampling, saving every few steps, in the background in
+every other run. At random moments, half of them within a save, one rank or all of them get SIGKILL; after every `--damage`-th
+kill a file of the newest checkpoint is truncated, changed in one bit or removed. Each time the run must resume from the newest whole
+checkpoint and, when it ends, its metrics must equal the unbroken run's bit for bit. Prints figures; exit status 1 if one is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+from megatron_iwsft.errors import run_command
+
+ROOT = Path(__file__).resolve().parents[2]
+TIMING = {"step_time_s", "tokens_per_s", "peak_memory_bytes"}
+CONFIG = """
+run: {{name: faults, dir: {directory}/unbroken, seed: 3, device: cpu}}
+model:
+  config: {{model_type: qwen2, hidden_size: 64, intermediate_size: 96, num_hidden_layers: 2, num_attention_heads: 4,
+            num_key_value_heads: 2, vocab_size: 400, max_position_embeddings: 512, tie_word_embeddings: true}}
+data: {{corpus: {directory}/corpus, seq_length: 256, global_batch_size: 4, epochs: 1000, max_steps: {steps},
+        quality: {{mode: sample}}}}
+objective: {{name: sft}}
+precision: {{dtype: fp32}}
+optimizer: {{lr: 1.0e-3, weight_decay: 0.1}}
+checkpoint: {{every: 8, keep: 3}}
+logging: {{every: 1000}}
+"""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--steps", type=int, default=400, help="steps of a run; a new one begins when it ends")
+    parser.add_argument("--damage", type=int, default=5, help="damage the newest checkpoint after every so many kills")
+    parser.add_argument("--output", type=Path, default=Path("runs/faults"))
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    sweep = Sweep(args.output, args.steps, args.damage, random.Random(args.seed))
+    sweep.prepare()
+    while sweep.figures["kills"] < args.kills:
+        sweep.run(args.kills)
+    print(json.dumps(sweep.figures, indent=1))
+    wrong = ("lost steps", "damaged checkpoints accepted", "runs unlike the unbroken one", "failed starts")
+    return int(any(sweep.figures[name] for name in wrong))
+
+
+class Sweep:
+    """figures: what is counted, by name."""
+
+    def __init__(self, directory: Path, steps: int, damage: int, chance: random.Random) -> None:
+        self.directory, self.steps, self.damage_every, self.chance = directory, steps, damage, chance
+        self.figures: Counter[str] = Counter({"kills": 0, "correct resumes": 0, "lost steps": 0})
+
+    def prepare(self) -> None:
+        """A corpus of worked sums, and the unbroken run."""
+        from megatron_iwsft.data.arithmetic import ArithmeticSettings, arithmetic_records
+        from megatron_iwsft.data.records import RecordFormat
+        from megatron_iwsft.data.shard import ShardSettings, shard_corpus
+        from megatron_iwsft.data.train_tokenizer import train_tokenizer
+
+        self.directory.mkdir(parents=True, exist_ok=True)
+        records = self.directory / "records.jsonl"
+        lines = (json.dumps(r) for r in arithmetic_records(300, ArithmeticSettings(), seed=1))
+        records.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        tokenizer = self.directory / "tokenizer"
+        if not tokenizer.exists():
+            train_tokenizer([records], tokenizer, fields=["prompt", "response"], vocab_size=400)
+        settings = ShardSettings(str(tokenizer), record=RecordFormat(score_fields=("score",)))
+        shard_corpus([records], self.directory / "corpus", settings, show_progress=False)
+        self.config = self.directory / "config.yaml"
+        self.config.write_text(CONFIG.format(directory=self.directory, steps=self.steps), encoding="utf-8")
+        status, output = self._finish(self._start(self.directory / "unbroken", asynchronous=False))
+        if status:
+            raise SystemExit(f"the unbroken run failed:\n{output}")
+        self.expected = metrics(self.directory / "unbroken")
+
+    def run(self, kills: int) -> None:
+        """One run from its start to its end, through as many kills as it takes."""
+        number = self.figures["runs"] = self.figures["runs"] + 1
+        run = self.directory / f"broken-{number}"
+        expected_step, damaged = 0, None
+        while True:
+            process = self._start(run, asynchronous=number % 2 == 0)
+            if self.figures["kills"] < kills and self._wait_and_kill(process, run):
+                output = self._finish(process)[1]
+                self._check_resume(output, expected_step, damaged)
+                self.figures["kills"] += 1
+                damaged = self._damage(run) if self.figures["kills"] % self.damage_every == 0 else None
+                expected_step = newest(run, but=damaged)
+                continue
+            status, output = self._finish(process)
+            self._check_resume(output, expected_step, damaged)
+            if status:
+                self.figures["failed starts"] += 1
+                print(output)
+                return
+            same = metrics(run) == self.expected
+            self.figures["runs like the unbroken one, bit for bit" if same else "runs unlike the unbroken one"] += 1
+            return
+
+    def _start(self, run: Path, *, asynchronous: bool) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "megatron_iwsft.torchrun", "--nproc_per_node", "2", "launch/train.py"]
+        overrides = [f"run.dir={run}", f"checkpoint.asynchronous={str(asynchronous).lower()}"]
+        env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+        return subprocess.Popen(
+            [*command, "--config", str(self.config.resolve()), *overrides],
+            cwd=ROOT,
+            env=env,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+
+    def _finish(self, process: subprocess.Popen[str]) -> tuple[int, str]:
+        output = process.communicate()[0]
+        return process.returncode, output
+
+    def _wait_and_kill(self, process: subprocess.Popen[str], run: Path) -> bool:
+        """Kill at a random moment after training has begun; False if the run ended before."""
+        log = run / "metrics.jsonl"
+        before = log.stat().st_mtime_ns if log.exists() else 0
+        while not log.exists() or log.stat().st_mtime_ns == before:  # it is written to with the first step
+            if process.poll() is not None:
+                return False
+            time.sleep(0.02)
+        time.sleep(self.chance.uniform(0, 3))
+        if self.chance.random() < 0.5:  # within a save
+            until = time.monotonic() + 5
+            while time.monotonic() < until and not saving(run):
+                time.sleep(0.002)
+            time.sleep(self.chance.uniform(0, 0.4))
+        victims = children(process.pid)
+        if process.poll() is not None or len(victims) < 2:
+            return False
+        self.figures["kills within a save"] += saving(run)
+        chosen = victims if self.chance.random() < 1 / 3 else [self.chance.choice(victims)]
+        for pid in chosen:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                return False
+        self.figures["kills of all ranks" if len(chosen) > 1 else "kills of one rank"] += 1
+        return True
+
+    def _damage(self, run: Path) -> Path | None:
+        """Truncate, change or remove a file of the newest checkpoint, if there is one before it."""
+        found = checkpoints(run)
+        if len(found) < 2:
+            return None
+        path = self.chance.choice(sorted(p for p in found[0].rglob("*") if p.is_file() and p.stat().st_size))
+        kind = self.chance.choice(["truncated", "bit-flipped", "removed"])
+        data = bytearray(path.read_bytes())
+        if kind == "removed":
+            path.unlink()
+        elif kind == "truncated":
+            path.write_bytes(data[: len(data) // 2])
+        else:
+            data[self.chance.randrange(len(data))] ^= 1 << self.chance.randrange(8)
+            path.write_bytes(data)
+        self.figures[f"files {kind}"] += 1
+        return path
+
+    def _check_resume(self, output: str, expected: int, damaged: Path | None) -> None:
+        found = re.search(r"resuming from (\S+) after step (\d+)", output)
+        step = int(found[2]) if found else 0
+        if damaged is not None:
+            checkpoint = next(p for p in damaged.parents if p.name.startswith("step-"))
+            accepted = found is not None and Path(found[1]).resolve() == checkpoint.resolve()
+            self.figures["damaged checkpoints accepted"] += accepted
+            # Without its info file a directory is no checkpoint, and nothing to be named.
+            named = damaged.name in output or not (checkpoint / "iwsft.json").exists()
+            self.figures["damaged files named" if named else "damaged files not named"] += 1
+        if step == expected:
+            self.figures["correct resumes"] += 1
+        else:
+            self.figures["lost steps"] += abs(expected - step)
+            print(f"resumed after step {step} instead of {expected}:\n{output}")
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """Complete ones, newest first."""
+    return sorted((p.parent for p in run.glob("checkpoints/step-????????/iwsft.json")), reverse=True)
+
+
+def newest(run: Path, *, but: Path | None) -> int:
+    found = [c for c in checkpoints(run) if but is None or c not in but.parents]
+    return int(found[0].name.removeprefix("step-")) if found else 0
+
+
+def saving(run: Path) -> bool:
+    return any(run.glob("checkpoints/step-*.partial"))
+
+
+def children(pid: int) -> list[int]:
+    return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def metrics(run: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in TIMING} for line in lines]
+
+
+if __name__ == "__main__":
+    run_command(main)
