@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from torch.distributed.checkpoint.api import CheckpointException  # a BaseExcept
 
 from megatron_iwsft import integrity
 from megatron_iwsft.errors import CheckpointError
+from megatron_iwsft.lagged import LaggedCopy
 from megatron_iwsft.model.architecture import Architecture
 from megatron_iwsft.model.weights import named_rows
 from megatron_iwsft.platform import random_states, set_random_states
@@ -125,9 +127,15 @@ def step_name(step: int) -> str:
 
 
 def sharded_state(
-    chunks: list[Any], optimizer: Any | None, schedule: Any | None, *, loading: bool, random: bool
+    chunks: list[Any],
+    optimizer: Any | None,
+    schedule: Any | None,
+    *,
+    loading: bool,
+    random: bool,
+    lagged: Sequence[LaggedCopy] = (),
 ) -> dict[str, Any]:
-    """Megatron-Core's sharded state dict of model, optimizer, schedule and, with `random`, this rank's random states."""
+    """Megatron-Core's sharded state dict of model, optimizer, schedule, lagged copies and, with `random`, this rank's random states."""
     from megatron.core.dist_checkpointing import ShardedObject
 
     metadata = dict(_LAYOUT)
@@ -140,6 +148,8 @@ def sharded_state(
         state["optimizer"] = optimizer.sharded_state_dict(models, is_loading=loading, metadata=metadata)
     if schedule is not None:
         state["schedule"] = schedule.state_dict()
+    for copy in lagged:
+        state[copy.name] = copy.sharded_state(metadata)
     if random:
         state["random"] = ShardedObject("random", random_states(), (dist.get_world_size(),), (dist.get_rank(),))
     return state
@@ -194,6 +204,7 @@ def load(
     optimizer: Any | None = None,
     schedule: Any | None = None,
     random: bool = False,
+    lagged: Sequence[LaggedCopy] = (),
 ) -> None:
     """Load a checkpoint made at any layout into this one; `random` states only into the one it was made at.
 
@@ -203,7 +214,7 @@ def load(
     from megatron.core import dist_checkpointing
 
     verify(CheckpointInfo.read(directory))
-    wanted = sharded_state(chunks, optimizer, schedule, loading=True, random=random)
+    wanted = sharded_state(chunks, optimizer, schedule, loading=True, random=random, lagged=lagged)
     try:
         state = dist_checkpointing.load(wanted, str(directory))
     except (Exception, CheckpointException) as error:  # many kinds, for a damaged file
@@ -214,6 +225,8 @@ def load(
         _load_optimizer(optimizer, state["optimizer"])
     if schedule is not None:
         schedule.load_state_dict(state["schedule"])
+    for copy in lagged:
+        copy.load_state(state[copy.name])
     if random:
         set_random_states(state["random"])
 

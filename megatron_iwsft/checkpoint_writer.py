@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from megatron_iwsft import checkpoint
 from megatron_iwsft.checkpoint import INFO, LATEST, TOKENIZER, complete_checkpoints, step_name
 from megatron_iwsft.errors import CheckpointError
 from megatron_iwsft.integrity import FileSum, file_sum
+from megatron_iwsft.lagged import LaggedCopy
 from megatron_iwsft.model.architecture import Architecture
 from megatron_iwsft.platform import async_save_options, start_results_queue
 
@@ -78,6 +79,7 @@ class CheckpointWriter:
         optimizer: Any | None = None,
         schedule: Any | None = None,
         trainer: dict[str, Any] | None = None,
+        lagged: Sequence[LaggedCopy] = (),
     ) -> Path:
         """Write root/step-…, then point `latest` at it and remove what need not be kept. trainer: JSON values."""
         from megatron.core import dist_checkpointing
@@ -86,7 +88,9 @@ class CheckpointWriter:
         start_results_queue()
         started = time.perf_counter()
         final = self.root / step_name(step)
-        state = checkpoint.sharded_state(chunks, optimizer, schedule, loading=False, random=optimizer is not None)
+        state = checkpoint.sharded_state(
+            chunks, optimizer, schedule, loading=False, random=optimizer is not None, lagged=lagged
+        )
         partial_directory = self._prepare(final, _bytes_to_write(state))
         pending = _Pending(partial_directory, final, step, trainer or {}, started)
         request = dist_checkpointing.save(

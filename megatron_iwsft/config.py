@@ -75,10 +75,13 @@ class Model(Section):
 
 
 class QualityConfig(Section):
-    """How scores enter. thresholds: a trajectory stands in the epoch once for every one that its score reaches."""
+    """How scores enter. thresholds: a trajectory stands in the epoch once for every one that its score reaches; a number is a
+    score, "90%" the 90th percentile of the corpus's scores. normalize: scores of each source file are scaled to 0 … 1 first.
+    """
 
     mode: Literal["none", "sample", "weight", "thresholds"] = "none"
-    thresholds: list[float] = []
+    thresholds: list[float | Annotated[str, Field(pattern=r"^\d+(\.\d+)?%$")]] = []
+    normalize: bool = False
 
     @model_validator(mode="after")
     def _thresholds_given(self) -> QualityConfig:
@@ -110,24 +113,46 @@ class Data(Section):
 
 
 class Proposal(Section):
-    """q: `current` is the stop-gradient of the policy."""
+    """q: `current` is the stop-gradient of the policy; `ema` an average of it that every `update_every` steps becomes
+    decay · average + (1 − decay) · policy; `snapshot` the policy as it was at the last of every `update_every` steps.
+    """
 
-    kind: Literal["current"] = "current"
+    kind: Literal["current", "ema", "snapshot"] = "current"
+    decay: Annotated[float, Field(ge=0, lt=1)] | None = None
+    update_every: PositiveInt | None = None
+
+    @model_validator(mode="after")
+    def _fits_its_kind(self) -> Proposal:
+        given = {name for name in ("decay", "update_every") if getattr(self, name) is not None}
+        wanted = {"current": set(), "ema": {"decay", "update_every"}, "snapshot": {"update_every"}}[self.kind]
+        if given != wanted:
+            raise ValueError(
+                f"kind {self.kind} goes with {' and '.join(sorted(wanted)) or 'nothing else'}; "
+                f"found {', '.join(sorted(given)) or 'nothing'}"
+            )
+        return self
 
 
 class Objective(Section):
-    """See objectives.py. clip defaults to [0, 16] at sequence level and [0.2, 1.8] at token level.
+    """See objectives.py. name: sft, iw_sft, dft, psft, or a function of your own as path/to/file.py:function (custom_objective.py).
+    clip defaults to [0, 16] at sequence level, [0.2, 1.8] at token level, and [0.8, 1.28] for psft.
 
     router_balance: coefficient of the load-balance loss of a mixture of experts (model/moe.py), added beside the objective.
     """
 
-    name: Literal["sft", "iw_sft"] = "iw_sft"
+    name: str = "iw_sft"
     level: Literal["sequence", "token"] = "sequence"
     temperature: NonNegativeFloat = 1.0
     clip: list[float] | None = None
     normalize: Literal["tokens", "weights", "sequences"] = "tokens"
     proposal: Proposal = Proposal()
     router_balance: NonNegativeFloat = 0.0
+
+    @model_validator(mode="after")
+    def _has_a_proposal(self) -> Objective:
+        if self.proposal.kind != "current" and self.name in ("sft", "dft", "psft"):
+            raise ValueError(f"proposal.kind {self.proposal.kind} belongs to iw_sft; {self.name} has no proposal")
+        return self
 
     @model_validator(mode="after")
     def _clip_is_an_interval(self) -> Objective:
@@ -144,17 +169,30 @@ class Objective(Section):
     def clip_range(self) -> tuple[float, float]:
         if self.clip is not None:
             return self.clip[0], self.clip[1]
+        if self.name == "psft":
+            return 0.8, 1.28
         return (0.0, 16.0) if self.level == "sequence" else (0.2, 1.8)
 
 
 class Reference(Section):
     """cached: a sidecar of tools/precompute_reference.py; live: a frozen second model in the same pipeline pass.
 
-    model: a Hugging Face directory or a checkpoint directory; null is the initial policy.
+    model: a Hugging Face directory or a checkpoint directory; null is the initial policy. refresh: a live reference becomes the
+    current policy again every so many steps, or at the start of each epoch; 0 never. offload: a live reference's weights stay on
+    the host and come to the device for each step's forward passes.
     """
 
     source: Literal["cached", "live"] = "cached"
     model: str | None = None
+    refresh: NonNegativeInt | Literal["epoch"] = 0
+    offload: bool = False
+
+    @model_validator(mode="after")
+    def _live_only(self) -> Reference:
+        for name in ("refresh", "offload"):
+            if getattr(self, name) and self.source != "live":
+                raise ValueError(f"{name} needs source: live; a cached reference is what it was when it was computed")
+        return self
 
 
 class Parallel(Section):

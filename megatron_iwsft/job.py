@@ -13,6 +13,7 @@ import torch
 
 from megatron_iwsft import checkpoint
 from megatron_iwsft.config import Config, Model
+from megatron_iwsft.custom_objective import find_objective
 from megatron_iwsft.data.corpus import Corpus
 from megatron_iwsft.data.dataset import BatchBuilder, ReferenceLogprobs, RowShape
 from megatron_iwsft.data.sampler import Quality, Sampler
@@ -21,8 +22,11 @@ from megatron_iwsft.errors import CheckpointError, ConfigError, DataError
 from megatron_iwsft.model.architecture import Architecture
 from megatron_iwsft.model.build import ModelSettings, PolicyModel, build_model, load_weights
 from megatron_iwsft.model.hf import DTYPES, RandomInit, SafetensorsDirectory, tokenizer_files
+from megatron_iwsft.model.weights import shapes
+from megatron_iwsft.objectives import ObjectiveFunction
 from megatron_iwsft.platform import ParallelContext, Platform, start
 from megatron_iwsft.platform.watchdog import Watchdog
+from megatron_iwsft.quality import normalized_by_source, thresholds_in_scores
 from megatron_iwsft.reference import ReferenceIdentity, weights_fingerprint
 
 
@@ -79,6 +83,7 @@ class Job:
     data_size: int
     corpus: Corpus
     sampler: Sampler
+    objective: ObjectiveFunction
     policy: Weights
     reference: Weights
     identity: ReferenceIdentity
@@ -140,6 +145,7 @@ def start_job(config: Config) -> Job:
     """Check everything that can be checked before a process group exists, then join the job. Collective over all ranks."""
     corpus = Corpus.open(config.data.corpus)
     sampler = make_sampler(config, corpus)
+    objective = find_objective(config.objective.name)
     policy = Weights(config.model, config.run.seed)
     check_tokenizer(corpus, policy)
     evaluation = Corpus.open(config.evaluation.corpus) if config.evaluation.corpus is not None else None
@@ -155,6 +161,10 @@ def start_job(config: Config) -> Job:
             raise ConfigError(
                 "reference.source live needs a reference of the policy's hidden size: their hidden states travel side by side. Use "
                 "reference.source: cached."
+            )
+        if config.reference.refresh and shapes(reference.architecture) != shapes(policy.architecture):
+            raise ConfigError(
+                "reference.refresh copies the policy into the reference: both need the same architecture."
             )
     if config.precision.fp8 is not None:
         raise ConfigError("precision.fp8 is not implemented yet; use precision.fp8: null.")
@@ -183,18 +193,22 @@ def start_job(config: Config) -> Job:
         virtual_pipeline=degrees.virtual_pipeline,
         seed=config.run.seed,
     )
-    return Job(config, platform, parallel, data_size, corpus, sampler, policy, reference, identity, evaluation)
+    return Job(
+        config, platform, parallel, data_size, corpus, sampler, objective, policy, reference, identity, evaluation
+    )
 
 
 def make_sampler(config: Config, corpus: Corpus) -> Sampler:
-    data = config.data
+    data, scores = config.data, corpus.scores
+    if data.quality.normalize:
+        scores = normalized_by_source(scores, corpus.meta(["source"])["source"].to_pylist())
     return Sampler(
         corpus.lengths,
-        corpus.scores,
+        scores,
         seq_length=data.seq_length,
         packing=data.packing,
         global_batch_size=data.global_batch_size,
-        quality=Quality(data.quality.mode, tuple(data.quality.thresholds)),
+        quality=Quality(data.quality.mode, thresholds_in_scores(data.quality.thresholds, scores)),
         seed=config.run.seed,
     )
 

@@ -207,31 +207,56 @@ class SidecarWriter:
         )
 
 
-class WithReference(torch.nn.Module):
-    """A policy stage and the frozen reference's same stage, run in one pipeline pass.
+class WithCompanions(torch.nn.Module):
+    """A policy stage and frozen models' same stages (reference, lagged proposal), run in one pipeline pass.
 
-    Between stages their hidden states [T (/tp), 1, H] travel side by side as [T (/tp), 2, H]; the last stage returns
-    −log-probs [2, T], policy first. `module` is the policy: Megatron-Core's schedules unwrap through it.
+    Between stages the k + 1 models' hidden states [T (/tp), 1, H] travel side by side as [T (/tp), k + 1, H]; the last stage
+    returns −log-probs [k + 1, T], policy first. `module` is the policy: Megatron-Core's schedules unwrap through it.
+    `offload`: companions' weights lie in pinned host memory and come to the device for the time of their forward.
     """
 
-    def __init__(self, policy: torch.nn.Module, reference: torch.nn.Module) -> None:
+    def __init__(self, policy: torch.nn.Module, companions: list[torch.nn.Module], *, offload: bool = False) -> None:
         super().__init__()
         self.module = policy
-        self.reference = reference.requires_grad_(False).eval()
+        self.companions = torch.nn.ModuleList(companion.requires_grad_(False).eval() for companion in companions)
         self.config = policy.config
+        self._hosts = [_HostWeights(companion) for companion in companions] if offload else [None] * len(companions)
 
     def set_input_tensor(self, tensors: list[Tensor | None]) -> None:
         (tensor,) = tensors
         policy = self.module.module if hasattr(self.module, "module") else self.module
-        if tensor is None:
-            policy.set_input_tensor([None])
-            self.reference.set_input_tensor([None])
-        else:
-            policy.set_input_tensor([tensor[:, :1].contiguous()])
-            self.reference.set_input_tensor([tensor[:, 1:].detach().contiguous()])
+        for i, stage in enumerate((policy, *self.companions)):
+            part = None if tensor is None else tensor[:, i : i + 1]
+            stage.set_input_tensor([None if part is None else (part if i == 0 else part.detach()).contiguous()])
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        policy = self.module(*args, **kwargs)
+        outs = [self.module(*args, **kwargs)]
         with torch.no_grad():
-            reference = self.reference(*args, **kwargs)
-        return torch.cat([policy, reference], dim=0 if policy.dim() == 2 else 1)
+            for companion, host in zip(self.companions, self._hosts, strict=True):
+                if host is None:
+                    outs.append(companion(*args, **kwargs))
+                else:
+                    with host:
+                        outs.append(companion(*args, **kwargs))
+        return torch.cat(outs, dim=0 if outs[0].dim() == 2 else 1)
+
+
+class _HostWeights:
+    """Keeps a frozen module's weights on the host; within the context they are on their device."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self._parameters = list(module.parameters())
+        self._device = self._parameters[0].device
+        for parameter in self._parameters:
+            on_host = parameter.data.to("cpu")
+            parameter.data = on_host.pin_memory() if self._device.type == "cuda" else on_host
+        self._on_host: list[Tensor] = []
+
+    def __enter__(self) -> None:
+        self._on_host = [parameter.data for parameter in self._parameters]
+        for parameter in self._parameters:
+            parameter.data = parameter.data.to(self._device, non_blocking=True)
+
+    def __exit__(self, *exception: object) -> None:
+        for parameter, host in zip(self._parameters, self._on_host, strict=True):
+            parameter.data = host

@@ -18,18 +18,31 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_iwsft.batch import Batch
+from megatron_iwsft.groups import Groups
 from megatron_iwsft.metrics import summarize
 from megatron_iwsft.model.build import forward
 from megatron_iwsft.model.moe import Balance
-from megatron_iwsft.objectives import SUMS, LossSums, Settings, Trajectories, local_segment_sum, micro_batch_loss
+from megatron_iwsft.objectives import (
+    SUMS,
+    LossSums,
+    ObjectiveFunction,
+    Settings,
+    Trajectories,
+    local_segment_sum,
+    micro_batch_loss,
+)
 from megatron_iwsft.platform import ParallelContext
-from megatron_iwsft.reference import WithReference
+from megatron_iwsft.reference import WithCompanions
 
 
 class LossTotals:
-    """Sums of one global batch: added up over micro-batches, then over ranks. router_balance: see model/moe.py."""
+    """Sums of one global batch: added up over micro-batches, then over ranks.
 
-    def __init__(self, device: torch.device) -> None:
+    sums float64 [len(SUMS)]; groups float64 [G, 2], see groups.py; router_balance float64 [], see model/moe.py.
+    """
+
+    def __init__(self, device: torch.device, groups: int = 0) -> None:
+        self.groups = torch.zeros(groups, 2, dtype=torch.float64, device=device)
         self.sums = torch.zeros(len(SUMS), dtype=torch.float64, device=device)
         self.weight_max = torch.zeros((), dtype=torch.float64, device=device)
         self.router_balance = torch.zeros((), dtype=torch.float64, device=device)
@@ -42,10 +55,11 @@ class LossTotals:
         """Collectives: sum and maximum over data and context parallel ranks, then from the last pipeline stage to all; for the
         routers, of which every rank has some, a sum over all.
         """
-        dist.all_reduce(self.sums, group=parallel.dp_cp)
+        for value in (self.sums, self.groups):
+            dist.all_reduce(value, group=parallel.dp_cp)
         dist.all_reduce(self.weight_max, op=dist.ReduceOp.MAX, group=parallel.dp_cp)
         if parallel.pp.size() > 1:
-            for value in (self.sums, self.weight_max):
+            for value in (self.sums, self.groups, self.weight_max):
                 dist.broadcast(value, src=parallel.last_stage_rank, group=parallel.pp)
         dist.all_reduce(self.router_balance)
 
@@ -60,20 +74,31 @@ class TrainStep:
 
     chunks     this rank's model chunks in Megatron-Core's DistributedDataParallel
     reference  the frozen reference's chunks for a live reference, else None
+    proposal   the lagged proposal's chunks, else None: the proposal is the policy itself
+    offload    whether their weights stay on the host between forward passes
     router_balance  coefficient of the balance loss of a mixture of experts
+    groups     of the corpus's trajectories, whose loss is to be told apart
     """
 
     chunks: list[Any]
     parallel: ParallelContext
     device: torch.device
-    objective: str
+    objective: ObjectiveFunction
     settings: Settings
     reference: list[Any] | None = None
+    proposal: list[Any] | None = None
+    offload: bool = False
     router_balance: float = 0.0
+    groups: Groups | None = None
 
     def __post_init__(self) -> None:
-        references = self.reference or [None] * len(self.chunks)
-        self._stages = [c if r is None else WithReference(c, r) for c, r in zip(self.chunks, references, strict=True)]
+        self._companions = [copy for copy in (self.reference, self.proposal) if copy is not None]
+        self._stages = [
+            WithCompanions(chunk, [copy[i] for copy in self._companions], offload=self.offload)
+            if self._companions
+            else chunk
+            for i, chunk in enumerate(self.chunks)
+        ]
         self._totals = LossTotals(self.device)
 
     def forward_backward(self, batches: list[Batch]) -> dict[str, float]:
@@ -88,6 +113,8 @@ class TrainStep:
         if self.router_balance:
             units = metrics["trained_tokens" if self.settings.normalize == "tokens" else "sequences"]
             metrics["router_balance"] = float(self._totals.router_balance) / (units * self.chunks[0].config.num_layers)
+        if self.groups is not None:
+            metrics |= self.groups.metrics(self._totals.groups)
         return metrics
 
     def evaluate(self, batches: list[Batch]) -> LossTotals:
@@ -98,7 +125,7 @@ class TrainStep:
         return self._totals
 
     def _run(self, batches: list[Batch], *, forward_only: bool) -> None:
-        self._totals = LossTotals(self.device)
+        self._totals = LossTotals(self.device, len(self.groups.names) if self.groups else 0)
         iterators = [iter(batches) for _ in self._stages]
         single = len(self._stages) == 1
         get_forward_backward_func()(
@@ -107,7 +134,7 @@ class TrainStep:
             model=self._stages[0] if single else self._stages,
             num_microbatches=len(batches),
             seq_length=batches[0].tokens.numel() * self.parallel.cp.size(),
-            micro_batch_size=1 if self.reference is None else 2,  # a live reference travels beside the policy
+            micro_batch_size=1 + len(self._companions),  # they travel beside the policy
             forward_only=forward_only,
         )
 
@@ -117,6 +144,8 @@ class TrainStep:
         def loss(nll: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
             sums = micro_batch_loss(self.objective, self._trajectories(batch, -nll), self.settings)
             self._totals.add(sums)
+            if self.groups is not None:
+                self._totals.groups += self.groups.sums(batch, -nll[0].detach())
             return sums.loss, torch.ones((), dtype=torch.int, device=self.device), {}
 
         return forward(model, batch, self._balance(batch)), loss
@@ -129,10 +158,10 @@ class TrainStep:
         return Balance.of(batch, coefficient=self.router_balance, per_token=per_token, total=total)
 
     def _trajectories(self, batch: Batch, logprobs: Tensor) -> Trajectories:
-        """logprobs [1, T], or [2, T] with the live reference's in the second row."""
-        policy = logprobs[0]
-        proposal = policy.detach()
-        reference = logprobs[1].detach() if len(logprobs) == 2 else batch.reference
+        """logprobs [1 … 3, T]: the policy's, then those of a live reference and of a lagged proposal where there is one."""
+        policy, *others = logprobs
+        reference = others.pop(0).detach() if self.reference is not None else batch.reference
+        proposal = others.pop(0).detach() if self.proposal is not None else policy.detach()
         return Trajectories(
             logprobs=policy,
             proposal=proposal,

@@ -10,13 +10,16 @@ from megatron_iwsft import checkpoint
 from megatron_iwsft.checkpoint import CheckpointInfo
 from megatron_iwsft.checkpoint_writer import CheckpointWriter, Saved
 from megatron_iwsft.config import Config
+from megatron_iwsft.custom_objective import needs_reference
 from megatron_iwsft.data.corpus import TOKENIZER
 from megatron_iwsft.errors import DataError, DivergenceError, RequeueError
+from megatron_iwsft.groups import Groups, group
 from megatron_iwsft.guard import Guard, Verdict
 from megatron_iwsft.hooks import Events, StepInfo, start_hooks
 from megatron_iwsft.job import Job, make_sampler, start_job
+from megatron_iwsft.lagged import LaggedCopy
 from megatron_iwsft.metrics import summarize
-from megatron_iwsft.objectives import NEEDS_REFERENCE, Settings
+from megatron_iwsft.objectives import Settings, sft
 from megatron_iwsft.optim import build_optimizer, build_schedule, gradient_norm, wrap_for_gradients
 from megatron_iwsft.platform.signals import StopSignals
 from megatron_iwsft.platform.watchdog import Watchdog
@@ -40,6 +43,9 @@ _REFERENCE_METRICS = frozenset(
         "kl_to_reference",
         "bound_sft",
         "bound_iw",
+        "bound_gap",
+        "weight_histogram",
+        "not_finite_tokens",
     ]
 )
 
@@ -64,13 +70,15 @@ class Trainer:
         if job.is_main:
             lock_run(job.run_directory, at_exit)
         self.events = Events(job.run_directory / "logs" / "events.jsonl" if job.is_main else None)
-        self.needs_reference = config.objective.name in NEEDS_REFERENCE
+        self.needs_reference = needs_reference(job.objective)
         cached = self.needs_reference and config.reference.source == "cached"
         sidecar = Sidecar(job.corpus, job.identity) if cached else None
 
         watch.at(0, "building the model")
         self.policy = job.build(job.policy)
         live = job.build(job.reference) if self.needs_reference and not cached else None
+        proposal = job.build(job.policy) if config.objective.proposal.kind != "current" else None
+        self.lagged = _lagged(job, live, proposal)
         self.chunks = wrap_for_gradients(self.policy, config.optimizer)
         self.optimizer = build_optimizer(self.chunks, config.optimizer, job.dtype)
         self.total_steps = job.sampler.total_steps(config.data.epochs, config.data.max_steps)
@@ -85,10 +93,13 @@ class Trainer:
             self.chunks,
             job.parallel,
             job.platform.device,
-            config.objective.name,
+            job.objective,
             settings,
             reference=live,
+            proposal=proposal,
+            offload=config.reference.offload,
             router_balance=config.objective.router_balance,
+            groups=_groups(job),
         )
         self.batches = job.batches(job.corpus, job.sampler, sidecar)
         self.evaluate = _evaluation(job, self.chunks)
@@ -153,6 +164,7 @@ class Trainer:
             self.optimizer.step()
             self.schedule.step(increment=1)
             self.guard.updated(metrics["loss"])
+        self._follow(number)
         job.platform.synchronize()
         metrics["step_time_s"] = time.perf_counter() - started
         metrics["tokens"] = sum(int(job.corpus.lengths[ids].sum()) for ids in packs)
@@ -165,6 +177,12 @@ class Trainer:
             self.watch.at(number, "evaluation")
             metrics |= self.evaluate()
         return metrics, bool(told_to_stop)
+
+    def _follow(self, number: int) -> None:
+        if any(copy.due(number) for copy in self.lagged):
+            self._sync_parameters()
+        for copy in self.lagged:
+            copy.after_step(number, self.policy)
 
     def _skip(self, number: int, metrics: dict[str, Any], packs: list[Any]) -> None:
         """Leave parameters, optimizer and schedule as they are. Raises DivergenceError after too many in a row."""
@@ -252,6 +270,7 @@ class Trainer:
                 optimizer=self.optimizer,
                 schedule=self.schedule,
                 random=info.layout == self.saver.writer.layout,
+                lagged=self.lagged,
             )
 
         info = resume(job, load, print, before=before)
@@ -270,6 +289,7 @@ class Trainer:
             optimizer=self.optimizer,
             schedule=self.schedule,
             trainer={"guard": self.guard.state()},
+            lagged=self.lagged,
         )
 
     def _sync_parameters(self) -> None:
@@ -332,6 +352,27 @@ def _writer(job: Job, on_saved: Any) -> CheckpointWriter:
     )
 
 
+def _lagged(job: Job, live: list[Any] | None, proposal: list[Any] | None) -> list[LaggedCopy]:
+    """The frozen models that follow the policy, and when."""
+    out, settings, refresh = [], job.config.objective.proposal, job.config.reference.refresh
+    if proposal is not None:
+        every = settings.update_every
+        assert every is not None
+        out.append(LaggedCopy("proposal", proposal, lambda step: step % every == 0, settings.decay or 0.0))
+    if refresh and live is not None:
+
+        def due(step: int) -> bool:
+            return job.sampler.locate(step)[1] == 0 if refresh == "epoch" else step % refresh == 0
+
+        out.append(LaggedCopy("reference", live, due))
+    return out
+
+
+def _groups(job: Job) -> Groups | None:
+    found = group(job.corpus.scores, job.corpus.meta(["source"])["source"].to_pylist())
+    return None if found is None else Groups(found.names, found.of.to(job.platform.device))
+
+
 def _evaluation(job: Job, chunks: list[Any]) -> Any:
     """A function giving the loss on `evaluation.corpus`, or None."""
     corpus = job.evaluation
@@ -342,7 +383,7 @@ def _evaluation(job: Job, chunks: list[Any]) -> Any:
     )
     sampler = make_sampler(unweighted, corpus)
     builder = job.batches(corpus, sampler)
-    step = TrainStep(chunks, job.parallel, job.platform.device, "sft", Settings())
+    step = TrainStep(chunks, job.parallel, job.platform.device, sft, Settings())
 
     def evaluate() -> dict[str, float]:
         totals = LossTotals(job.platform.device)

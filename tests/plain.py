@@ -88,18 +88,21 @@ def logprobs(w: dict[str, Tensor], config: dict, tokens: Tensor, routed: list | 
     return torch.log_softmax(logits(w, config, tokens, routed)[:-1], dim=-1).gather(1, tokens[1:, None])[:, 0]
 
 
-def loss(trajectories: list[tuple[Tensor, Tensor, Tensor, float]], objective: dict) -> Tensor:
-    """The objective over a batch of (log-probs, reference log-probs, mask, quality), each of the first three [n−1]."""
+def loss(trajectories: list[tuple[Tensor, ...]], objective: dict) -> Tensor:
+    """The objective over a batch of (log-probs, reference log-probs, mask, quality[, proposal's log-probs]), each but quality [n−1]."""
     tau, (low, high) = objective["temperature"], objective["clip"]
     numerator = torch.zeros((), dtype=torch.float64)
     tokens = weights = sequences = 0.0
-    for ell, r, mask, s in trajectories:
-        ell, r = ell[mask.bool()].double(), r[mask.bool()].double()
+    for ell, r, mask, s, *lagged in trajectories:
+        q = lagged[0] if lagged else ell
+        ell, r, q = (x[mask.bool()].double() for x in (ell, r, q))
         if len(ell) == 0:
             continue
-        ratio = ell.detach() - r
+        ratio = q.detach() - r
         if objective["name"] == "sft":
             w = torch.ones_like(ratio)
+        elif objective["name"] == "dft":
+            w = torch.exp(ell.detach())
         elif objective["level"] == "sequence":
             w = torch.exp(tau * ratio.mean()).clamp(low, high) * torch.ones_like(ratio)
         else:

@@ -10,7 +10,15 @@ import torch
 
 from megatron_iwsft.batch import IGNORE, Batch
 from megatron_iwsft.data.corpus import Corpus
-from megatron_iwsft.objectives import SUMS, LossSums, Settings, Trajectories, local_segment_sum, micro_batch_loss
+from megatron_iwsft.objectives import (
+    SUMS,
+    LossSums,
+    ObjectiveFunction,
+    Settings,
+    Trajectories,
+    local_segment_sum,
+    micro_batch_loss,
+)
 from megatron_iwsft.testing import run_distributed
 from tests.test_layouts import TOLERANCE, Layout, Objective, expected, relative_error, run_layouts
 from tests.test_layouts import corpus as corpus  # the fixture
@@ -25,9 +33,9 @@ def labels_rolled_after_the_slice(batch: Batch, rank: int, size: int) -> Batch:
     return replace(local, labels=rolled)
 
 
-def mean_of_local_means(name: str, trajectories: Trajectories, settings: Settings) -> LossSums:
+def mean_of_local_means(objective: ObjectiveFunction, trajectories: Trajectories, settings: Settings) -> LossSums:
     """Every micro-batch is divided by its own denominator, and the quotients are averaged."""
-    out = micro_batch_loss(name, trajectories, settings)
+    out = micro_batch_loss(objective, trajectories, settings)
     local = out.sums[SUMS.index("denominator")].clamp(min=1.0)
     sums = out.sums / local
     sums[SUMS.index("denominator")] = 1.0

@@ -19,6 +19,7 @@ from megatron_iwsft.data.sampler import Quality, Sampler
 from megatron_iwsft.model.architecture import Architecture
 from megatron_iwsft.model.hf import RandomInit
 from megatron_iwsft.model.weights import shapes
+from megatron_iwsft.objectives import OBJECTIVES as FUNCTIONS
 from megatron_iwsft.objectives import Settings
 from megatron_iwsft.testing import run_distributed, whole_gradients
 from tests import plain, tiny
@@ -110,7 +111,12 @@ LAYOUTS = {
         Layout(expert=4, tensor=2, sequence=True, pipeline=2, micro_batch_size=2),  # data parallel 2
     ],
 }
-OBJECTIVES = [Objective("sft"), Objective(normalize="weights"), Objective(level="token", normalize="sequences")]
+OBJECTIVES = [
+    Objective("sft"),
+    Objective(normalize="weights"),
+    Objective(level="token", normalize="sequences"),
+    Objective("dft"),
+]
 ROUTER_BALANCE = 0.1  # where there are experts and a denominator known beforehand
 
 
@@ -200,7 +206,7 @@ def run_layouts(platform, corpus_dir: str, layouts: list[Layout], objectives: li
                 chunks,
                 parallel,
                 platform.device,
-                objective.name,
+                FUNCTIONS[objective.name],
                 settings,
                 router_balance=router_balance(layout, objective),
             )

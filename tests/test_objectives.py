@@ -7,7 +7,16 @@ import pytest
 import torch
 
 from megatron_iwsft.metrics import summarize
-from megatron_iwsft.objectives import SUMS, Settings, Trajectories, local_segment_sum, micro_batch_loss
+from megatron_iwsft.objectives import (
+    OBJECTIVES,
+    SUMS,
+    WEIGHT_BINS,
+    Settings,
+    Trajectories,
+    iw_sft,
+    local_segment_sum,
+    micro_batch_loss,
+)
 
 LENGTHS = [5, 1, 9, 3]
 
@@ -47,13 +56,17 @@ def trajectories(ell, r, mask, segment, quality) -> Trajectories:
 
 
 def written_formula(name, settings: Settings, ell, r, mask, segment, quality):
-    """(L, dL/dℓ, per-token weights) straight from DESIGN: L = −(1/N) Σ_i s_i Σ_t w_t ℓ_t."""
+    """(L, dL/dℓ, per-token weights) as published: L = −(1/N) Σ_i s_i Σ_t w_t ℓ_t, for psft −min(ρ, clip ρ) in place of −w_t ℓ_t."""
     low, high = settings.clip
     weight = np.zeros_like(ell)
     for i in range(len(LENGTHS)):
         at = (segment == i) & (mask == 1)
         if name == "sft":
             weight[at] = 1
+        elif name == "dft":
+            weight[at] = np.exp(ell[at])
+        elif name == "psft":
+            weight[at] = np.exp(ell[at] - r[at]) * (np.exp(ell[at] - r[at]) <= high)
         elif settings.level == "sequence":
             weight[at] = np.clip(np.exp(settings.temperature * (ell[at] - r[at]).mean()), low, high)
         else:
@@ -62,10 +75,17 @@ def written_formula(name, settings: Settings, ell, r, mask, segment, quality):
     share = np.array([*(1 / n for n in LENGTHS), 0])[segment] if settings.normalize == "sequences" else 1.0
     denominator = {"tokens": mask.sum(), "weights": (s * weight).sum(), "sequences": len(LENGTHS)}[settings.normalize]
     gradient = -s * share * weight / denominator
-    return (gradient * ell).sum(), gradient, weight
+    loss = (gradient * ell).sum()
+    if name == "psft":
+        ratio = np.exp(ell - r)
+        loss = (-s * share * np.minimum(ratio, np.clip(ratio, low, high)) * mask / denominator).sum()
+    return loss, gradient, weight
 
 
-CASES = [("sft", Settings(normalize=n)) for n in ("tokens", "weights", "sequences")] + [
+CASES = [
+    *((name, Settings(normalize=n)) for name in ("sft", "dft") for n in ("tokens", "weights", "sequences")),
+    *(("psft", Settings(clip=(0.8, 1.28), normalize=n)) for n in ("tokens", "sequences")),
+] + [
     ("iw_sft", Settings(level=level, temperature=tau, clip=clip, normalize=n))
     for level in ("sequence", "token")
     for tau, clip in ((1.0, (0.0, 16.0)), (2.5, (0.5, 1.5)))
@@ -77,7 +97,7 @@ CASES = [("sft", Settings(normalize=n)) for n in ("tokens", "weights", "sequence
 def test_loss_and_gradient(name: str, settings: Settings) -> None:
     values = data()
     t = trajectories(*values)
-    out = micro_batch_loss(name, t, settings)
+    out = micro_batch_loss(OBJECTIVES[name], t, settings)
     denominator = out.sums[SUMS.index("denominator")]
     (out.loss / denominator).backward()
     loss, gradient, weight = written_formula(name, settings, *values)
@@ -90,7 +110,7 @@ def test_loss_and_gradient(name: str, settings: Settings) -> None:
 def test_metrics(level: str) -> None:
     ell, r, mask, segment, _quality = values = data()
     settings = Settings(level=level, temperature=1.0, clip=(0.6, 1.4))
-    out = micro_batch_loss("iw_sft", trajectories(*values), settings)
+    out = micro_batch_loss(iw_sft, trajectories(*values), settings)
     metrics = summarize(out.sums, out.weight_max)
     _, _, weight = written_formula("iw_sft", settings, *values)
     at = mask == 1
@@ -110,6 +130,9 @@ def test_metrics(level: str) -> None:
         "bound_iw": per_trajectory.mean(),  # with the policy as proposal, log p/q is 0
         "trained_tokens": at.sum(),
         "sequences": len(LENGTHS),
+        "bound_gap": per_trajectory.mean() - (1 + means).mean(),
+        "weight_histogram": np.histogram(units, [0, *WEIGHT_BINS, np.inf])[0] / len(units),
+        "not_finite_tokens": 0,
     }
     for name, value in expected.items():
         assert metrics[name] == pytest.approx(value, rel=1e-5), name
@@ -118,17 +141,34 @@ def test_metrics(level: str) -> None:
 def test_bounds_are_ordered_and_meet_at_the_reference() -> None:
     """1 + log x ≤ x: the iw-SFT bound is the tighter one, and both are equal where the policy is the reference."""
     settings = Settings(clip=(0.0, 1e9))
-    apart = micro_batch_loss("iw_sft", trajectories(*data()), settings)
+    apart = micro_batch_loss(iw_sft, trajectories(*data()), settings)
     metrics = summarize(apart.sums, apart.weight_max)
     assert metrics["bound_iw"] > metrics["bound_sft"]
     ell, _, mask, segment, quality = data()
-    same = micro_batch_loss("iw_sft", trajectories(ell, ell, mask, segment, quality), settings)
+    same = micro_batch_loss(iw_sft, trajectories(ell, ell, mask, segment, quality), settings)
     metrics = summarize(same.sums, same.weight_max)
     assert metrics["bound_iw"] == pytest.approx(metrics["bound_sft"], abs=1e-7)
     assert metrics["weight_max"] == metrics["weight_mean"] == 1.0
 
 
 def test_enormous_ratios_stay_finite() -> None:
-    out = micro_batch_loss("iw_sft", trajectories(*data(spread=-500.0)), Settings(level="token", clip=(0.2, 1.8)))
+    out = micro_batch_loss(iw_sft, trajectories(*data(spread=-500.0)), Settings(level="token", clip=(0.2, 1.8)))
     assert torch.isfinite(out.sums).all()
     assert torch.isfinite(out.loss)
+
+
+def test_infinite_ratios_are_clipped_counted_and_kept_from_the_loss() -> None:
+    ell, r, mask, segment, quality = data()
+    trained = np.flatnonzero(mask)
+    r[trained[0]], r[trained[7]] = -np.inf, np.nan  # the reference gave a token no probability; a damaged value
+    values = (ell, r, mask, segment, quality)
+    for settings in (Settings(clip=(0.0, 16.0)), Settings(level="token", clip=(0.2, 1.8))):
+        t = trajectories(*values)
+        out = micro_batch_loss(iw_sft, t, settings)
+        out.loss.backward()
+        assert torch.isfinite(out.loss) and torch.isfinite(t.logprobs.grad).all() and torch.isfinite(out.sums).all()
+        metrics = summarize(out.sums, out.weight_max)
+        assert metrics["not_finite_tokens"] == 2
+        assert metrics["weight_max"] == pytest.approx(settings.clip[1])
+    token = iw_sft(trajectories(*values), Settings(level="token", clip=(0.2, 1.8)))
+    assert token.weight[trained[0]] == pytest.approx(1.8) and token.weight[trained[7]] == 1.0
