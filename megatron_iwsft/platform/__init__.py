@@ -12,6 +12,7 @@ import inspect
 import logging
 import multiprocessing
 import os
+import signal
 import warnings
 from dataclasses import dataclass
 from multiprocessing.managers import SyncManager
@@ -21,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_iwsft.errors import ConfigError
-from megatron_iwsft.platform.signals import die_with_parent
+from megatron_iwsft.platform.signals import STOP_SIGNALS, die_with_parent
 
 DeviceChoice = Literal["auto", "cpu", "cuda"]
 
@@ -223,13 +224,18 @@ def async_save_options() -> dict[str, Any]:
 def start_results_queue() -> None:
     """Start the process through which Megatron-Core's checkpoint writers report, as one that ends with this.
 
-    Megatron-Core starts it at the first save, and it would outlive a killed trainer, holding its output open.
+    Megatron-Core starts it at the first save, and it would outlive a killed trainer, holding its output open, or die of the stop
+    signals that Slurm sends to all processes of a job, and the save with it.
     """
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     if filesystem_async._results_queue is None:
         manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
-        manager.start(initializer=die_with_parent)
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # which a new process inherits
+        try:
+            manager.start(initializer=die_with_parent)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         filesystem_async._results_queue = manager.Queue()  # keeps the manager alive
 
 

@@ -90,7 +90,7 @@ class Sweep:
         """One run from its start to its end, through as many kills as it takes."""
         number = self.figures["runs"] = self.figures["runs"] + 1
         run = self.directory / f"broken-{number}"
-        expected_step, damaged = 0, None
+        expected_step, damaged, broken = 0, None, set()
         while True:
             process = self._start(run, asynchronous=number % 2 == 0)
             if self.figures["kills"] < kills and self._wait_and_kill(process, run):
@@ -98,7 +98,8 @@ class Sweep:
                 self._check_resume(output, expected_step, damaged)
                 self.figures["kills"] += 1
                 damaged = self._damage(run) if self.figures["kills"] % self.damage_every == 0 else None
-                expected_step = newest(run, but=damaged)
+                broken |= {c.stat().st_ino for c in checkpoints(run) if damaged and c in damaged.parents}
+                expected_step = newest(run, but=broken)
                 continue
             status, output = self._finish(process)
             self._check_resume(output, expected_step, damaged)
@@ -194,8 +195,9 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted((p.parent for p in run.glob("checkpoints/step-????????/iwsft.json")), reverse=True)
 
 
-def newest(run: Path, *, but: Path | None) -> int:
-    found = [c for c in checkpoints(run) if but is None or c not in but.parents]
+def newest(run: Path, *, but: set[int]) -> int:
+    """Step of the newest complete checkpoint whose directory is none of these inodes."""
+    found = [c for c in checkpoints(run) if c.stat().st_ino not in but]
     return int(found[0].name.removeprefix("step-")) if found else 0
 
 
