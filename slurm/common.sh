@@ -42,12 +42,13 @@ fi
 # on_one_node ARGS…: Python with ARGS in one process.
 on_one_node() { "${step[@]}" --nodes=1 --ntasks=1 "${python[@]}" "$@"; }
 
-# on_every_node ARGS…: torchrun with ARGS on every node of the allocation. The rendezvous is the first node's; its port follows from
-# the job and its restart, so that jobs on one machine, or a restart and what it restarts, do not meet.
+# on_every_node ARGS…: torchrun with ARGS on every node of the allocation, in place of this shell, so that its signals are srun's.
+# The rendezvous is the first node's; its port follows from the job and its restart, so that jobs on one machine, or a restart and
+# what it restarts, do not meet.
 on_every_node() {
   local address
   read -r address < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
-  "${step[@]}" "--nodes=$SLURM_JOB_NUM_NODES" "--ntasks=$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=1 \
+  exec "${step[@]}" "--nodes=$SLURM_JOB_NUM_NODES" "--ntasks=$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=1 \
     "${python[@]}" -m megatron_iwsft.torchrun "--nnodes=$SLURM_JOB_NUM_NODES" "--nproc-per-node=$processes" \
     --rdzv-backend=static "--master-addr=$address" \
     "--master-port=$((20000 + (SLURM_JOB_ID * 7 + ${SLURM_RESTART_COUNT:-0}) % 10000))" "$@"

@@ -17,7 +17,7 @@ from tests.slurm.lab import ROOT, Lab, running_lab
 pytestmark = pytest.mark.slurm
 
 TIMING = {"step_time_s", "tokens_per_s", "peak_memory_bytes"}
-STEPS = 60
+STEPS = 40
 TRAIN = ROOT / "slurm" / "train.sbatch"
 CHECKPOINT_EVERY = 8
 
