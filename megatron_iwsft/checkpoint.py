@@ -141,8 +141,7 @@ def sharded_state(
     metadata = dict(_LAYOUT)
     state: dict[str, Any] = {f"model{i}": chunk.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(chunks)}
     if optimizer is not None:
-        if loading:
-            _create_optimizer_states(optimizer)
+        _create_optimizer_states(optimizer)
         # Chunks of an interleaved pipeline number their layers alike: the optimizer wants tensors, whatever their keys.
         models = {f"{part}.{name}": tensor for part, tensors in state.items() for name, tensor in tensors.items()}
         state["optimizer"] = optimizer.sharded_state_dict(models, is_loading=loading, metadata=metadata)
@@ -156,17 +155,28 @@ def sharded_state(
 
 
 def _create_optimizer_states(optimizer: Any) -> None:
-    """Give torch's AdamW its states, which it makes at its first step, so that there is something to load into.
+    """Give torch's AdamW its states, which it makes at its first step, so that there is something to load into or to save.
 
-    Whatever this step changes is overwritten by the load.
+    A step at learning rate 0 over gradients of 0, which changes nothing but the step counts; they are set back.
     """
     for part in optimizer.chained_optimizers:
-        if isinstance(part.optimizer, torch.optim.Optimizer) and not part.optimizer.state:
-            for group in part.optimizer.param_groups:
-                for parameter in group["params"]:
-                    parameter.grad = torch.zeros_like(parameter)
-            part.optimizer.step()
-            part.optimizer.zero_grad()
+        inner = part.optimizer
+        if not isinstance(inner, torch.optim.Optimizer) or inner.state:
+            continue
+        rates = [group["lr"] for group in inner.param_groups]
+        for group in inner.param_groups:
+            group["lr"] = 0.0
+            for parameter in group["params"]:
+                parameter.grad = torch.zeros_like(parameter)
+        inner.step()
+        inner.zero_grad()
+        for group, rate in zip(inner.param_groups, rates, strict=True):
+            group["lr"] = rate
+            if "step" in group:
+                group["step"] = 0
+        for values in inner.state.values():
+            if "step" in values:
+                values["step"] = torch.zeros_like(values["step"])
 
 
 def _load_optimizer(optimizer: Any, state: dict[Any, Any]) -> None:

@@ -97,7 +97,7 @@ class Events:
             return
         print(text, flush=True)
         job = {key: os.environ[name] for key, name in _JOB.items() if name in os.environ}
-        line = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "event": event, **details, **job}
+        line = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "event": event, "text": text, **details, **job}
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "a", encoding="utf-8") as file:

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
+import torch.distributed as dist
+
 from megatron_iwsft import checkpoint
 from megatron_iwsft.checkpoint import CheckpointInfo
 from megatron_iwsft.errors import CheckpointError, ConfigError
@@ -51,10 +53,11 @@ def resume(
         except CheckpointError as error:
             problem = str(error)
         # Every rank must take the same checkpoint, also where only one of them met the damage.
-        if not job.platform.any(bool(problem)):
+        problems: list[str] = [""] * job.platform.world_size
+        dist.all_gather_object(problems, problem)
+        if not any(problems):
             return info
-        if problem:
-            say(f"skipping a checkpoint: {problem}")
+        say(f"skipping a checkpoint: {next(filter(None, problems))}")
     if found:
         raise CheckpointError(
             f"none of the {len(found)} checkpoints in {root} can be loaded. Move them away to start afresh."

@@ -35,8 +35,9 @@ def run_distributed(
             while not context.join():
                 pass
         except Exception as error:
-            failures = sorted(Path(directory).glob("failure-*"))
-            raise AssertionError(failures[0].read_text() if failures else str(error)) from None
+            failures = [path.read_text() for path in sorted(Path(directory).glob("failure-*"))]
+            failures.sort(key=lambda text: "PeerError" in text)  # the echoes of another's come last
+            raise AssertionError(failures[0] if failures else str(error)) from None
         return [torch.load(Path(directory) / f"answer-{rank}", weights_only=False) for rank in range(world_size)]
 
 

@@ -6,6 +6,8 @@ import time
 from contextlib import ExitStack
 from typing import Any
 
+import torch.distributed as dist
+
 from megatron_iwsft import checkpoint
 from megatron_iwsft.checkpoint import CheckpointInfo
 from megatron_iwsft.checkpoint_writer import CheckpointWriter, Saved
@@ -57,8 +59,13 @@ def train(config: Config) -> dict[str, Any]:
     """
     with StopSignals() as stop:
         job = start_job(config)
-        with job.watchdog() as watch, ExitStack() as at_exit:
-            return Trainer(job, watch, stop, at_exit).run()
+        with job.watchdog() as watch:
+            try:
+                with ExitStack() as at_exit:
+                    return Trainer(job, watch, stop, at_exit).run()
+            except RequeueError:
+                dist.barrier()  # torchrun ends the others with the first that leaves, and one may still be closing its logs
+                raise
 
 
 class Trainer:
@@ -273,7 +280,7 @@ class Trainer:
                 lagged=self.lagged,
             )
 
-        info = resume(job, load, print, before=before)
+        info = resume(job, load, lambda text: self.events("damaged checkpoint", text), before=before)
         if info is None:
             return None
         self.guard.load_state(info.trainer["guard"])

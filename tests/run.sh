@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
-# Environment and tests: bash tests/run.sh [--python VERSION] [pytest options]
+# Environment and tests: bash tests/run.sh [--python VERSION] [--slurm] [pytest options]
 #
+#   --slurm         instead, the batch scripts on a real Slurm of two nodes on this machine (as root, on Debian; it is installed if
+#                   missing); all of its scenarios with --slurm -m slurm
 #   --python 3.12   another interpreter, in an environment of its own: Megatron-Core's newer line (a large download)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -17,4 +19,5 @@ fi
 source launch/environment.sh
 make_environment "[test]"
 export OMP_NUM_THREADS=1
+[ "${1:-}" != --slurm ] || set -- tests/slurm -m "slurm and not long" "${@:2}"
 exec "$python" -m pytest "$@"

@@ -67,20 +67,23 @@ def write_jsonl(path: Path, records: list) -> Path:
 
 
 def token_corpus(
-    directory: Path, lengths: list[int], *, vocab_size: int = 300, seed: int = 0, scores: bool = False
+    directory: Path, lengths: list[int], *, vocab_size: int = 300, seed: int = 0, scores: bool | list[float] = False
 ) -> Corpus:
-    """A corpus of random tokens, some much likelier than others, with about half of each trajectory trained on."""
+    """A corpus of random tokens, some much likelier than others, with about half of each trajectory trained on.
+
+    scores: random ones, or those given.
+    """
     rng = np.random.default_rng(seed)
     tokenizer = hf_tokenizer(directory / "tokenizer", vocab_size=vocab_size)
     records = []
-    for n in lengths:
+    for i, n in enumerate(lengths):
         mask = (rng.random(n) < 0.5).astype(int)
         mask[0], mask[-1] = 0, 1
         records.append(
             {
                 "input_ids": np.minimum(rng.zipf(1.3, n), vocab_size - 1).tolist(),
                 "loss_mask": mask.tolist(),
-                "score": round(rng.random() + 0.1, 3),
+                "score": scores[i] if isinstance(scores, list) else round(rng.random() + 0.1, 3),
             }
         )
     write_jsonl(directory / "records.jsonl", records)

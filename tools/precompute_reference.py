@@ -14,9 +14,11 @@ def main() -> None:
     args = parser.parse_args()
 
     from megatron_iwsft.config import load_config
+
+    config = load_config(args.config, args.overrides)  # a mistake is told before torch is loaded
+
     from megatron_iwsft.platform import quiet_megatron, stop
 
-    config = load_config(args.config, args.overrides)
     quiet_megatron()
 
     from megatron_iwsft.precompute import precompute_reference

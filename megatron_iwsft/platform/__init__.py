@@ -12,6 +12,7 @@ import inspect
 import logging
 import multiprocessing
 import os
+import signal
 import warnings
 from dataclasses import dataclass
 from multiprocessing.managers import SyncManager
@@ -21,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_iwsft.errors import ConfigError
-from megatron_iwsft.platform.signals import die_with_parent
+from megatron_iwsft.platform.signals import STOP_SIGNALS, die_with_parent
 
 DeviceChoice = Literal["auto", "cpu", "cuda"]
 
@@ -166,7 +167,8 @@ def start(device: DeviceChoice = "auto", *, timeout_s: float = 600.0) -> Platfor
 
     quiet_megatron()
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        die_with_parent()  # torchrun, when it is killed, leaves its workers
+        die_with_parent()  # torchrun, when it is killed, leaves its workers, and they the writers they have forked
+        os.register_at_fork(after_in_child=die_with_parent)
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(name, value)
     if not use_cuda:
@@ -248,13 +250,18 @@ def async_save_options() -> dict[str, Any]:
 def start_results_queue() -> None:
     """Start the process through which Megatron-Core's checkpoint writers report, as one that ends with this.
 
-    Megatron-Core starts it at the first save, and it would outlive a killed trainer, holding its output open.
+    Megatron-Core starts it at the first save, and it would outlive a killed trainer, holding its output open, or die of the stop
+    signals that Slurm sends to all processes of a job, and the save with it.
     """
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     if filesystem_async._results_queue is None:
         manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
-        manager.start(initializer=die_with_parent)
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # which a new process inherits
+        try:
+            manager.start(initializer=die_with_parent)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         filesystem_async._results_queue = manager.Queue()  # keeps the manager alive
 
 

@@ -24,6 +24,7 @@ from megatron_iwsft.errors import run_command
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMING = {"step_time_s", "tokens_per_s", "peak_memory_bytes"}
+MARK = "IWSFT_FAULTS"
 CONFIG = """
 run: {{name: faults, dir: {directory}/unbroken, seed: 3, device: cpu}}
 model:
@@ -52,7 +53,13 @@ def main() -> int:
     while sweep.figures["kills"] < args.kills:
         sweep.run(args.kills)
     print(json.dumps(sweep.figures, indent=1))
-    wrong = ("lost steps", "damaged checkpoints accepted", "runs unlike the unbroken one", "failed starts")
+    wrong = (
+        "lost steps",
+        "processes left behind",
+        "damaged checkpoints accepted",
+        "runs unlike the unbroken one",
+        "failed starts",
+    )
     return int(any(sweep.figures[name] for name in wrong))
 
 
@@ -60,8 +67,10 @@ class Sweep:
     """figures: what is counted, by name."""
 
     def __init__(self, directory: Path, steps: int, damage: int, chance: random.Random) -> None:
-        self.directory, self.steps, self.damage_every, self.chance = directory, steps, damage, chance
-        self.figures: Counter[str] = Counter({"kills": 0, "correct resumes": 0, "lost steps": 0})
+        self.directory, self.steps, self.damage_every, self.chance = directory.resolve(), steps, damage, chance
+        self.log = self.directory / "output.log"
+        names = ("kills", "correct resumes", "lost steps", "damaged checkpoints accepted", "processes left behind")
+        self.figures: Counter[str] = Counter(dict.fromkeys(names, 0))
 
     def prepare(self) -> None:
         """A corpus of worked sums, and the unbroken run."""
@@ -90,7 +99,7 @@ class Sweep:
         """One run from its start to its end, through as many kills as it takes."""
         number = self.figures["runs"] = self.figures["runs"] + 1
         run = self.directory / f"broken-{number}"
-        expected_step, damaged = 0, None
+        expected_step, damaged, broken = 0, None, set()
         while True:
             process = self._start(run, asynchronous=number % 2 == 0)
             if self.figures["kills"] < kills and self._wait_and_kill(process, run):
@@ -98,7 +107,8 @@ class Sweep:
                 self._check_resume(output, expected_step, damaged)
                 self.figures["kills"] += 1
                 damaged = self._damage(run) if self.figures["kills"] % self.damage_every == 0 else None
-                expected_step = newest(run, but=damaged)
+                broken |= {c.stat().st_ino for c in checkpoints(run) if damaged and c in damaged.parents}
+                expected_step = newest(run, but=broken)
                 continue
             status, output = self._finish(process)
             self._check_resume(output, expected_step, damaged)
@@ -110,24 +120,26 @@ class Sweep:
             self.figures["runs like the unbroken one, bit for bit" if same else "runs unlike the unbroken one"] += 1
             return
 
-    def _start(self, run: Path, *, asynchronous: bool) -> subprocess.Popen[str]:
+    def _start(self, run: Path, *, asynchronous: bool) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "megatron_iwsft.torchrun", "--nproc_per_node", "2", "launch/train.py"]
         overrides = [f"run.dir={run}", f"checkpoint.asynchronous={str(asynchronous).lower()}"]
-        env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
-        return subprocess.Popen(
-            [*command, "--config", str(self.config.resolve()), *overrides],
-            cwd=ROOT,
-            env=env,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
+        env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", MARK: str(self.directory)}
+        with open(self.log, "wb") as log:  # not a pipe, which a process left behind would hold open
+            return subprocess.Popen(
+                [*command, "--config", str(self.config.resolve()), *overrides],
+                cwd=ROOT,
+                env=env,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
 
-    def _finish(self, process: subprocess.Popen[str]) -> tuple[int, str]:
-        output = process.communicate()[0]
-        return process.returncode, output
+    def _finish(self, process: subprocess.Popen[bytes]) -> tuple[int, str]:
+        status = process.wait()
+        time.sleep(1)
+        self.figures["processes left behind"] += len(marked(str(self.directory)))
+        return status, self.log.read_text(errors="replace")
 
-    def _wait_and_kill(self, process: subprocess.Popen[str], run: Path) -> bool:
+    def _wait_and_kill(self, process: subprocess.Popen[bytes], run: Path) -> bool:
         """Kill at a random moment after training has begun; False if the run ended before."""
         log = run / "metrics.jsonl"
         before = log.stat().st_mtime_ns if log.exists() else 0
@@ -194,8 +206,9 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted((p.parent for p in run.glob("checkpoints/step-????????/iwsft.json")), reverse=True)
 
 
-def newest(run: Path, *, but: Path | None) -> int:
-    found = [c for c in checkpoints(run) if but is None or c not in but.parents]
+def newest(run: Path, *, but: set[int]) -> int:
+    """Step of the newest complete checkpoint whose directory is none of these inodes."""
+    found = [c for c in checkpoints(run) if c.stat().st_ino not in but]
     return int(found[0].name.removeprefix("step-")) if found else 0
 
 
@@ -205,6 +218,18 @@ def saving(run: Path) -> bool:
 
 def children(pid: int) -> list[int]:
     return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def marked(mark: str) -> list[int]:
+    """Processes that this sweep's runs have started, at whatever remove."""
+    out = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if f"{MARK}={mark}".encode() in path.read_bytes().split(b"\0"):
+                out.append(int(path.parent.name))
+        except OSError:
+            continue
+    return out
 
 
 def metrics(run: Path) -> list[dict]:

@@ -1,0 +1,37 @@
+"""Run by test_faults in a mount namespace: a run on a small disk that someone fills and later empties."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from tests.interrupt import Run, events, metrics
+
+
+def main(config: str, mount: Path) -> None:
+    directory = mount / "run"
+    run = Run(
+        Path(config),
+        directory,
+        "checkpoint.retry_after=3",
+        "checkpoint.max_failures=100",
+        "logging.wandb.mode=disabled",
+    )
+    run.until((directory / "checkpoints" / "latest").exists)
+    with open(mount / "filler", "wb") as filler:
+        free = os.statvfs(mount).f_bavail * os.statvfs(mount).f_frsize
+        filler.write(bytes(max(0, free - 100_000)))
+    run.until(lambda: len(events(directory, "save failed")) >= 1)
+    whole = sorted(p.parent.name for p in directory.glob("checkpoints/step-*/iwsft.json"))
+    (mount / "filler").unlink()
+    status = run.finish()
+    failures = [line for line in run.output.splitlines() if line.startswith("saving after step")]
+    print(
+        json.dumps({"status": status, "metrics": metrics(directory), "failures": failures, "whole_while_full": whole})
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))

@@ -1,0 +1,224 @@
+"""The batch scripts on a real Slurm of two nodes: each run is interrupted in some way and must end as if it had not been."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests import tiny
+from tests.slurm.lab import ROOT, Lab, running_lab
+
+pytestmark = pytest.mark.slurm
+
+TIMING = {"step_time_s", "tokens_per_s", "peak_memory_bytes"}
+STEPS = 40
+TRAIN = ROOT / "slurm" / "train.sbatch"
+CHECKPOINT_EVERY = 8
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    try:
+        with running_lab(tmp_path_factory.mktemp("submit dir")) as lab:
+            yield lab
+    except RuntimeError as error:
+        pytest.fail(str(error), pytrace=False)
+
+
+def config_at(directory: Path, **data: object) -> Path:
+    """A config of a run over a generated corpus, which is made too."""
+    tiny.token_corpus(directory, [30 + (i * 37) % 90 for i in range(40)], scores=True)
+    settings = {
+        "run": {"name": "slurm", "dir": str(directory / "run"), "seed": 7, "device": "cpu"},
+        "model": {"config": tiny.model_config(num_hidden_layers=2)},
+        "data": {"corpus": str(directory / "corpus"), "seq_length": 128, "global_batch_size": 4, "epochs": 100}
+        | {"max_steps": STEPS, "quality": {"mode": "sample"}}
+        | data,
+        "objective": {"name": "sft"},
+        "precision": {"dtype": "fp32"},
+        "optimizer": {"lr": 3.0e-3, "weight_decay": 0.1},
+        "checkpoint": {"every": CHECKPOINT_EVERY, "keep": 3},
+    }
+    path = directory / "config.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+def train_here(config: Path, run: Path, *overrides: str) -> list[dict]:
+    """The metrics of a run of two processes without Slurm."""
+    command = [sys.executable, "-m", "megatron_iwsft.torchrun", "--nproc_per_node", "2", "launch/train.py"]
+    done = subprocess.run(
+        [*command, "--config", str(config), f"run.dir={run}", *overrides],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        text=True,
+        capture_output=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return metrics(run)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> Path:
+    return config_at(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def unbroken(config: Path, tmp_path_factory) -> list[dict]:
+    return train_here(config, tmp_path_factory.mktemp("unbroken"))
+
+
+def metrics(run: Path) -> list[dict]:
+    path = run / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [{k: v for k, v in line.items() if k not in TIMING} for line in lines]
+
+
+def start(lab: Lab, config: Path, run: Path, *options: str, until: int = CHECKPOINT_EVERY + 4) -> str:
+    """Submit a run on both nodes and wait until it is well beyond its first checkpoint."""
+    job = lab.submit("--nodes=2", *options, TRAIN, config, f"run.dir={run}")
+    lab.until(lambda: len(metrics(run)) >= until, job)
+    return job
+
+
+def check(lab: Lab, job: str, run: Path, unbroken: list[dict], restarts: int = 1) -> None:
+    assert lab.wait(job) == "COMPLETED", lab.log(job)
+    assert int(lab.show(job)["Restarts"]) >= restarts, lab.log(job)
+    assert "resuming from" in lab.log(job)
+    assert f"[job {job}, restart 1]" in lab.log(job)
+    assert metrics(run) == unbroken
+
+
+def test_the_whole_pipeline_with_a_stop_signal_in_training(lab: Lab, tmp_path: Path) -> None:
+    from megatron_iwsft.data.arithmetic import ArithmeticSettings, arithmetic_records
+
+    records = tiny.write_jsonl(tmp_path / "rec ords.jsonl", list(arithmetic_records(200, ArithmeticSettings(), 1)))
+    tokenizer = tiny.hf_tokenizer(tmp_path / "tokenizer", vocab_size=300)
+    config = config_at(tmp_path / "other", corpus=str(tmp_path / "corpus"), seq_length=512)
+    options = ["--tokenizer", str(tokenizer), "--score-field", "score", "--min-score", "0.5"]
+    run = tmp_path / "run"
+    said = lab.call(
+        ROOT / "slurm" / "pipeline.sh",
+        *("--config", config, "--records", records, "--nodes", "2", "--score", tmp_path / "corpus"),
+        *(part for option in options for part in ("--shard-option", option)),
+        *(f"run.dir={run}", "objective.name=iw_sft"),
+    )
+    jobs = dict(line.split(": job ") for line in said.splitlines())
+    assert list(jobs) == ["shard", "reference", "train", "export", "evaluate"]
+    lab.until(lambda: len(metrics(run)) >= CHECKPOINT_EVERY + 4, jobs["train"])
+    lab.call("scancel", "--signal=USR1", jobs["train"])
+    for job in jobs.values():
+        assert lab.wait(job) == "COMPLETED", lab.log(job)
+    assert "stopped after step" in lab.log(jobs["train"])
+    assert "per trained token" in lab.log(jobs["evaluate"])
+    assert (run / "hf" / "config.json").exists()
+    check(lab, jobs["train"], run, train_here(config, tmp_path / "unbroken", "objective.name=iw_sft"))
+
+
+def test_a_rank_killed(lab: Lab, config: Path, unbroken: list[dict], tmp_path: Path) -> None:
+    job = start(lab, config, tmp_path / "run")
+    lab.rank(job, 1).kill()
+    check(lab, job, tmp_path / "run", unbroken)
+    assert "was ended by SIGKILL" in lab.log(job)
+
+
+def test_preemption(lab: Lab, config: Path, unbroken: list[dict], tmp_path: Path) -> None:
+    job = start(lab, config, tmp_path / "run")
+    lab.submit("--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 3")
+    check(lab, job, tmp_path / "run", unbroken)
+    assert "stopped after step" in lab.log(job)
+
+
+def test_names_are_never_run(lab: Lab, config: Path, tmp_path: Path) -> None:
+    name = f"a 'quo\"ted' $(touch {tmp_path}/run1) `touch {tmp_path}/run2`; touch {tmp_path}/run3\nand a second line"
+    run = tmp_path / name.replace("/", "|")
+    job = lab.submit(
+        *("--nodes=2", "--job-name=$(touch x)`touch y`", "--output=named-%j.log", TRAIN, config),
+        *(f"run.name={json.dumps(name)}", f"run.dir={json.dumps(str(run))}", "data.max_steps=2"),
+    )
+    assert lab.wait(job) == "COMPLETED", lab.log(job)
+    assert len(metrics(run)) == 2
+    assert yaml.safe_load((run / "config.yaml").read_text())["run"]["name"] == name
+    assert [p.name for p in tmp_path.iterdir()] == [run.name]
+    assert not list(lab.directory.glob("[xy]"))
+
+
+@pytest.mark.long
+def test_requeued_by_hand(lab: Lab, config: Path, unbroken: list[dict], tmp_path: Path) -> None:
+    job = start(lab, config, tmp_path / "run")
+    lab.call("scontrol", "requeue", job)
+    check(lab, job, tmp_path / "run", unbroken)
+
+
+@pytest.mark.long
+def test_a_node_set_down(lab: Lab, config: Path, unbroken: list[dict], tmp_path: Path) -> None:
+    job = start(lab, config, tmp_path / "run")
+    lab.call("scontrol", "update", "nodename=node2", "state=down", "reason=test")
+    lab.until(lambda: lab.state(job) == "PENDING", job)
+    lab.call("scontrol", "update", "nodename=node2", "state=resume")
+    check(lab, job, tmp_path / "run", unbroken)
+
+
+@pytest.mark.long
+def test_the_time_limit(lab: Lab, tmp_path: Path) -> None:
+    steps = f"data.max_steps={20 * STEPS}"
+    config = config_at(tmp_path, max_steps=20 * STEPS)
+    job = start(lab, config, tmp_path / "run", "--time=2", "--signal=B:USR1@60")
+    check(lab, job, tmp_path / "run", train_here(config, tmp_path / "unbroken", steps))
+    assert "SIGUSR1: stopping after this step" in lab.log(job)
+
+
+@pytest.mark.long
+def test_a_cancelled_job_stays_cancelled(lab: Lab, config: Path, tmp_path: Path) -> None:
+    job = start(lab, config, tmp_path / "run")
+    lab.call("scancel", job)
+    assert lab.wait(job) == "CANCELLED"
+
+
+@pytest.mark.long
+def test_a_run_that_always_crashes_is_given_up(lab: Lab, config: Path, tmp_path: Path) -> None:
+    lab.env["IWSFT_MAX_CRASHES"] = "2"
+    try:
+        job = lab.submit(
+            "--nodes=2", TRAIN, config, f"run.dir={tmp_path}/run", "checkpoint.every=0", "data.max_steps=100000"
+        )
+        for _ in range(2):
+            lab.until(lambda: lab.state(job) == "RUNNING" and len(metrics(tmp_path / "run")) >= 2, job)
+            lab.rank(job, 0).kill()
+            (tmp_path / "run" / "metrics.jsonl").unlink()
+    finally:
+        del lab.env["IWSFT_MAX_CRASHES"]
+    assert lab.wait(job) == "FAILED"
+    assert "giving up" in lab.log(job)
+
+
+@pytest.mark.long
+def test_a_users_mistake_is_not_requeued(lab: Lab, config: Path) -> None:
+    job = lab.submit("--nodes=2", TRAIN, config, "data.seq_lengthh=3")
+    assert lab.wait(job) == "FAILED"
+    assert lab.show(job)["Restarts"] == "0"
+    assert "data.seq_lengthh is not a known key" in lab.log(job)
+    assert "Traceback" not in lab.log(job)
+
+
+def test_a_sick_node_is_named(lab: Lab, config: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    pid = next(
+        line.split()[1] for line in (lab.home / "run" / "pids").read_text().splitlines() if "keep-node2 " in line
+    )
+    inside = ["nsenter", "-t", pid, "-m", "--"]
+    subprocess.run([*inside, "mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", tmp_path / "run"], check=True)
+    try:
+        job = lab.submit("--nodes=2", TRAIN, config, f"run.dir={tmp_path}/run")
+        assert lab.wait(job) == "FAILED"
+    finally:
+        subprocess.run([*inside, "umount", tmp_path / "run"], check=True)
+    assert "unfit node node2:" in lab.log(job)
+    assert "unfit node node1:" not in lab.log(job)
+    assert "Submit again with --exclude" in lab.log(job)
