@@ -14,12 +14,13 @@ A checkpoint is written under `step-….partial` and renamed when every rank is 
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 import torch.distributed as dist
@@ -28,6 +29,7 @@ from torch.distributed.checkpoint.api import CheckpointException  # a BaseExcept
 
 from megatron_iwsft.errors import CheckpointError
 from megatron_iwsft.model.architecture import Architecture
+from megatron_iwsft.model.card import Companions, Provenance
 from megatron_iwsft.model.weights import named_rows
 from megatron_iwsft.platform import async_save_options
 
@@ -55,6 +57,7 @@ class CheckpointInfo:
     config: dict[str, Any]
     layout: dict[str, int]
     template_hash: str | None
+    corpus: str | None
 
     @staticmethod
     def read(directory: str | Path) -> CheckpointInfo:
@@ -87,6 +90,7 @@ class CheckpointInfo:
                 config=info["config"],
                 layout=info["layout"],
                 template_hash=info.get("template_hash"),
+                corpus=info.get("corpus"),
             )
         except (ValueError, KeyError, TypeError):
             raise CheckpointError(f"{path} is damaged.") from None
@@ -150,6 +154,7 @@ def _load_optimizer(optimizer: Any, state: dict[Any, Any]) -> None:
 class CheckpointWriter:
     """Writes the checkpoints of one run under `root`, at once or in the background.
 
+    corpus: fingerprint of what was trained on.
     chat_template: replaces the tokenizer's own, where the corpus was rendered with a named one.
     asynchronous: tensors are copied, a forked process writes them, and the checkpoint counts once `poll` or `wait` has found
     every rank's file written. Every method is collective over all ranks.
@@ -161,6 +166,7 @@ class CheckpointWriter:
     layout: dict[str, int]
     tokenizer_files: list[Path]
     template_hash: str | None = None
+    corpus: str | None = None
     chat_template: str | None = None
     keep: int | None = None
     asynchronous: bool = False
@@ -169,6 +175,11 @@ class CheckpointWriter:
         from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
         self._queue = AsyncCallsQueue()
+
+    def companions(self, step: int) -> Companions:
+        """What goes with the weights of `step` when they are exported."""
+        provenance = Provenance(step, self.config, self.corpus, self.template_hash)
+        return Companions(self.tokenizer_files, provenance, self.chat_template)
 
     def save(self, step: int, chunks: list[Any], *, optimizer: Any | None = None, schedule: Any | None = None) -> Path:
         """Write root/step-…, then point `latest` at it and remove all but the `keep` newest."""
@@ -214,6 +225,7 @@ class CheckpointWriter:
                 "layout": self.layout,
                 "config": self.config,
                 "template_hash": self.template_hash,
+                "corpus": self.corpus,
             }
             (partial / INFO).write_text(json.dumps(info, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
             if final.exists():
@@ -274,18 +286,63 @@ class CheckpointTensors:
             raise CheckpointError(f"{directory / '.metadata'} cannot be read: {_short(error)}") from None
 
     def read(self, name: str) -> Tensor:
-        """The whole tensor `name`. Raises CheckpointError if the checkpoint has none or its file is damaged."""
-        from torch.distributed.checkpoint import load as load_tensors
+        """The whole tensor `name`. Raises CheckpointError if the checkpoint has none or its file is damaged.
 
+        Peak memory: the tensor, and one rank's shard of it where there are several.
+        """
         entry = self._metadata.state_dict_metadata.get(name)
         if entry is None:
             raise CheckpointError(f"{self.directory} holds no tensor {name}.")
-        out = torch.empty(entry.size, dtype=entry.properties.dtype)
-        try:
-            load_tensors({name: out}, storage_reader=self._reader, no_dist=True)
-        except (Exception, CheckpointException) as error:
-            raise CheckpointError(f"{self.directory}: tensor {name} cannot be read: {_short(error)}") from None
+        out = None
+        for chunk in entry.chunks:
+            try:
+                shard = self._shard(name, chunk.offsets).view(chunk.sizes)
+            except (Exception, CheckpointException) as error:
+                raise CheckpointError(f"{self.directory}: tensor {name} cannot be read: {_short(error)}") from None
+            if shard.shape == entry.size:
+                return shard
+            if out is None:
+                out = torch.empty(entry.size, dtype=entry.properties.dtype)
+            place = tuple(slice(at, at + n) for at, n in zip(chunk.offsets, chunk.sizes, strict=True))
+            out[place] = shard
+        assert out is not None
         return out
+
+    def _shard(self, name: str, offsets: torch.Size) -> Tensor:
+        """One stored shard. `torch.distributed.checkpoint.load` would copy it from a second tensor of its size."""
+        from torch.distributed.checkpoint.metadata import MetadataIndex
+
+        place = self._metadata.storage_data[MetadataIndex(name, offsets)]
+        with open(self.directory / place.relative_path, "rb") as file:
+            part: Any = _Part(file, place.offset, place.length)
+            return torch.load(part, map_location="cpu", weights_only=True)
+
+
+class _Part(io.RawIOBase):
+    """A part of an open file, as a file."""
+
+    def __init__(self, file: BinaryIO, start: int, length: int) -> None:
+        self._file, self._start, self._length, self._at = file, start, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        self._file.seek(self._start + self._at)
+        view = memoryview(buffer)[: max(0, self._length - self._at)]
+        got = self._file.readinto(view)  # type: ignore[attr-defined]
+        self._at += got
+        return got
 
 
 def hugging_face_reader(directory: Path, architecture: Architecture):

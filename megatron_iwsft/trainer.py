@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_iwsft import checkpoint
 from megatron_iwsft.config import Config
+from megatron_iwsft.convert import export_running
 from megatron_iwsft.data.corpus import TOKENIZER
 from megatron_iwsft.errors import CheckpointError, ConfigError, DataError, DivergenceError
 from megatron_iwsft.hooks import (
@@ -22,6 +23,7 @@ from megatron_iwsft.hooks import (
 )
 from megatron_iwsft.job import Job, make_sampler, start_job
 from megatron_iwsft.metrics import summarize
+from megatron_iwsft.model.hf import DTYPES
 from megatron_iwsft.objectives import NEEDS_REFERENCE, Settings
 from megatron_iwsft.optim import build_optimizer, build_schedule, wrap_for_gradients
 from megatron_iwsft.reference import Sidecar
@@ -61,13 +63,23 @@ def train(config: Config) -> dict[str, Any]:
 
     writer = _checkpoint_writer(job)
 
-    def save(info: StepInfo) -> None:
+    def gather_parameters() -> None:
         if config.optimizer.overlap_param_gather:  # else parameters are gathered no sooner than the next forward
             for chunk in chunks:
                 chunk.start_param_sync(force_sync=True)
+
+    def save(info: StepInfo) -> None:
+        gather_parameters()
         writer.save(info.step, policy, optimizer=optimizer, schedule=schedule)
 
+    def export(info: StepInfo) -> None:
+        gather_parameters()
+        output = run_dir / "hf" / checkpoint.step_name(info.step)
+        dtype = DTYPES[config.export.dtype or config.precision.dtype]
+        export_running(policy, job.parallel, output, writer.companions(info.step), dtype=dtype)
+
     saves = Every(config.checkpoint.every, save, at_end=True)
+    exports = Every(config.export.every, export, at_end=config.export.at_end)
     metrics: dict[str, Any] = {}
     for number in range(resumed_at, total_steps):
         started = time.perf_counter()
@@ -100,6 +112,7 @@ def train(config: Config) -> dict[str, Any]:
         info = StepInfo(number + 1, total_steps, metrics)
         for hook in hooks:
             hook(info)
+        exports(info)
         saves(info)
         writer.poll()
     writer.wait()
@@ -218,6 +231,7 @@ def _checkpoint_writer(job: Job) -> checkpoint.CheckpointWriter:
         layout={**config.parallel.model_dump(), "data": job.data_size},
         tokenizer_files=job.policy.tokenizer_files or sorted((job.corpus.directory / TOKENIZER).iterdir()),
         template_hash=template["hash"] if template else None,
+        corpus=job.corpus.fingerprint,
         chat_template=template["source"]
         if template and job.corpus.manifest["settings"]["template"] != "tokenizer"
         else None,

@@ -8,6 +8,7 @@ tools/convert_hf.py verify HF_DIR CKPT [--text FILE]
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from megatron_iwsft.errors import CheckpointError, run_command
@@ -22,6 +23,8 @@ def main() -> int:
     to_checkpoint.add_argument("--hf", required=True, help="directory with config.json and safetensors")
     to_checkpoint.add_argument("--output", required=True, help="directory to write the checkpoint under")
     to_checkpoint.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
+    for degree in ("tensor", "pipeline", "expert"):
+        to_checkpoint.add_argument(f"--{degree}", type=int, default=1, help=f"{degree}-parallel degree, under torchrun")
     to_hf = commands.add_parser("export", help="checkpoint → Hugging Face directory")
     to_hf.add_argument("--checkpoint", required=True, help="a checkpoint, or a run directory (its latest)")
     to_hf.add_argument("--output", required=True, help="directory to make")
@@ -39,7 +42,10 @@ def main() -> int:
     from megatron_iwsft import convert
 
     if args.command == "import":
-        print(f"wrote {convert.import_directory(args.hf, args.output, dtype=args.dtype)}")
+        degrees = dict(tensor=args.tensor, pipeline=args.pipeline, expert=args.expert)
+        written = convert.import_directory(args.hf, args.output, dtype=args.dtype, **degrees)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"wrote {written}")
     elif args.command == "export":
         print(f"wrote {convert.export_checkpoint(args.checkpoint, args.output, dtype=args.dtype)}")
     else:

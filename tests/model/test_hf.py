@@ -13,6 +13,7 @@ from megatron_iwsft import checkpoint, convert
 from megatron_iwsft.errors import CheckpointError
 from megatron_iwsft.model.architecture import Architecture
 from megatron_iwsft.model.hf import SafetensorsDirectory
+from megatron_iwsft.model.weights import shapes
 from megatron_iwsft.testing import run_distributed
 from tests import tiny
 
@@ -91,8 +92,8 @@ def test_export_is_sharded_and_leaves_nothing_half_done(tmp_path: Path) -> None:
     from megatron_iwsft.model.hf import write_directory
 
     source = SafetensorsDirectory(hf_directory(tmp_path / "in"))
-    names = list(source._file_of)
-    whole = {n: (0, 0, source._open[source._file_of[n]].get_slice(n).get_shape()[0]) for n in names}
+    names = list(shapes(source.architecture))
+    whole = {n: (0, 0, shape[0]) for n, shape in shapes(source.architecture).items()}
     read = lambda n: source.read(n, whole[n])  # noqa: E731
     write_directory(tmp_path / "out", source.architecture, read, names=names, dtype=torch.bfloat16, shard_bytes=60_000)
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 2
