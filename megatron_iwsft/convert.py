@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 
 from megatron_iwsft import checkpoint
 from megatron_iwsft.batch import IGNORE, Batch
 from megatron_iwsft.config import Model
-from megatron_iwsft.errors import CheckpointError
+from megatron_iwsft.errors import CheckpointError, DataError
 from megatron_iwsft.model.card import Companions, Provenance
 from megatron_iwsft.model.hf import DTYPES, write_directory
 from megatron_iwsft.platform import ParallelContext
@@ -152,23 +153,43 @@ class _Movable:
 
 @dataclass(frozen=True)
 class Parity:
-    """Log-probs of one text under both models. worst is the position of the largest difference, of `tokens` in all."""
+    """Log-probs of one text under both models.
+
+    worst: the position of the largest difference, of `tokens` in all; theirs and ours are the log-probs of the token there.
+    """
 
     tokens: int
     max_difference: float
+    mean_difference: float
     worst: int
     worst_token: str
+    theirs: float
+    ours: float
 
 
-def verify(hf_directory: str | Path, source: str | Path, texts: Sequence[str]) -> list[Parity]:
-    """Compare the log-probs of every token of `texts` under `transformers` and under the checkpoint's Megatron-Core model, in fp32."""
+_LONGEST = 16384  # of the texts that are compared unasked: beyond that, a large model on CPU takes hours
+
+
+def verify(
+    hf_directory: str | Path, source: str | Path, text: str, *, lengths: Sequence[int] | None = None
+) -> list[Parity]:
+    """Compare the log-probs of every token under `transformers` and under the checkpoint's Megatron-Core model, in fp32.
+
+    The text is compared as it is, and repeated to a little beyond the model's context length, the one before its rotary positions
+    were scaled, and its sliding window (as far as those are at most 16,384 tokens); or repeated to each of `lengths` tokens.
+    """
     from megatron_iwsft.job import Weights
     from megatron_iwsft.model.build import ModelSettings, build_model
     from megatron_iwsft.platform import start
 
     info = checkpoint.CheckpointInfo.read(source)
     theirs, tokenizer = load_in_transformers(hf_directory)
-    encoded = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    once = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if len(once) < 2:
+        raise DataError(f"the text {text!r} has {len(once)} tokens; at least 2 are needed.")
+    if lengths is None:
+        lengths = [len(once), *(n + 64 for n in _context_lengths(info.architecture.hf) if n + 64 <= _LONGEST)]
+    encoded = [(once * -(-n // len(once)))[:n] for n in sorted(set(lengths))]
     with torch.no_grad():
         expected = [hugging_face_logprobs(theirs, ids) for ids in encoded]
     del theirs
@@ -179,14 +200,54 @@ def verify(hf_directory: str | Path, source: str | Path, texts: Sequence[str]) -
     Weights(Model(checkpoint=str(info.directory)), seed=0).load(chunks, parallel)
     out = []
     for ids, want in zip(encoded, expected, strict=True):
-        difference = (checkpoint_logprobs(chunks[0], ids) - want).abs()
-        worst = int(difference.argmax())
-        out.append(Parity(len(ids), float(difference[worst]), worst + 1, tokenizer.decode([ids[worst + 1]])))
+        found = checkpoint_logprobs(chunks[0], ids)
+        difference = (found - want).abs()
+        worst = int(difference.argmax())  # a NaN counts as the largest
+        out.append(
+            Parity(
+                tokens=len(ids),
+                max_difference=float(difference[worst]),
+                mean_difference=float(difference.mean()),
+                worst=worst + 1,
+                worst_token=tokenizer.decode([ids[worst + 1]]),
+                theirs=float(want[worst]),
+                ours=float(found[worst]),
+            )
+        )
     return out
 
 
-def load_in_transformers(directory: str | Path) -> tuple[Any, Any]:
-    """(model in fp32, tokenizer) of a Hugging Face directory. Raises CheckpointError if `transformers` cannot load it."""
+def _context_lengths(config: dict[str, Any]) -> list[int]:
+    """Lengths at which a model starts to compute differently, as far as its Hugging Face config names any."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    candidates = [
+        rope.get("original_max_position_embeddings"),
+        config.get("original_max_position_embeddings"),
+        config.get("sliding_window"),
+        config.get("max_position_embeddings"),
+    ]
+    return [n for n in candidates if isinstance(n, int)]
+
+
+def load_in_transformers(directory: str | Path, *, dtype: torch.dtype | str = torch.float32) -> tuple[Any, Any]:
+    """(model, tokenizer) of a Hugging Face directory. Raises CheckpointError if `transformers` cannot load it.
+
+    Only safetensors are read and no code of the directory is run. dtype "auto" is the one that the weights are stored in.
+    """
+    import transformers
+
+    tokenizer = load_tokenizer_in_transformers(directory)
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            directory, dtype=dtype, local_files_only=True, use_safetensors=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"{directory} cannot be loaded by transformers: {error}") from None
+    return model.eval(), tokenizer
+
+
+def load_tokenizer_in_transformers(directory: str | Path) -> Any:
+    """The tokenizer of a Hugging Face directory. Raises CheckpointError if `transformers` cannot load it."""
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -194,17 +255,20 @@ def load_in_transformers(directory: str | Path) -> tuple[Any, Any]:
     if not (Path(directory) / "config.json").exists():
         raise CheckpointError(f"{directory} is not a Hugging Face model directory: it has no config.json.")
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, local_files_only=True)
-        return model, transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        return transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{directory} cannot be loaded by transformers: {error}") from None
+        raise CheckpointError(f"{directory} has no tokenizer that transformers can load: {error}") from None
 
 
 def hugging_face_logprobs(model: Any, ids: list[int]) -> torch.Tensor:
-    """log π(token t | before) for t = 1 …, float32 [n−1], from full logits of a `transformers` model."""
+    """log π(token t | before) for t = 1 …, float32 [n−1], from a `transformers` model; at most 1,024 rows of logits at once."""
     tokens = torch.tensor([ids])
-    logits = model(tokens).logits[0, :-1].float()
-    return torch.log_softmax(logits, -1).gather(1, tokens[0, 1:, None])[:, 0]
+    hidden = model.get_decoder()(tokens).last_hidden_state[0, :-1]
+    parts = []
+    for part, targets in zip(hidden.split(1024), tokens[0, 1:].split(1024), strict=True):
+        logits = model.get_output_embeddings()(part).float()
+        parts.append(torch.log_softmax(logits, -1).gather(1, targets[:, None])[:, 0])
+    return torch.cat(parts)
 
 
 def checkpoint_logprobs(model: Any, ids: list[int]) -> torch.Tensor:

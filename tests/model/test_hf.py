@@ -116,6 +116,19 @@ def test_damaged_directories_are_refused_by_name(tmp_path: Path) -> None:
     good = hf_directory(tmp_path / "good")
     first = sorted(good.glob("*.safetensors"))[0].name
 
+    def edit_index(directory: Path, change) -> None:
+        index = directory / "model.safetensors.index.json"
+        content = json.loads(index.read_text())
+        change(content["weight_map"])
+        index.write_text(json.dumps(content))
+
+    def swap_in_index(directory: Path) -> None:
+        last = sorted(directory.glob("*.safetensors"))[-1].name
+        edit_index(directory, lambda weight_map: weight_map.update({"model.embed_tokens.weight": last}))
+
+    def add_to_index(directory: Path) -> None:
+        edit_index(directory, lambda weight_map: weight_map.update(other="again.safetensors"))
+
     def edit_config(**changes):
         return lambda d: (d / "config.json").write_text(
             json.dumps(json.loads((d / "config.json").read_text()) | changes)
@@ -129,6 +142,8 @@ def test_damaged_directories_are_refused_by_name(tmp_path: Path) -> None:
             "names a file outside its directory",
         ),
         (lambda d: (d / "model.safetensors.index.json").write_text("[]"), "is not a valid index"),
+        (swap_in_index, "says that model-.* holds the tensor .*, and it does not"),
+        (lambda d: shutil.copy(d / first, d / "again.safetensors") and add_to_index(d), "stands in two files"),
         (lambda d: (d / "model.safetensors.index.json").unlink(), "has neither model.safetensors nor"),
         (edit_config(intermediate_size=100), r"has shape \(96, 64\), but config.json implies \(100, 64\)"),
         (edit_config(num_hidden_layers=5), "model.layers.4.input_layernorm.weight is missing"),
