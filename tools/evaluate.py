@@ -25,7 +25,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--corpus", metavar="DIR", help="corpus directory of tools/shard_corpus.py")
     parser.add_argument("--tasks", help="of lm-evaluation-harness, separated by commas")
     parser.add_argument("--output", type=Path, default=Path("evaluation"), help="default: evaluation/")
-    parser.add_argument("--limit", type=int, help="only the first so many problems")
+    parser.add_argument("--limit", type=int, help="only the first so many problems of each")
     parser.add_argument("--samples", type=int, default=1, help="answers to each problem (default: 1)")
     parser.add_argument("--k", type=int, nargs="+", help="of pass@k; default: 1, 2, 4, … up to the number of samples")
     parser.add_argument("--temperature", type=float, help="default: 0 (greedy) for one sample, 0.6 for several")
@@ -85,7 +85,15 @@ def main() -> None:
 
         for model in models:
             output = args.output / "lm_eval" / model.label
-            run_harness(model.directory, args.tasks, output, batch_size=args.batch_size, more=args.more)
+            run_harness(
+                model.directory,
+                args.tasks,
+                output,
+                batch_size=args.batch_size,
+                limit=args.limit,
+                raw=args.raw,
+                more=args.more,
+            )
 
 
 def _benchmark(args: argparse.Namespace, models: list, benchmark: str) -> None:
