@@ -17,11 +17,12 @@ owner and its checksum are checked (integrity.py).
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 import torch.distributed as dist
@@ -292,20 +293,65 @@ class CheckpointTensors:
             self._checked.add(file)
 
     def read(self, name: str) -> Tensor:
-        """The whole tensor `name`. Raises CheckpointError if the checkpoint has none or its file is damaged."""
-        from torch.distributed.checkpoint import load as load_tensors
+        """The whole tensor `name`. Raises CheckpointError if the checkpoint has none or its file is damaged.
 
+        Peak memory: the tensor, and one rank's shard of it where there are several.
+        """
         entry = self._metadata.state_dict_metadata.get(name)
         if entry is None:
             raise CheckpointError(f"{self.directory} holds no tensor {name}.")
+        out = None
         for file in sorted(self._where.get(name, ())):
             self._check(file)
-        out = torch.empty(entry.size, dtype=entry.properties.dtype)
-        try:
-            load_tensors({name: out}, storage_reader=self._reader, no_dist=True)
-        except (Exception, CheckpointException) as error:
-            raise CheckpointError(f"{self.directory}: tensor {name} cannot be read: {short(error)}") from None
+        for chunk in entry.chunks:
+            try:
+                shard = self._shard(name, chunk.offsets).view(chunk.sizes)
+            except (Exception, CheckpointException) as error:
+                raise CheckpointError(f"{self.directory}: tensor {name} cannot be read: {short(error)}") from None
+            if shard.shape == entry.size:
+                return shard
+            if out is None:
+                out = torch.empty(entry.size, dtype=entry.properties.dtype)
+            place = tuple(slice(at, at + n) for at, n in zip(chunk.offsets, chunk.sizes, strict=True))
+            out[place] = shard
+        assert out is not None
         return out
+
+    def _shard(self, name: str, offsets: torch.Size) -> Tensor:
+        """One stored shard. `torch.distributed.checkpoint.load` would copy it from a second tensor of its size."""
+        from torch.distributed.checkpoint.metadata import MetadataIndex
+
+        place = self._metadata.storage_data[MetadataIndex(name, offsets)]
+        with open(self.directory / place.relative_path, "rb") as file:
+            part: Any = _Part(file, place.offset, place.length)
+            return torch.load(part, map_location="cpu", weights_only=True)
+
+
+class _Part(io.RawIOBase):
+    """A part of an open file, as a file."""
+
+    def __init__(self, file: BinaryIO, start: int, length: int) -> None:
+        self._file, self._start, self._length, self._at = file, start, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        self._file.seek(self._start + self._at)
+        view = memoryview(buffer)[: max(0, self._length - self._at)]
+        got = self._file.readinto(view)  # type: ignore[attr-defined]
+        self._at += got
+        return got
 
 
 def hugging_face_reader(directory: Path, architecture: Architecture):

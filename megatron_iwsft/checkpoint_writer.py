@@ -23,6 +23,7 @@ from megatron_iwsft.errors import CheckpointError
 from megatron_iwsft.integrity import FileSum, file_sum
 from megatron_iwsft.lagged import LaggedCopy
 from megatron_iwsft.model.architecture import Architecture
+from megatron_iwsft.model.card import Companions, Provenance
 from megatron_iwsft.platform import async_save_options, start_results_queue
 
 PARTIAL = ".partial"
@@ -70,6 +71,11 @@ class CheckpointWriter:
     on_saved: Callable[[Saved], None] | None = None
     _queue: Any = field(default=None, init=False)
     _swept: bool = field(default=False, init=False)
+
+    def companions(self, step: int) -> Companions:
+        """What goes with the weights of `step` when they are exported."""
+        provenance = Provenance(step, self.config, self.corpus, self.template_hash)
+        return Companions(self.tokenizer_files, provenance, self.chat_template)
 
     def save(
         self,

@@ -272,6 +272,16 @@ class Checkpoint(Section):
     max_failures: PositiveInt = 5
 
 
+class Export(Section):
+    """Hugging Face directories of the policy as it trains, in run.dir/hf/step-…, beside what tools/convert_hf.py makes of
+    checkpoints. every: steps between, 0 for none; at_end: after the last step; dtype: null is precision.dtype.
+    """
+
+    every: NonNegativeInt = 0
+    at_end: bool = False
+    dtype: Literal["fp32", "bf16", "fp16"] | None = None
+
+
 class Wandb(Section):
     mode: Literal["offline", "online", "disabled"] = "disabled"
     project: str = "iwsft"
@@ -308,6 +318,7 @@ class Config(Section):
     precision: Precision = Precision()
     optimizer: Optimizer = Optimizer()
     checkpoint: Checkpoint = Checkpoint()
+    export: Export = Export()
     logging: Logging = Logging()
     evaluation: Evaluation = Evaluation()
 

@@ -6,10 +6,12 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from megatron_iwsft import checkpoint
 from megatron_iwsft.config import Config, Model
@@ -21,7 +23,7 @@ from megatron_iwsft.data.tokenizer import load_tokenizer
 from megatron_iwsft.errors import CheckpointError, ConfigError, DataError
 from megatron_iwsft.model.architecture import Architecture
 from megatron_iwsft.model.build import ModelSettings, PolicyModel, build_model, load_weights
-from megatron_iwsft.model.hf import DTYPES, RandomInit, SafetensorsDirectory, tokenizer_files
+from megatron_iwsft.model.hf import DTYPES, RandomInit, ReadingProgress, SafetensorsDirectory, tokenizer_files
 from megatron_iwsft.model.weights import shapes
 from megatron_iwsft.objectives import ObjectiveFunction
 from megatron_iwsft.platform import ParallelContext, Platform, start
@@ -68,7 +70,9 @@ class Weights:
     def load(self, chunks: list[PolicyModel], parallel: ParallelContext) -> None:
         """Fill this rank's chunks. Collective over all ranks for a checkpoint."""
         if self._source is not None:
-            load_weights(chunks, self._source, parallel)
+            total = sum(p.numel() for chunk in chunks for p in chunk.parameters())
+            with closing(ReadingProgress(self._source, total, shown=dist.get_rank() == 0)) as source:
+                load_weights(chunks, source, parallel)
         else:
             checkpoint.load(self._info.directory, chunks)
 

@@ -12,15 +12,17 @@ from megatron_iwsft import checkpoint
 from megatron_iwsft.checkpoint import CheckpointInfo
 from megatron_iwsft.checkpoint_writer import CheckpointWriter, Saved
 from megatron_iwsft.config import Config
+from megatron_iwsft.convert import export_running
 from megatron_iwsft.custom_objective import needs_reference
 from megatron_iwsft.data.corpus import TOKENIZER
 from megatron_iwsft.errors import DataError, DivergenceError, RequeueError
 from megatron_iwsft.groups import Groups, group
 from megatron_iwsft.guard import Guard, Verdict
-from megatron_iwsft.hooks import Events, StepInfo, start_hooks
+from megatron_iwsft.hooks import Events, Every, StepInfo, start_hooks
 from megatron_iwsft.job import Job, make_sampler, start_job
 from megatron_iwsft.lagged import LaggedCopy
 from megatron_iwsft.metrics import summarize
+from megatron_iwsft.model.hf import DTYPES
 from megatron_iwsft.objectives import Settings, sft
 from megatron_iwsft.optim import build_optimizer, build_schedule, gradient_norm, wrap_for_gradients
 from megatron_iwsft.platform.signals import StopSignals
@@ -114,6 +116,7 @@ class Trainer:
         self.guard = Guard(config.run.spike)
         self.saver = Saver(_writer(job, self._saved), config.checkpoint, self._write, self._save_failed)
         self.done = self._load_newest() or 0
+        self.export = Every(config.export.every, self._export, at_end=config.export.at_end)
         self.hooks = start_hooks(job, self.done, self.total_steps, at_exit) if job.is_main else []
 
     def run(self) -> dict[str, Any]:
@@ -132,6 +135,8 @@ class Trainer:
                 hook(StepInfo(self.done, self.total_steps, metrics))
             if stop and self.done < self.total_steps:
                 self._stop()
+            self.watch.at(self.done, "exporting")
+            self.export(StepInfo(self.done, self.total_steps, metrics))
             self.watch.at(self.done, "saving")
             self.saver.after(self.done)
         self.watch.at(self.done, "saving at the end")
@@ -298,6 +303,13 @@ class Trainer:
             trainer={"guard": self.guard.state()},
             lagged=self.lagged,
         )
+
+    def _export(self, info: StepInfo) -> None:
+        self._sync_parameters()
+        config, writer = self.job.config, self.saver.writer
+        output = self.job.run_directory / "hf" / checkpoint.step_name(info.step)
+        dtype = DTYPES[config.export.dtype or config.precision.dtype]
+        export_running(self.policy, self.job.parallel, output, writer.companions(info.step), dtype=dtype)
 
     def _sync_parameters(self) -> None:
         if (

@@ -55,6 +55,7 @@ LAYOUTS = {
         "parallel.sequence=false",
         "optimizer.overlap_grad_reduce=true",
         "optimizer.overlap_param_gather=true",
+        "export={every: 7, at_end: true}",
     ),
 }
 
@@ -213,12 +214,25 @@ def test_checkpoints_are_kept_as_configured(runs: Path) -> None:
 
 def test_the_exported_model_gives_the_log_probs_that_training_reported(runs: Path, tmp_path: Path) -> None:
     from megatron_iwsft.convert import export_checkpoint
-    from megatron_iwsft.evaluate import score_corpus
+    from megatron_iwsft.evaluate.score import score_corpus
 
     reported = metrics(runs / "unpacked")[-1]["eval_nll"]
     score = score_corpus(export_checkpoint(runs / "unpacked", tmp_path / "hf"), runs / "corpus")
     assert score.nll == pytest.approx(reported, abs=1e-4)
     assert score.trajectories == len(LENGTHS)
+
+
+def test_a_running_job_exports_what_its_checkpoints_hold(runs: Path, tmp_path: Path) -> None:
+    from megatron_iwsft.convert import export_checkpoint
+
+    exports = runs / "overlap" / "hf"
+    assert sorted(p.name for p in exports.iterdir()) == ["step-00000007", "step-00000014"]
+    offline = export_checkpoint(runs / "overlap", tmp_path / "hf")
+    for file in offline.iterdir():
+        assert (exports / "step-00000014" / file.name).read_bytes() == file.read_bytes(), file.name
+    card = (offline / "README.md").read_text()
+    assert Corpus.open(runs / "corpus").fingerprint in card
+    assert "run: overlap" in card
 
 
 def train_only(platform, settings: Config) -> None:

@@ -2,12 +2,13 @@
 
 tools/convert_hf.py import --hf DIR --output CKPT
 tools/convert_hf.py export --checkpoint CKPT --output DIR
-tools/convert_hf.py verify HF_DIR CKPT [--text FILE]
+tools/convert_hf.py verify HF_DIR CKPT [--text FILE] [--length N …]
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from megatron_iwsft.errors import CheckpointError, run_command
@@ -22,6 +23,8 @@ def main() -> int:
     to_checkpoint.add_argument("--hf", required=True, help="directory with config.json and safetensors")
     to_checkpoint.add_argument("--output", required=True, help="directory to write the checkpoint under")
     to_checkpoint.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
+    for degree in ("tensor", "pipeline", "expert"):
+        to_checkpoint.add_argument(f"--{degree}", type=int, default=1, help=f"{degree}-parallel degree, under torchrun")
     to_hf = commands.add_parser("export", help="checkpoint → Hugging Face directory")
     to_hf.add_argument("--checkpoint", required=True, help="a checkpoint, or a run directory (its latest)")
     to_hf.add_argument("--output", required=True, help="directory to make")
@@ -30,6 +33,13 @@ def main() -> int:
     check.add_argument("hf")
     check.add_argument("checkpoint")
     check.add_argument("--text", type=Path, help="text file to compare on; default: a built-in sentence")
+    check.add_argument(
+        "--length",
+        type=int,
+        nargs="+",
+        help="tokens to repeat the text to; default: as it is, and a little beyond the model's original and full context length "
+        "and its sliding window, up to 16,384",
+    )
     check.add_argument("--tolerance", type=float, default=1e-4, help="largest difference allowed (default: 1e-4)")
     args = parser.parse_args()
 
@@ -38,20 +48,26 @@ def main() -> int:
     quiet_megatron()
     from megatron_iwsft import convert
 
+    if args.command == "verify" and any(n < 2 for n in args.length or []):
+        parser.error("--length must be at least 2")
     if args.command == "import":
-        print(f"wrote {convert.import_directory(args.hf, args.output, dtype=args.dtype)}")
+        degrees = dict(tensor=args.tensor, pipeline=args.pipeline, expert=args.expert)
+        written = convert.import_directory(args.hf, args.output, dtype=args.dtype, **degrees)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"wrote {written}")
     elif args.command == "export":
         print(f"wrote {convert.export_checkpoint(args.checkpoint, args.output, dtype=args.dtype)}")
     else:
         if args.text and not args.text.is_file():
             raise CheckpointError(f"text file {args.text} does not exist.")
         text = args.text.read_text(encoding="utf-8") if args.text else _TEXT
-        (parity,) = convert.verify(args.hf, args.checkpoint, [text])
-        print(
-            f"{parity.tokens} tokens: largest difference of log-probs {parity.max_difference:.2e}, at token {parity.worst} "
-            f"({parity.worst_token!r})"
-        )
-        if not parity.max_difference <= args.tolerance:  # NaN too
+        parities = convert.verify(args.hf, args.checkpoint, text, lengths=args.length)
+        for parity in parities:
+            print(
+                f"{parity.tokens:,} tokens: log-probs differ by at most {parity.max_difference:.2e} (mean {parity.mean_difference:.2e}), "
+                f"at token {parity.worst} {parity.worst_token!r}: {parity.theirs:.6f} in transformers, {parity.ours:.6f} here"
+            )
+        if not all(parity.max_difference <= args.tolerance for parity in parities):  # NaN too
             raise CheckpointError(f"the two models differ by more than {args.tolerance:g}.")
     return 0
 

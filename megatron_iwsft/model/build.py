@@ -208,7 +208,7 @@ def _transformer_config(
         init_method=_leave_as_it_is,
         output_layer_init_method=_leave_as_it_is,
         embedding_init_method=_leave_as_it_is,
-        use_cpu_initialization=not platform.is_cuda,
+        use_cpu_initialization=False,
         gradient_accumulation_fusion=False,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,

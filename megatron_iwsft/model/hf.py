@@ -6,16 +6,17 @@ import hashlib
 import json
 import os
 import shutil
-import struct
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from megatron_iwsft.errors import CheckpointError
 from megatron_iwsft.model.architecture import Architecture
+from megatron_iwsft.model.safetensors import SafetensorsFile, write_safetensors
 from megatron_iwsft.model.weights import Span, shapes
 
 _INDEX = "model.safetensors.index.json"
@@ -30,8 +31,8 @@ _TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
 )
+GENERATION = "generation_config.json"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 class TensorSource(Protocol):
@@ -51,44 +52,45 @@ class SafetensorsDirectory:
     """
 
     def __init__(self, directory: str | Path) -> None:
-        from safetensors import SafetensorError, safe_open
-
         self.directory = Path(directory)
         self.architecture = Architecture.from_directory(directory)
-        files = self._files()
-        self._file_of: dict[str, str] = {}
-        self._open = {}
-        found: dict[str, tuple[int, ...]] = {}
-        for file in files:
+        weight_map = self._weight_map()
+        self._file_of: dict[str, SafetensorsFile] = {}
+        for name in sorted(set(weight_map.values())) or [_SINGLE]:
             try:
-                handle = safe_open(self.directory / file, framework="pt")
+                file = SafetensorsFile(self.directory / name)
             except FileNotFoundError:
-                raise CheckpointError(f"{self.directory / file} is missing; {_INDEX} names it.") from None
-            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"{self.directory / name} is missing; {_INDEX} names it.") from None
+            for tensor in file.shapes:
+                if tensor in self._file_of:
+                    raise CheckpointError(
+                        f"{self.directory}: tensor {tensor} stands in two files, {self._file_of[tensor].path.name} and {name}."
+                    )
+                self._file_of[tensor] = file
+        for tensor, name in weight_map.items():
+            if tensor not in self._file_of or self._file_of[tensor].path.name != name:
                 raise CheckpointError(
-                    f"{self.directory / file} cannot be read as safetensors: {error}. Download it again."
-                ) from None
-            self._open[file] = handle
-            for name in handle.keys():  # noqa: SIM118 - not a dict
-                found[name] = tuple(handle.get_slice(name).get_shape())
-                self._file_of[name] = file
-        self._check(found)
+                    f"{self.directory / _INDEX} says that {name} holds the tensor {tensor}, and it does not. Index and files "
+                    "are of different exports; get both again."
+                )
+        self._check({name: file.shapes[name] for name, file in self._file_of.items()})
 
-    def _files(self) -> list[str]:
+    def _weight_map(self) -> dict[str, str]:
+        """Tensor → file, as the index says; empty where there is only one file."""
         index = self.directory / _INDEX
         if index.exists():
             try:
-                names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+                weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+                outside = [n for n in weight_map.values() if Path(n).name != n]
             except (ValueError, KeyError, TypeError, AttributeError):
-                raise CheckpointError(
-                    f"{index} is not a valid index: expected a weight_map of tensor names to files."
-                ) from None
-            outside = [n for n in names if Path(n).name != n]
+                weight_map, outside = {}, []
+            if not weight_map:
+                raise CheckpointError(f"{index} is not a valid index: expected a weight_map of tensor names to files.")
             if outside:
                 raise CheckpointError(f"{index} names a file outside its directory: {outside[0]}.")
-            return names
+            return weight_map
         if (self.directory / _SINGLE).exists():
-            return [_SINGLE]
+            return {}
         raise CheckpointError(f"{self.directory} has neither {_SINGLE} nor {_INDEX}. Only safetensors are read.")
 
     def _check(self, found: dict[str, tuple[int, ...]]) -> None:
@@ -112,9 +114,25 @@ class SafetensorsDirectory:
             )
 
     def read(self, name: str, span: Span) -> Tensor:
-        dim, start, stop = span
-        view = self._open[self._file_of[name]].get_slice(name)
-        return view[start:stop] if dim == 0 else view[:, start:stop]
+        return self._file_of[name].read(name, *span)
+
+
+class ReadingProgress:
+    """A source that shows how far reading has come, on a terminal. total: elements that will be read, or a few more."""
+
+    def __init__(self, source: TensorSource, total: int, *, shown: bool) -> None:
+        self.architecture = source.architecture
+        self._source = source
+        self._bar = tqdm(total=total, desc="weights", unit="", unit_scale=True, disable=None if shown else True)
+
+    def read(self, name: str, span: Span) -> Tensor:
+        part = self._source.read(name, span)
+        self._bar.update(part.numel())
+        return part
+
+    def close(self) -> None:
+        self._bar.update((self._bar.total or 0) - self._bar.n)  # what padding adds is not read
+        self._bar.close()
 
 
 class RandomInit:
@@ -146,8 +164,9 @@ class RandomInit:
 
 
 def tokenizer_files(directory: Path) -> list[Path]:
-    """The tokenizer's files that lie in `directory`."""
-    return [directory / name for name in _TOKENIZER_FILES if (directory / name).exists()]
+    """The tokenizer's files that lie in `directory`, and with them how to generate; none if there is no tokenizer."""
+    found = [directory / name for name in _TOKENIZER_FILES if (directory / name).exists()]
+    return found + [path for path in [directory / GENERATION] if found and path.exists()]
 
 
 def write_directory(
@@ -157,14 +176,14 @@ def write_directory(
     *,
     names: Iterable[str],
     dtype: torch.dtype,
-    extra_files: Iterable[Path] = (),
-    card: str | None = None,
+    finish: Callable[[Path], None] = lambda partial: None,
     shard_bytes: int = 4 * 2**30,
 ) -> None:
     """Write a Hugging Face directory, holding one tensor at a time.
 
     read(name) returns a whole tensor; `names` gives the order in which it is asked, best such that tensors of one parameter
-    follow each other. The directory appears under its name only once complete. Raises CheckpointError if `output` exists.
+    follow each other. finish(directory) adds what is not weights. The directory appears under its name only once complete.
+    Raises CheckpointError if `output` exists or cannot be written.
     """
     if output.exists():
         raise CheckpointError(f"{output} already exists. Remove it, or choose another output directory.")
@@ -172,31 +191,17 @@ def write_directory(
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
-        all_shapes = shapes(architecture)
-        size = torch.empty((), dtype=dtype).element_size()
-        groups: list[list[str]] = [[]]
-        used = 0
-        for name in names:
-            numel = torch.Size(all_shapes[name]).numel() * size
-            if groups[-1] and used + numel > shard_bytes:
-                groups.append([])
-                used = 0
-            groups[-1].append(name)
-            used += numel
-        weight_map = {}
-        for i, group in enumerate(groups, 1):
-            file = _SINGLE if len(groups) == 1 else f"model-{i:05d}-of-{len(groups):05d}.safetensors"
-            _write_safetensors(partial / file, group, all_shapes, read, dtype)
-            weight_map.update(dict.fromkeys(group, file))
-        if len(groups) > 1:
-            total = sum(torch.Size(all_shapes[n]).numel() for g in groups for n in g) * size
-            _write_json(partial / _INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        files = _plan_files(names, shapes(architecture), dtype, shard_bytes)
+        total = sum(torch.Size(shape).numel() * dtype.itemsize for file in files.values() for shape in file.values())
+        with tqdm(total=total, desc="writing weights", unit="B", unit_scale=True, disable=None) as bar:
+            for file, tensors in files.items():
+                write_safetensors(partial / file, tensors, read, dtype, written=bar.update)
+        if len(files) > 1:
+            weight_map = {name: file for file, tensors in files.items() for name in tensors}
+            write_json(partial / _INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
         config = {k: v for k, v in architecture.hf.items() if k not in ("torch_dtype", "dtype", "_name_or_path")}
-        _write_json(partial / "config.json", {**config, "dtype": str(dtype).removeprefix("torch.")})
-        for file_path in extra_files:
-            shutil.copyfile(file_path, partial / file_path.name)
-        if card:
-            (partial / "README.md").write_text(card, encoding="utf-8")
+        write_json(partial / "config.json", {**config, "dtype": str(dtype).removeprefix("torch.")})
+        finish(partial)
         os.replace(partial, output)
     except OSError as error:
         raise CheckpointError(f"cannot write {output}: {error.strerror} ({error.filename or output}).") from None
@@ -204,35 +209,23 @@ def write_directory(
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _write_safetensors(
-    path: Path,
-    names: list[str],
-    all_shapes: dict[str, tuple[int, ...]],
-    read: Callable[[str], Tensor],
-    dtype: torch.dtype,
-) -> None:
-    """The safetensors format: header length (u64), JSON header, then the tensors' bytes end to end."""
-    size = torch.empty((), dtype=dtype).element_size()
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    at = 0
+def _plan_files(
+    names: Iterable[str], all_shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, shard_bytes: int
+) -> dict[str, dict[str, tuple[int, ...]]]:
+    """File name → its tensors and their shapes, of at most `shard_bytes` unless a single tensor is larger."""
+    groups: list[dict[str, tuple[int, ...]]] = [{}]
+    used = 0
     for name in names:
-        numel = torch.Size(all_shapes[name]).numel() * size
-        header[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(all_shapes[name]), "data_offsets": [at, at + numel]}
-        at += numel
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    with open(path, "wb") as file:
-        file.write(struct.pack("<Q", len(encoded)) + encoded)
-        for name in names:
-            tensor = read(name).to(dtype).contiguous()
-            if tuple(tensor.shape) != all_shapes[name]:
-                raise CheckpointError(
-                    f"tensor {name} has shape {tuple(tensor.shape)} where the config implies {all_shapes[name]}."
-                )
-            file.write(tensor.view(torch.uint8).numpy().data if tensor.ndim else tensor.numpy().tobytes())
-        file.flush()
-        os.fsync(file.fileno())
+        size = torch.Size(all_shapes[name]).numel() * dtype.itemsize
+        if groups[-1] and used + size > shard_bytes:
+            groups.append({})
+            used = 0
+        groups[-1][name] = all_shapes[name]
+        used += size
+    if len(groups) == 1:
+        return {_SINGLE: groups[0]}
+    return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, 1)}
 
 
-def _write_json(path: Path, value: object) -> None:
+def write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")

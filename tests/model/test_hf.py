@@ -14,6 +14,7 @@ from megatron_iwsft.checkpoint_writer import CheckpointWriter
 from megatron_iwsft.errors import CheckpointError
 from megatron_iwsft.model.architecture import Architecture
 from megatron_iwsft.model.hf import SafetensorsDirectory
+from megatron_iwsft.model.weights import shapes
 from megatron_iwsft.testing import run_distributed
 from tests import tiny
 
@@ -115,8 +116,8 @@ def test_export_is_sharded_and_leaves_nothing_half_done(tmp_path: Path) -> None:
     from megatron_iwsft.model.hf import write_directory
 
     source = SafetensorsDirectory(hf_directory(tmp_path / "in"))
-    names = list(source._file_of)
-    whole = {n: (0, 0, source._open[source._file_of[n]].get_slice(n).get_shape()[0]) for n in names}
+    names = list(shapes(source.architecture))
+    whole = {n: (0, 0, shape[0]) for n, shape in shapes(source.architecture).items()}
     read = lambda n: source.read(n, whole[n])  # noqa: E731
     write_directory(tmp_path / "out", source.architecture, read, names=names, dtype=torch.bfloat16, shard_bytes=60_000)
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 2
@@ -139,6 +140,19 @@ def test_damaged_directories_are_refused_by_name(tmp_path: Path) -> None:
     good = hf_directory(tmp_path / "good")
     first = sorted(good.glob("*.safetensors"))[0].name
 
+    def edit_index(directory: Path, change) -> None:
+        index = directory / "model.safetensors.index.json"
+        content = json.loads(index.read_text())
+        change(content["weight_map"])
+        index.write_text(json.dumps(content))
+
+    def swap_in_index(directory: Path) -> None:
+        last = sorted(directory.glob("*.safetensors"))[-1].name
+        edit_index(directory, lambda weight_map: weight_map.update({"model.embed_tokens.weight": last}))
+
+    def add_to_index(directory: Path) -> None:
+        edit_index(directory, lambda weight_map: weight_map.update(other="again.safetensors"))
+
     def edit_config(**changes):
         return lambda d: (d / "config.json").write_text(
             json.dumps(json.loads((d / "config.json").read_text()) | changes)
@@ -152,6 +166,8 @@ def test_damaged_directories_are_refused_by_name(tmp_path: Path) -> None:
             "names a file outside its directory",
         ),
         (lambda d: (d / "model.safetensors.index.json").write_text("[]"), "is not a valid index"),
+        (swap_in_index, "says that model-.* holds the tensor .*, and it does not"),
+        (lambda d: shutil.copy(d / first, d / "again.safetensors") and add_to_index(d), "stands in two files"),
         (lambda d: (d / "model.safetensors.index.json").unlink(), "has neither model.safetensors nor"),
         (edit_config(intermediate_size=100), r"has shape \(96, 64\), but config.json implies \(100, 64\)"),
         (edit_config(num_hidden_layers=5, layer_types=None), "model.layers.4.input_layernorm.weight is missing"),

@@ -1,0 +1,257 @@
+"""Answers of a Hugging Face model to many prompts: by vLLM where it is installed, by `transformers` otherwise."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from megatron_iwsft.convert import load_in_transformers, load_tokenizer_in_transformers
+from megatron_iwsft.errors import CheckpointError, ConfigError
+
+Backend = Literal["auto", "vllm", "transformers"]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are drawn. temperature 0 takes the likeliest token; top_p then says nothing."""
+
+    samples: int = 1
+    temperature: float = 0.0
+    top_p: float = 1.0
+    max_new_tokens: int = 1024
+    seed: int = 0
+
+    def seed_of(self, problem: int, sample: int) -> int:
+        """Of one answer, so that it depends neither on its batch nor on what an interrupted run had finished."""
+        digest = hashlib.sha256(f"{self.seed}/{problem}/{sample}".encode()).digest()
+        return int.from_bytes(digest[:4], "little")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """tokens: how many were generated; cut_off: it had not ended when there were as many as allowed."""
+
+    text: str
+    tokens: int
+    cut_off: bool
+
+
+class Generator(Protocol):
+    """problems_at_once: how many prompts `answer` is best given."""
+
+    backend: str
+    problems_at_once: int
+
+    def answer(self, prompts: Sequence[tuple[int, str]]) -> list[list[Answer]]:
+        """`samples` answers to each (problem number, question)."""
+        ...
+
+
+class PromptFormat:
+    """A question → the ids that the model continues: under the tokenizer's own chat template unless `raw`.
+
+    wrapper: text with {prompt} where the question goes, such as an instruction.
+    """
+
+    def __init__(self, tokenizer: Any, *, wrapper: str = "{prompt}", raw: bool = False) -> None:
+        if "{prompt}" not in wrapper:
+            raise ConfigError(f"the prompt format {wrapper!r} has no {{prompt}} where the question goes.")
+        if not raw and tokenizer.chat_template is None:
+            raise CheckpointError(
+                f"{tokenizer.name_or_path} has no chat template. For a base model use --raw, and --prompt-format to say how a "
+                "question is asked."
+            )
+        self._tokenizer, self._wrapper, self._raw = tokenizer, wrapper, raw
+
+    def __call__(self, question: str) -> list[int]:
+        text = self._wrapper.replace("{prompt}", question)
+        if self._raw:
+            return self._tokenizer(text)["input_ids"]
+        turns = [{"role": "user", "content": text}]
+        text = self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        return self._tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+class TransformersGenerator:
+    """Batched, left-padded, with a key-value cache; on CUDA where there is one. fp32 on CPU, else the model's own dtype."""
+
+    backend = "transformers"
+
+    def __init__(
+        self,
+        directory: str | Path,
+        sampling: Sampling,
+        *,
+        batch_size: int,
+        wrapper: str = "{prompt}",
+        raw: bool = False,
+    ) -> None:
+        import transformers
+
+        on_cuda = torch.cuda.is_available()
+        self._model, tokenizer = load_in_transformers(directory, dtype="auto" if on_cuda else torch.float32)
+        self._model.to("cuda" if on_cuda else "cpu")
+        self._tokenizer, self._sampling, self._batch_size = tokenizer, sampling, batch_size
+        self._format = PromptFormat(tokenizer, wrapper=wrapper, raw=raw)
+        self._stops = stop_tokens(self._model.generation_config, tokenizer)
+        self._pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (self._stops or [0])[0]
+        self.problems_at_once = max(1, batch_size // sampling.samples)
+        # Nothing of the model's own penalties and sampling: an evaluation says how it samples.
+        self._model.generation_config = transformers.GenerationConfig()
+        self._options = transformers.GenerationConfig(
+            max_new_tokens=sampling.max_new_tokens,
+            do_sample=False,
+            eos_token_id=self._stops or None,
+            pad_token_id=self._pad,
+        )
+
+    def answer(self, prompts: Sequence[tuple[int, str]]) -> list[list[Answer]]:
+        rows = [
+            (self._format(question), self._sampling.seed_of(number, sample))
+            for number, question in prompts
+            for sample in range(self._sampling.samples)
+        ]
+        flat = [
+            a for at in range(0, len(rows), self._batch_size) for a in self._batch(rows[at : at + self._batch_size])
+        ]
+        n = self._sampling.samples
+        return [flat[i : i + n] for i in range(0, len(flat), n)]
+
+    def _batch(self, rows: list[tuple[list[int], int]]) -> list[Answer]:
+        longest = max(len(ids) for ids, _ in rows)
+        tokens = torch.tensor([[self._pad] * (longest - len(ids)) + ids for ids, _ in rows])
+        mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids, _ in rows])
+        device = self._model.device
+        with torch.inference_mode():
+            out = self._model.generate(
+                input_ids=tokens.to(device),
+                attention_mask=mask.to(device),
+                generation_config=self._options,
+                logits_processor=self._samplers([seed for _, seed in rows]),
+            )
+        return [self._cut(ids) for ids in out[:, longest:].tolist()]
+
+    def _samplers(self, seeds: list[int]) -> Any:
+        from transformers.generation.logits_process import (
+            LogitsProcessorList,
+            TemperatureLogitsWarper,
+            TopPLogitsWarper,
+        )
+
+        if self._sampling.temperature == 0:
+            return LogitsProcessorList()
+        chain = [TemperatureLogitsWarper(self._sampling.temperature)]
+        if self._sampling.top_p < 1:
+            chain.append(TopPLogitsWarper(self._sampling.top_p))
+        return LogitsProcessorList([*chain, _GumbelNoise(seeds, self._model.device)])
+
+    def _cut(self, ids: list[int]) -> Answer:
+        end = next((i for i, token in enumerate(ids) if token in self._stops), None)
+        kept = ids if end is None else ids[:end]
+        return Answer(self._tokenizer.decode(kept, skip_special_tokens=True), len(kept), end is None)
+
+
+class _GumbelNoise:
+    """Adds each row's own Gumbel noise to its scores, whose largest is then a sample of their softmax.
+
+    So that a row's answer follows from its seed, whatever else is in the batch. scores [rows, V].
+    """
+
+    def __init__(self, seeds: list[int], device: torch.device) -> None:
+        self._generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        scores = scores.float()
+        noise = torch.stack(
+            [torch.empty_like(scores[0]).exponential_(generator=generator) for generator in self._generators]
+        )
+        return scores - noise.log()
+
+
+class VllmGenerator:
+    """All prompts at once, scheduled by vLLM on every GPU it is given."""
+
+    backend = "vllm"
+    problems_at_once = 256  # results are written after so many
+
+    def __init__(
+        self,
+        directory: str | Path,
+        sampling: Sampling,
+        *,
+        tensor_parallel: int = 1,
+        wrapper: str = "{prompt}",
+        raw: bool = False,
+    ) -> None:
+        from transformers import GenerationConfig
+        from vllm import LLM
+
+        tokenizer = load_tokenizer_in_transformers(directory)
+        self._sampling = sampling
+        self._format = PromptFormat(tokenizer, wrapper=wrapper, raw=raw)
+        has_own = (Path(directory) / "generation_config.json").exists()
+        own = GenerationConfig.from_pretrained(directory) if has_own else GenerationConfig()
+        self._stops = stop_tokens(own, tokenizer)
+        self._engine = LLM(
+            model=str(directory),
+            tensor_parallel_size=tensor_parallel,
+            load_format="safetensors",
+            trust_remote_code=False,
+            seed=sampling.seed,
+            generation_config="vllm",  # not the model's own penalties
+        )
+
+    def answer(self, prompts: Sequence[tuple[int, str]]) -> list[list[Answer]]:
+        from vllm import SamplingParams, TokensPrompt
+
+        one = self._sampling
+        inputs, params = [], []
+        for number, question in prompts:
+            ids = self._format(question)
+            for sample in range(one.samples):
+                inputs.append(TokensPrompt(prompt_token_ids=ids))
+                params.append(
+                    SamplingParams(
+                        temperature=one.temperature,
+                        top_p=one.top_p if one.temperature else 1.0,
+                        max_tokens=one.max_new_tokens,
+                        seed=one.seed_of(number, sample),
+                        stop_token_ids=self._stops,
+                    )
+                )
+        outputs = [request.outputs[0] for request in self._engine.generate(inputs, params, use_tqdm=False)]
+        flat = [Answer(out.text, len(out.token_ids), out.finish_reason == "length") for out in outputs]
+        return [flat[i : i + one.samples] for i in range(0, len(flat), one.samples)]
+
+
+def stop_tokens(generation_config: Any, tokenizer: Any) -> list[int]:
+    """Ids that end an answer: the model's generation config names them, and the tokenizer one."""
+    own = generation_config.eos_token_id
+    own = [] if own is None else own if isinstance(own, list) else [own]
+    return list(dict.fromkeys([*own, *([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else [])]))
+
+
+def make_generator(
+    directory: str | Path,
+    sampling: Sampling,
+    *,
+    backend: Backend = "auto",
+    batch_size: int = 16,
+    tensor_parallel: int = 1,
+    wrapper: str = "{prompt}",
+    raw: bool = False,
+) -> Generator:
+    """The backend asked for, or with `auto` vLLM if it is installed and there is a GPU, `transformers` otherwise."""
+    installed = importlib.util.find_spec("vllm") is not None
+    if backend == "vllm" and not installed:
+        raise ConfigError("vLLM is not installed. Install it (pip install vllm), or use --backend transformers.")
+    if backend == "vllm" or (backend == "auto" and installed and torch.cuda.is_available()):
+        return VllmGenerator(directory, sampling, tensor_parallel=tensor_parallel, wrapper=wrapper, raw=raw)
+    return TransformersGenerator(directory, sampling, batch_size=batch_size, wrapper=wrapper, raw=raw)

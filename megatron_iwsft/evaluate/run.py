@@ -1,0 +1,200 @@
+"""Models on benchmarks: every answer is kept, an interrupted evaluation goes on, and two models are compared problem by problem.
+
+OUTPUT/BENCHMARK/MODEL.jsonl    first line: model, benchmark and settings; then one line a problem with all its answers
+OUTPUT/BENCHMARK/summary.json   pass@k of every model, and the comparison
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from megatron_iwsft import checkpoint
+from megatron_iwsft.convert import export_checkpoint
+from megatron_iwsft.errors import CheckpointError, ConfigError, DataError
+from megatron_iwsft.evaluate.benchmark import Problem, is_correct
+from megatron_iwsft.evaluate.generate import Generator
+from megatron_iwsft.evaluate.statistics import Comparison, Estimate, compare, mean_pass_at_k
+from megatron_iwsft.reference import weights_fingerprint
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class EvaluatedModel:
+    """A Hugging Face directory, and what it is called in tables and file names."""
+
+    label: str
+    directory: Path
+
+
+def find_models(paths: Sequence[str | Path]) -> list[EvaluatedModel]:
+    """Hugging Face directories as they are; run and checkpoint directories as their latest checkpoint, exported to RUN/hf/step-….
+
+    Raises CheckpointError if a path is neither, ConfigError if two models would have the same name.
+    """
+    models = [_find_model(Path(path)) for path in paths]
+    labels = [model.label for model in models]
+    if len(set(labels)) < len(labels):
+        raise ConfigError(
+            f"the models are told apart by their directories' names, and these are alike: {', '.join(labels)}."
+        )
+    return models
+
+
+def _find_model(path: Path) -> EvaluatedModel:
+    path = path.resolve()
+    if (path / "config.json").exists():
+        is_export = path.parent.name == "hf" and path.name.startswith("step-")
+        return EvaluatedModel(f"{path.parent.parent.name}-{path.name}" if is_export else path.name, path)
+    if not path.is_dir():
+        raise CheckpointError(f"there is no model at {path}.")
+    info = checkpoint.CheckpointInfo.read(path)
+    root = info.directory.parent
+    run = root.parent if root.name == "checkpoints" else root
+    exported = run / "hf" / info.directory.name
+    if not exported.exists():
+        print(f"exporting {info.directory} to {exported}", flush=True)
+        export_checkpoint(info.directory, exported)
+    return EvaluatedModel(f"{run.name}-{exported.name}", exported)
+
+
+@dataclass(frozen=True)
+class Result:
+    """One model's answers to one benchmark. correct[i], of `samples`, to the i-th problem."""
+
+    model: EvaluatedModel
+    samples: int
+    correct: list[int]
+    cut_off: int
+    tokens: int
+
+    def pass_at(self, k: int) -> Estimate:
+        return mean_pass_at_k(self.correct, self.samples, k)
+
+
+def evaluate_model(
+    model: EvaluatedModel,
+    problems: list[Problem],
+    output: Path,
+    *,
+    settings: dict[str, Any],
+    samples: int,
+    make: Callable[[Path], Generator],
+) -> Result:
+    """Answer and judge the problems that `output`/LABEL.jsonl does not hold yet.
+
+    settings: what else the answers depend on; the file must have been written with the same ones, else DataError. `make` is
+    called only if there is something left to do.
+    """
+    path = output / f"{model.label}.jsonl"
+    header = {
+        "format_version": FORMAT_VERSION,
+        "model": str(model.directory),
+        "weights": weights_fingerprint(model.directory, "*.safetensors"),
+        "settings": settings,
+    }
+    done = _read_results(path, header)
+    for problem in problems:
+        if problem.number in done and done[problem.number]["answer"] != problem.answer:
+            raise DataError(f"{path} has answers to another problem in line {problem.number}. Choose another --output.")
+    left = [problem for problem in problems if problem.number not in done]
+    if left:
+        generator = make(model.directory)
+        output.mkdir(parents=True, exist_ok=True)
+        bar = tqdm(
+            total=len(problems), initial=len(problems) - len(left), desc=model.label, unit="problem", disable=None
+        )
+        with open(path, "a", encoding="utf-8") as file, bar:
+            if not done and file.tell() == 0:
+                file.write(json.dumps(header | {"backend": generator.backend}, ensure_ascii=False) + "\n")
+            for at in range(0, len(left), generator.problems_at_once):
+                batch = left[at : at + generator.problems_at_once]
+                answers = generator.answer([(problem.number, problem.prompt) for problem in batch])
+                for problem, own in zip(batch, answers, strict=True):
+                    judged = [asdict(a) | {"correct": is_correct(problem.answer, a.text)} for a in own]
+                    done[problem.number] = asdict(problem) | {"answers": judged}
+                    file.write(json.dumps(done[problem.number], ensure_ascii=False) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+                bar.update(len(batch))
+    answered = [done[problem.number]["answers"] for problem in problems]
+    return Result(
+        model,
+        samples,
+        correct=[sum(a["correct"] for a in own) for own in answered],
+        cut_off=sum(a["cut_off"] for own in answered for a in own),
+        tokens=sum(a["tokens"] for own in answered for a in own),
+    )
+
+
+def _read_results(path: Path, header: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    """Problem number → its line, of what an earlier call has finished. Cuts off a line that was being written when it ended."""
+    if not path.exists():
+        return {}
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+        os.truncate(path, len(whole))
+    try:
+        lines = [json.loads(line) for line in whole.splitlines()]
+        found = {line["number"]: line for line in lines[1:]}
+        before = lines[0] if lines else header
+    except (ValueError, KeyError, TypeError):
+        raise DataError(f"{path} is damaged. Remove it to evaluate again.") from None
+    for key in ("format_version", "weights", "settings"):
+        if before.get(key) != header[key]:
+            raise DataError(
+                f"{path} holds answers with other {key}: {before.get(key)} there, {header[key]} now. Remove it, or choose another "
+                "--output."
+            )
+    return found
+
+
+def pairs(results: Sequence[Result]) -> list[tuple[Result, Result, Comparison]]:
+    """Every later model against the first."""
+    first = results[0]
+    return [(first, r, compare(first.correct, r.correct, (first.samples, r.samples))) for r in results[1:]]
+
+
+def table(results: Sequence[Result], ks: Sequence[int]) -> str:
+    """What the results come to, for people."""
+    width = max(len(r.model.label) for r in results)
+    lines = [f"{'':{width}}  " + "".join(f"{f'pass@{k}':^26}" for k in ks) + "cut off  tokens/answer"]
+    for r in results:
+        answers = len(r.correct) * r.samples
+        cells = "".join(f"{_percent(r.pass_at(k)):^26}" for k in ks)
+        lines.append(f"{r.model.label:{width}}  {cells}{r.cut_off / answers:6.1%}  {r.tokens / answers:12.0f}".rstrip())
+    for a, b, c in pairs(results):
+        lines.append(
+            f"{b.model.label} − {a.model.label}: pass@1 {100 * c.difference:+.1f} points "
+            f"[{100 * c.low:+.1f}, {100 * c.high:+.1f}], exact paired test p = {c.p_value:.3g} "
+            f"({c.better} problems better, {c.worse} worse, {c.equal} equal)"
+        )
+    return "\n".join(lines)
+
+
+def _percent(e: Estimate) -> str:
+    return f"{100 * e.mean:.1f} % [{100 * e.low:.1f}, {100 * e.high:.1f}]"
+
+
+def write_summary(path: Path, results: Sequence[Result], ks: Sequence[int], settings: dict[str, Any]) -> None:
+    summary = {
+        "settings": settings,
+        "problems": len(results[0].correct),
+        "models": {
+            r.model.label: {"directory": str(r.model.directory), "cut_off": r.cut_off, "tokens": r.tokens}
+            | {f"pass@{k}": asdict(r.pass_at(k)) for k in ks}
+            for r in results
+        },
+        "comparisons": [{"from": a.model.label, "to": b.model.label} | asdict(c) for a, b, c in pairs(results)],
+    }
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(partial, path)

@@ -1,0 +1,146 @@
+"""The safetensors format: header length (u64), a JSON header, then every tensor's bytes end to end.
+
+Read by slices into memory of one's own, where the usual library maps the whole file: mapped pages would count towards each
+rank's memory, up to the size of the model. Written one block of rows at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_iwsft.errors import CheckpointError
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_MAX_HEADER = 100_000_000  # the format's own limit
+_BLOCK = 1 << 24
+
+
+class SafetensorsFile:
+    """One open file. Raises CheckpointError if it is missing, truncated or not of this format.
+
+    shapes  tensor name → shape, of every tensor in the file
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - open as long as the object lives
+            size = os.fstat(self._file.fileno()).st_size
+            self._header, self._start = self._read_header(size)
+        except FileNotFoundError:
+            raise
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise self._damaged(str(error)) from None
+        self.shapes = {name: tuple(entry["shape"]) for name, entry in self._header.items()}
+
+    def _damaged(self, why: str) -> CheckpointError:
+        return CheckpointError(f"{self.path} cannot be read as safetensors: {why}. Download or export it again.")
+
+    def _read_header(self, size: int) -> tuple[dict[str, Any], int]:
+        """The tensors' entries, checked against the file's size, and where their bytes begin."""
+        head = self._file.read(8)
+        length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
+        if length > min(size - 8, _MAX_HEADER):
+            raise ValueError(f"its {size} bytes do not hold the header that they announce")
+        header = json.loads(self._file.read(length))
+        header.pop("__metadata__", None)
+        end = 0
+        for name, entry in header.items():
+            if entry["dtype"] not in _DTYPES:
+                raise ValueError(f"tensor {name} is of type {entry['dtype']}; known are {', '.join(_DTYPES)}")
+            begin, stop = entry["data_offsets"]
+            if stop - begin != torch.Size(entry["shape"]).numel() * _DTYPES[entry["dtype"]].itemsize or begin < 0:
+                raise ValueError(f"tensor {name} does not fit its place")
+            end = max(end, stop)
+        if 8 + length + end != size:
+            raise ValueError(f"it has {size} bytes, its header announces {8 + length + end}")
+        return header, 8 + length
+
+    def read(self, name: str, dim: int, start: int, stop: int) -> Tensor:
+        """The part [start, stop) of a tensor along dimension 0 or 1, on CPU, in the file's dtype. Reads nothing else."""
+        entry = self._header[name]
+        dtype, shape = _DTYPES[entry["dtype"]], list(entry["shape"])
+        row = torch.Size(shape[dim + 1 :]).numel() * dtype.itemsize  # bytes of one index along `dim`
+        at = self._start + entry["data_offsets"][0] + start * row
+        stride, rows = shape[dim] * row, torch.Size(shape[:dim]).numel()
+        shape[dim] = stop - start
+        out = torch.empty(shape, dtype=dtype)
+        length = (stop - start) * row
+        if length == stride:
+            rows, length = 1, length * rows
+        if length == 0:
+            return out
+        # One copy at most: the file's bytes go straight to the tensor.
+        target = memoryview(out.view(-1).view(torch.uint8).numpy())
+        for i in range(rows):
+            self._read_at(target[i * length : (i + 1) * length], at + i * stride)
+        return out
+
+    def _read_at(self, target: memoryview, at: int) -> None:
+        while target:  # the kernel gives at most 2 GiB at once
+            got = os.preadv(self._file.fileno(), [target], at)
+            if got == 0:
+                raise self._damaged("it has become shorter since it was opened")
+            target, at = target[got:], at + got
+
+
+def write_safetensors(
+    path: Path,
+    shapes: dict[str, tuple[int, ...]],
+    read: Callable[[str], Tensor],
+    dtype: torch.dtype,
+    *,
+    written: Callable[[int], object] = lambda size: None,
+) -> None:
+    """Write the tensors of `shapes` in that order, each asked for once by `read`; `written` hears of bytes as they go.
+
+    Raises CheckpointError if a tensor has another shape.
+    """
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name, shape in shapes.items():
+        size = torch.Size(shape).numel() * dtype.itemsize
+        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [at, at + size]}
+        at += size
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(encoded)) + encoded)
+        for name, shape in shapes.items():
+            tensor = read(name)
+            if tuple(tensor.shape) != shape:
+                raise CheckpointError(
+                    f"tensor {name} has shape {tuple(tensor.shape)} where the config implies {shape}."
+                )
+            for block in _row_blocks(tensor):
+                data = block.to("cpu", dtype).contiguous().view(-1).view(torch.uint8).numpy()
+                file.write(data.data)
+                written(len(data))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _row_blocks(tensor: Tensor) -> Iterable[Tensor]:
+    """Blocks of some 16 MB, so that no conversion needs a second copy of the whole."""
+    if tensor.ndim == 0:
+        return [tensor]
+    row = max(1, tensor[:1].numel() * tensor.element_size())
+    return tensor.split(max(1, _BLOCK // row))

@@ -1,0 +1,183 @@
+"""Evaluation with `transformers` on CPU: what is generated, what is kept, going on after an interruption, two models compared."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_iwsft.convert import load_in_transformers
+from megatron_iwsft.errors import CheckpointError, ConfigError, DataError
+from megatron_iwsft.evaluate.benchmark import read_benchmark
+from megatron_iwsft.evaluate.generate import PromptFormat, Sampling, TransformersGenerator, make_generator
+from megatron_iwsft.evaluate.run import EvaluatedModel, evaluate_model, find_models, table, write_summary
+from tests import tiny
+from tests.model.test_hf import hf_directory
+
+QUESTIONS = [
+    (1, "What is 12 plus 30?"),
+    (2, "7?"),
+    (3, "Ein Zug fährt 120 km in 2 Stunden. How fast?"),
+    (4, "Add 7 and 8."),
+]
+SAMPLED = Sampling(samples=3, temperature=1.0, top_p=0.9, max_new_tokens=12, seed=5)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    path = hf_directory(tmp_path_factory.mktemp("models") / "a")
+    tiny.hf_tokenizer(path, vocab_size=300)
+    return path
+
+
+def test_greedy_answers_are_the_likeliest_tokens_whatever_the_batch(model: Path) -> None:
+    """Against one forward pass a token without a cache, one prompt at a time."""
+    theirs, tokenizer = load_in_transformers(model)
+    stops = {tokenizer.eos_token_id}
+    expected = []
+    for _, question in QUESTIONS:
+        ids = PromptFormat(tokenizer)(question)
+        assert tokenizer.decode(ids) == f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
+        answer: list[int] = []
+        with torch.no_grad():
+            while len(answer) < 12 and not stops & set(answer):
+                answer.append(int(theirs(torch.tensor([ids + answer])).logits[0, -1].argmax()))
+        expected.append(tokenizer.decode([t for t in answer if t not in stops], skip_special_tokens=True))
+    for batch_size in (1, 3, 4):
+        generator = TransformersGenerator(model, Sampling(max_new_tokens=12), batch_size=batch_size)
+        assert [a.text for (a,) in generator.answer(QUESTIONS)] == expected, batch_size
+
+
+def test_a_sampled_answer_depends_on_its_seed_alone(model: Path) -> None:
+    found = [
+        [[a.text for a in own] for own in TransformersGenerator(model, SAMPLED, batch_size=size).answer(QUESTIONS)]
+        for size in (2, 12)
+    ]
+    assert found[0] == found[1]
+    assert len({text for own in found[0] for text in own}) == 12
+    other = TransformersGenerator(model, Sampling(3, 1.0, 0.9, 12, seed=6), batch_size=12).answer(QUESTIONS)
+    assert all(a.text != b for own, texts in zip(other, found[0], strict=True) for a, b in zip(own, texts, strict=True))
+
+
+def test_sampling_follows_the_models_distribution(model: Path) -> None:
+    """First tokens of 3,000 answers against the softmax at that temperature within the nucleus."""
+    theirs, tokenizer = load_in_transformers(model)
+    ids = PromptFormat(tokenizer)("7?")
+    with torch.no_grad():
+        chances = torch.softmax(theirs(torch.tensor([ids])).logits[0, -1].double() / 0.7, -1)
+    order = chances.argsort(descending=True)
+    before = chances[order].cumsum(0) - chances[order]
+    nucleus = {int(t) for t in order[before < 0.8]}
+    kept = torch.zeros_like(chances)
+    kept[list(nucleus)] = chances[list(nucleus)]
+    kept /= kept.sum()
+
+    generator = TransformersGenerator(model, Sampling(3000, 0.7, 0.8, max_new_tokens=1), batch_size=1000)
+    counts = torch.zeros_like(chances)
+    prompt = torch.tensor([ids] * 1000)
+    for at in range(0, 3000, 1000):
+        seeds = [generator._sampling.seed_of(1, s) for s in range(at, at + 1000)]
+        out = generator._model.generate(
+            input_ids=prompt, generation_config=generator._options, logits_processor=generator._samplers(seeds)
+        )
+        counts += torch.bincount(out[:, -1], minlength=len(chances))
+    assert {int(t) for t in counts.nonzero()} <= nucleus
+    assert float((counts / 3000 - kept).abs().max()) < 4 * (0.25 / 3000) ** 0.5
+
+
+def evaluated(model: Path, benchmark: Path, output: Path, **changes):
+    problems = read_benchmark(benchmark)
+    settings = vars(SAMPLED) | changes
+    made = []
+
+    def make(directory: Path):
+        made.append(directory)
+        return make_generator(directory, SAMPLED, batch_size=6)
+
+    return (
+        evaluate_model(EvaluatedModel(model.name, model), problems, output, settings=settings, samples=3, make=make),
+        len(made),
+    )
+
+
+@pytest.fixture
+def benchmark(tmp_path: Path) -> Path:
+    return tiny.write_jsonl(tmp_path / "b.jsonl", [{"question": q, "answer": f"#### {n}"} for n, q in QUESTIONS])
+
+
+def test_an_interrupted_evaluation_goes_on(model: Path, benchmark: Path, tmp_path: Path) -> None:
+    whole, _ = evaluated(model, benchmark, tmp_path / "whole")
+    file = tmp_path / "whole" / "a.jsonl"
+    content = file.read_bytes()
+    header, *lines = map(json.loads, content.splitlines())
+    assert header["settings"]["temperature"] == 1.0
+    assert header["backend"] == "transformers"
+    assert [line["prompt"] for line in lines] == [q for _, q in QUESTIONS]
+    assert all(len(line["answers"]) == 3 for line in lines)
+    assert whole.correct == [sum(a["correct"] for a in line["answers"]) for line in lines]
+
+    interrupted = tmp_path / "interrupted" / "a.jsonl"
+    interrupted.parent.mkdir()
+    for kept in (0, 40, len(content.splitlines(keepends=True)[0]), len(content) // 2, len(content)):
+        interrupted.write_bytes(content[:kept])
+        again, made = evaluated(model, benchmark, interrupted.parent)
+        assert again == whole
+        assert made == (kept < len(content))
+        assert interrupted.read_bytes() == content
+
+    with pytest.raises(DataError, match="answers with other settings"):
+        evaluated(model, benchmark, interrupted.parent, temperature=0.5)
+    interrupted.write_bytes(content.replace(b'"number": 2', b'"n": 2'))
+    with pytest.raises(DataError, match="is damaged"):
+        evaluated(model, benchmark, interrupted.parent)
+    interrupted.write_bytes(content)
+    benchmark.write_text(benchmark.read_text().replace("#### 2", "#### 5"))
+    with pytest.raises(DataError, match="another problem in line 2"):
+        evaluated(model, benchmark, interrupted.parent)
+
+
+def test_two_models_side_by_side(model: Path, benchmark: Path, tmp_path: Path) -> None:
+    found, _ = evaluated(model, benchmark, tmp_path / "out")
+    a = replace(found, correct=[0, 0, 0, 0])
+    b = type(a)(EvaluatedModel("b", model), 3, [3, 3, 3, 3], cut_off=0, tokens=12)
+    text = table([a, b], [1, 2])
+    assert "pass@1" in text
+    assert "b − a: pass@1 +100.0 points" in text
+    assert "exact paired test p = 0.125 (4 problems better, 0 worse, 0 equal)" in text
+    write_summary(tmp_path / "out" / "summary.json", [a, b], [1, 2], {})
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["models"]["b"]["pass@2"]["mean"] == 1
+    assert summary["comparisons"][0]["p_value"] == 0.125
+
+
+def test_models_are_found_and_mistakes_told(model: Path, tmp_path: Path) -> None:
+    assert [m.label for m in find_models([model])] == ["a"]
+    exported = tmp_path / "run" / "hf" / "step-00000014"
+    exported.mkdir(parents=True)
+    (exported / "config.json").write_text("{}")
+    assert find_models([exported])[0].label == "run-step-00000014"
+    with pytest.raises(ConfigError, match="these are alike: a, a"):
+        find_models([model, model])
+    with pytest.raises(CheckpointError, match="there is no model at"):
+        find_models([tmp_path / "nothing"])
+    with pytest.raises(CheckpointError, match="holds no complete checkpoint"):
+        find_models([tmp_path])
+    with pytest.raises(ConfigError, match=r"has no \{prompt\}"):
+        make_generator(model, SAMPLED, wrapper="Answer:")
+    (bare := tmp_path / "bare").mkdir()
+    for file in model.iterdir():
+        (bare / file.name).write_bytes(file.read_bytes())
+    tiny.hf_tokenizer(bare, vocab_size=300, template=None)
+    with pytest.raises(CheckpointError, match="has no chat template"):
+        make_generator(bare, SAMPLED)
+    raw = make_generator(bare, Sampling(max_new_tokens=3), wrapper="Question: {prompt}\nAnswer:", raw=True)
+    assert len(raw.answer(QUESTIONS)) == 4
+    # No pickle is read, whatever lies there.
+    for file in bare.glob("*.safetensors*"):
+        file.unlink()
+    torch.save({}, bare / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="cannot be loaded by transformers"):
+        make_generator(bare, SAMPLED, raw=True)
