@@ -3,9 +3,9 @@
 manifest.json                            what it is and how it was made; SHA-256 of every file; written last
 shard-00000.bin, .idx                    tokens: a Megatron IndexedDataset, one sequence a trajectory
 shard-00000.mask.bin, .idx               uint8, 1 where trained on
-shard-00000.meta.parquet                 id, score, num_tokens, num_trained, source, line, content_hash
+shard-00000.meta.parquet                 id, score, num_tokens, num_trained, source, file, line, content_hash
 tokenizer/                               the tokenizer's files, so that the corpus stands alone
-dropped.jsonl                            every rejected record: source, line, reason
+dropped.jsonl                            every rejected record: file, line, id, reason, detail
 reference-<fingerprint>/                 sidecars of reference log-probs (`reference.py`)
 """
 
@@ -23,7 +23,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megatron_iwsft.data.indexed import IndexedReader, IndexedWriter
-from megatron_iwsft.data.records import Trajectory
 from megatron_iwsft.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_iwsft.errors import DataError
 
@@ -39,8 +38,9 @@ _META = pa.schema(
         ("num_tokens", pa.int32()),
         ("num_trained", pa.int32()),
         ("source", pa.string()),
+        ("file", pa.string()),
         ("line", pa.int64()),
-        ("content_hash", pa.string()),
+        ("content_hash", pa.binary(32)),
     ]
 )
 
@@ -57,29 +57,36 @@ class ShardWriter:
         self._directory = directory
         self._tokens = IndexedWriter(directory / self.name, token_dtype)
         self._masks = IndexedWriter(directory / f"{self.name}.mask", np.dtype(np.uint8))
-        self._rows: list[tuple[Any, ...]] = []
+        self._meta: list[pa.RecordBatch] = []
         self.num_tokens = 0
 
-    def append(self, trajectory: Trajectory, source: str, line: int) -> None:
-        self._tokens.append(trajectory.tokens)
-        self._masks.append(trajectory.mask)
-        n = len(trajectory.tokens)
-        self._rows.append(
-            (trajectory.id, trajectory.score, n, int(trajectory.mask.sum()), source, line, trajectory.content_hash)
-        )
-        self.num_tokens += n
+    def append(self, rows: pa.RecordBatch, file: str) -> None:
+        """Add trajectories: rows as `encode.row_schema` has them, none of them dropped."""
+        lengths = rows["tokens"].value_lengths().to_numpy()
+        self._tokens.append_many(rows["tokens"].flatten().to_numpy(), lengths)
+        self._masks.append_many(rows["mask"].flatten().to_numpy(), lengths)
+        columns = {name: rows[name] for name in ("id", "score", "num_trained", "source", "line", "content_hash")}
+        columns["num_tokens"] = pa.array(lengths.astype(np.int32))
+        columns["file"] = pa.repeat(pa.scalar(file, pa.string()), rows.num_rows)
+        self._meta.append(pa.record_batch([columns[name] for name in _META.names], schema=_META))
+        self.num_tokens += int(lengths.sum())
 
-    def close(self) -> list[str]:
-        """Finish the shard; returns the names of its files."""
-        self._tokens.close()
-        self._masks.close()
-        columns = list(zip(*self._rows, strict=True)) if self._rows else [()] * len(_META)
-        table = pa.table([pa.array(c, type=f.type) for c, f in zip(columns, _META, strict=True)], schema=_META)
+    def close(self) -> dict[str, str]:
+        """Finish the shard; returns its files with their SHA-256."""
+        hashes = self._tokens.close() | self._masks.close()
+        # One chunk: where the file's pages end must not depend on how the rows arrived.
+        table = pa.Table.from_batches(self._meta, _META).combine_chunks()
         meta = self._directory / f"{self.name}.meta.parquet"
         partial = meta.with_name(meta.name + ".partial")
         pq.write_table(table, partial, compression="zstd")
+        sync(partial)
         os.replace(partial, meta)
-        return shard_files(self.name)
+        return hashes | {meta.name: file_hash(meta)}
+
+    def abandon(self) -> None:
+        """Close the files without giving them their names."""
+        self._tokens.abandon()
+        self._masks.abandon()
 
 
 def shard_files(name: str) -> list[str]:
@@ -89,7 +96,14 @@ def shard_files(name: str) -> list[str]:
 def write_manifest(directory: Path, manifest: dict[str, Any]) -> None:
     partial = directory / f"{MANIFEST}.partial"
     partial.write_text(json.dumps(manifest, indent=1, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
+    sync(partial)
     os.replace(partial, directory / MANIFEST)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's content is on disk, so that renaming it cannot come first."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
 
 
 def file_hash(path: Path) -> str:
