@@ -150,23 +150,7 @@ class Corpus:
     def open(directory: str | Path) -> Corpus:
         """Open a corpus directory. Raises DataError if it is missing, unfinished, of another version or damaged."""
         directory = Path(directory)
-        path = directory / MANIFEST
-        if not directory.is_dir():
-            raise DataError(f"there is no corpus at {directory}. Make one with tools/shard_corpus.py.")
-        if not path.exists():
-            raise DataError(
-                f"{directory} has no {MANIFEST}: sharding was interrupted. Run tools/shard_corpus.py again to finish it."
-            )
-        content = path.read_bytes()
-        try:
-            manifest = json.loads(content)
-            version = manifest["format_version"]
-        except (ValueError, KeyError, TypeError):
-            raise DataError(f"{path} is damaged. Make the corpus again.") from None
-        if version != FORMAT_VERSION:
-            raise DataError(
-                f"{path} has format version {version}; this program reads version {FORMAT_VERSION}. Shard the records again."
-            )
+        manifest, fingerprint = _read_manifest(directory)
         names = [shard["name"] for shard in manifest["shards"]]
         tokens = [IndexedReader(directory / name) for name in names]
         masks = [IndexedReader(directory / f"{name}.mask") for name in names]
@@ -182,7 +166,7 @@ class Corpus:
         return Corpus(
             directory=directory,
             manifest=manifest,
-            fingerprint=hashlib.sha256(content).hexdigest(),
+            fingerprint=fingerprint,
             lengths=meta["num_tokens"].to_numpy(),
             num_trained=meta["num_trained"].to_numpy(),
             scores=meta["score"].cast(pa.float64()).fill_null(float("nan")).to_numpy(),
@@ -221,16 +205,47 @@ class Corpus:
     def tokenizer(self) -> Tokenizer:
         return load_tokenizer(self.directory / TOKENIZER)
 
+    def shard_meta(self, shard: str, columns: list[str]) -> pa.Table:
+        return read_meta(self.directory, [shard], columns)
+
     def verify(self) -> list[str]:
-        """Re-hash every file; returns one complaint per file that is missing or changed."""
-        out = []
-        for name, expected in sorted(self.manifest["files"].items()):
-            path = self.directory / name
-            if not path.exists():
-                out.append(f"{path} is missing")
-            elif file_hash(path) != expected:
-                out.append(f"{path} has changed since the manifest was written")
-        return out
+        """As `verify_files`."""
+        return verify_files(self.directory)
+
+
+def verify_files(directory: Path) -> list[str]:
+    """Hash every file of a corpus again; returns one complaint per file that is missing or changed."""
+    out = []
+    manifest, _ = _read_manifest(directory)
+    for name, expected in sorted(manifest["files"].items()):
+        path = directory / name
+        if not path.exists():
+            out.append(f"{path} is missing")
+        elif file_hash(path) != expected:
+            out.append(f"{path} has changed since the manifest was written")
+    return out
+
+
+def _read_manifest(directory: Path) -> tuple[dict[str, Any], str]:
+    """(manifest, SHA-256 of its file)."""
+    path = directory / MANIFEST
+    if not directory.is_dir():
+        raise DataError(f"there is no corpus at {directory}. Make one with tools/shard_corpus.py.")
+    if not path.exists():
+        raise DataError(
+            f"{directory} has no {MANIFEST}: sharding was interrupted. Run tools/shard_corpus.py again to finish it."
+        )
+    content = path.read_bytes()
+    try:
+        manifest = json.loads(content)
+        version = manifest["format_version"]
+    except (ValueError, KeyError, TypeError):
+        raise DataError(f"{path} is damaged. Make the corpus again.") from None
+    if version != FORMAT_VERSION:
+        raise DataError(
+            f"{path} has format version {version}; this program reads version {FORMAT_VERSION}. Shard the records again."
+        )
+    return manifest, hashlib.sha256(content).hexdigest()
 
 
 def read_meta(directory: Path, names: list[str], columns: list[str] | None) -> pa.Table:

@@ -106,20 +106,19 @@ class BlockEncoder:
         add, read = rows.columns.append, self.reader.read
         for line, record in _numbered(block):
             for sample in (record,) if isinstance(record, Dropped) else read(record):
-                row = len(rows.columns)
+                name = sample.id or f"{stem}:{line}"
+                if sample.number is not None:
+                    name = f"{name}#{sample.number}"
                 if isinstance(sample, Dropped):
-                    add((line, f"{stem}:{line}", stem, None))
-                    rows.dropped[row] = sample
+                    rows.dropped[len(rows)] = sample
+                    add((line, name, stem, None))
                     continue
                 try:
                     if self._answers is not None:
                         self._answers.check(record, sample)  # type: ignore[arg-type]
-                    self._add(rows, row, sample)
+                    self._add(rows, len(rows), sample)
                 except Dropped as dropped:
-                    rows.dropped[row] = dropped
-                name = sample.id or f"{stem}:{line}"
-                if sample.number is not None:
-                    name = f"{name}#{sample.number}"
+                    rows.dropped[len(rows)] = dropped
                 add((line, name, sample.source or stem, sample.score))
         return rows
 

@@ -7,6 +7,7 @@ being compared while the corpus is made: a difference ends the run instead of en
 from __future__ import annotations
 
 import itertools
+import re
 import sys
 from collections.abc import Sequence
 from typing import Protocol
@@ -51,10 +52,7 @@ def gigatoken_encoder(tokenizer: Tokenizer) -> Encoder | str:
                 return "this tokenizer puts a space before every text it is given"
             return _HuggingFaceEncoder(gigatoken.Tokenizer.from_json(tokenizer.json))
         assert isinstance(tokenizer, SentencePieceTokenizer)
-        first, later = (
-            gigatoken.Tokenizer.from_sentencepiece(m) for m in (tokenizer.model, tokenizer.continuation_model)
-        )
-        return _SentencePieceEncoder(tokenizer, first, later)
+        return _SentencePieceEncoder(tokenizer, gigatoken.Tokenizer.from_sentencepiece(tokenizer.continuation_model))
     except Exception as error:  # whatever its Rust side raises: the tokenizer's own library serves
         return f"gigatoken cannot read this tokenizer: {str(error).splitlines()[0]}"
 
@@ -117,41 +115,26 @@ class _HuggingFaceEncoder:
 
 
 class _SentencePieceEncoder:
-    """Control pieces are set in by their ids; the part that begins a text and those that continue it are encoded apart."""
+    """One model for all pieces, which puts no space before a text; where the tokenizer does, that space is set in by hand."""
 
-    def __init__(self, tokenizer: SentencePieceTokenizer, first: object, later: object) -> None:
-        self._tokenizer, self._first, self._later = tokenizer, first, later
+    def __init__(self, tokenizer: SentencePieceTokenizer, backend: object) -> None:
+        self._backend, self._space = backend, tokenizer.adds_space
+        self._leading = re.compile(f"(?:{tokenizer.special_pattern.pattern})*").match
 
     def __call__(self, texts: Sequence[str], counts: Sequence[int], /) -> tuple[np.ndarray, np.ndarray]:
-        pieces: list[int] = []  # of each part
-        kinds: list[int] = []  # 0 a control piece, 1 the beginning of a text, 2 a continuation
-        control: list[int] = []
-        parts: tuple[list[str], list[str]] = ([], [])
+        return _encode(self._backend, self._with_spaces(list(texts), counts) if self._space else texts)
+
+    def _with_spaces(self, texts: list[str], counts: Sequence[int]) -> list[str]:
         at = 0
         for count in counts:
-            for piece, first, part in self._tokenizer.parts(texts[at : at + count]):
-                pieces.append(at + piece)
-                if isinstance(part, int):
-                    kinds.append(0)
-                    control.append(part)
-                else:
-                    kinds.append(1 if first else 2)
-                    parts[not first].append(part)
+            for k in range(at, at + count):
+                text = texts[k]
+                end = self._leading(text).end()  # type: ignore[union-attr]
+                if end < len(text):
+                    texts[k] = f"{text[:end]} {text[end:]}"
+                    break
             at += count
-        encoded = [
-            (np.asarray(control, np.int32), np.ones(len(control), np.int64)),
-            _encode(self._first, parts[0]),
-            _encode(self._later, parts[1]),
-        ]
-        kind = np.asarray(kinds, np.int64)
-        sizes = np.zeros(len(kinds), np.int64)
-        for k, (_, lengths) in enumerate(encoded):
-            sizes[kind == k] = lengths
-        kind_of_id = np.repeat(kind, sizes)
-        ids = np.empty(len(kind_of_id), np.int32)
-        for k, (flat, _) in enumerate(encoded):
-            ids[kind_of_id == k] = flat
-        return ids, np.bincount(pieces, weights=sizes, minlength=len(texts)).astype(np.int64)
+        return texts
 
 
 def _encode(backend: object, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:

@@ -29,6 +29,8 @@ class Dropped(ValueError):
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(reason)
         self.reason, self.detail = reason, detail
+        self.id: str | None = None  # as of the Sample that it would have been
+        self.number: int | None = None
 
 
 @dataclass(frozen=True)
@@ -137,28 +139,31 @@ class RecordReader:
         return [self._taken(record, k, name, single=False) for k in range(len(self._responses))]
 
     def _taken(self, record: Mapping[str, Any], k: int, name: str | None, *, single: bool) -> Sample | Dropped:
+        number = None if single else k
         try:
-            return self._one(record, k, name, single)
-        except Dropped as dropped:
-            return dropped
-        except MissingField as missing:
-            return Dropped("missing field", str(missing.args[0]))
+            return self._one(record, k, name, number)
+        except Dropped as error:
+            dropped = error
+        except MissingField as error:
+            dropped = Dropped("missing field", str(error.args[0]))
+        dropped.id, dropped.number = name, number
+        return dropped
 
-    def _one(self, record: Mapping[str, Any], k: int, name: str | None, single: bool) -> Sample:
-        source = self._source(record, k, single)
+    def _one(self, record: Mapping[str, Any], k: int, name: str | None, number: int | None) -> Sample:
+        source = self._source(record, k, number)
         if self.keep is not None:
             self._check_kept(record)
-        sample = Sample(name, None if single else k, source, self._score(record, k, source))
+        sample = Sample(name, number, source, self._score(record, k, source))
         if "input_ids" in record:
             sample.tokens, sample.mask = _tokenized(record)
             return sample
         sample.conversation = _chat(record) if "messages" in record else self._pair(record, k)
         return sample
 
-    def _source(self, record: Mapping[str, Any], k: int, single: bool) -> str | None:
+    def _source(self, record: Mapping[str, Any], k: int, number: int | None) -> str | None:
         if self.format.source_field is not None:
             return str(lookup(record, self.format.source_field))
-        return None if single else self.format.response_fields[k].split(".", 1)[0]
+        return None if number is None else self.format.response_fields[k].split(".", 1)[0]
 
     def _check_kept(self, record: Mapping[str, Any]) -> None:
         assert self.keep is not None

@@ -7,6 +7,7 @@ finished shard. A job array does the middle stage file by file (`parts.py`); mer
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import logging
@@ -180,7 +181,7 @@ def worker_pool(
     # Each worker runs one thread of each library: parallelism comes from the processes.
     for name in ("TOKENIZERS_PARALLELISM", "RAYON_NUM_THREADS", "OMP_NUM_THREADS"):
         os.environ[name] = "false" if name.startswith("TOK") else "1"
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker) as pool:
 
         def ordered(blocks: Iterable[Block]) -> Iterator[tuple[Block, pa.RecordBatch]]:
             waiting = iter(blocks)
@@ -199,6 +200,13 @@ def worker_pool(
                 pool.shutdown(wait=False, cancel_futures=True)
 
         yield ordered
+
+
+def _start_worker() -> None:
+    gc.freeze()
+    gc.set_threshold(
+        100_000, 50, 50
+    )  # a block's many small objects live until its end: looking for cycles among them is vain
 
 
 @lru_cache(maxsize=1)

@@ -11,7 +11,7 @@ import json
 import re
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -142,9 +142,10 @@ class SentencePieceTokenizer(Tokenizer):
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=content)
             # Later pieces continue a text: the space that SentencePiece puts before a text belongs to the first one only.
             model = ModelProto.FromString(content)
+            self.adds_space = model.normalizer_spec.add_dummy_prefix
             model.normalizer_spec.add_dummy_prefix = False
             model.normalizer_spec.remove_extra_whitespaces = False
-            self.model, self.continuation_model = content, model.SerializeToString()
+            self.continuation_model = model.SerializeToString()
             self._continuation = sentencepiece.SentencePieceProcessor(model_proto=self.continuation_model)
         except (DecodeError, RuntimeError) as error:
             raise DataError(f"{path} cannot be read as a SentencePiece model: {error}") from None
@@ -166,24 +167,17 @@ class SentencePieceTokenizer(Tokenizer):
         return self._processor.id_to_piece(i) if i >= 0 else None
 
     def encode_pieces(self, texts: Sequence[str]) -> list[list[int]]:
-        out: list[list[int]] = [[] for _ in texts]
-        for piece, first, part in self.parts(texts):
-            if isinstance(part, int):
-                out[piece].append(part)
-            else:
-                out[piece] += (self._processor if first else self._continuation).encode(part)
-        return out
-
-    def parts(self, texts: Sequence[str]) -> Iterator[tuple[int, bool, str | int]]:
-        """(piece, whether it begins the text, plain text or the id of a control piece) of the pieces of one text, in order."""
-        first = True
-        for piece, text in enumerate(texts):
+        out, first = [], True
+        for text in texts:
+            ids: list[int] = []
             for part in self._split.split(text):
                 if part in self._control:
-                    yield piece, False, self._control[part]
+                    ids.append(self._control[part])
                 elif part:
-                    yield piece, first, part
+                    ids.extend((self._processor if first else self._continuation).encode(part))
                     first = False
+            out.append(ids)
+        return out
 
     def decode(self, ids: Sequence[int]) -> str:
         out: list[str] = []
