@@ -13,6 +13,7 @@ import json
 import logging
 import multiprocessing
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -197,16 +198,25 @@ def worker_pool(
                     "continue after the last finished shard."
                 ) from None
             finally:
-                pool.shutdown(wait=False, cancel_futures=True)
+                pool.shutdown(cancel_futures=True)
 
         yield ordered
 
 
 def _start_worker() -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     gc.freeze()
     gc.set_threshold(
         100_000, 50, 50
     )  # a block's many small objects live until its end: looking for cycles among them is vain
+
+
+def _end_with_parent() -> None:
+    """A pool's workers wait for work for ever if the process that they work for was killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 @lru_cache(maxsize=1)

@@ -64,9 +64,13 @@ class Tokenizer(ABC):
         """Text of `ids`, special tokens included."""
 
     def copy_to(self, directory: Path) -> None:
-        """Copy the tokenizer's files into `directory`."""
+        """Copy the tokenizer's files into `directory`. Raises DataError if one is no longer there."""
         directory.mkdir(parents=True, exist_ok=True)
         for file in self.files:
+            if not file.exists():
+                raise DataError(
+                    f"the tokenizer's file {file} has vanished. Put it back and run the same command again."
+                )
             shutil.copyfile(file, directory / ("tokenizer.model" if file.suffix == ".model" else file.name))
 
     def _compile_special(self) -> None:

@@ -119,28 +119,8 @@ def test_length_bounds(tmp_path: Path) -> None:
     assert dropped["90"][0] == "too long"
 
 
-WORDS = [
-    "the",
-    "quick",
-    "brown",
-    "fox",
-    "jumps",
-    "over",
-    "a",
-    "lazy",
-    "dog",
-    "while",
-    "seven",
-    "wizards",
-    "quietly",
-    "mix",
-    "blue",
-    "potions",
-    "in",
-    "old",
-    "oak",
-    "barrels",
-]
+SENTENCE = "the quick brown fox jumps over a lazy dog while seven wizards quietly mix blue potions in old oak barrels"
+WORDS = SENTENCE.split()
 
 
 def test_near_duplicates_are_found_and_named(tmp_path: Path) -> None:
