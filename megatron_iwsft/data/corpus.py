@@ -30,6 +30,7 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 DROPPED = "dropped.jsonl"
 TOKENIZER = "tokenizer"
+_META_ROWS = 1 << 16  # of a row group
 
 _META = pa.schema(
     [
@@ -57,6 +58,8 @@ class ShardWriter:
         self._directory = directory
         self._tokens = IndexedWriter(directory / self.name, token_dtype)
         self._masks = IndexedWriter(directory / f"{self.name}.mask", np.dtype(np.uint8))
+        self._meta_path = directory / f"{self.name}.meta.parquet"
+        self._meta_file = pq.ParquetWriter(f"{self._meta_path}.partial", _META, compression="zstd")
         self._meta: list[pa.RecordBatch] = []
         self.num_tokens = 0
 
@@ -69,24 +72,34 @@ class ShardWriter:
         columns["num_tokens"] = pa.array(lengths.astype(np.int32))
         columns["file"] = pa.repeat(pa.scalar(file, pa.string()), rows.num_rows)
         self._meta.append(pa.record_batch([columns[name] for name in _META.names], schema=_META))
+        self._write_meta(_META_ROWS)
         self.num_tokens += int(lengths.sum())
+
+    def _write_meta(self, group: int) -> None:
+        """Write row groups of `group` rows, as many as are there: where they end must not depend on how the rows arrived."""
+        waiting = sum(batch.num_rows for batch in self._meta)
+        if waiting < group:
+            return
+        table = pa.Table.from_batches(self._meta, _META).combine_chunks()
+        for start in range(0, waiting - group + 1, group):
+            self._meta_file.write_table(table.slice(start, group))
+        self._meta = table.slice(waiting - waiting % group).to_batches()
 
     def close(self) -> dict[str, str]:
         """Finish the shard; returns its files with their SHA-256."""
         hashes = self._tokens.close() | self._masks.close()
-        # One chunk: where the file's pages end must not depend on how the rows arrived.
-        table = pa.Table.from_batches(self._meta, _META).combine_chunks()
-        meta = self._directory / f"{self.name}.meta.parquet"
-        partial = meta.with_name(meta.name + ".partial")
-        pq.write_table(table, partial, compression="zstd")
+        self._write_meta(max(1, sum(batch.num_rows for batch in self._meta)))
+        self._meta_file.close()
+        partial = Path(f"{self._meta_path}.partial")
         sync(partial)
-        os.replace(partial, meta)
-        return hashes | {meta.name: file_hash(meta)}
+        os.replace(partial, self._meta_path)
+        return hashes | {self._meta_path.name: file_hash(self._meta_path)}
 
     def abandon(self) -> None:
         """Close the files without giving them their names."""
         self._tokens.abandon()
         self._masks.abandon()
+        self._meta_file.close()
 
 
 def shard_files(name: str) -> list[str]:

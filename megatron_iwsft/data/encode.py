@@ -118,7 +118,7 @@ class BlockEncoder:
                         self._answers.check(record, sample)  # type: ignore[arg-type]
                     self._add(rows, len(rows), sample)
                 except Dropped as dropped:
-                    rows.dropped[len(rows)] = dropped
+                    rows.dropped[len(rows)] = dropped.with_traceback(None)
                 add((line, name, sample.source or stem, sample.score))
         return rows
 
@@ -249,7 +249,7 @@ def _numbered(block: Block) -> Iterator[tuple[int, dict[str, Any] | Dropped]]:
                 try:
                     yield line, parse(content)
                 except Dropped as dropped:
-                    yield line, dropped
+                    yield line, dropped.with_traceback(None)
         return
     for line, row in enumerate(rows_of(block.payload), block.first + 1):
         yield line, Dropped("cannot be read", str(row)) if isinstance(row, Exception) else row

@@ -147,7 +147,7 @@ class RecordReader:
         except MissingField as error:
             dropped = Dropped("missing field", str(error.args[0]))
         dropped.id, dropped.number = name, number
-        return dropped
+        return dropped.with_traceback(None)  # which would hold the whole block in memory
 
     def _one(self, record: Mapping[str, Any], k: int, name: str | None, number: int | None) -> Sample:
         source = self._source(record, k, number)

@@ -264,7 +264,8 @@ finally:
 
 
 def test_memory_does_not_grow_with_the_input(tmp_path: Path, tokenizer: Path) -> None:
-    lines = [json.dumps(r) + "\n" for r in arithmetic_records(4000, ArithmeticSettings(digits=9), 0)]
+    """But for what deduplication remembers (23 to 46 bytes a trajectory) and a few blocks in flight."""
+    lines = [json.dumps(r) + "\n" for r in arithmetic_records(6000, ArithmeticSettings(digits=9), 0)]
     peaks = []
     for k, times in enumerate((1, 20)):
         with open(tmp_path / f"{k}.jsonl", "w") as file:
@@ -282,4 +283,4 @@ def test_memory_does_not_grow_with_the_input(tmp_path: Path, tokenizer: Path) ->
         subprocess.run(line, check=True, capture_output=True)
         peaks.append([int(n) for n in (tmp_path / f"{k}.peaks").read_text().split()])
     once, twenty = peaks
-    assert max(b - a for a, b in zip(once, twenty, strict=True)) < 40, f"peak MiB of main and workers: {peaks}"
+    assert max(b - a for a, b in zip(once, twenty, strict=True)) < 64, f"peak MiB of main and workers: {peaks}"
