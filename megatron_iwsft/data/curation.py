@@ -84,7 +84,7 @@ class Benchmarks:
         self.too_short = 0
         for source in find_inputs(files):
             for block in read_blocks(source):
-                for at, record in enumerate(_records(block.payload), block.first + 1):
+                for at, record in enumerate(_records(block.content()), block.first + 1):
                     problem = next((record[f] for f in _PROBLEM_FIELDS if isinstance(record.get(f), str)), None)
                     if problem is None:
                         raise DataError(

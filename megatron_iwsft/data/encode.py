@@ -170,7 +170,7 @@ class BlockEncoder:
 
     def _count_specials(self, plan: Plan) -> int:
         """How many special tokens a plan's frame has, by the tokenizer's own reading of it."""
-        texts = [text.replace("%s", "a").replace("%%", "%") for text in plan.frame]
+        texts = [text.replace("%s", "a").replace("%%", "%") for text, _ in plan.pieces]
         ids, _ = self.tokenizer.encode_batch(texts, [len(texts)])
         self._specials_of[id(plan)] = count = int(self._is_special[ids].sum())
         return count
@@ -243,15 +243,16 @@ class BlockEncoder:
 
 def _numbered(block: Block) -> Iterator[tuple[int, dict[str, Any] | Dropped]]:
     """(line number, record or what is wrong with it) of a block's records."""
-    if isinstance(block.payload, bytes):
-        for line, content in enumerate(block.payload.split(b"\n"), block.first + 1):
+    payload = block.content()
+    if isinstance(payload, bytes):
+        for line, content in enumerate(payload.split(b"\n"), block.first + 1):
             if content and not content.isspace():
                 try:
                     yield line, parse(content)
                 except Dropped as dropped:
                     yield line, dropped.with_traceback(None)
         return
-    for line, row in enumerate(rows_of(block.payload), block.first + 1):
+    for line, row in enumerate(rows_of(payload), block.first + 1):
         yield line, Dropped("cannot be read", str(row)) if isinstance(row, Exception) else row
 
 

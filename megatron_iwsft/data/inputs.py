@@ -43,6 +43,14 @@ class Input:
 
 
 @dataclass(frozen=True)
+class Span:
+    """Part of a plain file, in bytes: worker processes read it themselves."""
+
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True)
 class Block:
     """Some records in a row: whole lines of JSONL, or a RecordBatch of a Parquet file.
 
@@ -54,8 +62,15 @@ class Block:
     source: Input
     first: int
     count: int
-    payload: bytes | pa.RecordBatch
+    payload: Span | bytes | pa.RecordBatch
     progress: float
+
+    def content(self) -> bytes | pa.RecordBatch:
+        if not isinstance(self.payload, Span):
+            return self.payload
+        with open(self.source.path, "rb") as file:
+            file.seek(self.payload.offset)
+            return file.read(self.payload.size)
 
 
 def find_inputs(patterns: Sequence[str | Path]) -> list[Input]:
@@ -106,13 +121,19 @@ def _jsonl(source: Input, skip: int) -> Iterator[Block]:
     first = 0
     with open(source.path, "rb") as raw:
         file = _decompressed(raw, source.path.suffix)
-        while payload := file.read(BLOCK_BYTES):
-            if payload[-1] != 10:
-                payload += _rest_of_line(file)
-            count = payload.count(b"\n") + (payload[-1] != 10)
-            if first + count > skip:
-                passed = max(0, skip - first)
-                yield Block(source, first + passed, count - passed, _without_lines(payload, passed), raw.tell() / size)
+        while data := file.read(BLOCK_BYTES):
+            whole = True
+            if data[-1] != 10:
+                rest, whole = _rest_of_line(file)
+                data += rest
+            count = data.count(b"\n") + (data[-1] != 10)
+            passed = min(max(0, skip - first), count)
+            if passed < count:
+                start = _start_of_line(data, passed)
+                payload = (
+                    Span(raw.tell() - len(data) + start, len(data) - start) if whole and file is raw else data[start:]
+                )
+                yield Block(source, first + passed, count - passed, payload, raw.tell() / size)
             first += count
 
 
@@ -123,20 +144,21 @@ def _decompressed(raw: BinaryIO, suffix: str) -> BinaryIO:
     return io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(raw, mode="r"), kind), BLOCK_BYTES)
 
 
-def _rest_of_line(file: BinaryIO) -> bytes:
+def _rest_of_line(file: BinaryIO) -> tuple[bytes, bool]:
+    """What is left of a line, and whether that is all of it."""
     rest = file.readline(_LONGEST_LINE)
-    if len(rest) == _LONGEST_LINE and rest[-1] != 10:
-        while (more := file.readline(_LONGEST_LINE)) and more[-1] != 10:
-            pass
-        rest += b"\n"
-    return rest
+    if len(rest) < _LONGEST_LINE or rest[-1] == 10:
+        return rest, True
+    while (more := file.readline(_LONGEST_LINE)) and more[-1] != 10:
+        pass
+    return rest + b"\n", False
 
 
-def _without_lines(payload: bytes, count: int) -> bytes:
+def _start_of_line(data: bytes, number: int) -> int:
     at = 0
-    for _ in range(count):
-        at = payload.index(b"\n", at) + 1
-    return payload[at:]
+    for _ in range(number):
+        at = data.index(b"\n", at) + 1
+    return at
 
 
 def _parquet(source: Input, skip: int) -> Iterator[Block]:

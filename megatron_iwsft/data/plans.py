@@ -32,15 +32,13 @@ class Untraceable(Exception):
 class Plan:
     """The frame of one shape of conversation.
 
-    frame      of each piece, its text with one %s for each slot
-    slots      of each piece, the numbers of its slots
+    pieces     of each, its text with one %s for each slot, and the numbers of the slots
     trained    of each piece, whether it is trained on
     stripped   slots whose text must not begin or end in whitespace, since the template strips it
     forbidden  (slot, string) pairs: the slot's text must not contain the string, since the template looks for it
     """
 
-    frame: tuple[str, ...]
-    slots: tuple[tuple[int, ...], ...]
+    pieces: tuple[tuple[str, tuple[int, ...]], ...]
     trained: tuple[bool, ...]
     stripped: tuple[int, ...]
     forbidden: tuple[tuple[int, str], ...]
@@ -57,7 +55,7 @@ class Plan:
             return None
         return [
             frame % texts[slots[0]] if len(slots) == 1 else frame % tuple([texts[s] for s in slots])
-            for frame, slots in zip(self.frame, self.slots, strict=True)
+            for frame, slots in self.pieces
         ]
 
 
@@ -86,16 +84,15 @@ def trace(slots: int, render: Callable[[list[Any]], Pieces]) -> Plan | None:
         )
     longest_first = sorted(by_text, key=len, reverse=True)
     cut = re.compile(f"({'|'.join(map(re.escape, longest_first))})") if slots else re.compile("(?!)")
-    frame, numbers = [], []
+    pieces = []
     for text, _ in rendered:
         parts = cut.split(text)
         if any(_DIGITS in part for part in parts[::2]):
             return None  # a text was changed on its way
-        frame.append("%s".join(part.replace("%", "%%") for part in parts[::2]))
-        numbers.append(tuple(by_text[part] for part in parts[1::2]))
+        frame = "%s".join(part.replace("%", "%%") for part in parts[::2])
+        pieces.append((frame, tuple(by_text[part] for part in parts[1::2])))
     return Plan(
-        frame=tuple(frame),
-        slots=tuple(numbers),
+        pieces=tuple(pieces),
         trained=tuple(trained for _, trained in rendered),
         stripped=tuple(i for i, p in enumerate(probes) if p.stripped),
         forbidden=tuple((i, s) for i, p in enumerate(probes) for s in sorted(p.forbidden)),

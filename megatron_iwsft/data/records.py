@@ -213,6 +213,9 @@ class RecordReader:
 
 
 def _text(record: Mapping[str, Any], path: str) -> str:
+    value = record.get(path)
+    if type(value) is str:
+        return value
     value = lookup(record, path)
     if type(value) is not str:
         raise Dropped("field is not text", f"{path} is {type(value).__name__}")

@@ -273,7 +273,8 @@ def _needs_template(inputs: list[Input]) -> bool:
     """Whether any record has text to render: decided by the first one that can be read, since a corpus is of one kind."""
     for source in inputs:
         for block in read_blocks(source):
-            lines = block.payload.splitlines() if isinstance(block.payload, bytes) else rows_of(block.payload)
+            content = block.content()
+            lines = content.split(b"\n") if isinstance(content, bytes) else rows_of(content)
             for line in lines:
                 try:
                     record = parse(line) if isinstance(line, bytes) else line
