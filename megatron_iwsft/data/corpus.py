@@ -3,9 +3,9 @@
 manifest.json                            what it is and how it was made; SHA-256 of every file; written last
 shard-00000.bin, .idx                    tokens: a Megatron IndexedDataset, one sequence a trajectory
 shard-00000.mask.bin, .idx               uint8, 1 where trained on
-shard-00000.meta.parquet                 id, score, num_tokens, num_trained, source, line, content_hash
+shard-00000.meta.parquet                 id, score, num_tokens, num_trained, source, file, line, content_hash
 tokenizer/                               the tokenizer's files, so that the corpus stands alone
-dropped.jsonl                            every rejected record: source, line, reason
+dropped.jsonl                            every rejected record: file, line, id, reason, detail
 reference-<fingerprint>/                 sidecars of reference log-probs (`reference.py`)
 """
 
@@ -23,7 +23,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megatron_iwsft.data.indexed import IndexedReader, IndexedWriter
-from megatron_iwsft.data.records import Trajectory
 from megatron_iwsft.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_iwsft.errors import DataError
 
@@ -31,6 +30,7 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 DROPPED = "dropped.jsonl"
 TOKENIZER = "tokenizer"
+_META_ROWS = 1 << 16  # of a row group
 
 _META = pa.schema(
     [
@@ -39,8 +39,9 @@ _META = pa.schema(
         ("num_tokens", pa.int32()),
         ("num_trained", pa.int32()),
         ("source", pa.string()),
+        ("file", pa.string()),
         ("line", pa.int64()),
-        ("content_hash", pa.string()),
+        ("content_hash", pa.binary(32)),
     ]
 )
 
@@ -57,29 +58,48 @@ class ShardWriter:
         self._directory = directory
         self._tokens = IndexedWriter(directory / self.name, token_dtype)
         self._masks = IndexedWriter(directory / f"{self.name}.mask", np.dtype(np.uint8))
-        self._rows: list[tuple[Any, ...]] = []
+        self._meta_path = directory / f"{self.name}.meta.parquet"
+        self._meta_file = pq.ParquetWriter(f"{self._meta_path}.partial", _META, compression="zstd")
+        self._meta: list[pa.RecordBatch] = []
         self.num_tokens = 0
 
-    def append(self, trajectory: Trajectory, source: str, line: int) -> None:
-        self._tokens.append(trajectory.tokens)
-        self._masks.append(trajectory.mask)
-        n = len(trajectory.tokens)
-        self._rows.append(
-            (trajectory.id, trajectory.score, n, int(trajectory.mask.sum()), source, line, trajectory.content_hash)
-        )
-        self.num_tokens += n
+    def append(self, rows: pa.RecordBatch, file: str) -> None:
+        """Add trajectories: rows as `encode.row_schema` has them, none of them dropped."""
+        lengths = rows["tokens"].value_lengths().to_numpy()
+        self._tokens.append_many(rows["tokens"].flatten().to_numpy(), lengths)
+        self._masks.append_many(rows["mask"].flatten().to_numpy(), lengths)
+        columns = {name: rows[name] for name in ("id", "score", "num_trained", "source", "line", "content_hash")}
+        columns["num_tokens"] = pa.array(lengths.astype(np.int32))
+        columns["file"] = pa.repeat(pa.scalar(file, pa.string()), rows.num_rows)
+        self._meta.append(pa.record_batch([columns[name] for name in _META.names], schema=_META))
+        self._write_meta(_META_ROWS)
+        self.num_tokens += int(lengths.sum())
 
-    def close(self) -> list[str]:
-        """Finish the shard; returns the names of its files."""
-        self._tokens.close()
-        self._masks.close()
-        columns = list(zip(*self._rows, strict=True)) if self._rows else [()] * len(_META)
-        table = pa.table([pa.array(c, type=f.type) for c, f in zip(columns, _META, strict=True)], schema=_META)
-        meta = self._directory / f"{self.name}.meta.parquet"
-        partial = meta.with_name(meta.name + ".partial")
-        pq.write_table(table, partial, compression="zstd")
-        os.replace(partial, meta)
-        return shard_files(self.name)
+    def _write_meta(self, group: int) -> None:
+        """Write row groups of `group` rows, as many as are there: where they end must not depend on how the rows arrived."""
+        waiting = sum(batch.num_rows for batch in self._meta)
+        if waiting < group:
+            return
+        table = pa.Table.from_batches(self._meta, _META).combine_chunks()
+        for start in range(0, waiting - group + 1, group):
+            self._meta_file.write_table(table.slice(start, group))
+        self._meta = table.slice(waiting - waiting % group).to_batches()
+
+    def close(self) -> dict[str, str]:
+        """Finish the shard; returns its files with their SHA-256."""
+        hashes = self._tokens.close() | self._masks.close()
+        self._write_meta(max(1, sum(batch.num_rows for batch in self._meta)))
+        self._meta_file.close()
+        partial = Path(f"{self._meta_path}.partial")
+        sync(partial)
+        os.replace(partial, self._meta_path)
+        return hashes | {self._meta_path.name: file_hash(self._meta_path)}
+
+    def abandon(self) -> None:
+        """Close the files without giving them their names."""
+        self._tokens.abandon()
+        self._masks.abandon()
+        self._meta_file.close()
 
 
 def shard_files(name: str) -> list[str]:
@@ -89,7 +109,14 @@ def shard_files(name: str) -> list[str]:
 def write_manifest(directory: Path, manifest: dict[str, Any]) -> None:
     partial = directory / f"{MANIFEST}.partial"
     partial.write_text(json.dumps(manifest, indent=1, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
+    sync(partial)
     os.replace(partial, directory / MANIFEST)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's content is on disk, so that renaming it cannot come first."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
 
 
 def file_hash(path: Path) -> str:
@@ -136,23 +163,7 @@ class Corpus:
     def open(directory: str | Path) -> Corpus:
         """Open a corpus directory. Raises DataError if it is missing, unfinished, of another version or damaged."""
         directory = Path(directory)
-        path = directory / MANIFEST
-        if not directory.is_dir():
-            raise DataError(f"there is no corpus at {directory}. Make one with tools/shard_corpus.py.")
-        if not path.exists():
-            raise DataError(
-                f"{directory} has no {MANIFEST}: sharding was interrupted. Run tools/shard_corpus.py again to finish it."
-            )
-        content = path.read_bytes()
-        try:
-            manifest = json.loads(content)
-            version = manifest["format_version"]
-        except (ValueError, KeyError, TypeError):
-            raise DataError(f"{path} is damaged. Make the corpus again.") from None
-        if version != FORMAT_VERSION:
-            raise DataError(
-                f"{path} has format version {version}; this program reads version {FORMAT_VERSION}. Shard the records again."
-            )
+        manifest, fingerprint = _read_manifest(directory)
         names = [shard["name"] for shard in manifest["shards"]]
         tokens = [IndexedReader(directory / name) for name in names]
         masks = [IndexedReader(directory / f"{name}.mask") for name in names]
@@ -168,7 +179,7 @@ class Corpus:
         return Corpus(
             directory=directory,
             manifest=manifest,
-            fingerprint=hashlib.sha256(content).hexdigest(),
+            fingerprint=fingerprint,
             lengths=meta["num_tokens"].to_numpy(),
             num_trained=meta["num_trained"].to_numpy(),
             scores=meta["score"].cast(pa.float64()).fill_null(float("nan")).to_numpy(),
@@ -207,16 +218,47 @@ class Corpus:
     def tokenizer(self) -> Tokenizer:
         return load_tokenizer(self.directory / TOKENIZER)
 
+    def shard_meta(self, shard: str, columns: list[str]) -> pa.Table:
+        return read_meta(self.directory, [shard], columns)
+
     def verify(self) -> list[str]:
-        """Re-hash every file; returns one complaint per file that is missing or changed."""
-        out = []
-        for name, expected in sorted(self.manifest["files"].items()):
-            path = self.directory / name
-            if not path.exists():
-                out.append(f"{path} is missing")
-            elif file_hash(path) != expected:
-                out.append(f"{path} has changed since the manifest was written")
-        return out
+        """As `verify_files`."""
+        return verify_files(self.directory)
+
+
+def verify_files(directory: Path) -> list[str]:
+    """Hash every file of a corpus again; returns one complaint per file that is missing or changed."""
+    out = []
+    manifest, _ = _read_manifest(directory)
+    for name, expected in sorted(manifest["files"].items()):
+        path = directory / name
+        if not path.exists():
+            out.append(f"{path} is missing")
+        elif file_hash(path) != expected:
+            out.append(f"{path} has changed since the manifest was written")
+    return out
+
+
+def _read_manifest(directory: Path) -> tuple[dict[str, Any], str]:
+    """(manifest, SHA-256 of its file)."""
+    path = directory / MANIFEST
+    if not directory.is_dir():
+        raise DataError(f"there is no corpus at {directory}. Make one with tools/shard_corpus.py.")
+    if not path.exists():
+        raise DataError(
+            f"{directory} has no {MANIFEST}: sharding was interrupted. Run tools/shard_corpus.py again to finish it."
+        )
+    content = path.read_bytes()
+    try:
+        manifest = json.loads(content)
+        version = manifest["format_version"]
+    except (ValueError, KeyError, TypeError):
+        raise DataError(f"{path} is damaged. Make the corpus again.") from None
+    if version != FORMAT_VERSION:
+        raise DataError(
+            f"{path} has format version {version}; this program reads version {FORMAT_VERSION}. Shard the records again."
+        )
+    return manifest, hashlib.sha256(content).hexdigest()
 
 
 def read_meta(directory: Path, names: list[str], columns: list[str] | None) -> pa.Table:

@@ -7,6 +7,7 @@ Here every sequence is one document.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import struct
 from pathlib import Path
@@ -41,36 +42,55 @@ class IndexedWriter:
 
     def __init__(self, prefix: Path, dtype: np.dtype) -> None:
         self.prefix, self.dtype = prefix, np.dtype(dtype)
-        self._lengths: list[int] = []
+        self._lengths: list[np.ndarray] = []
         self._partial = _with_suffix(prefix, ".bin.partial")
+        self._digest = hashlib.sha256()
         self._file = open(self._partial, "wb")  # noqa: SIM115 - closed in close()
 
     def append(self, values: np.ndarray) -> None:
-        self._file.write(np.ascontiguousarray(values, dtype=self.dtype).data)
-        self._lengths.append(len(values))
+        self.append_many(values, np.array([len(values)]))
 
-    def close(self) -> None:
+    def append_many(self, values: np.ndarray, lengths: np.ndarray) -> None:
+        """Several sequences, end to end in `values`, of `lengths` (int [n])."""
+        data = np.ascontiguousarray(values, dtype=self.dtype).data
+        self._file.write(data)
+        self._digest.update(data)
+        self._lengths.append(np.asarray(lengths, np.int32))
+
+    def close(self) -> dict[str, str]:
+        """Finish both files; returns their names with their SHA-256."""
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
-        write_index(self.prefix, np.asarray(self._lengths, dtype=np.int32), self.dtype)
+        index = write_index(self.prefix, np.concatenate([np.zeros(0, np.int32), *self._lengths]), self.dtype)
         os.replace(self._partial, _with_suffix(self.prefix, ".bin"))
+        return {f"{self.prefix.name}.bin": self._digest.hexdigest(), f"{self.prefix.name}.idx": index}
+
+    def abandon(self) -> None:
+        """Close the file without giving it its name."""
+        self._file.close()
 
 
-def write_index(prefix: Path, lengths: np.ndarray, dtype: np.dtype) -> None:
-    """Write PREFIX.idx for sequences of `lengths` (int32 [n]) laid end to end in PREFIX.bin."""
+def write_index(prefix: Path, lengths: np.ndarray, dtype: np.dtype) -> str:
+    """Write PREFIX.idx for sequences of `lengths` (int32 [n]) laid end to end in PREFIX.bin; returns its SHA-256."""
     n = len(lengths)
     ends = np.cumsum(lengths, dtype=np.int64)
     starts = (ends - lengths) * np.dtype(dtype).itemsize
     partial = _with_suffix(prefix, ".idx.partial")
+    digest = hashlib.sha256()
     with open(partial, "wb") as file:
-        file.write(_HEADER.pack(_MAGIC, _VERSION, _CODE_OF[np.dtype(dtype)], n, n + 1))
-        file.write(np.asarray(lengths, np.int32).tobytes())
-        file.write(starts.astype(np.int64).tobytes())
-        file.write(np.arange(n + 1, dtype=np.int64).tobytes())
+        for part in (
+            _HEADER.pack(_MAGIC, _VERSION, _CODE_OF[np.dtype(dtype)], n, n + 1),
+            np.asarray(lengths, np.int32).tobytes(),
+            starts.astype(np.int64).tobytes(),
+            np.arange(n + 1, dtype=np.int64).tobytes(),
+        ):
+            file.write(part)
+            digest.update(part)
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, _with_suffix(prefix, ".idx"))
+    return digest.hexdigest()
 
 
 class IndexedReader:

@@ -1,39 +1,48 @@
-"""Records → corpus directory: read lines, render and tokenize in worker processes, deduplicate and write in input order.
+"""Records → corpus directory.
 
-One process reads and writes; workers only turn lines into arrays. So the result does not depend on their number, and an
-interrupted run continues after its last finished shard.
+One process reads blocks of input, worker processes turn them into rows (`encode.py`), and one process takes the rows in input order
+(`ordered.py`). So the result does not depend on the number of workers, and an interrupted run continues after its last
+finished shard. A job array does the middle stage file by file (`parts.py`); merging its parts is the last stage alone.
 """
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
+import logging
 import multiprocessing
 import os
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import numpy as np
-import pyarrow.parquet as pq
+import pyarrow as pa
 from tqdm import tqdm
 
 from megatron_iwsft.data import corpus as layout
+from megatron_iwsft.data.curation import Curation
+from megatron_iwsft.data.encode import BlockEncoder
+from megatron_iwsft.data.fast_tokenizer import choose_encoder
 from megatron_iwsft.data.indexed import token_dtype
-from megatron_iwsft.data.records import Dropped, RecordFormat, RecordReader, Trajectory
+from megatron_iwsft.data.inputs import Block, Input, find_inputs, fingerprint, read_blocks, rows_of
+from megatron_iwsft.data.ordered import OrderedWriter, Progress, forget_progress, resume
+from megatron_iwsft.data.records import Dropped, RecordFormat, parse
 from megatron_iwsft.data.templates import ChatTemplate
-from megatron_iwsft.data.tokenizer import load_tokenizer
+from megatron_iwsft.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_iwsft.errors import DataError
 
-_PROGRESS = ".progress.json"
-_LINES_PER_TASK = 256
+log = logging.getLogger(__name__)
+
+_SAMPLE_FILES, _SAMPLE_RECORDS = 8, 1000
 
 
 @dataclass(frozen=True)
@@ -44,253 +53,240 @@ class ShardSettings:
     template: str | None = None
     record: RecordFormat = field(default_factory=RecordFormat)
     shard_tokens: int = 100_000_000
+    curation: Curation = field(default_factory=Curation)
 
 
-@dataclass(frozen=True)
-class _Line:
-    source: str  # file name
-    number: int  # from 1
-    content: bytes
+class Job:
+    """What a run of sharding works from: inputs, tokenizer, template, and `run`, a hash of all that decides the corpus."""
 
+    def __init__(self, inputs: Sequence[str | Path], settings: ShardSettings) -> None:
+        self.inputs = find_inputs(inputs)
+        self.settings = settings
+        settings.curation.check_libraries()
+        self.tokenizer: Tokenizer = load_tokenizer(settings.tokenizer)
+        self.template = _template(self.tokenizer, settings) if _needs_template(self.inputs) else None
+        self.described = {
+            "template": settings.template or "tokenizer",
+            "template_hash": self.template.hash if self.template else None,
+            "record": asdict(settings.record),
+            "curation": settings.curation.described(),
+            "shard_tokens": settings.shard_tokens,
+        }
+        self.files = [{"name": i.name, "bytes": i.size, "sha256": fingerprint(i)} for i in self.inputs]
+        content = {**self.described, "tokenizer": self.tokenizer.fingerprint, "inputs": self.files}
+        self.run = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
-@dataclass
-class _Progress:
-    """Where a run stands after its last finished shard."""
-
-    run: str
-    lines: int = 0
-    shards: list[dict[str, Any]] = field(default_factory=list)
-    dropped_bytes: int = 0
-    reasons: dict[str, int] = field(default_factory=dict)
+    def choose_fast(self, encoder: Literal["auto", "own"]) -> bool:
+        """Whether to encode with gigatoken; says so in the log."""
+        if self.template is None:
+            return False  # the records are already tokenized
+        if encoder == "own":
+            log.info("encoding with the tokenizer's own library, as asked")
+            return False
+        sampler = BlockEncoder(self.tokenizer, self.template, self.settings.record, _lenient(self.settings), fast=False)
+        pieces: list[str] = []
+        counts: list[int] = []
+        chosen = self.inputs[:: -(-len(self.inputs) // _SAMPLE_FILES)]
+        for source in chosen:
+            for block in islice(read_blocks(source), 1):
+                rows = sampler.prepare(block)
+                some = rows.counts[: _SAMPLE_RECORDS // len(chosen)]
+                counts += some
+                pieces += rows.pieces[: sum(some)]
+        fast, why = choose_encoder(self.tokenizer, pieces, counts)
+        log.info(why)
+        return fast
 
 
 def shard_corpus(
-    inputs: list[Path], output: Path, settings: ShardSettings, *, workers: int = 1, show_progress: bool = True
+    inputs: Sequence[str | Path],
+    output: Path,
+    settings: ShardSettings,
+    *,
+    workers: int = 1,
+    encoder: Literal["auto", "own"] = "auto",
+    show_progress: bool = True,
 ) -> dict[str, Any]:
-    """Make (or finish making) the corpus directory `output` from JSONL files; returns its manifest.
+    """Make (or finish making) the corpus directory `output` from input files or glob patterns; returns its manifest.
 
-    Raises DataError for missing inputs, a tokenizer or template that does not serve, or an output that another run with other
-    settings left unfinished. A finished corpus with the same inputs and settings is left as it is.
+    Raises DataError for missing or damaged inputs, a tokenizer or template that does not serve, or an output that another run
+    with other settings left unfinished. A finished corpus with the same inputs and settings is left as it is.
     """
-    for path in inputs:
-        if not path.is_file():
-            raise DataError(f"input file {path} does not exist.")
-    tokenizer = load_tokenizer(settings.tokenizer)
-    template = ChatTemplate(tokenizer, settings.template) if _needs_template(inputs) else None
-    described = {
-        "template": settings.template or "tokenizer",
-        "template_hash": template.hash if template else None,
-        "record": asdict(settings.record),
-        "shard_tokens": settings.shard_tokens,
-    }
-    run = _digest(
-        {**described, "tokenizer": tokenizer.fingerprint, "inputs": [(p.name, layout.file_hash(p)) for p in inputs]}
-    )
-
-    manifest_path = output / layout.MANIFEST
-    if manifest_path.exists():
-        if json.loads(manifest_path.read_text(encoding="utf-8")).get("run") == run:
-            return json.loads(manifest_path.read_text(encoding="utf-8"))
-        raise DataError(
-            f"{output} already holds a corpus made from other inputs or settings. Choose another --output, or remove it."
-        )
-    try:
+    job = Job(inputs, settings)
+    finished = finished_manifest(output, job.run)
+    if finished is not None:
+        return finished
+    with told_if_disk_fails(output):
         output.mkdir(parents=True, exist_ok=True)
-        progress = _resume(output, run)
-        with (
-            tqdm(
-                total=sum(p.stat().st_size for p in inputs),
-                unit="B",
-                unit_scale=True,
-                desc="sharding",
-                disable=None if show_progress else True,  # None: only on a terminal
-            ) as bar,
-            _pool(workers, settings, with_template=template is not None) as mapper,
-        ):
-            lines = _lines(inputs, bar)
-            writer = _OrderedWriter(output, progress, token_dtype(tokenizer.vocab_size), settings.shard_tokens)
-            skipped = sum(1 for _ in islice(lines, progress.lines))
-            if skipped < progress.lines:
-                raise DataError(f"the inputs have become shorter since {output} was begun. Remove it and start again.")
-            writer.consume(mapper(_tasks(lines)))
-        tokenizer.copy_to(output / layout.TOKENIZER)
-        if template is not None and settings.template is not None:
-            (output / layout.TOKENIZER / "chat_template.jinja").write_text(template.source, encoding="utf-8")
-        manifest = _manifest(output, progress, run, described, tokenizer, template)
-        layout.write_manifest(output, manifest)
-        (output / _PROGRESS).unlink(missing_ok=True)
-    except OSError as error:
-        raise DataError(
-            f"cannot write the corpus at {output}: {error.strerror} ({error.filename or output}). Nothing that is there counts as a "
-            "corpus yet; mend it and run the same command to continue."
-        ) from None
+        progress = resume(output, job.run)
+        with progress_bar(job.inputs, show_progress) as bar, worker_pool(job, workers, encoder) as mapper:
+            blocks = mapper(_all_blocks(job.inputs, progress))
+            return write_corpus(job, output, progress, _watched(blocks, bar, job.inputs), bar)
+
+
+def write_corpus(
+    job: Job, output: Path, progress: Progress, blocks: Iterable[tuple[int, pa.RecordBatch]], bar: tqdm
+) -> dict[str, Any]:
+    """The last stage: (input number, rows) of every block in order → shards, manifest."""
+    settings = job.settings
+    dtype = token_dtype(job.tokenizer.vocab_size)
+    with OrderedWriter(output, progress, dtype, settings.curation, settings.shard_tokens) as writer:
+        for source, rows in blocks:
+            writer.take(source, job.inputs[source].name, rows)
+            elapsed = bar.format_dict["elapsed"]
+            bar.set_postfix_str(f"{writer.tokens / max(elapsed, 1e-9) / 1e6:.2f} M tokens/s", refresh=False)
+        writer.finish()
+    job.tokenizer.copy_to(output / layout.TOKENIZER)
+    if job.template is not None and settings.template is not None:
+        (output / layout.TOKENIZER / "chat_template.jinja").write_text(job.template.source, encoding="utf-8")
+    manifest = _manifest(output, progress, job)
+    layout.write_manifest(output, manifest)
+    forget_progress(output, [shard["name"] for shard in progress.shards])
     return manifest
 
 
-class _OrderedWriter:
-    """Takes results in input order: drops duplicates, writes shards, and notes the position after each."""
-
-    def __init__(self, output: Path, progress: _Progress, dtype: np.dtype, shard_tokens: int) -> None:
-        self.output, self.progress, self.dtype, self.shard_tokens = output, progress, dtype, shard_tokens
-        self.seen: set[bytes] = set()
-        for shard in progress.shards:
-            hashes = pq.read_table(output / f"{shard['name']}.meta.parquet", columns=["content_hash"])["content_hash"]
-            self.seen.update(bytes.fromhex(h)[:16] for h in hashes.to_pylist())
-        self.reasons = Counter(progress.reasons)
-        self.dropped = open(output / layout.DROPPED, "ab")  # noqa: SIM115 - closed in consume()
-        self.shard: layout.ShardWriter | None = None
-        self.lines = progress.lines
-
-    def consume(self, results: Iterable[list[tuple[_Line, list[Trajectory | Dropped]]]]) -> None:
-        with self.dropped:
-            for task in results:
-                for line, outcomes in task:
-                    self.lines += 1
-                    for outcome in outcomes:
-                        self._take(line, outcome)
-                    if self.shard is not None and self.shard.num_tokens >= self.shard_tokens:
-                        self._finish_shard()
-            if self.shard is not None:
-                self._finish_shard()
-            self.dropped.flush()
-            self.progress.reasons = dict(self.reasons)
-
-    def _take(self, line: _Line, outcome: Trajectory | Dropped) -> None:
-        if isinstance(outcome, Trajectory):
-            key = bytes.fromhex(outcome.content_hash)[:16]
-            if key in self.seen:
-                outcome = Dropped("duplicate", outcome.content_hash)
-            else:
-                self.seen.add(key)
-                if self.shard is None:
-                    self.shard = layout.ShardWriter(self.output, len(self.progress.shards), self.dtype)
-                self.shard.append(outcome, line.source, line.number)
-                return
-        self.reasons[outcome.reason] += 1
-        entry = {"source": line.source, "line": line.number, "reason": outcome.reason}
-        if outcome.detail:
-            entry["detail"] = outcome.detail
-        # Escaped: a detail may quote a lone surrogate, which UTF-8 cannot hold.
-        self.dropped.write(json.dumps(entry).encode("ascii") + b"\n")
-
-    def _finish_shard(self) -> None:
-        assert self.shard is not None
-        files = self.shard.close()
-        self.dropped.flush()
-        os.fsync(self.dropped.fileno())
-        hashes = {name: layout.file_hash(self.output / name) for name in files}
-        self.progress.shards.append({"name": self.shard.name, "files": hashes})
-        self.progress.lines = self.lines
-        self.progress.dropped_bytes = self.dropped.tell()
-        self.progress.reasons = dict(self.reasons)
-        _save_progress(self.output, self.progress)
-        self.shard = None
-
-
-def _resume(output: Path, run: str) -> _Progress:
-    path = output / _PROGRESS
-    if path.exists():
-        progress = _Progress(**json.loads(path.read_text(encoding="utf-8")))
-        if progress.run != run:
-            raise DataError(f"{output} was begun from other inputs or settings. Choose another --output, or remove it.")
-        os.truncate(output / layout.DROPPED, progress.dropped_bytes)
-        return progress
-    if any(output.iterdir()):
-        unknown = sorted(p.name for p in output.iterdir())[:3]
-        raise DataError(
-            f"{output} is not empty and no corpus was begun there (it holds {', '.join(unknown)}). Choose another --output."
-        )
-    progress = _Progress(run=run)
-    (output / layout.DROPPED).touch()
-    _save_progress(output, progress)
-    return progress
-
-
-def _save_progress(output: Path, progress: _Progress) -> None:
-    partial = output / f"{_PROGRESS}.partial"
-    partial.write_text(json.dumps(asdict(progress)), encoding="utf-8")
-    os.replace(partial, output / _PROGRESS)
-
-
-def _lines(inputs: list[Path], bar: tqdm) -> Iterator[_Line]:
-    for path in inputs:
-        with open(path, "rb") as file:
-            for number, content in enumerate(file, 1):
-                bar.update(len(content))
-                if content.strip():
-                    yield _Line(path.name, number, content)
-
-
-def _tasks(lines: Iterator[_Line]) -> Iterator[list[_Line]]:
-    while task := list(islice(lines, _LINES_PER_TASK)):
-        yield task
-
-
-def _needs_template(inputs: list[Path]) -> bool:
-    """Whether any record has text to render: decided by the first line that parses, since a corpus is of one kind."""
-    for path in inputs:
-        with open(path, "rb") as file:
-            for content in file:
-                try:
-                    record = json.loads(content)
-                except ValueError:
-                    continue
-                return not (isinstance(record, dict) and "input_ids" in record)
-    return True
-
-
-@lru_cache(maxsize=1)
-def _reader(settings: ShardSettings, with_template: bool) -> RecordReader:
-    """This process's reader, opened at its first task."""
-    tokenizer = load_tokenizer(settings.tokenizer)
-    template = ChatTemplate(tokenizer, settings.template) if with_template else None
-    return RecordReader(tokenizer, template, settings.record)
-
-
-def _run_task(
-    settings: ShardSettings, with_template: bool, lines: list[_Line]
-) -> list[tuple[_Line, list[Trajectory | Dropped]]]:
-    reader = _reader(settings, with_template)
-    out = []
-    for line in lines:
-        stem = line.source.split(".", 1)[0]
-        out.append((_Line(line.source, line.number, b""), list(reader.read(line.content, f"{stem}:{line.number}"))))
-    return out
+def finished_manifest(output: Path, run: str) -> dict[str, Any] | None:
+    """The manifest of run `run` if it is finished. Raises DataError if another run's is there."""
+    path = output / layout.MANIFEST
+    if not path.exists():
+        return None
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    if manifest.get("run") == run:
+        return manifest
+    raise DataError(
+        f"{output} already holds a corpus made from other inputs or settings. Choose another --output, or remove it."
+    )
 
 
 @contextmanager
-def _pool(
-    workers: int, settings: ShardSettings, *, with_template: bool
-) -> Iterator[Callable[[Iterator[list[_Line]]], Iterator]]:
-    """A map that keeps the order: in this process, or over workers with a bounded number of tasks in flight."""
-    run = partial(_run_task, settings, with_template)
+def told_if_disk_fails(output: Path) -> Iterator[None]:
+    """An operating-system error while writing becomes a DataError."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"cannot write the corpus at {output}: {error.strerror or error} ({error.filename or output}). Nothing that is there "
+            "counts as a corpus yet; mend it and run the same command to continue."
+        ) from None
+
+
+@contextmanager
+def worker_pool(
+    job: Job, workers: int, encoder: Literal["auto", "own"]
+) -> Iterator[Callable[[Iterable[Block]], Iterator[tuple[Block, pa.RecordBatch]]]]:
+    """A map from blocks to (block without its payload, rows) that keeps the order, with few blocks in flight."""
+    run = partial(_encode_block, job.settings, job.template is not None, job.choose_fast(encoder))
     if workers <= 1:
         yield partial(map, run)
         return
-    # Each worker runs one tokenizer thread: parallelism comes from the processes.
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+    # Each worker runs one thread of each library: parallelism comes from the processes.
+    for name in ("TOKENIZERS_PARALLELISM", "RAYON_NUM_THREADS", "OMP_NUM_THREADS"):
+        os.environ[name] = "false" if name.startswith("TOK") else "1"
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker) as pool:
 
-        def ordered(tasks: Iterator[list[_Line]]) -> Iterator:
-            flying = deque(pool.submit(run, task) for task in islice(tasks, 2 * workers))
+        def ordered(blocks: Iterable[Block]) -> Iterator[tuple[Block, pa.RecordBatch]]:
+            waiting = iter(blocks)
+            flying = deque(pool.submit(run, block) for block in islice(waiting, 2 * workers))
             try:
                 while flying:
-                    yield flying.popleft().result()
-                    flying.extend(pool.submit(run, task) for task in islice(tasks, 1))
+                    result = flying.popleft().result()
+                    flying.extend(pool.submit(run, block) for block in islice(waiting, 1))
+                    yield result
             except BrokenProcessPool:
                 raise DataError(
                     "a worker process was killed, probably for want of memory. Run the same command again, with fewer --workers, to "
                     "continue after the last finished shard."
                 ) from None
+            finally:
+                pool.shutdown(cancel_futures=True)
 
         yield ordered
 
 
-def _manifest(
-    output: Path, progress: _Progress, run: str, settings: dict[str, Any], tokenizer: Any, template: ChatTemplate | None
-) -> dict[str, Any]:
+def _start_worker() -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    gc.freeze()
+    gc.set_threshold(
+        100_000, 50, 50
+    )  # a block's many small objects live until its end: looking for cycles among them is vain
+
+
+def _end_with_parent() -> None:
+    """A pool's workers wait for work for ever if the process that they work for was killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+@lru_cache(maxsize=1)
+def _block_encoder(settings: ShardSettings, with_template: bool, fast: bool) -> BlockEncoder:
+    """This process's encoder, made at its first block."""
+    tokenizer = load_tokenizer(settings.tokenizer)
+    template = _template(tokenizer, settings) if with_template else None
+    return BlockEncoder(tokenizer, template, settings.record, settings.curation, fast=fast)
+
+
+def _encode_block(
+    settings: ShardSettings, with_template: bool, fast: bool, block: Block
+) -> tuple[Block, pa.RecordBatch]:
+    return replace(block, payload=b""), _block_encoder(settings, with_template, fast)(block)
+
+
+def _template(tokenizer: Tokenizer, settings: ShardSettings) -> ChatTemplate:
+    return ChatTemplate(tokenizer, settings.template, settings.record.rendering)
+
+
+def _lenient(settings: ShardSettings) -> Curation:
+    """No slow checks: for the sample that only tokenization is compared on."""
+    return replace(settings.curation, benchmarks=(), answer_field=None, near_duplicates=None)
+
+
+def _all_blocks(inputs: list[Input], progress: Progress) -> Iterator[Block]:
+    for number in range(progress.source, len(inputs)):
+        yield from read_blocks(inputs[number], progress.lines if number == progress.source else 0)
+
+
+def _watched(
+    results: Iterable[tuple[Block, pa.RecordBatch]], bar: tqdm, inputs: list[Input]
+) -> Iterator[tuple[int, pa.RecordBatch]]:
+    """(input number, rows), moving the bar."""
+    numbers = {source.name: k for k, source in enumerate(inputs)}
+    sizes = [source.size for source in inputs]
+    for block, rows in results:
+        number = numbers[block.source.name]
+        bar.update(sum(sizes[:number]) + int(sizes[number] * min(1.0, block.progress)) - bar.n)
+        yield number, rows
+
+
+def progress_bar(inputs: list[Input], show: bool) -> tqdm:
+    return tqdm(
+        total=sum(source.size for source in inputs),
+        unit="B",
+        unit_scale=True,
+        desc="sharding",
+        disable=None if show else True,  # None: only on a terminal
+    )
+
+
+def _needs_template(inputs: list[Input]) -> bool:
+    """Whether any record has text to render: decided by the first one that can be read, since a corpus is of one kind."""
+    for source in inputs:
+        for block in read_blocks(source):
+            content = block.content()
+            lines = content.split(b"\n") if isinstance(content, bytes) else rows_of(content)
+            for line in lines:
+                try:
+                    record = parse(line) if isinstance(line, bytes) else line
+                except Dropped:
+                    continue
+                return not (isinstance(record, dict) and "input_ids" in record)
+    return True
+
+
+def _manifest(output: Path, progress: Progress, job: Job) -> dict[str, Any]:
     names = [shard["name"] for shard in progress.shards]
-    meta = layout.read_meta(output, names, ["score", "num_tokens", "num_trained"])
+    meta = layout.read_meta(output, names, ["score", "num_tokens", "num_trained", "source"])
     lengths = meta["num_tokens"].to_numpy()
     scores = meta["score"].drop_null().to_numpy()
     if not len(lengths):
@@ -301,25 +297,24 @@ def _manifest(
     files = {name: digest for shard in progress.shards for name, digest in shard["files"].items()}
     for path in [output / layout.DROPPED, *sorted((output / layout.TOKENIZER).iterdir())]:
         files[str(path.relative_to(output))] = layout.file_hash(path)
+    template = job.template
     return {
         "format_version": layout.FORMAT_VERSION,
-        "run": run,
-        "tokenizer": {"fingerprint": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size},
+        "run": job.run,
+        "tokenizer": {"fingerprint": job.tokenizer.fingerprint, "vocab_size": job.tokenizer.vocab_size},
         "template": {"hash": template.hash, "source": template.source} if template else None,
-        "settings": settings,
+        "settings": job.described,
+        "inputs": job.files,
         "counts": {
             "trajectories": len(lengths),
-            "tokens": int(lengths.sum(dtype=np.int64)),
-            "trained_tokens": int(meta["num_trained"].to_numpy().sum(dtype=np.int64)),
+            "tokens": int(lengths.sum(dtype="int64")),
+            "trained_tokens": int(meta["num_trained"].to_numpy().sum(dtype="int64")),
             "dropped": sum(progress.reasons.values()),
         },
+        "sources": dict(sorted((v["values"], v["counts"]) for v in meta["source"].value_counts().to_pylist())),
         "dropped": dict(sorted(progress.reasons.items())),
         "lengths": layout.distribution(lengths),
         "scores": layout.distribution(scores),
         "shards": [{"name": name} for name in names],
         "files": files,
     }
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

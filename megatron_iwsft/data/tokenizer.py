@@ -12,6 +12,7 @@ import re
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,15 @@ class Tokenizer(ABC):
     fingerprint  SHA-256 of what decides the ids (not of the chat template, which has a hash of its own)
     vocab_size   largest id + 1
     special      texts of the special tokens, which content must never smuggle in
+    special_ids  their ids, but for that of unknown text
+    special_pattern  finds any of them in a text
     """
 
     fingerprint: str
     vocab_size: int
     special: frozenset[str]
+    special_ids: list[int]
+    special_pattern: re.Pattern[str]
     bos_token: str | None
     eos_token: str | None
     chat_template: str | None
@@ -43,28 +48,38 @@ class Tokenizer(ABC):
     def encode_pieces(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each piece of one rendered text; special tokens are recognised, none are added."""
 
+    def encode_batch(self, texts: Sequence[str], counts: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """As `encode_pieces` for many rendered texts at once: the next counts[i] of `texts` are the pieces of text i.
+
+        Returns ids int32 [total] and the number of ids of each piece, int64 [len(texts)].
+        """
+        ids, at = [], 0
+        for count in counts:
+            ids += self.encode_pieces(texts[at : at + count])
+            at += count
+        return _flat(ids)
+
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`, special tokens included."""
 
     def copy_to(self, directory: Path) -> None:
-        """Copy the tokenizer's files into `directory`."""
+        """Copy the tokenizer's files into `directory`. Raises DataError if one is no longer there."""
         directory.mkdir(parents=True, exist_ok=True)
         for file in self.files:
+            if not file.exists():
+                raise DataError(
+                    f"the tokenizer's file {file} has vanished. Put it back and run the same command again."
+                )
             shutil.copyfile(file, directory / ("tokenizer.model" if file.suffix == ".model" else file.name))
-
-    def special_in(self, text: str) -> str | None:
-        """The first special token that `text` spells out, or None."""
-        match = self._special_pattern.search(text)
-        return match.group() if match else None
 
     def _compile_special(self) -> None:
         longest_first = sorted(self.special, key=len, reverse=True)
-        self._special_pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        self.special_pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
     def ends_with_special(self, text: str) -> int | None:
         """Length of `text` up to and including its last special token, if only whitespace follows; None otherwise."""
-        ends = [match.end() for match in self._special_pattern.finditer(text)]
+        ends = [match.end() for match in self.special_pattern.finditer(text)]
         return ends[-1] if ends and not text[ends[-1] :].strip() else None
 
 
@@ -82,7 +97,8 @@ class HuggingFaceTokenizer(Tokenizer):
             raise DataError(f"{path} cannot be read as a tokenizer: {error}") from None
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
-        self._adds_space = _adds_space(json.loads(content))
+        self.json = content
+        self.adds_space = _adds_space(json.loads(content))
         config = _read_json(directory / "tokenizer_config.json") | {
             k: v for k, v in _read_json(directory / "special_tokens_map.json").items() if v
         }
@@ -91,6 +107,9 @@ class HuggingFaceTokenizer(Tokenizer):
         self.special = frozenset(
             token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special
         )
+        unknown = {_token_text(config.get("unk_token")), getattr(self._tokenizer.model, "unk_token", None)}
+        added = self._tokenizer.get_added_tokens_decoder()
+        self.special_ids = sorted(i for i, t in added.items() if t.content in self.special - unknown)
         self.bos_token = _token_text(config.get("bos_token"))
         self.eos_token = _token_text(config.get("eos_token"))
         self.chat_template = _chat_template(directory, config)
@@ -98,7 +117,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self._compile_special()
 
     def encode_pieces(self, texts: Sequence[str]) -> list[list[int]]:
-        if not self._adds_space:
+        if not self.adds_space:
             return [e.ids for e in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
         # Such a tokenizer puts a space before every text it is given; only the first piece begins one. So the whole is encoded
         # and cut where a token's first character lies.
@@ -106,6 +125,9 @@ class HuggingFaceTokenizer(Tokenizer):
         ends = np.cumsum([len(text) for text in texts])
         piece = np.searchsorted(ends, [min(start, ends[-1] - 1) for start, _ in whole.offsets], side="right")
         return [np.asarray(whole.ids)[piece == k].tolist() for k in range(len(texts))]
+
+    def encode_batch(self, texts: Sequence[str], counts: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        return super().encode_batch(texts, counts) if self.adds_space else _flat(self.encode_pieces(texts))
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=False)
@@ -124,9 +146,11 @@ class SentencePieceTokenizer(Tokenizer):
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=content)
             # Later pieces continue a text: the space that SentencePiece puts before a text belongs to the first one only.
             model = ModelProto.FromString(content)
+            self.adds_space = model.normalizer_spec.add_dummy_prefix
             model.normalizer_spec.add_dummy_prefix = False
             model.normalizer_spec.remove_extra_whitespaces = False
-            self._continuation = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
+            self.continuation_model = model.SerializeToString()
+            self._continuation = sentencepiece.SentencePieceProcessor(model_proto=self.continuation_model)
         except (DecodeError, RuntimeError) as error:
             raise DataError(f"{path} cannot be read as a SentencePiece model: {error}") from None
         self.fingerprint = hashlib.sha256(content).hexdigest()
@@ -135,12 +159,13 @@ class SentencePieceTokenizer(Tokenizer):
             self._processor.id_to_piece(i): i for i in range(self.vocab_size) if self._processor.is_control(i)
         }
         self.special = frozenset(self._control)
+        self.special_ids = sorted(self._control.values())
         self.bos_token = self._piece(self._processor.bos_id())
         self.eos_token = self._piece(self._processor.eos_id())
         self.chat_template = None
         self.files = [path]
         self._compile_special()
-        self._split = re.compile(f"({self._special_pattern.pattern})")
+        self._split = re.compile(f"({self.special_pattern.pattern})")
 
     def _piece(self, i: int) -> str | None:
         return self._processor.id_to_piece(i) if i >= 0 else None
@@ -170,6 +195,11 @@ class SentencePieceTokenizer(Tokenizer):
             else:
                 run.append(int(i))
         return "".join(out)
+
+
+def _flat(ids: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+    lengths = np.fromiter(map(len, ids), np.int64, len(ids))
+    return np.fromiter(chain.from_iterable(ids), np.int32, int(lengths.sum())), lengths
 
 
 def _adds_space(part: Any) -> bool:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from megatron_iwsft.data.corpus import Corpus
+from megatron_iwsft.data.curation import Curation
 from megatron_iwsft.data.records import RecordFormat
 from megatron_iwsft.data.shard import ShardSettings, shard_corpus
 from megatron_iwsft.data.templates import PRESETS, ChatTemplate
@@ -41,10 +42,11 @@ def shard(
     template: str | None = None,
     workers: int = 1,
     shard_tokens=100_000,
+    curation: Curation = Curation(),  # noqa: B008
     **fmt,
 ) -> Corpus:
     source = tiny.write_jsonl(tmp_path / "records.jsonl", records) if records else tmp_path / "records.jsonl"
-    settings = ShardSettings(str(tokenizer), template, RecordFormat(**fmt), shard_tokens)
+    settings = ShardSettings(str(tokenizer), template, RecordFormat(**fmt), shard_tokens, curation)
     shard_corpus([source], tmp_path / "corpus", settings, workers=workers, show_progress=False)
     return Corpus.open(tmp_path / "corpus")
 
@@ -152,7 +154,7 @@ BAD_RECORDS = {
     '{"messages": [{"role": "user", "content": null}]}': "message without text",
     '{"messages": [{"role": ["user"], "content": "a"}]}': "message without a known role",
     '{"messages": []}': "messages is not a list",
-    '{"messages": [{"role": "user", "content": "a"}]}': "no assistant turn",
+    '{"messages": [{"role": "user", "content": "a"}]}': "no turn to train on",
     '{"input_ids": [1, 2], "loss_mask": [1]}': "input_ids and loss_mask differ in length",
     '{"input_ids": [1, 2], "loss_mask": [1, 1]}': "no prompt",
     '{"input_ids": [1, 2], "loss_mask": [0, 0]}': "nothing to train on",
@@ -180,7 +182,7 @@ def test_scores_filter_and_bounds(tmp_path: Path, bpe: Path) -> None:
         {"prompt": f"p{i}", "response": "r" * 8 ** (i // 4 + 1), "good": [True, 0.4, "high", 1, 2.5][i]}
         for i in range(5)
     ]
-    corpus = shard(tmp_path, records, bpe, score_fields=("good",), min_score=0.5, max_tokens=60)
+    corpus = shard(tmp_path, records, bpe, score_fields=("good",), curation=Curation(min_score=0.5, max_tokens=60))
     assert corpus.scores.tolist() == [1.0, 1.0]
     assert [d["reason"] for d in dropped(corpus)] == ["score too low", "score is not a number", "too long"]
 

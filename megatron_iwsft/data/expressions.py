@@ -1,0 +1,137 @@
+"""Small expressions over a record's fields, for quality: `judge >= 4 and not truncated`, `0.5 * judge / 5 + 0.5 * correct`.
+
+A field is a dotted path; one whose name is not an identifier is written `field("6b.is_correct")`, and a path alone may be
+written as it is. Nothing of Python's is reachable from an expression but the operators and functions below.
+"""
+
+from __future__ import annotations
+
+import ast
+import operator
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from megatron_iwsft.errors import DataError
+
+Evaluate = Callable[[Mapping[str, Any]], Any]
+
+_PATH = re.compile(r"[\w\-]+(\.[\w\-]+)*")
+_OPERATORS: dict[type, Callable[[Any, Any], Any]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+    ast.Eq: operator.eq,
+    ast.NotEq: operator.ne,
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+    ast.Gt: operator.gt,
+    ast.GtE: operator.ge,
+    ast.In: lambda a, b: a in b,
+    ast.NotIn: lambda a, b: a not in b,
+}
+_FUNCTIONS: dict[str, Callable[..., Any]] = {"len": len, "min": min, "max": max, "abs": abs, "float": float, "str": str}
+_NAMES = {"true": True, "false": False, "null": None}
+
+
+class MissingField(KeyError):
+    """A record has no field at this path."""
+
+
+def lookup(record: Mapping[str, Any], path: str) -> Any:
+    """The value at dotted `path`; a field whose name contains the dots itself comes first. Raises MissingField."""
+    if path in record:
+        return record[path]
+    value: Any = record
+    for part in path.split("."):
+        if not isinstance(value, Mapping) or part not in value:
+            raise MissingField(path)
+        value = value[part]
+    return value
+
+
+def compile_expression(source: str) -> Evaluate:
+    """A function from a record to the expression's value.
+
+    Raises DataError for what is not such an expression. The function raises MissingField, or what the operators raise for
+    operands that do not suit them (TypeError, ValueError, ZeroDivisionError, OverflowError).
+    """
+    text = source.strip()
+    if _PATH.fullmatch(text) and not _is_number(text) and text not in _NAMES:
+        return lambda record: lookup(record, text)
+    try:
+        return _compile(ast.parse(text, mode="eval").body)
+    except (SyntaxError, ValueError, RecursionError) as error:
+        raise DataError(
+            f'{source!r} is not an expression over fields: {error}. There are fields (dotted paths, or field("…")), numbers, strings, '
+            f"+ - * / // %, comparisons, in, and, or, not, {', '.join(_FUNCTIONS)}."
+        ) from None
+
+
+def _compile(node: ast.expr) -> Evaluate:
+    if isinstance(node, ast.Constant):
+        value = node.value
+        return lambda _: value
+    if isinstance(node, ast.Name | ast.Attribute):
+        path = ast.unparse(node)
+        if path in _NAMES:
+            constant = _NAMES[path]
+            return lambda _: constant
+        if not _PATH.fullmatch(path):
+            raise ValueError(f"{path!r} is not a field")
+        return lambda record: lookup(record, path)
+    if isinstance(node, ast.List | ast.Tuple):
+        items = [_compile(item) for item in node.elts]
+        return lambda record: [item(record) for item in items]
+    if isinstance(node, ast.BoolOp):
+        return _boolean(node)
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not | ast.USub):
+        operand, negate = _compile(node.operand), operator.not_ if isinstance(node.op, ast.Not) else operator.neg
+        return lambda record: negate(operand(record))
+    if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
+        left, right, combine = _compile(node.left), _compile(node.right), _OPERATORS[type(node.op)]
+        return lambda record: combine(left(record), right(record))
+    if isinstance(node, ast.Compare) and all(type(op) in _OPERATORS for op in node.ops):
+        return _comparison(node)
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.keywords:
+        return _call(node, node.func.id)
+    raise ValueError(f"{ast.unparse(node)!r} is not allowed")
+
+
+def _boolean(node: ast.BoolOp) -> Evaluate:
+    values, combine = [_compile(v) for v in node.values], all if isinstance(node.op, ast.And) else any
+    return lambda record: combine(value(record) for value in values)
+
+
+def _comparison(node: ast.Compare) -> Evaluate:
+    values = [_compile(v) for v in (node.left, *node.comparators)]
+    operators = [_OPERATORS[type(op)] for op in node.ops]
+
+    def evaluate(record: Mapping[str, Any]) -> bool:
+        found = [value(record) for value in values]
+        return all(op(a, b) for op, a, b in zip(operators, found, found[1:], strict=False))
+
+    return evaluate
+
+
+def _call(node: ast.Call, name: str) -> Evaluate:
+    if name == "field":
+        if len(node.args) != 1 or not isinstance(node.args[0], ast.Constant) or not isinstance(node.args[0].value, str):
+            raise ValueError('field takes one quoted path, as in field("6b.is_correct")')
+        path = node.args[0].value
+        return lambda record: lookup(record, path)
+    if name not in _FUNCTIONS:
+        raise ValueError(f"there is no function {name}")
+    function, arguments = _FUNCTIONS[name], [_compile(a) for a in node.args]
+    return lambda record: function(*[a(record) for a in arguments])
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,145 @@
+"""Encoding with `gigatoken`, many times faster than the tokenizers' own libraries, where it gives their ids.
+
+It is used only for a tokenizer whose ids it has reproduced on a sample of the very corpus (`choose_encoder`), and goes on
+being compared while the corpus is made: a difference ends the run instead of entering the corpus.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import sys
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+from megatron_iwsft.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
+from megatron_iwsft.errors import DataError
+
+# One text in this many is encoded by both libraries while the corpus is made.
+_CHECK_EVERY = 2000
+
+# Beside the corpus's own sample: what tokenizers treat differently.
+HARD_TEXTS = (
+    "tabs\tand  runs   of    spaces \n\n\n  indented\r\n\u00a0no-break\u3000wide",
+    "It's we'll THEY'VE don\u2019t 1234567890 3.14159 1,000,000 \u0664\u0662 \u00bd x\u00b2",
+    "e\u0301 \u00e9 \ufb01 \u212b \uac00 \u1100\u1161 \u4f60\u597d\uff0c\u4e16\u754c \u3053\u3093\u306b\u3061\u306f",
+    "\u0645\u0631\u062d\u0628\u0627 \u0939\u093f\u0928\u094d\u0926\u0940 \u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35",
+    "\U0001f600\U0001f468\u200d\U0001f469\u200d\U0001f467 \u200b\ufeff \x00\x07 \ud7ff\ue000\ufffd \U0010ffff",
+    "\\frac{a}{b} $x_{1}^{2}$ <think> </think> <|not_special|> def f(x):\n\treturn x**2  # ok",
+    "a" * 300 + " " * 70 + "=" * 130,
+)
+
+
+class Encoder(Protocol):
+    """`Tokenizer.encode_batch`, by whatever library."""
+
+    def __call__(self, texts: Sequence[str], counts: Sequence[int], /) -> tuple[np.ndarray, np.ndarray]: ...
+
+
+def gigatoken_encoder(tokenizer: Tokenizer) -> Encoder | str:
+    """An encoder for `tokenizer`, not yet compared with it, or the reason why there is none."""
+    if sys.version_info < (3, 11):
+        return "gigatoken needs Python 3.11"
+    try:
+        import gigatoken
+    except ImportError:
+        return "gigatoken is not installed"
+    try:
+        if isinstance(tokenizer, HuggingFaceTokenizer):
+            if tokenizer.adds_space:
+                return "this tokenizer puts a space before every text it is given"
+            return _HuggingFaceEncoder(gigatoken.Tokenizer.from_json(tokenizer.json))
+        assert isinstance(tokenizer, SentencePieceTokenizer)
+        return _SentencePieceEncoder(tokenizer, gigatoken.Tokenizer.from_sentencepiece(tokenizer.continuation_model))
+    except Exception as error:  # whatever its Rust side raises: the tokenizer's own library serves
+        return f"gigatoken cannot read this tokenizer: {str(error).splitlines()[0]}"
+
+
+def choose_encoder(tokenizer: Tokenizer, texts: Sequence[str], counts: Sequence[int]) -> tuple[bool, str]:
+    """Whether gigatoken serves this tokenizer and a sample of a corpus (as in `encode_batch`), and a sentence for the log."""
+    encoder = gigatoken_encoder(tokenizer)
+    own = "sentencepiece" if isinstance(tokenizer, SentencePieceTokenizer) else "tokenizers"
+    if isinstance(encoder, str):
+        return False, f"encoding with {own}: {encoder}"
+    texts, counts = [*texts, *HARD_TEXTS], [*counts, *[1] * len(HARD_TEXTS)]
+    expected = tokenizer.encode_batch(texts, counts)
+    try:
+        difference = _first_difference(texts, expected, encoder(texts, counts))
+    except Exception as error:
+        return False, f"encoding with {own}: gigatoken fails on the sample: {error}"
+    if difference:
+        return False, f"encoding with {own}: gigatoken gives other ids, for example for {difference!r:.80}"
+    sample = f"{len(counts) - len(HARD_TEXTS):,} texts of the corpus ({len(expected[0]):,} tokens)"
+    return True, f"encoding with gigatoken: its ids equal those of {own} on a sample of {sample}"
+
+
+class CheckedEncoder:
+    """gigatoken, with one text in some thousand compared with the tokenizer's own library. Raises DataError at a difference."""
+
+    def __init__(self, tokenizer: Tokenizer, encoder: Encoder) -> None:
+        self._tokenizer, self._encoder = tokenizer, encoder
+
+    def __call__(self, texts: Sequence[str], counts: Sequence[int], /) -> tuple[np.ndarray, np.ndarray]:
+        ids, lengths = self._encoder(texts, counts)
+        firsts = [0, *itertools.accumulate(counts)]
+        ends = np.concatenate([[0], np.cumsum(lengths)])
+        for i in range(0, len(counts), _CHECK_EVERY):
+            a, b = firsts[i], firsts[i + 1]
+            found = ids[ends[a] : ends[b]], lengths[a:b]
+            difference = _first_difference(texts[a:b], self._tokenizer.encode_batch(texts[a:b], [b - a]), found)
+            if difference:
+                raise DataError(
+                    f"gigatoken gives other ids than the tokenizer's own library for {difference!r:.200}, although it agreed on the "
+                    "sample taken at the start. Remove the output and run again with --encoder own."
+                )
+        return ids, lengths
+
+
+def _first_difference(
+    texts: Sequence[str], expected: tuple[np.ndarray, np.ndarray], found: tuple[np.ndarray, np.ndarray]
+) -> str | None:
+    if all(np.array_equal(a, b) for a, b in zip(expected, found, strict=True)):
+        return None
+    pairs = zip(*(np.split(ids, np.cumsum(lengths)[:-1]) for ids, lengths in (expected, found)), strict=True)
+    return next(text for text, (a, b) in zip(texts, pairs, strict=True) if not np.array_equal(a, b))
+
+
+class _HuggingFaceEncoder:
+    def __init__(self, backend: object) -> None:
+        self._backend = backend
+
+    def __call__(self, texts: Sequence[str], counts: Sequence[int], /) -> tuple[np.ndarray, np.ndarray]:
+        return _encode(self._backend, texts)
+
+
+class _SentencePieceEncoder:
+    """One model for all pieces, which puts no space before a text; where the tokenizer does, that space is set in by hand."""
+
+    def __init__(self, tokenizer: SentencePieceTokenizer, backend: object) -> None:
+        self._backend, self._space = backend, tokenizer.adds_space
+        self._leading = re.compile(f"(?:{tokenizer.special_pattern.pattern})*").match
+
+    def __call__(self, texts: Sequence[str], counts: Sequence[int], /) -> tuple[np.ndarray, np.ndarray]:
+        return _encode(self._backend, self._with_spaces(list(texts), counts) if self._space else texts)
+
+    def _with_spaces(self, texts: list[str], counts: Sequence[int]) -> list[str]:
+        at = 0
+        for count in counts:
+            for k in range(at, at + count):
+                text = texts[k]
+                end = self._leading(text).end()  # type: ignore[union-attr]
+                if end < len(text):
+                    texts[k] = f"{text[:end]} {text[end:]}"
+                    break
+            at += count
+        return texts
+
+
+def _encode(backend: object, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    if not texts:
+        return np.zeros(0, np.int32), np.zeros(0, np.int64)
+    # In this thread: the processes are the parallelism. The layout is the flat buffer; the array class around it is slow to make.
+    layout = backend.encode_batch(list(texts), parallel=False).layout  # type: ignore[attr-defined]
+    return np.asarray(layout.content.data).view(np.int32), np.diff(np.asarray(layout.offsets.data)).astype(np.int64)

@@ -1,0 +1,215 @@
+"""What is in a corpus: counts, distributions, drop reasons, packing, and samples with the trained tokens highlighted."""
+
+from __future__ import annotations
+
+import html
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+
+from megatron_iwsft.data.corpus import Corpus
+from megatron_iwsft.data.packing import best_fit, efficiency
+from megatron_iwsft.errors import DataError
+
+_HIGHLIGHT, _PLAIN = "\x1b[42;30m", "\x1b[0m"
+_BINS = 12
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """counts int [bins] of values between edges float [bins + 1]."""
+
+    title: str
+    counts: np.ndarray
+    edges: np.ndarray
+
+    @staticmethod
+    def of(title: str, values: np.ndarray) -> Histogram | None:
+        """None if there is no value. Whole numbers get whole edges, a single value a bin of its own."""
+        if not len(values):
+            return None
+        low, high = values.min(), values.max()
+        if np.issubdtype(values.dtype, np.integer):
+            edges = np.unique(np.linspace(int(low), int(high) + 1, _BINS + 1).astype(np.int64)).astype(np.float64)
+        else:
+            edges = np.linspace(low, high, _BINS + 1) if low < high else np.array([low, np.inf])
+        return Histogram(title, np.histogram(values, edges)[0], edges)
+
+    def rows(self) -> Iterator[tuple[str, int, float]]:
+        """(range, count, share of the fullest bin)."""
+        for k, count in enumerate(self.counts.tolist()):
+            low, high = self.edges[k], self.edges[k + 1]
+            label = f"from {low:,.4g}" if len(self.counts) > 1 or np.isfinite(high) else f"{low:,.4g}"
+            yield label, count, count / max(1, self.counts.max())
+
+
+@dataclass(frozen=True)
+class Packing:
+    """seq_length in tokens; how many sequences best fit needs, and the share of their positions that hold real tokens."""
+
+    seq_length: int
+    sequences: int
+    efficiency: float
+    too_long: int
+
+    @staticmethod
+    def of(lengths: np.ndarray, seq_length: int) -> Packing:
+        """Trajectories longer than a sequence are left out and counted."""
+        fitting = lengths[lengths <= seq_length]
+        packs = best_fit(fitting, seq_length)
+        return Packing(seq_length, len(packs), efficiency(fitting, packs, seq_length), len(lengths) - len(fitting))
+
+    def __str__(self) -> str:
+        left_out = f"; {self.too_long:,} trajectories are longer and left out" if self.too_long else ""
+        return f"{self.sequences:,} sequences of {self.seq_length:,}, {self.efficiency:.2%} real tokens{left_out}"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Trajectory `index`, with its text in runs of (text, trained)."""
+
+    index: int
+    meta: dict[str, Any]
+    runs: list[tuple[str, bool]]
+
+
+class Inspection:
+    """A corpus seen through `seq_lengths` and `samples` trajectories drawn by `seed`."""
+
+    def __init__(self, corpus: Corpus, *, seq_lengths: list[int], samples: int, seed: int = 0) -> None:
+        self.corpus = corpus
+        self.packings = [Packing.of(corpus.lengths, n) for n in seq_lengths]
+        scores = corpus.scores[~np.isnan(corpus.scores)]
+        found = (
+            Histogram.of("tokens a trajectory", corpus.lengths),
+            Histogram.of("trained tokens a trajectory", corpus.num_trained),
+            Histogram.of("score", scores),
+        )
+        self.histograms = [h for h in found if h is not None]
+        chosen = np.random.default_rng(seed).permutation(len(corpus))[:samples]
+        tokenizer = corpus.tokenizer() if samples else None
+        self.samples = [
+            Sample(int(i), _meta_of(corpus, int(i)), runs(corpus, int(i), tokenizer)) for i in np.sort(chosen).tolist()
+        ]
+
+    def facts(self) -> list[tuple[str, str]]:
+        """(name, value) of what the manifest and the distributions say."""
+        manifest, counts = self.corpus.manifest, self.corpus.manifest["counts"]
+        trained = counts["trained_tokens"] / max(1, counts["tokens"])
+        out = [
+            ("trajectories", f"{counts['trajectories']:,} in {len(manifest['shards'])} shards"),
+            ("tokens", f"{counts['tokens']:,}"),
+            ("trained tokens", f"{counts['trained_tokens']:,} ({trained:.1%})"),
+            ("scores", _spread(manifest["scores"])),
+            ("lengths", _spread(manifest["lengths"])),
+        ]
+        out += [(f"source {name}", f"{n:,}") for name, n in manifest.get("sources", {}).items()]
+        out.append(("dropped", f"{counts['dropped']:,}"))
+        out += [(f"dropped: {reason}", f"{n:,}") for reason, n in manifest["dropped"].items()]
+        out += [(f"packed to {p.seq_length}", str(p)) for p in self.packings]
+        return out
+
+    def to_terminal(self, *, colour: bool) -> str:
+        facts = self.facts()
+        width = max(len(name) for name, _ in facts)
+        lines = [str(self.corpus.directory), *(f"  {name:<{width}}  {value}" for name, value in facts)]
+        for histogram in self.histograms:
+            rows = list(histogram.rows())
+            label = max(len(name) for name, _, _ in rows)
+            lines += ["", histogram.title]
+            lines += [f"  {name:>{label}}  {'█' * round(40 * share):<40} {count:,}" for name, count, share in rows]
+        begin, end = (_HIGHLIGHT, _PLAIN) if colour else ("⟦", "⟧")
+        for sample in self.samples:
+            lines += ["", _heading(sample)]
+            lines.append("".join(f"{begin}{text}{end}" if trained else text for text, trained in sample.runs))
+        return "\n".join(lines)
+
+    def to_html(self) -> str:
+        """One page that needs nothing beside itself."""
+        name = html.escape(self.corpus.directory.name)
+        facts = "".join(f"<tr><th>{html.escape(k)}<td>{html.escape(v)}" for k, v in self.facts())
+        charts = "".join(
+            f"<h2>{html.escape(h.title)}</h2><table>"
+            + "".join(
+                f"<tr><th>{html.escape(row)}<td><div style='width:{30 * share:.2f}em'></div> {count:,}"
+                for row, count, share in h.rows()
+            )
+            + "</table>"
+            for h in self.histograms
+        )
+        samples = "".join(
+            f"<h3>{html.escape(_heading(s))}</h3><pre>"
+            + "".join(f"<mark>{html.escape(t)}</mark>" if trained else html.escape(t) for t, trained in s.runs)
+            + "</pre>"
+            for s in self.samples
+        )
+        title = "<h2>samples: what is trained on is marked</h2>" if self.samples else ""
+        return f"{_HEAD.replace('NAME', name)}<h1>{name}</h1><table>{facts}</table>{charts}{title}{samples}\n"
+
+
+_HEAD = """<!doctype html><html lang="en"><meta charset="utf-8"><title>NAME</title><style>
+body{font:15px/1.45 system-ui,sans-serif;margin:2em auto;max-width:70em;padding:0 1em;color:#222}
+th{text-align:right;font-weight:normal;color:#555;padding-right:1em;vertical-align:top;white-space:nowrap}
+td div{display:inline-block;height:.8em;background:#4a7ab5;vertical-align:middle}
+pre{white-space:pre-wrap;background:#f6f6f4;padding:1em;border-radius:4px}mark{background:#bfe8c5}
+</style>"""
+
+
+def runs(corpus: Corpus, i: int, tokenizer: Any = None) -> list[tuple[str, bool]]:
+    """The text of trajectory i in runs of tokens that are trained on or not: [(text, trained)]."""
+    tokenizer = tokenizer or corpus.tokenizer()
+    tokens, mask = corpus.tokens(i).tolist(), corpus.mask(i)
+    ends = [*(np.flatnonzero(np.diff(mask)) + 1).tolist(), len(tokens)]
+    out, done = [], 0
+    for end in ends:
+        # A run alone would lose what decoders do between tokens, such as spaces; so the text up to its end is decoded.
+        text = tokenizer.decode(tokens[:end])
+        out.append((text[done:], bool(mask[end - 1])))
+        done = len(text)
+    return out
+
+
+def write_jsonl(corpus: Corpus, path: Path) -> int:
+    """Turn shards back into records, one line a trajectory: id, source, score, text, input_ids, loss_mask; returns their number.
+
+    Sharding the file again gives the same tokens and masks. The file appears under its name once it is whole.
+    """
+    tokenizer = corpus.tokenizer()
+    if path.exists():
+        raise DataError(f"{path} exists already. Choose another name, or remove it.")
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "wb") as file:
+        i = 0
+        for shard in corpus.shards:
+            for row in corpus.shard_meta(shard, ["id", "source", "score"]).to_pylist():
+                tokens, mask = corpus.tokens(i).tolist(), corpus.mask(i).tolist()
+                record = {k: v for k, v in row.items() if v is not None}
+                record |= {"text": tokenizer.decode(tokens), "input_ids": tokens, "loss_mask": mask}
+                file.write(orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE))
+                i += 1
+    os.replace(partial, path)
+    return i
+
+
+def _meta_of(corpus: Corpus, i: int) -> dict[str, Any]:
+    shard, k = corpus.locate(i)
+    columns = ["id", "score", "source", "num_tokens", "num_trained"]
+    return corpus.shard_meta(corpus.shards[shard], columns).slice(k, 1).to_pylist()[0]
+
+
+def _heading(sample: Sample) -> str:
+    meta = sample.meta
+    score = "" if meta["score"] is None else f", score {meta['score']:g}"
+    return f"#{sample.index} {meta['id']} ({meta['source']}{score}): {meta['num_tokens']} tokens, {meta['num_trained']} trained"
+
+
+def _spread(distribution: dict[str, Any] | None) -> str:
+    if distribution is None:
+        return "none"
+    p = distribution["percentiles"]
+    return f"{p['0']:g} … {p['100']:g}, median {p['50']:g}, mean {distribution['mean']:.4g}"
