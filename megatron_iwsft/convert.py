@@ -141,9 +141,9 @@ class _Movable:
         parameters = {p.data_ptr(): p for p in self._model.parameters()}
         state = self._model.sharded_state_dict(metadata=metadata)
         for name, entry in state.items():
-            if isinstance(entry, ShardedTensorFactory):
+            fused = parameters.get(entry.data.data_ptr()) if isinstance(entry, ShardedTensorFactory) else None
+            if fused is not None:
                 parts = {name: entry}
-                fused = parameters[entry.data.data_ptr()]
                 apply_factories(parts)
                 for part in parts[name] if isinstance(parts[name], list) else parts[name].values():
                     part.data = part.data.clone()
