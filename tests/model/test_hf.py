@@ -63,7 +63,7 @@ def hf_directory(path: Path, **changes) -> Path:
 
 
 def roundtrip(platform, directories: dict[str, str], layouts: list[dict], out: str):
-    """Import each model at each layout; its log-probs where one process holds it, and a checkpoint of it."""
+    """Import each model at each layout; its log-probs where one process holds it, a checkpoint, and an export as it stands."""
     from megatron_iwsft.model.build import ModelSettings, build_model, load_weights
 
     found = {}
@@ -80,7 +80,9 @@ def roundtrip(platform, directories: dict[str, str], layouts: list[dict], out: s
                 found[name, str(layout)] = convert.checkpoint_logprobs(chunks[0], IDS)
             label = "-".join(f"{k}{v}" for k, v in layout.items()) or "one"
             root = Path(out) / f"{name}@{label}"
-            CheckpointWriter(root, source.architecture, {}, {}, []).save(0, chunks)
+            writer = CheckpointWriter(root, source.architecture, {}, {}, [])
+            writer.save(0, chunks)
+            convert.export_running(chunks, parallel, Path(f"{root}-running"), writer.companions(0), dtype=torch.float32)
     return found
 
 
@@ -103,13 +105,14 @@ def test_logprobs_and_bit_exact_roundtrip(world_size: int, tmp_path: Path) -> No
                 assert (logprobs - expected).abs().max() <= 1e-4, (name, layout)
         original = {k: v for f in directory.glob("*.safetensors") for k, v in load_file(f).items()}
         for source in sorted((tmp_path / "ck").glob(f"{name}@*")):
-            output = convert.export_checkpoint(source, tmp_path / "out" / source.name)
+            running = source.name.endswith("-running")
+            output = source if running else convert.export_checkpoint(source, tmp_path / "out" / source.name)
             exported = load_file(output / "model.safetensors")
             assert exported.keys() == original.keys()
             assert all(torch.equal(exported[k], original[k]) for k in original), source.name
-            again = transformers.AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
-            with torch.no_grad():
-                assert torch.equal(convert.hugging_face_logprobs(again, IDS), expected)
+        again = transformers.AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
+        with torch.no_grad():
+            assert torch.equal(convert.hugging_face_logprobs(again, IDS), expected)
 
 
 def test_export_is_sharded_and_leaves_nothing_half_done(tmp_path: Path) -> None:
