@@ -135,7 +135,9 @@ class Sweep:
 
     def _finish(self, process: subprocess.Popen[bytes]) -> tuple[int, str]:
         status = process.wait()
-        time.sleep(1)
+        until = time.monotonic() + 15
+        while marked(str(self.directory)) and time.monotonic() < until:  # they end by themselves, within moments
+            time.sleep(0.1)
         self.figures["processes left behind"] += len(marked(str(self.directory)))
         return status, self.log.read_text(errors="replace")
 
