@@ -1,9 +1,10 @@
 """Kill a training run again and again and see that nothing is lost: python tools/bench/faults.py [--kills 50] [--output DIR]
 
-Two processes under torchrun train a small model with packing and quality sampling, saving every few steps, every other
-time it is started in the background. At random moments, half of them within a save, one rank or all of them get SIGKILL; after every `--damage`-th
-kill a file of the newest checkpoint is truncated, changed in one bit or removed. Each time the run must resume from the newest whole
-checkpoint and, when it ends, its metrics must equal the unbroken run's bit for bit. Prints figures; exit status 1 if one is wrong.
+Two processes under torchrun train a small model with packing and quality sampling, saving every few steps, every other time they
+are started in the background. At random moments, half of them within a save, one rank or all of them get SIGKILL; after every
+`--damage`-th kill a file of the newest checkpoint is truncated, changed in one bit or removed. Each time the run must resume from the
+newest whole checkpoint and, when it ends, its metrics must equal the unbroken run's bit for bit. Prints figures; exit status 1 if
+one is wrong.
 """
 
 from __future__ import annotations
