@@ -23,8 +23,8 @@ _MAY_CHANGE = {
     "data": {"corpus", "micro_batch_size", "epochs", "max_steps"},
 }
 _MUST_STAY = ("model", "data", "objective", "reference", "precision", "run")
-# A background writer of a killed run holds its lock until it is done.
-_LOCK_PATIENCE_S = 60.0
+# A killed run's lock goes with the last of its processes.
+_LOCK_PATIENCE_S = 15.0
 
 
 def resume(

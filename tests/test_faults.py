@@ -122,8 +122,9 @@ def test_a_frozen_rank_is_named_when_time_is_up(config: Path, tmp_path: Path) ->
 
 
 def test_two_jobs_do_not_write_to_one_run(config: Path, tmp_path: Path) -> None:
-    first = Run(config, tmp_path / "run", "data.max_steps=100000", "checkpoint.every=0").steps(1)
-    second = Run(config, tmp_path / "run", "data.max_steps=100000", "checkpoint.every=0")
+    long = ("data.max_steps=100000", "data.epochs=100000", "data.quality.mode=none", "checkpoint.every=0")
+    first = Run(config, tmp_path / "run", *long).steps(1)
+    second = Run(config, tmp_path / "run", *long)
     assert second.finish() == EXIT_USER_ERROR
     assert "is being written to by another job" in second.output
     first.process.send_signal(signal.SIGUSR1)

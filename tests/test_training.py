@@ -68,6 +68,7 @@ RESUMED = {
     "resumed-vp2": "vp2",
     "resumed-dp2": "dp2",
     "resumed-at-pp2": "cached",
+    "resumed-at-dp2": "cached",
 }
 
 
@@ -94,7 +95,7 @@ def all_runs(platform, tmp: Path) -> None:
             for later in sorted((tmp / name / "checkpoints").glob("step-*"))[2:]:
                 shutil.rmtree(later)
         torch.distributed.barrier()
-        train(config(tmp, name, *overrides, *(LAYOUTS["pp2"] if "pp2" in name else ())))
+        train(config(tmp, name, *overrides, *LAYOUTS.get(name.partition("-at-")[2], ())))
 
     # The newest checkpoint is damaged: the one before it is used.
     if platform.rank == 0:
@@ -171,7 +172,7 @@ def test_curves_agree_at_every_layout(runs: Path, layout: str) -> None:
     close(metrics(runs / layout), metrics(runs / "cached"), 1e-4)
 
 
-@pytest.mark.parametrize("run", [*(run for run in RESUMED if run != "resumed-at-pp2"), "damaged"])
+@pytest.mark.parametrize("run", [*(run for run in RESUMED if "-at-" not in run), "damaged"])
 def test_a_resumed_run_repeats_the_unbroken_one_bit_for_bit(runs: Path, run: str) -> None:
     whole = RESUMED.get(run, "cached")
     assert metrics(runs / run) == metrics(runs / whole)
@@ -190,8 +191,9 @@ def test_overlapped_communication_saves_the_weights_that_were_trained(runs: Path
     same_weights(runs / "overlap", runs / "dp2")
 
 
-def test_a_run_resumes_at_another_layout(runs: Path) -> None:
-    close(metrics(runs / "resumed-at-pp2"), metrics(runs / "cached"), 1e-4)
+@pytest.mark.parametrize("run", ["resumed-at-pp2", "resumed-at-dp2"])
+def test_a_run_resumes_at_another_layout(runs: Path, run: str) -> None:
+    close(metrics(runs / run), metrics(runs / "cached"), 1e-5)
 
 
 def test_evaluation_does_not_touch_training(runs: Path) -> None:
@@ -251,6 +253,7 @@ def mistakes(platform, tmp: Path) -> dict[str, tuple[type, str]]:
         "live reference of another size": config(tmp, "x", "reference.source=live", f"reference.model={tmp}/other"),
         "never resumes": config(tmp, "cached", "checkpoint.resume=never"),
         "another objective": config(tmp, "cached", "objective.temperature=1.0"),
+        "another corpus": config(tmp, "sft", *SFT, "data.max_steps=4", f"data.corpus={tmp}/another/corpus"),
         "experts": config(tmp, "x", "parallel.expert=2"),
         "evaluated with another tokenizer": config(
             tmp, "x", f"evaluation.corpus={tmp}/foreign/corpus", "evaluation.every=1"
@@ -292,6 +295,7 @@ def test_mistakes_are_told(runs: Path) -> None:
     values = np.fromfile(runs / "wrong" / sidecar / "shard-00000.bin", np.float32)
     (values * 1.1).tofile(runs / "wrong" / sidecar / "shard-00000.bin")
     tiny.token_corpus(runs / "foreign", [20] * 4, vocab_size=280)
+    tiny.token_corpus(runs / "another", LENGTHS, seed=1)
     other = tiny.model_config(hidden_size=32)
     run_distributed(
         train_only, 2, config(runs, "other", SFT[0], SFT[1], f"model.config={json.dumps(other)}", "data.max_steps=1")
@@ -303,6 +307,7 @@ def test_mistakes_are_told(runs: Path) -> None:
         "live reference of another size": (ConfigError, "needs a reference of the policy's hidden size"),
         "never resumes": (ConfigError, "checkpoint.resume is never, but"),
         "another objective": (ConfigError, "objective.temperature is 1.0, but"),
+        "another corpus": (ConfigError, "is not the corpus that"),
         "experts": (ConfigError, "the qwen2 family has no experts"),
         "evaluated with another tokenizer": (DataError, "evaluation.corpus"),
         "unfinished sidecar": (DataError, "are unfinished. Run tools/precompute_reference.py"),

@@ -7,14 +7,16 @@ its own reads the signals' numbers from the pipe that the interpreter writes the
 from __future__ import annotations
 
 import ctypes
+import multiprocessing
 import os
 import signal
 import sys
 import threading
 import time
 
-from megatron_iwsft.errors import EXIT_REQUEUE
+from megatron_iwsft.errors import EXIT_FAILURE, EXIT_REQUEUE
 
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 # Slurm signals every process of a job step, and its launcher and torchrun pass theirs on: one request comes in several copies.
 _ONE_REQUEST_S = 3.0
@@ -68,9 +70,9 @@ class StopSignals:
             os._exit(EXIT_REQUEUE)
 
 
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
-
-
 def die_with_parent() -> None:
     """Have the kernel end this process when the one that started it is gone, so that a killed job leaves none behind."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    parent = multiprocessing.parent_process()
+    if parent is not None and os.getppid() != parent.pid:  # it was gone before
+        os._exit(EXIT_FAILURE)

@@ -1,9 +1,10 @@
 """Kill a training run again and again and see that nothing is lost: python tools/bench/faults.py [--kills 50] [--output DIR]
 
-Two processes under torchrun train a small model with packing and quality sampling, saving every few steps, in the background in
-every other run. At random moments, half of them within a save, one rank or all of them get SIGKILL; after every `--damage`-th
-kill a file of the newest checkpoint is truncated, changed in one bit or removed. Each time the run must resume from the newest whole
-checkpoint and, when it ends, its metrics must equal the unbroken run's bit for bit. Prints figures; exit status 1 if one is wrong.
+Two processes under torchrun train a small model with packing and quality sampling, saving every few steps, every other time they
+are started in the background. At random moments, half of them within a save, one rank or all of them get SIGKILL; after every
+`--damage`-th kill a file of the newest checkpoint is truncated, changed in one bit or removed. Each time the run must resume from the
+newest whole checkpoint and, when it ends, its metrics must equal the unbroken run's bit for bit. Prints figures; exit status 1 if
+one is wrong.
 """
 
 from __future__ import annotations
@@ -101,7 +102,7 @@ class Sweep:
         run = self.directory / f"broken-{number}"
         expected_step, damaged, broken = 0, None, set()
         while True:
-            process = self._start(run, asynchronous=number % 2 == 0)
+            process = self._start(run, asynchronous=self.figures["kills"] % 2 == 1)
             if self.figures["kills"] < kills and self._wait_and_kill(process, run):
                 output = self._finish(process)[1]
                 self._check_resume(output, expected_step, damaged)
@@ -135,7 +136,9 @@ class Sweep:
 
     def _finish(self, process: subprocess.Popen[bytes]) -> tuple[int, str]:
         status = process.wait()
-        time.sleep(1)
+        until = time.monotonic() + 15
+        while marked(str(self.directory)) and time.monotonic() < until:  # they end by themselves, within moments
+            time.sleep(0.1)
         self.figures["processes left behind"] += len(marked(str(self.directory)))
         return status, self.log.read_text(errors="replace")
 

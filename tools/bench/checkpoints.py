@@ -1,0 +1,70 @@
+"""How long training stands still for a checkpoint, at once and in the background: python tools/bench/checkpoints.py [--hidden 1024]
+
+Two processes under torchrun train a model from random weights for a few steps, saving twice; prints what logs/events.jsonl says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from megatron_iwsft.errors import run_command
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hidden", type=int, default=768)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument(
+        "--corpus", type=Path, required=True, help="corpus directory of tools/shard_corpus.py, sequences up to 512"
+    )
+    parser.add_argument("--vocabulary", type=int, default=400)
+    args = parser.parse_args()
+    model = {
+        "model_type": "qwen2",
+        "hidden_size": args.hidden,
+        "intermediate_size": 4 * args.hidden,
+        "num_hidden_layers": args.layers,
+        "num_attention_heads": args.hidden // 64,
+        "num_key_value_heads": args.hidden // 64,
+        "vocab_size": args.vocabulary,
+        "max_position_embeddings": 512,
+    }
+    for asynchronous in (False, True):
+        with tempfile.TemporaryDirectory(dir=args.corpus.parent) as directory:
+            config = {
+                "run": {"name": "stall", "dir": f"{directory}/run", "device": "cpu"},
+                "model": {"config": model},
+                "data": {
+                    "corpus": str(args.corpus.resolve()),
+                    "seq_length": 512,
+                    "global_batch_size": 2,
+                    "max_steps": 8,
+                },
+                "objective": {"name": "sft"},
+                "precision": {"dtype": "fp32"},
+                "checkpoint": {"every": 4, "keep": 1, "asynchronous": asynchronous},
+            }
+            path = Path(directory) / "config.yaml"
+            path.write_text(json.dumps(config))
+            command = [sys.executable, "-m", "megatron_iwsft.torchrun", "--nproc_per_node", "2", "launch/train.py"]
+            subprocess.run([*command, "--config", path], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+            events = (Path(directory) / "run" / "logs" / "events.jsonl").read_text().splitlines()
+            for event in map(json.loads, events):
+                if event["event"] == "saved":
+                    how = "in the background" if asynchronous else "at once"
+                    print(
+                        f"step {event['step']}, {how}: {event['bytes'] / 1e9:.2f} GB, training stood still for "
+                        f"{event['stall_s']:.2f} s, whole after {event['total_s']:.2f} s",
+                        flush=True,
+                    )
+
+
+if __name__ == "__main__":
+    run_command(main)
