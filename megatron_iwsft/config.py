@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -24,6 +24,9 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+S = TypeVar("S", bound=Section)
 
 
 class Spike(Section):
@@ -373,6 +376,16 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
 
     Raises ConfigError: unreadable file, bad YAML, an unknown key (with the nearest known one), a wrong type or value.
     """
+    return read_config(Config, path, overrides or [])
+
+
+def parse_config(text: str, overrides: list[str], *, where: str) -> Config:
+    """`load_config` on text; `where` names it in messages."""
+    return _parse(Config, text, overrides, where)
+
+
+def read_config(schema: type[S], path: str | Path, overrides: list[str]) -> S:
+    """`load_config` for any schema."""
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
@@ -380,20 +393,20 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
         raise ConfigError(f"cannot read the config {path}: {error.strerror}.") from None
     except UnicodeDecodeError:
         raise ConfigError(f"the config {path} is not UTF-8 text.") from None
-    return parse_config(text, overrides or [], where=str(path))
+    return _parse(schema, text, overrides, str(path))
 
 
-def parse_config(text: str, overrides: list[str], *, where: str) -> Config:
-    """`load_config` on text; `where` names it in messages."""
+def _parse(schema: type[S], text: str, overrides: list[str], where: str) -> S:
     raw = _yaml(text, where)
     if not isinstance(raw, dict):
-        raise ConfigError(f"{where} must hold sections (run, model, data, …); it holds {type(raw).__name__}.")
+        sections = ", ".join(list(schema.model_fields)[:3])
+        raise ConfigError(f"{where} must hold sections ({sections}, …); it holds {type(raw).__name__}.")
     for override in overrides:
         _apply(raw, override)
     try:
-        return Config.model_validate(raw)
+        return schema.model_validate(raw)
     except ValidationError as error:
-        raise ConfigError(_explain(error, where)) from None
+        raise ConfigError(_explain(schema, error, where)) from None
 
 
 def _yaml(text: str, where: str) -> Any:
@@ -420,14 +433,14 @@ def _apply(raw: dict[str, Any], override: str) -> None:
     at[last] = _yaml(value, f"override {override!r}")
 
 
-def _explain(error: ValidationError, where: str) -> str:
+def _explain(schema: type[Section], error: ValidationError, where: str) -> str:
     lines = []
     for item in error.errors():
         location = ".".join(str(part) for part in item["loc"])
         found = item.get("input")
         kind = item["type"]
         if kind == "extra_forbidden":
-            known = _known_keys(item["loc"][:-1])
+            known = _known_keys(schema, item["loc"][:-1])
             near = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
             hint = f" Did you mean {near[0]}?" if near else f" Known keys: {', '.join(known)}."
             lines.append(f"{location} is not a known key.{hint}")
@@ -442,9 +455,9 @@ def _explain(error: ValidationError, where: str) -> str:
     return f"{where}: " + ("\n  ".join(["", *lines]) if len(lines) > 1 else lines[0])
 
 
-def _known_keys(location: tuple[Any, ...]) -> list[str]:
-    model: Any = Config
+def _known_keys(schema: type[Section], location: tuple[Any, ...]) -> list[str]:
+    model: Any = schema
     for part in location:
-        annotation = model.model_fields[part].annotation if hasattr(model, "model_fields") else None
-        model = annotation
+        # What stands under a key of a mapping is of its values' type, its last argument.
+        model = model.model_fields[part].annotation if hasattr(model, "model_fields") else get_args(model)[-1]
     return list(model.model_fields) if hasattr(model, "model_fields") else []

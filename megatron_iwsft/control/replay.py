@@ -1,0 +1,60 @@
+"""Recorded episodes, and which of them a method trains on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_iwsft.errors import DataError
+
+
+@dataclass(frozen=True)
+class Replay:
+    """Whole episodes end to end, in the order in which they were played: E episodes, T steps in all.
+
+    observations float32 [T, O]; actions float32 [T, A], as sampled, before the environment clipped them
+    starts       int64   [E + 1]  episode i is steps starts[i] … starts[i + 1] − 1
+    returns      float64 [E]      undiscounted
+    """
+
+    observations: Tensor
+    actions: Tensor
+    starts: Tensor
+    returns: Tensor
+
+    @property
+    def lengths(self) -> Tensor:
+        """int64 [E], steps."""
+        return self.starts.diff()
+
+    def select(self, percentiles: list[float]) -> Tensor:
+        """int64 indices of the curated episodes, one entry for every threshold that an episode's return reaches.
+
+        Several percentiles are the authors' nested filters: an episode above all three of three stands there three times.
+        """
+        thresholds = [float(np.percentile(self.returns.numpy(), p)) for p in percentiles]
+        return torch.cat([(self.returns >= threshold).nonzero().flatten() for threshold in thresholds])
+
+    def steps(self, episodes: Tensor) -> tuple[Tensor, Tensor]:
+        """The steps of a batch of episodes, and whose they are: int64 [T'] indices into T, int64 [T'] in 0 … len(episodes) − 1."""
+        lengths = self.lengths[episodes]
+        segment = torch.repeat_interleave(torch.arange(len(episodes)), lengths)
+        within = torch.arange(len(segment)) - (lengths.cumsum(0) - lengths)[segment]
+        return self.starts[episodes][segment] + within, segment
+
+    @staticmethod
+    def of(episodes: list[tuple[list[np.ndarray], list[np.ndarray], float]]) -> Replay:
+        """From (observations, actions, return) of each episode. Raises DataError where there is none."""
+        if not episodes:
+            raise DataError("no episode ended while the replay was recorded; raise learner.replay_steps.")
+        observations, actions, returns = zip(*episodes, strict=True)
+        lengths = torch.tensor([0, *[len(o) for o in observations]])
+        return Replay(
+            observations=torch.from_numpy(np.concatenate([np.stack(o) for o in observations])).float(),
+            actions=torch.from_numpy(np.concatenate([np.stack(a) for a in actions])).float(),
+            starts=lengths.cumsum(0),
+            returns=torch.tensor(returns, dtype=torch.float64),
+        )
