@@ -291,7 +291,11 @@ class Wandb(Section):
 
 
 class Logging(Section):
+    """warn_ess_below: effective sample size, and warn_clipped_above: share of clipped weights, at which the log says what to do."""
+
     every: PositiveInt = 1
+    warn_ess_below: Share = 0.1
+    warn_clipped_above: Share = 0.5
     wandb: Wandb = Wandb()
     tensorboard: bool = False
 

@@ -132,6 +132,7 @@ def start_hooks(job: Job, resumed_at: int, total_steps: int, at_exit: ExitStack)
         MetricsWriter(run_dir / "metrics.jsonl", resumed_at),
         Every(config.logging.every, progress_line, True),
     ]
+    hooks.append(weight_warnings(config.logging, Events(run_dir / "logs" / "events.jsonl")))
     if config.logging.wandb.mode != "disabled":
         hooks.append(wandb_logger(config.logging.wandb, config.run, config.model_dump(), at_exit))
     if config.logging.tensorboard:
@@ -154,6 +155,38 @@ def progress_line(info: StepInfo) -> None:
     if "skipped" in m:
         parts.append(f"skipped: {m['skipped']}")
     print(" | ".join(parts), flush=True)
+
+
+_STEPS_BETWEEN_WARNINGS = 100
+
+
+def weight_warnings(settings: config.Logging, events: Events) -> Hook:
+    """Say, at most every hundred steps, when few trajectories carry a batch or the clip decides most weights, and what helps."""
+    last: dict[str, int] = {}
+
+    def warn(info: StepInfo, what: str, text: str) -> None:
+        if info.step - last.get(what, -_STEPS_BETWEEN_WARNINGS) >= _STEPS_BETWEEN_WARNINGS:
+            last[what] = info.step
+            events(what, f"step {info.step}: {text}", step=info.step)
+
+    def check(info: StepInfo) -> None:
+        ess, clipped = info.metrics.get("weight_ess"), info.metrics.get("clip_fraction")
+        if ess is not None and ess < settings.warn_ess_below:
+            warn(
+                info,
+                "low effective sample size",
+                f"the effective sample size is {ess:.1%} of the batch: few weights carry it. Lower objective.temperature or the upper "
+                "clip, take a larger global batch, or refresh the reference.",
+            )
+        if clipped is not None and clipped > settings.warn_clipped_above:
+            warn(
+                info,
+                "weights at the clip",
+                f"the clip decides {clipped:.1%} of the weights, which then say little about their trajectories. Lower "
+                "objective.temperature, widen objective.clip, or refresh the reference: the policy has moved far from it.",
+            )
+
+    return check
 
 
 def wandb_logger(settings: config.Wandb, run: config.Run, resolved: dict[str, Any], at_exit: ExitStack) -> Hook:

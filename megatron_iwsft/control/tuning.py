@@ -13,7 +13,7 @@ from megatron_iwsft.control.config import Objective, Training
 from megatron_iwsft.control.policy import AveragedPolicy, GaussianPolicy
 from megatron_iwsft.control.replay import Replay
 from megatron_iwsft.errors import DivergenceError
-from megatron_iwsft.objectives import SUMS, Trajectories, local_segment_sum, micro_batch_loss
+from megatron_iwsft.objectives import OBJECTIVES, SUMS, Trajectories, local_segment_sum, micro_batch_loss
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def tune(
     for step in range(settings.steps):
         episodes = curated[torch.randint(len(curated), (settings.batch_size,), generator=generator)]
         batch = batch_of(policy, replay, episodes, average.average if average else None, reference)
-        out = micro_batch_loss(objective.name, batch, objective.settings)
+        out = micro_batch_loss(OBJECTIVES[objective.name], batch, objective.settings)
         denominator = float(out.sums[SUMS.index("denominator")])
         if not math.isfinite(denominator) or denominator <= 0 or not bool(torch.isfinite(out.loss)):
             raise DivergenceError(

@@ -112,7 +112,7 @@ def cost(
     The log-prob operator's chunk of logits and the trained rows it saves are left out: they do not grow with the layout.
     """
     # The first stage holds most activations, and the first or the last most parameters.
-    dense, expert = max(_stage_parameters(arch, layout), key=sum)
+    dense, expert = max(stage_parameters(arch, layout), key=sum)
     replicas = layout.context * layout.data
     optimizer = dense // replicas + expert // (layout.tensor * replicas // layout.expert)
     tokens = seq_length * micro_batch_size // layout.context
@@ -142,7 +142,7 @@ def _layers(arch: Architecture, layout: Layout) -> list[int]:
     return list(layout.layers_per_stage or [arch.num_layers // layout.stages] * layout.stages)
 
 
-def _stage_parameters(arch: Architecture, layout: Layout) -> list[tuple[int, int]]:
+def stage_parameters(arch: Architecture, layout: Layout) -> list[tuple[int, int]]:
     """(dense, experts') parameters on one rank of each pipeline stage."""
     query, kv, h = arch.num_heads * arch.head_dim, arch.num_groups * arch.head_dim, arch.hidden_size
     cut = h * (query + 2 * kv) + query * h + (query + 2 * kv if arch.qkv_bias else 0)

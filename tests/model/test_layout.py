@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_iwsft.model.architecture import Architecture
-from megatron_iwsft.model.layout import Layout, _stage_parameters, broken_rule, cost, valid_layouts
+from megatron_iwsft.model.layout import Layout, broken_rule, cost, stage_parameters, valid_layouts
 from megatron_iwsft.testing import run_distributed
 from tests import tiny
 
@@ -105,5 +105,5 @@ def counted() -> list[tuple[str, Layout]]:
 def test_parameters_are_counted_as_they_are_built() -> None:
     built = run_distributed(built_parameters, 2)
     for name, layout in counted():
-        counts = [sum(c) for c in _stage_parameters(arch(**COUNTED_MODELS[name]), layout)]
+        counts = [sum(c) for c in stage_parameters(arch(**COUNTED_MODELS[name]), layout)]
         assert [b[name, layout] for b in built] == (counts * 2 if layout.pipeline == 1 else counts), (name, layout)
