@@ -228,8 +228,41 @@ class Parallel(Section):
 
 
 class Precision(Section):
+    """dtype: of parameters and activations. fp8: the recipe by which Transformer Engine's layers multiply in FP8, with bf16 around
+    them. fp8_parameters: parameters are kept, and gathered by the distributed optimizer, in FP8. bf16_first_layers,
+    bf16_last_layers: layers at either end that stay in bf16.
+    """
+
     dtype: Literal["fp32", "bf16"] = "bf16"
     fp8: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] | None = None
+    fp8_parameters: bool = False
+    bf16_first_layers: NonNegativeInt = 0
+    bf16_last_layers: NonNegativeInt = 0
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Precision:
+        edges = self.bf16_first_layers or self.bf16_last_layers
+        if self.fp8 is None and (self.fp8_parameters or edges):
+            raise ValueError(
+                "fp8_parameters, bf16_first_layers and bf16_last_layers go with an fp8 recipe; fp8 is null"
+            )
+        if self.fp8 is not None and self.dtype != "bf16":
+            raise ValueError(f"fp8 {self.fp8} needs dtype bf16; it is {self.dtype}")
+        if self.fp8 == "delayed" and edges:
+            raise ValueError(
+                "layers in bf16 at the ends need fp8 tensorwise, blockwise or mxfp8; delayed scaling has one state for all"
+            )
+        return self
+
+    @property
+    def described(self) -> str:
+        """What log-probs depend on."""
+        edges = (
+            f"-{self.bf16_first_layers}-{self.bf16_last_layers}"
+            if self.bf16_first_layers or self.bf16_last_layers
+            else ""
+        )
+        return self.dtype + (f"+fp8-{self.fp8}{edges}" if self.fp8 else "")
 
 
 class Optimizer(Section):
@@ -328,6 +361,12 @@ class Config(Section):
     export: Export = Export()
     logging: Logging = Logging()
     evaluation: Evaluation = Evaluation()
+
+    @model_validator(mode="after")
+    def _fp8_parameters_are_gathered(self) -> Config:
+        if self.precision.fp8_parameters and not self.optimizer.distributed:
+            raise ValueError("precision.fp8_parameters needs optimizer.distributed: true")
+        return self
 
     def data_parallel(self, world_size: int) -> int:
         """The data-parallel degree that `world_size` processes leave, checked against the batch sizes."""

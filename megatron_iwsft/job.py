@@ -27,9 +27,13 @@ from megatron_iwsft.model.hf import DTYPES, RandomInit, ReadingProgress, Safeten
 from megatron_iwsft.model.weights import shapes
 from megatron_iwsft.objectives import ObjectiveFunction
 from megatron_iwsft.platform import ParallelContext, Platform, start
+from megatron_iwsft.platform.capabilities import fp8_refusal
 from megatron_iwsft.platform.watchdog import Watchdog
 from megatron_iwsft.quality import normalized_by_source, thresholds_in_scores
 from megatron_iwsft.reference import ReferenceIdentity, weights_fingerprint
+
+# Rows that a rank's FP8 matrix products need to come in multiples of.
+_FP8_ALIGNMENT = {"delayed": 16, "tensorwise": 16, "blockwise": 16, "mxfp8": 32}
 
 
 class Weights:
@@ -116,13 +120,16 @@ class Job:
 
     def build(self, weights: Weights) -> list[PolicyModel]:
         """This rank's chunks of a model, with `weights`."""
-        degrees = self.config.parallel
+        degrees, precision = self.config.parallel, self.config.precision
         settings = ModelSettings(
             dtype=self.dtype,
             sequence_parallel=degrees.sequence,
             layers_per_stage=tuple(degrees.layers_per_stage) if degrees.layers_per_stage else None,
             recompute=degrees.recompute,
             backend="transformer_engine" if self.platform.has_transformer_engine else "local",
+            fp8=precision.fp8,
+            fp8_parameters=precision.fp8_parameters,
+            bf16_edges=(precision.bf16_first_layers, precision.bf16_last_layers),
         )
         chunks = build_model(weights.architecture, self.parallel, self.platform, settings)
         weights.load(chunks, self.parallel)
@@ -135,7 +142,12 @@ class Job:
         return BatchBuilder(
             corpus,
             sampler,
-            RowShape.of(tensor=parallel.tensor, context=parallel.context, row_length=row),
+            RowShape.of(
+                tensor=parallel.tensor,
+                context=parallel.context,
+                row_length=row,
+                alignment=_FP8_ALIGNMENT.get(self.config.precision.fp8 or "", 1),
+            ),
             micro_batch_size=data.micro_batch_size,
             data_rank=self.parallel.dp.rank(),
             data_size=self.data_size,
@@ -170,8 +182,9 @@ def start_job(config: Config) -> Job:
             raise ConfigError(
                 "reference.refresh copies the policy into the reference: both need the same architecture."
             )
-    if config.precision.fp8 is not None:
-        raise ConfigError("precision.fp8 is not implemented yet; use precision.fp8: null.")
+    refusal = fp8_refusal(config.precision.fp8) if config.precision.fp8 is not None else None
+    if refusal:
+        raise ConfigError(f"precision.fp8 {config.precision.fp8} {refusal}. Use precision.fp8: null.")
     if config.objective.router_balance and policy.architecture.experts is None:
         raise ConfigError(
             f"objective.router_balance is {config.objective.router_balance:g}, but the {policy.architecture.family} family has no experts."
@@ -181,7 +194,7 @@ def start_job(config: Config) -> Job:
         weights=reference.fingerprint,
         tokenizer=corpus.manifest["tokenizer"]["fingerprint"],
         template=template["hash"] if template else "none",
-        dtype=config.precision.dtype,
+        dtype=config.precision.described,
     )
 
     config.data_parallel(int(os.environ.get("WORLD_SIZE", "1")))  # refused before ranks wait for each other

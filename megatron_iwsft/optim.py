@@ -20,6 +20,7 @@ def wrap_for_gradients(chunks: list[Any], settings: config.Optimizer) -> list[Di
         overlap_param_gather=settings.overlap_param_gather,
         use_distributed_optimizer=settings.distributed,
         check_for_nan_in_grad=False,
+        fp8_param_gather=chunks[0].config.fp8_param,
     )
     # Interleaved chunks beyond the first run backward while the first one's buckets still fill: one bucket each.
     wrapped = [

@@ -34,7 +34,7 @@ from megatron_iwsft.step import LossTotals, TrainStep
 
 # How far the policy's log-probs may lie from its own as reference, mean |log-ratio| per token, before the first update. The
 # cached reference may have been computed at another layout, which moves the last bits.
-START_TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
+START_TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2, "fp8": 1e-1}
 
 _REFERENCE_METRICS = frozenset(
     [
@@ -342,11 +342,12 @@ class Trainer:
         """Before the first update, a reference that is the initial policy must give the policy's own log-probs."""
         if self.job.reference.fingerprint != self.job.policy.fingerprint:
             return
-        found, allowed = metrics["abs_log_ratio"], START_TOLERANCE[self.job.config.precision.dtype]
+        precision = self.job.config.precision
+        found, allowed = metrics["abs_log_ratio"], START_TOLERANCE["fp8" if precision.fp8 else precision.dtype]
         if not found <= allowed:  # NaN too
             raise DataError(
                 f"policy and reference are the same model, yet their log-probs differ by {found:.3g} per token on the first batch "
-                f"(allowed in {self.job.config.precision.dtype}: {allowed:g}). Model, tokenizer and template match by fingerprint, so the "
+                f"(allowed in {precision.described}: {allowed:g}). Model, tokenizer and template match by fingerprint, so the "
                 "cached log-probs are damaged or were computed by other code: remove the corpus's reference-* directory and run "
                 "tools/precompute_reference.py again, or use reference.source: live."
             )

@@ -21,7 +21,8 @@ class RowShape:
     """What slicing asks of a packed row.
 
     segment_multiple  each segment is padded to it: 2·cp for the context-parallel zigzag
-    row_multiple      and the whole row to it, so that sequence parallelism can cut it over tp ranks
+    row_multiple      and the whole row to it, so that sequence parallelism can cut it over tp ranks, each part a multiple of
+                      `alignment`, which FP8 matrix products ask for
     row_length        tokens of every row, or None to fit each global batch's longest
     """
 
@@ -30,9 +31,9 @@ class RowShape:
     row_length: int | None
 
     @staticmethod
-    def of(*, tensor: int, context: int, row_length: int | None) -> RowShape:
+    def of(*, tensor: int, context: int, row_length: int | None, alignment: int = 1) -> RowShape:
         segment = 2 * context if context > 1 else 1
-        return RowShape(segment, segment * tensor, row_length)
+        return RowShape(segment, segment * tensor * alignment, row_length)
 
     def padded(self, lengths: np.ndarray) -> np.ndarray:
         return -(-lengths // self.segment_multiple) * self.segment_multiple

@@ -25,6 +25,7 @@ from megatron_iwsft.model.moe import Balance, BalancedRouter, ExpertLayer, Packe
 from megatron_iwsft.model.weights import PerExpert, shapes, table
 from megatron_iwsft.ops.logprob import vocab_parallel_logprob
 from megatron_iwsft.platform import ParallelContext, Platform, moe_submodules
+from megatron_iwsft.platform.capabilities import has_gradient_accumulation_fusion
 
 # Names of the local backend's parameters → names in checkpoints, which are Transformer Engine's: it fuses a norm with the
 # projection that follows, but keeps one in front of a router apart.
@@ -37,13 +38,18 @@ _EXPERT = re.compile(r"mlp\.experts\.(?:local_experts\.(\d+)\.(linear_fc.)\.weig
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """How a model computes: dtype of parameters and activations, what `config.Parallel` says beside degrees, the backend."""
+    """How a model computes: dtype of parameters and activations, what `config.Parallel` says beside degrees, the backend, and what
+    `config.Precision` says about FP8 (bf16_edges: layers at the start and at the end that stay out of it).
+    """
 
     dtype: torch.dtype = torch.float32
     sequence_parallel: bool = False
     layers_per_stage: tuple[int, ...] | None = None
     recompute: Literal["none", "selective", "full"] = "none"
     backend: Literal["local", "transformer_engine"] = "local"
+    fp8: str | None = None
+    fp8_parameters: bool = False
+    bf16_edges: tuple[int, int] = (0, 0)
 
 
 class LocalRMSNorm(torch.nn.Module):
@@ -186,6 +192,7 @@ def _transformer_config(
         window_size=None if window is None else (window - 1, 0),
         window_attn_skip_freq=None if window is None else [int(w is not None) for w in arch.windows],
         **_expert_settings(arch, settings),
+        **_fp8_settings(settings),
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=parallel.tp.size(),
@@ -209,7 +216,7 @@ def _transformer_config(
         output_layer_init_method=_leave_as_it_is,
         embedding_init_method=_leave_as_it_is,
         use_cpu_initialization=False,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=has_gradient_accumulation_fusion(),
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
@@ -234,6 +241,21 @@ def _expert_settings(arch: Architecture, settings: ModelSettings) -> dict[str, A
         moe_router_load_balancing_type="none",  # ours: see moe.py
         moe_token_dispatcher_type="alltoall",
         moe_grouped_gemm=settings.backend == "transformer_engine",
+    )
+
+
+def _fp8_settings(settings: ModelSettings) -> dict[str, Any]:
+    """Gradients in E5M2 where one scale serves a whole tensor; with a scale a block E4M3's precision is worth more."""
+    if settings.fp8 is None:
+        return {}
+    first, last = settings.bf16_edges
+    return dict(
+        fp8="hybrid" if settings.fp8 in ("delayed", "tensorwise") else "e4m3",
+        fp8_recipe=settings.fp8,
+        fp8_param=settings.fp8_parameters,
+        first_last_layers_bf16=bool(first or last),
+        num_layers_at_start_in_bf16=first,
+        num_layers_at_end_in_bf16=last,
     )
 
 

@@ -1,0 +1,55 @@
+"""What the hardware and the optional packages of NVIDIA's can do here. Nothing is initialised by asking."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+
+import torch
+
+
+def transformer_engine() -> tuple[str | None, str]:
+    """(version, "") where Transformer Engine can be imported, else (None, why not)."""
+    if importlib.util.find_spec("transformer_engine") is None:
+        return None, "missing"
+    try:
+        importlib.import_module("transformer_engine.pytorch")
+    except Exception as error:  # a broken build raises anything
+        return None, f"cannot be imported: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    try:
+        return importlib.metadata.version("transformer-engine"), ""
+    except importlib.metadata.PackageNotFoundError:
+        return "version unknown", ""
+
+
+def has_gradient_accumulation_fusion() -> bool:
+    """Whether matrix products can add weight gradients straight into float32 buffers.
+
+    Transformer Engine's layers could without more, but Megatron-Core refuses to build the others with the option on unless the
+    extension that comes with NVIDIA's apex is there.
+    """
+    return torch.cuda.is_available() and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+
+
+# recipe → (lowest compute capability, what has it)
+_FP8_NEEDS = {
+    "delayed": ((8, 9), "Ada, Hopper or newer"),
+    "tensorwise": ((8, 9), "Ada, Hopper or newer"),
+    "blockwise": ((9, 0), "Hopper or newer"),
+    "mxfp8": ((10, 0), "Blackwell"),
+}
+
+
+def fp8_refusal(recipe: str) -> str | None:
+    """Why this machine cannot run an FP8 recipe, in one sentence that says what could; None if it can."""
+    needs, generation = _FP8_NEEDS[recipe]
+    if not torch.cuda.is_available():
+        return f"needs a GPU ({generation}), and torch sees none"
+    capability = torch.cuda.get_device_capability()
+    if capability < needs:
+        return f"needs {generation}; this is {torch.cuda.get_device_name()}, compute capability {capability[0]}.{capability[1]}"
+    engine, why = transformer_engine()
+    if engine is None:
+        return f"needs Transformer Engine, which is {why}"
+    return None
