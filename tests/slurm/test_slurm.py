@@ -170,7 +170,7 @@ def test_the_time_limit(lab: Lab, tmp_path: Path) -> None:
     config = config_at(tmp_path, max_steps=20 * STEPS)
     job = start(lab, config, tmp_path / "run", "--time=30", "--signal=B:USR1@60")
     hours, minutes, _ = (int(part) for part in lab.show(job)["RunTime"].split(":"))
-    lab.call("scontrol", "update", f"JobId={job}", f"TimeLimit={60 * hours + minutes + 1}")
+    lab.call("scontrol", "update", f"JobId={job}", f"TimeLimit={60 * hours + minutes + 2}")
     lab.until(lambda: lab.state(job) == "PENDING", job)
     lab.call("scontrol", "update", f"JobId={job}", "TimeLimit=30")
     check(lab, job, tmp_path / "run", train_here(config, tmp_path / "unbroken"))
