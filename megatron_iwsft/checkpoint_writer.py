@@ -107,12 +107,13 @@ class CheckpointWriter:
             request = request._replace(
                 async_fn=partial(_write_and_hash, request.async_fn, partial_directory, dist.get_rank())
             )
+        # In a forked process also where training waits for it: a writer that a full disk brings down takes no trainer along.
         with _as_checkpoint_error(final):
+            self._calls().schedule_async_request(request)
             if self.asynchronous:
-                self._calls().schedule_async_request(request)
                 pending.stall_s = time.perf_counter() - started
             else:
-                request.execute_sync()
+                self._calls().maybe_finalize_async_calls(blocking=True)
         return final
 
     def poll(self) -> None:

@@ -12,12 +12,15 @@ import os
 import signal
 import socket
 import sys
+import time
 
 import psutil
 
 from megatron_iwsft.errors import EXIT_REQUEUE
 
 _STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
+# srun ends the other nodes with the first that leaves; so long they have to leave with the same status.
+_LEAVING_S = 2.0
 
 
 def main() -> int:
@@ -36,6 +39,8 @@ def main() -> int:
         torchrun(sys.argv[1:])
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
+        if failure.exitcode == EXIT_REQUEUE:
+            time.sleep(_LEAVING_S)
         if failure.exitcode >= 0:
             return failure.exitcode
         if told:  # before it listened to signals: nothing was done yet
