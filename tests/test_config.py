@@ -11,7 +11,9 @@ from megatron_iwsft.errors import ConfigError
 
 MINIMAL = "run: {name: r, dir: runs/r}\nmodel: {hf: /models/m}\ndata: {corpus: c, seq_length: 64, epochs: 1}\n"
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
-TRAINING = [path for path in CONFIGS if not path.name.startswith("control-")]  # those have a schema and tests of their own
+TRAINING = [
+    path for path in CONFIGS if not path.name.startswith("control-")
+]  # those have a schema and tests of their own
 
 
 def parse(*overrides: str, text: str = MINIMAL) -> Config:
