@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from tqdm import tqdm
 
 from megatron_iwsft.control.config import Experiment, Method, Objective
 from megatron_iwsft.control.environment import evaluate, make_environment, mean_action, random_action, sizes
@@ -58,7 +59,8 @@ def run_experiment(experiment: Experiment) -> list[SeedResult]:
     missing = [seed for seed, result in done.items() if result is None]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(experiment.run.workers, mp_context=context) as pool:
-        for future in as_completed([pool.submit(run_seed, experiment, seed) for seed in missing]):
+        futures = [pool.submit(run_seed, experiment, seed) for seed in missing]
+        for future in tqdm(as_completed(futures), total=len(futures), unit="seed", disable=not futures):
             result = future.result()
             done[result.seed] = result
     return [result for result in done.values() if result is not None]
