@@ -64,7 +64,7 @@ class Player:
         self.episodes: list[Episode] = []
         self._environments = [make_environment(task) for _ in range(environments)]
         self._current = [Episode() for _ in range(environments)]
-        self._states = [self._begin(i, seed=seed + i) for i in range(environments)]
+        self._states = [self._begin(i, seed=seed * environments + i) for i in range(environments)]
 
     def _begin(self, i: int, seed: int | None = None) -> np.ndarray:
         return np.asarray(self._environments[i].reset(seed=seed)[0], dtype=np.float32)
