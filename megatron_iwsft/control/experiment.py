@@ -29,7 +29,7 @@ from megatron_iwsft.control.tuning import log_probs, tune
 from megatron_iwsft.errors import ConfigError
 
 _CLONING = Objective(name="sft")
-_EVALUATION_SEEDS = 1_000_000
+_EVALUATION_SEEDS, _CLONING_SEEDS = 1_000_000, 2_000_000
 # Two-sided 95 % points of Student's t, degrees of freedom 1 to 20.
 _STUDENT_95 = (
     *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
@@ -112,7 +112,7 @@ def run_seed(experiment: Experiment, seed: int) -> SeedResult:
 
 def _clone(experiment: Experiment, replay: Replay, seed: int) -> GaussianPolicy:
     """The reference: behaviour cloning of the whole replay, from random weights."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(_CLONING_SEEDS + seed)  # not the weights that the learner began with
     policy = GaussianPolicy(
         replay.observations.shape[1],
         replay.actions.shape[1],
