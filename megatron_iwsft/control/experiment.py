@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from tqdm import tqdm
 
 from megatron_iwsft.control.config import Experiment, Method, Objective
-from megatron_iwsft.control.environment import evaluate, make_environment, mean_action, random_action, sizes
+from megatron_iwsft.control.environment import Actor, evaluate, make_environment, mean_action, random_action, sizes
 from megatron_iwsft.control.learner import Learned, learn
 from megatron_iwsft.control.policy import GaussianPolicy
 from megatron_iwsft.control.replay import Replay
@@ -28,6 +29,7 @@ from megatron_iwsft.control.tuning import log_probs, tune
 from megatron_iwsft.errors import ConfigError
 
 _CLONING = Objective(name="sft")
+_EVALUATION_SEEDS, _CLONING_SEEDS = 1_000_000, 2_000_000
 # Two-sided 95 % points of Student's t, degrees of freedom 1 to 20.
 _STUDENT_95 = (
     *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
@@ -58,7 +60,8 @@ def run_experiment(experiment: Experiment) -> list[SeedResult]:
     missing = [seed for seed, result in done.items() if result is None]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(experiment.run.workers, mp_context=context) as pool:
-        for future in as_completed([pool.submit(run_seed, experiment, seed) for seed in missing]):
+        futures = [pool.submit(run_seed, experiment, seed) for seed in missing]
+        for future in tqdm(as_completed(futures), total=len(futures), unit="seed", disable=None):
             result = future.result()
             done[result.seed] = result
     return [result for result in done.values() if result is not None]
@@ -69,25 +72,11 @@ def run_seed(experiment: Experiment, seed: int) -> SeedResult:
     torch.set_num_threads(1)
 
     def played(policy: GaussianPolicy) -> float:
-        # The first states of evaluation are none that data were drawn from, and the same for every method.
-        return evaluate(
-            mean_action(policy), experiment.task, episodes=experiment.evaluation.episodes, seed=10**6 + seed
-        )
+        return _evaluate(experiment, mean_action(policy), seed)
 
     learned = _learned(experiment, seed)
-    replay, observations = learned.replay, learned.replay.observations
-    generator = torch.Generator().manual_seed(seed)
-    cloned = GaussianPolicy(
-        observations.shape[1],
-        learned.replay.actions.shape[1],
-        hidden=experiment.policy.hidden,
-        layers=experiment.policy.layers,
-        generator=generator,
-    )
-    cloned.shift.copy_(observations.mean(0))
-    cloned.scale.copy_(observations.std(0).clamp(min=1e-4))
-    everything = torch.arange(len(replay.returns))
-    cloned = tune(cloned, replay, everything, _CLONING, experiment.cloning, generator=generator).policy
+    replay = learned.replay
+    cloned = _clone(experiment, replay, seed)
     reference = log_probs(cloned, replay)
 
     returns, curated, weights = {"BC": played(cloned)}, {}, {}
@@ -106,12 +95,11 @@ def run_seed(experiment: Experiment, seed: int) -> SeedResult:
         curated[name] = {"episodes": len(chosen), "return": float(replay.returns[chosen].mean()), "nll": tuned.nll}
         if method.objective.name == "iw_sft":
             weights[name] = {"ess": tuned.ess, "clipped": tuned.clipped, "mean": tuned.weight}
-    uniform = random_action(experiment.task, seed)
     result = SeedResult(
         seed=seed,
         episodes=len(replay.returns),
-        steps=len(observations),
-        random=evaluate(uniform, experiment.task, episodes=experiment.evaluation.episodes, seed=10**6 + seed),
+        steps=len(replay.observations),
+        random=_evaluate(experiment, random_action(experiment.task, seed), seed),
         learner=played(learned.policy),
         replay=float(replay.returns.mean()),
         returns=returns,
@@ -120,6 +108,28 @@ def run_seed(experiment: Experiment, seed: int) -> SeedResult:
     )
     _write(_result_path(experiment, seed), json.dumps({"settings": _settings(experiment), "result": result.__dict__}))
     return result
+
+
+def _clone(experiment: Experiment, replay: Replay, seed: int) -> GaussianPolicy:
+    """The reference: behaviour cloning of the whole replay, from random weights."""
+    generator = torch.Generator().manual_seed(_CLONING_SEEDS + seed)  # not the weights that the learner began with
+    policy = GaussianPolicy(
+        replay.observations.shape[1],
+        replay.actions.shape[1],
+        hidden=experiment.policy.hidden,
+        layers=experiment.policy.layers,
+        generator=generator,
+    )
+    policy.shift.copy_(replay.observations.mean(0))
+    policy.scale.copy_(replay.observations.std(0).clamp(min=1e-4))
+    everything = torch.arange(len(replay.returns))
+    return tune(policy, replay, everything, _CLONING, experiment.cloning, generator=generator).policy
+
+
+def _evaluate(experiment: Experiment, actor: Actor, seed: int) -> float:
+    """From first states that are the same for every method, and shared with no other seed nor with the data."""
+    first = _EVALUATION_SEEDS + seed * experiment.evaluation.episodes
+    return evaluate(actor, experiment.task, episodes=experiment.evaluation.episodes, seed=first)
 
 
 def _settings(experiment: Experiment) -> dict[str, Any]:

@@ -7,7 +7,7 @@ statistics. On-policy, since the replay is then what Gaussian policies of the cl
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from megatron_iwsft.control.config import Learner, Task
 from megatron_iwsft.control.environment import make_environment, sizes
 from megatron_iwsft.control.policy import GaussianPolicy, mlp
-from megatron_iwsft.control.replay import Replay
+from megatron_iwsft.control.replay import Episode, Replay
 
 
 class RunningMoments:
@@ -57,56 +57,42 @@ class Rollout:
     following: Tensor
 
 
-@dataclass
 class Player:
     """E environments in step, and the episodes that came to their end in them."""
 
-    task: Task
-    environments: int
-    seed: int
-    episodes: list[tuple[list[np.ndarray], list[np.ndarray], float]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self._all = [make_environment(self.task) for _ in range(self.environments)]
-        self._states = [self._begin(i, seed=self.seed + i) for i in range(self.environments)]
-        self._current: list[tuple[list[np.ndarray], list[np.ndarray], float]] = [
-            ([], [], 0.0) for _ in range(self.environments)
-        ]
+    def __init__(self, task: Task, environments: int, seed: int) -> None:
+        self.episodes: list[Episode] = []
+        self._environments = [make_environment(task) for _ in range(environments)]
+        self._current = [Episode() for _ in range(environments)]
+        self._states = [self._begin(i, seed=seed * environments + i) for i in range(environments)]
 
     def _begin(self, i: int, seed: int | None = None) -> np.ndarray:
-        return np.asarray(self._all[i].reset(seed=seed)[0], dtype=np.float32)
+        return np.asarray(self._environments[i].reset(seed=seed)[0], dtype=np.float32)
 
     def play(self, policy: GaussianPolicy, steps: int, generator: torch.Generator) -> Rollout:
-        observations, actions = [], []
-        rewards = torch.zeros(steps, self.environments)
-        ends = torch.zeros(steps, self.environments)
-        cut_off = []
+        """Episodes run on from one call to the next."""
+        observations, actions, cut_off = [], [], []
+        rewards, ends = torch.zeros(2, steps, len(self._environments))
         for n in range(steps):
             observations.append(torch.from_numpy(np.stack(self._states)))
             actions.append(policy.sample(observations[-1], generator))
             for i, action in enumerate(actions[-1].numpy()):
-                state, reward, terminated, truncated, _ = self._all[i].step(action)
-                seen, done, total = self._current[i]
-                seen.append(self._states[i])
-                done.append(action)
-                self._current[i] = seen, done, total + float(reward)
+                following, reward, terminated, truncated, _ = self._environments[i].step(action)
+                episode = self._current[i]
+                episode.observations.append(self._states[i])
+                episode.actions.append(action)
+                episode.total += float(reward)
                 rewards[n, i] = float(reward)
-                self._states[i] = np.asarray(state, dtype=np.float32)
+                self._states[i] = np.asarray(following, dtype=np.float32)
                 if terminated or truncated:
                     ends[n, i] = 1.0
                     if not terminated:
                         cut_off.append((n, i, self._states[i]))
-                    self.episodes.append(self._current[i])
-                    self._current[i] = ([], [], 0.0)
+                    self.episodes.append(episode)
+                    self._current[i] = Episode()
                     self._states[i] = self._begin(i)
-        return Rollout(
-            torch.stack(observations),
-            torch.stack(actions),
-            rewards,
-            cut_off,
-            ends,
-            torch.from_numpy(np.stack(self._states)),
-        )
+        last = torch.from_numpy(np.stack(self._states))
+        return Rollout(torch.stack(observations), torch.stack(actions), rewards, cut_off, ends, last)
 
 
 def advantages(rewards: Tensor, values: Tensor, last: Tensor, ends: Tensor, *, discount: float, trace: float) -> Tensor:
@@ -146,7 +132,7 @@ class _RewardScale:
 
 @dataclass(frozen=True)
 class Learned:
-    """replay: the episodes of the first `replay.steps` steps; policy: what training ended with."""
+    """replay: the episodes of the first `learner.replay_steps` steps; policy: what training ended with."""
 
     replay: Replay
     policy: GaussianPolicy

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from megatron_iwsft.errors import DataError
+
+
+@dataclass
+class Episode:
+    """One as it is played: float32 [O] and [A] of every step, and the return so far."""
+
+    observations: list[np.ndarray] = field(default_factory=list)
+    actions: list[np.ndarray] = field(default_factory=list)
+    total: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -46,15 +55,13 @@ class Replay:
         return self.starts[episodes][segment] + within, segment
 
     @staticmethod
-    def of(episodes: list[tuple[list[np.ndarray], list[np.ndarray], float]]) -> Replay:
-        """From (observations, actions, return) of each episode. Raises DataError where there is none."""
+    def of(episodes: list[Episode]) -> Replay:
+        """Raises DataError where there is none."""
         if not episodes:
             raise DataError("no episode ended while the replay was recorded; raise learner.replay_steps.")
-        observations, actions, returns = zip(*episodes, strict=True)
-        lengths = torch.tensor([0, *[len(o) for o in observations]])
         return Replay(
-            observations=torch.from_numpy(np.concatenate([np.stack(o) for o in observations])).float(),
-            actions=torch.from_numpy(np.concatenate([np.stack(a) for a in actions])).float(),
-            starts=lengths.cumsum(0),
-            returns=torch.tensor(returns, dtype=torch.float64),
+            observations=torch.from_numpy(np.concatenate([np.stack(e.observations) for e in episodes])).float(),
+            actions=torch.from_numpy(np.concatenate([np.stack(e.actions) for e in episodes])).float(),
+            starts=torch.tensor([0, *[len(e.actions) for e in episodes]]).cumsum(0),
+            returns=torch.tensor([e.total for e in episodes], dtype=torch.float64),
         )

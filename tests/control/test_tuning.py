@@ -10,9 +10,9 @@ import torch
 
 from megatron_iwsft.control.config import Objective, Proposal, Training
 from megatron_iwsft.control.policy import GaussianPolicy
-from megatron_iwsft.control.replay import Replay
+from megatron_iwsft.control.replay import Episode, Replay
 from megatron_iwsft.control.tuning import batch_of, learning_rate, log_probs, tune
-from megatron_iwsft.errors import DataError
+from megatron_iwsft.errors import DataError, DivergenceError
 from megatron_iwsft.objectives import SUMS, micro_batch_loss
 
 LENGTHS = [40, 7, 1000, 25, 1, 60]
@@ -33,12 +33,12 @@ def replay() -> Replay:
     for n in LENGTHS:
         states = rng.normal(size=(n, 3)).astype(np.float32)
         actions = actor.sample(torch.from_numpy(states), torch.Generator().manual_seed(n)).numpy()
-        episodes.append((list(states), list(actions), float(rng.normal())))
+        episodes.append(Episode(list(states), list(actions), float(rng.normal())))
     return Replay.of(episodes)
 
 
 def test_selection_repeats_an_episode_for_every_threshold_that_it_reaches() -> None:
-    episodes = [([np.zeros(1)], [np.zeros(1)], float(i)) for i in range(100)]
+    episodes = [Episode([np.zeros(1)], [np.zeros(1)], float(i)) for i in range(100)]
     replay = Replay.of(episodes)
     assert replay.select([90]).tolist() == list(range(90, 100))
     counts = torch.bincount(replay.select([90, 95, 98]), minlength=100)
@@ -114,6 +114,14 @@ def test_cloning_recovers_the_policy_that_acted(replay: Replay) -> None:
     truth = log_probs(policy(0), replay).mean()
     assert float(log_probs(start, replay).mean()) < float(truth) - 0.1
     assert float(log_probs(out.policy, replay).mean()) > float(truth) - 0.02
+
+
+def test_a_loss_that_is_not_finite_stops_the_training(replay: Replay) -> None:
+    start = policy(1)
+    torch.nn.init.constant_(start.log_std, float("nan"))
+    settings = Training(steps=1, batch_size=2, lr=1e-3)
+    with pytest.raises(DivergenceError, match="the loss of update 1 is nan"):
+        tune(start, replay, torch.arange(6), Objective(name="sft"), settings, generator=torch.Generator())
 
 
 def test_the_learning_rate_warms_up_and_falls_to_zero() -> None:
