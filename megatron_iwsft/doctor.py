@@ -34,13 +34,15 @@ def _version(package: str) -> str | None:
 
 
 def _base() -> list[Finding]:
-    out = [Finding("Python", machine.python_version(), machine.machine())]
-    for package, newest in (("torch", ""), ("megatron-core", "0.16 for Python below 3.12, 0.19 from there on")):
-        version = _version(package)
-        out.append(
-            Finding(package, version or "missing", newest if version else "pip install -e .", version is not None)
-        )
-    return out
+    import torch
+
+    version = _version("megatron-core")
+    lines = "0.16 for Python below 3.12, 0.19 from there on"
+    return [
+        Finding("Python", machine.python_version(), machine.machine()),
+        Finding("torch", torch.__version__, f"CUDA {torch.version.cuda}" if torch.version.cuda else "a CPU build"),
+        Finding("megatron-core", version or "missing", lines if version else "pip install -e .", version is not None),
+    ]
 
 
 def _gpu() -> list[Finding]:

@@ -79,6 +79,6 @@ def test_transformer_engine_layers_are_specified_without_a_gpu(recipe: str | Non
 
     names, settings = run_distributed(built_with_transformer_engine, 1, recipe)[0]
     assert names == ["TELayerNormColumnParallelLinear", "TEDotProductAttention", "TENorm"]
-    assert (
-        settings["fp8"] == fp8 and settings["num_layers_at_start_in_bf16"] == (1 if recipe else 0)
-    ) or recipe is None
+    assert settings["fp8"] == fp8
+    if recipe is not None:
+        assert settings["fp8_recipe"] == recipe and settings["num_layers_at_start_in_bf16"] == 1
