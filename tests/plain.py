@@ -103,12 +103,18 @@ def loss(trajectories: list[tuple[Tensor, ...]], objective: dict) -> Tensor:
             w = torch.ones_like(ratio)
         elif objective["name"] == "dft":
             w = torch.exp(ell.detach())
+        elif objective["name"] == "psft":
+            w = torch.ones_like(ratio)
         elif objective["level"] == "sequence":
             w = torch.exp(tau * ratio.mean()).clamp(low, high) * torch.ones_like(ratio)
         else:
             w = torch.exp(tau * ratio).clamp(low, high)
+        gain = w * ell
+        if objective["name"] == "psft":
+            rho = torch.exp(ell - r)
+            gain, w = torch.minimum(rho, rho.clamp(low, high)), torch.where(rho > high, 0.0, rho).detach()
         mean = len(ell) if objective["normalize"] == "sequences" else 1
-        numerator = numerator - s * (w * ell).sum() / mean
+        numerator = numerator - s * gain.sum() / mean
         tokens += len(ell)
         weights += s * w.sum().item()
         sequences += 1

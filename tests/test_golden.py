@@ -29,12 +29,16 @@ OBJECTIVES = {
     "iw_sft": "data.quality.mode=sample",
     "iw_sft_weights": "objective={temperature: 3.0, normalize: weights}",
     "iw_sft_token": "objective={level: token, normalize: sequences}",
+    "dft": "objective.name=dft",
+    "psft": "objective.name=psft",
 }
 LAYOUTS = {
     "sft": [dict(pipeline=2, virtual_pipeline=2)],
     "iw_sft": [dict(tensor=2, sequence=True), dict(context=2)],
     "iw_sft_weights": [dict(), dict(pipeline=2)],  # data parallel 2
     "iw_sft_token": [dict(tensor=2)],
+    "dft": [dict(tensor=2)],
+    "psft": [dict(pipeline=2)],
 }
 # One code path on every x86 processor, whatever vector instructions it has.
 ARITHMETIC = {"MKL_CBWR": "COMPATIBLE", "ATEN_CPU_CAPABILITY": "default"}

@@ -116,6 +116,7 @@ OBJECTIVES = [
     Objective(normalize="weights"),
     Objective(level="token", normalize="sequences"),
     Objective("dft"),
+    Objective("psft", level="token", clip=(0.8, 1.28)),
 ]
 ROUTER_BALANCE = 0.1  # where there are experts and a denominator known beforehand
 
