@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_iwsft.errors import ConfigError
-from megatron_iwsft.platform.signals import STOP_SIGNALS, die_with_parent
+from megatron_iwsft.platform.signals import STOP_SIGNALS, die_with_parent, die_with_spawner
 
 DeviceChoice = Literal["auto", "cpu", "cuda"]
 
@@ -259,7 +259,7 @@ def start_results_queue() -> None:
         manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
         before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # which a new process inherits
         try:
-            manager.start(initializer=die_with_parent)
+            manager.start(initializer=die_with_spawner)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         filesystem_async._results_queue = manager.Queue()  # keeps the manager alive

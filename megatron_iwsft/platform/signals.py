@@ -73,6 +73,11 @@ class StopSignals:
 def die_with_parent() -> None:
     """Have the kernel end this process when the one that started it is gone, so that a killed job leaves none behind."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def die_with_spawner() -> None:
+    """`die_with_parent` for a process of multiprocessing's, whose start takes long enough for the other to be gone before."""
+    die_with_parent()
     parent = multiprocessing.parent_process()
-    if parent is not None and os.getppid() != parent.pid:  # it was gone before
+    if parent is not None and os.getppid() != parent.pid:
         os._exit(EXIT_FAILURE)

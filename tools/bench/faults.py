@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TIMING = {"step_time_s", "tokens_per_s", "peak_memory_bytes"}
 MARK = "IWSFT_FAULTS"
 CONFIG = """
-run: {{name: faults, dir: {directory}/unbroken, seed: 3, device: cpu}}
+run: {{name: faults, dir: {directory}/unbroken, seed: 3, device: cpu, hang_timeout_s: 120}}
 model:
   config: {{model_type: qwen2, hidden_size: 64, intermediate_size: 96, num_hidden_layers: 2, num_attention_heads: 4,
             num_key_value_heads: 2, vocab_size: 400, max_position_embeddings: 512, tie_word_embeddings: true}}
