@@ -92,7 +92,7 @@ def cases(directory: Path) -> dict[str, tuple[list[str], str]]:
         ),
         "inspecting nothing": (["tools/inspect_checkpoint.py"], "checkpoint"),
         "a report of nothing": (["tools/report.py"], "RUN_DIR"),
-        "scoring without a model": (["tools/score.py", "--corpus", "c"], "--model"),
+        "scoring without a model": (["tools/evaluate.py", "--corpus", "c"], "--model"),
     }
     return out | lines
 
