@@ -61,3 +61,20 @@ def _worked(a: int, b: int, digits: int, wrong_step: int | None, rng: random.Ran
         carry = total // 10
     result += carry * 10**digits
     return " ".join([*steps, f"The answer is {result}."]), result
+
+
+def short_sums(count: int, *, digits: int, wrong: float, seed: int) -> Iterator[dict[str, Any]]:
+    """`count` records whose response is the sum alone, its units first, so that each digit follows from those before it.
+
+    "047+582=" → "9260"; `question` and `answer` make them a benchmark in GSM8K's format, too. In a share of `wrong` one digit of
+    the response is replaced by another.
+    """
+    rng = random.Random(seed)
+    for _ in range(count):
+        a, b = rng.randrange(10**digits), rng.randrange(10**digits)
+        answer = response = f"{a + b:0{digits + 1}d}"[::-1]
+        if rng.random() < wrong:
+            place = rng.randrange(digits + 1)
+            other = (int(answer[place]) + rng.randint(1, 9)) % 10
+            response = f"{answer[:place]}{other}{answer[place + 1 :]}"
+        yield {"question": f"{a:0{digits}d}+{b:0{digits}d}=", "response": response, "answer": answer}
