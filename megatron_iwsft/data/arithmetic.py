@@ -64,10 +64,11 @@ def _worked(a: int, b: int, digits: int, wrong_step: int | None, rng: random.Ran
 
 
 def short_sums(count: int, *, digits: int, wrong: float, seed: int) -> Iterator[dict[str, Any]]:
-    """`count` records whose response is the sum alone, its units first, so that each digit follows from those before it.
+    """`count` records whose response is the sum alone. All numbers are written units first, "740+285=" → "9260" for 47 + 582 = 629.
 
-    "047+582=" → "9260"; `question` and `answer` make them a benchmark in GSM8K's format, too. In a share of `wrong` one digit of
-    the response is replaced by another.
+    So each digit follows from those before it, and its summands stand at the same distance from it wherever it is: small models
+    learn it soon. `question` and `answer` make the records a benchmark, too. In a share of `wrong` one digit of the response is
+    replaced by another.
     """
     rng = random.Random(seed)
     for _ in range(count):
@@ -77,4 +78,5 @@ def short_sums(count: int, *, digits: int, wrong: float, seed: int) -> Iterator[
             place = rng.randrange(digits + 1)
             other = (int(answer[place]) + rng.randint(1, 9)) % 10
             response = f"{answer[:place]}{other}{answer[place + 1 :]}"
-        yield {"question": f"{a:0{digits}d}+{b:0{digits}d}=", "response": response, "answer": answer}
+        question = "+".join(f"{n:0{digits}d}"[::-1] for n in (a, b)) + "="
+        yield {"question": question, "response": response, "answer": answer}

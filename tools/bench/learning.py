@@ -1,10 +1,13 @@
 """Which objective learns best from curated answers, by how clean the curation is: tools/bench/learning.py [--output DIR]
 
-Everything goes through the trainer, the exporter and the evaluation of this project. For each seed, a small model learns sums of two
-three-digit numbers from demonstrations of which half are wrong: the reference. It answers new problems, sampled at temperature 1; a
-filter keeps the right answers and lets a share of the wrong ones through. On what is kept the reference is tuned with each
-objective, all else equal, exported, and asked held-out problems. Prints a table of accuracies, mean ± standard deviation over
-seeds, and writes results.json and accuracy.svg. The same command goes on where an interrupted one stopped.
+Everything goes through the trainer, the exporter and the evaluation of this project. A small model learns sums of two three-digit
+numbers from demonstrations of which half are wrong: the reference. For each seed it answers new problems, sampled at temperature 1,
+and a filter keeps the right answers and lets a share of the wrong ones through. On what is kept the reference is tuned with each
+objective, all else equal, exported, and asked held-out problems. A seed decides which problems are answered, which wrong answers
+pass, and the order of training; the reference and the held-out problems are the same for all.
+
+Prints a table of accuracies, mean ± standard deviation over seeds, and writes results.json and accuracy.svg. The same command goes
+on where an interrupted one stopped.
 """
 
 from __future__ import annotations
@@ -31,27 +34,31 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "PSFT": {"name": "psft"},
 }
 TEMPERATURES = {"sampled": 1.0, "greedy": 0.0}
-_SEQUENCES = 8  # packed sequences a step, in one micro-batch
-_ROW = 256  # tokens of one
+_SEQ_LENGTH = 256
 
 
 @dataclass(frozen=True)
 class Size:
-    """What a table costs. prompts: problems that the reference answers, of which at most `curated` are kept."""
+    """What a table costs. A batch counts packed sequences of 256 tokens. prompts: problems that the reference answers, of which
+    `curated` are trained on."""
 
     digits: int = 3
     wrong: float = 0.5
     hidden_size: int = 96
-    reference_steps: int = 1500
-    reference_lr: float = 2e-3
-    prompts: int = 4000
-    curated: int = 2000
-    tuning_steps: int = 200
-    tuning_lr: float = 2e-4
-    problems: int = 500
+    reference_steps: int = 1000
+    reference_batch: int = 8
+    reference_lr: float = 3e-3
+    prompts: int = 2400
+    curated: int = 800
+    tuning_steps: int = 100
+    tuning_batch: int = 4
+    tuning_lr: float = 5e-4
+    problems: int = 400
 
 
-QUICK = Size(digits=2, hidden_size=64, reference_steps=20, prompts=128, curated=32, tuning_steps=3, problems=32)
+QUICK = Size(
+    digits=2, hidden_size=32, reference_steps=10, reference_batch=2, prompts=64, curated=16, tuning_steps=2, problems=16
+)
 
 
 def main() -> None:
@@ -76,7 +83,7 @@ def main() -> None:
 
     quiet_megatron()
     check_output(args.output, size)
-    results = [result for seed in range(seeds) for result in bench(args.output, size, seed, shares)]
+    results = bench(args.output, size, range(seeds), shares)
     stop()
     write(args.output / "results.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
     plot(results, args.output / "accuracy.svg")
@@ -92,52 +99,44 @@ def check_output(output: Path, size: Size) -> None:
     write(path, json.dumps(settings, indent=1) + "\n")
 
 
-def bench(output: Path, size: Size, seed: int, shares: list[float]) -> list[dict[str, Any]]:
-    """One seed's reference, and every objective after every filter."""
+def bench(output: Path, size: Size, seeds: Iterable[int], shares: list[float]) -> list[dict[str, Any]]:
+    """The reference, and every objective after every filter with every seed."""
     from megatron_iwsft.data.arithmetic import short_sums
-    from megatron_iwsft.precompute import precompute_reference
 
-    home = output / f"seed-{seed}"
-    problems = {"problems": size.problems, "prompts": size.prompts}
-    for number, (name, count) in enumerate(problems.items(), 1):
-        records = short_sums(count, digits=size.digits, wrong=0.0, seed=3 * seed + number)
-        write(home / f"{name}.jsonl", lines(records))
-    reference = train_reference(home, size, seed)
-    results = [{"seed": seed, "objective": "reference", **accuracy(home, reference, "reference")}]
-    answers = ask(home, reference, "reference", "prompts", temperature=1.0)
-    for share in shares:
-        kept = curate(answers, share, size.curated, seed)
-        right = sum(record["correct"] for record in kept) / len(kept)
-        name = f"let-through-{share:g}"
-        corpus = shard(home / f"{name}.jsonl", kept)
-        for objective, section in OBJECTIVES.items():
-            label = f"{name}-{list(OBJECTIVES).index(objective)}-{section['name']}"
-            run = {
-                "run": {"name": label, "dir": str(home / label), "seed": seed, "device": "cpu"},
-                "model": {"checkpoint": str(home / "reference")},
-                "data": data(corpus, size.tuning_steps),
-                "objective": section,
-                **common(size.tuning_lr),
-            }
-            exported = train_and_export(run, precompute_reference if section["name"] in ("iw_sft", "psft") else None)
-            result = {"seed": seed, "let_through": share, "right": right, "objective": objective}
-            results.append(result | accuracy(home, exported, label))
-            print({k: round(v, 3) if isinstance(v, float) else v for k, v in results[-1].items()}, flush=True)
+    benchmark = output / "problems.jsonl"
+    write(benchmark, lines(short_sums(size.problems, digits=size.digits, wrong=0.0, seed=1)))
+    reference = train_reference(output, size)
+    results: list[dict[str, Any]] = [{"objective": "reference", **accuracy(reference, "reference", benchmark, output)}]
+    for seed in seeds:
+        home = output / f"seed-{seed}"
+        prompts = home / "prompts.jsonl"
+        write(prompts, lines(short_sums(size.prompts, digits=size.digits, wrong=0.0, seed=2 + seed)))
+        answers = ask(reference, "reference", prompts, home, temperature=1.0)
+        for share in shares:
+            kept = curate(answers, share, size.curated, seed)
+            corpus = shard(home / f"let-through-{share:g}.jsonl", kept, output / "tokenizer")
+            facts = {"seed": seed, "let_through": share, "right": sum(r["correct"] for r in kept) / len(kept)}
+            for number, objective in enumerate(OBJECTIVES):
+                label = f"{corpus.name}-objective-{number}"
+                exported = tune(home / label, output / "reference", corpus, OBJECTIVES[objective], size, seed)
+                results.append({**facts, "objective": objective, **accuracy(exported, label, benchmark, home)})
+                print(json.dumps(results[-1], ensure_ascii=False), flush=True)
     return results
 
 
-def train_reference(home: Path, size: Size, seed: int) -> Path:
+def train_reference(output: Path, size: Size) -> Path:
     """A two-layer model from random weights, on demonstrations each seen once; returns its export."""
     from megatron_iwsft.data.arithmetic import short_sums
     from megatron_iwsft.data.train_tokenizer import train_tokenizer
 
-    demonstrations = size.reference_steps * per_step(size)
-    records = list(short_sums(demonstrations, digits=size.digits, wrong=size.wrong, seed=3 * seed))
+    # With the template's words, a sum of n digits has 3 n + 11 tokens.
+    demonstrations = size.reference_steps * size.reference_batch * (_SEQ_LENGTH // (3 * size.digits + 11))
+    records = list(short_sums(demonstrations, digits=size.digits, wrong=size.wrong, seed=0))
     # The tokenizer also sees the words of the template, so that each is a token or two.
     texts = ({"text": f"Question: {r['question']}\nAnswer: {r['response']}"} for r in records[:200])
-    write(home / "texts.jsonl", lines(texts))
-    train_tokenizer([home / "texts.jsonl"], home / "tokenizer", fields=["text"], vocab_size=300)
-    corpus = shard(home / "demonstrations.jsonl", records)
+    write(output / "texts.jsonl", lines(texts))
+    train_tokenizer([output / "texts.jsonl"], output / "tokenizer", fields=["text"], vocab_size=300)
+    corpus = shard(output / "demonstrations.jsonl", records, output / "tokenizer")
     model = {
         "model_type": "qwen2",
         "hidden_size": size.hidden_size,
@@ -146,26 +145,33 @@ def train_reference(home: Path, size: Size, seed: int) -> Path:
         "num_attention_heads": 4,
         "num_key_value_heads": 4,
         "vocab_size": 300,
-        "max_position_embeddings": _ROW,
+        "max_position_embeddings": _SEQ_LENGTH,
         "tie_word_embeddings": True,
     }
     run = {
-        "run": {"name": f"reference, seed {seed}", "dir": str(home / "reference"), "seed": seed, "device": "cpu"},
+        "run": {"name": "reference", "dir": str(output / "reference"), "device": "cpu"},
         "model": {"config": model},
-        "data": data(corpus, size.reference_steps),
+        "data": data(corpus, size.reference_batch, size.reference_steps),
         "objective": {"name": "sft"},
         **common(size.reference_lr),
     }
     return train_and_export(run)
 
 
-def per_step(size: Size) -> int:
-    """Trajectories in a step: with the template's words, a sum of n digits has 3 n + 11 tokens."""
-    return _SEQUENCES * (_ROW // (3 * size.digits + 11))
+def tune(directory: Path, start: Path, corpus: Path, objective: dict[str, Any], size: Size, seed: int) -> Path:
+    """The reference, tuned on a curated corpus; returns its export."""
+    run = {
+        "run": {"name": directory.name, "dir": str(directory), "seed": seed, "device": "cpu"},
+        "model": {"checkpoint": str(start)},
+        "data": data(corpus, size.tuning_batch, size.tuning_steps),
+        "objective": objective,
+        **common(size.tuning_lr),
+    }
+    return train_and_export(run)
 
 
-def data(corpus: Path, steps: int) -> dict[str, Any]:
-    sizes = {"seq_length": _ROW, "micro_batch_size": _SEQUENCES, "global_batch_size": _SEQUENCES}
+def data(corpus: Path, batch: int, steps: int) -> dict[str, Any]:
+    sizes = {"seq_length": _SEQ_LENGTH, "micro_batch_size": batch, "global_batch_size": batch}
     return {"corpus": str(corpus), "max_steps": steps, **sizes}
 
 
@@ -180,37 +186,38 @@ def common(lr: float) -> dict[str, Any]:
     }
 
 
-def train_and_export(run: dict[str, Any], before: Any = None) -> Path:
+def train_and_export(run: dict[str, Any]) -> Path:
     """Train as launch/train.py would with this config, unless it is done; returns the Hugging Face directory."""
     import yaml
 
     from megatron_iwsft.config import parse_config
+    from megatron_iwsft.custom_objective import find_objective, needs_reference
+    from megatron_iwsft.precompute import precompute_reference
     from megatron_iwsft.trainer import train
 
     exported = Path(run["run"]["dir"]) / "hf" / f"step-{run['data']['max_steps']:08d}"
     if not exported.exists():
         config = parse_config(yaml.safe_dump(run, allow_unicode=True), [], where=run["run"]["name"])
-        if before is not None:
-            before(config)
+        if needs_reference(find_objective(config.objective.name)):
+            precompute_reference(config)
         train(config)
     return exported
 
 
-def shard(path: Path, records: list[dict[str, Any]]) -> Path:
+def shard(path: Path, records: list[dict[str, Any]], tokenizer: Path) -> Path:
     """Records → JSONL at `path` → a corpus beside it."""
     from megatron_iwsft.data.records import RecordFormat
     from megatron_iwsft.data.shard import ShardSettings, shard_corpus
 
     write(path, lines(records))
-    settings = ShardSettings(
-        str(path.parent / "tokenizer"), template="plain", record=RecordFormat(prompt_field="question")
-    )
-    shard_corpus([path], path.with_suffix(""), settings, show_progress=False)
-    return path.with_suffix("")
+    corpus = path.with_name(path.name.removesuffix(".jsonl"))
+    settings = ShardSettings(str(tokenizer), template="plain", record=RecordFormat(prompt_field="question"))
+    shard_corpus([path], corpus, settings, show_progress=False)
+    return corpus
 
 
 def curate(answers: list[dict[str, Any]], share: float, count: int, seed: int) -> list[dict[str, Any]]:
-    """The first `count` answers that are right, or wrong and let through, as records."""
+    """The first `count` answers that are right, or wrong and let through."""
     rng = random.Random(seed)
     kept = [a for a in answers if rng.random() < share or a["correct"]]
     if len(kept) < count:
@@ -218,35 +225,33 @@ def curate(answers: list[dict[str, Any]], share: float, count: int, seed: int) -
     return kept[:count]
 
 
-def ask(home: Path, model: Path, label: str, problems: str, *, temperature: float) -> list[dict[str, Any]]:
-    """One answer to each problem, as records: question, response, correct. What was answered before is not asked again."""
+def ask(model: Path, label: str, benchmark: Path, home: Path, *, temperature: float) -> list[dict[str, Any]]:
+    """One answer to each problem, as records: question, response, correct. What HOME/answers holds is not asked again."""
     from megatron_iwsft.evaluate.benchmark import read_benchmark
     from megatron_iwsft.evaluate.generate import Sampling, TransformersGenerator
     from megatron_iwsft.evaluate.run import EvaluatedModel, evaluate_model
 
     sampling = Sampling(temperature=temperature, max_new_tokens=8)
-    output = home / "answers" / f"{problems}-temperature-{temperature:g}"
+    output = home / "answers" / f"{benchmark.stem}-temperature-{temperature:g}"
     evaluate_model(
         EvaluatedModel(label, model),
-        read_benchmark(home / f"{problems}.jsonl"),
+        read_benchmark(benchmark),
         output,
         settings=vars(sampling),
         samples=1,
         make=lambda directory: TransformersGenerator(directory, sampling, batch_size=500),
     )
     with open(output / f"{label}.jsonl", encoding="utf-8") as file:
-        found = [json.loads(line) for line in file][1:]
+        answered = [json.loads(line) for line in file][1:]
     return [
         {"question": p["prompt"], "response": p["answers"][0]["text"].strip(), "correct": p["answers"][0]["correct"]}
-        for p in found
+        for p in answered
     ]
 
 
-def accuracy(home: Path, model: Path, label: str) -> dict[str, float]:
-    """Share of the held-out problems that a model solves."""
-    answers = {
-        name: ask(home, model, label, "problems", temperature=temperature) for name, temperature in TEMPERATURES.items()
-    }
+def accuracy(model: Path, label: str, benchmark: Path, home: Path) -> dict[str, float]:
+    """Share of the problems that a model solves, sampled and greedy."""
+    answers = {name: ask(model, label, benchmark, home, temperature=t) for name, t in TEMPERATURES.items()}
     return {name: sum(a["correct"] for a in own) / len(own) for name, own in answers.items()}
 
 
@@ -270,7 +275,7 @@ def table(results: list[dict[str, Any]]) -> str:
         return " / ".join(f"{m:.1f}" if math.isnan(s) else f"{m:.1f} ± {s:.1f}" for m, s in pairs)
 
     kept = filters(results)
-    seeds = len({r["seed"] for r in results})
+    seeds = len({r["seed"] for r in results if "seed" in r})
     rows = [
         f"sampled / greedy accuracy, %, {seeds} seed{'s' * (seeds > 1)}; the reference: {cell('reference', None)}\n",
         "| wrong answers let through | " + " | ".join(f"{100 * share:g} %" for share in kept) + " |",
