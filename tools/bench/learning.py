@@ -73,11 +73,26 @@ def main() -> None:
         metavar="SHARE",
         help="of the wrong answers, by the filters to compare",
     )
+    parser.add_argument(
+        "--reference-steps",
+        type=int,
+        default=Size.reference_steps,
+        help="training of the reference; fewer leave one that is wrong itself, not only unsure (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--prompts",
+        type=int,
+        default=Size.prompts,
+        help=f"problems that the reference answers; {Size.curated} answers are kept (default: %(default)s)",
+    )
     parser.add_argument("--quick", action="store_true", help="a smoke run: one seed, one filter, next to no training")
     args = parser.parse_args()
-    if args.seeds < 1 or not all(0 <= share <= 1 for share in args.let_through):
-        parser.error("--seeds must be at least 1, and --let-through between 0 and 1")
-    size, seeds, shares = (QUICK, 1, [0.5]) if args.quick else (Size(), args.seeds, sorted(set(args.let_through)))
+    if min(args.seeds, args.reference_steps, args.prompts) < 1:
+        parser.error("--seeds, --reference-steps and --prompts must be at least 1")
+    if not all(0 <= share <= 1 for share in args.let_through):
+        parser.error("--let-through must be between 0 and 1")
+    size = Size(reference_steps=args.reference_steps, prompts=args.prompts)
+    size, seeds, shares = (QUICK, 1, [0.5]) if args.quick else (size, args.seeds, sorted(set(args.let_through)))
 
     from megatron_iwsft.platform import quiet_megatron, stop
 
