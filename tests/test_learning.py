@@ -28,6 +28,12 @@ def test_short_sums_are_sums_and_the_asked_share_is_wrong() -> None:
     assert all(r["response"] == r["answer"] for r in short_sums(50, digits=2, wrong=0.0, seed=4))
 
 
+def test_short_sums_leave_out_what_is_held_out() -> None:
+    held_out = frozenset(r["question"] for r in short_sums(40, digits=1, wrong=0.0, seed=5))
+    found = [r["question"] for r in short_sums(500, digits=1, wrong=0.0, seed=6, held_out=held_out)]
+    assert len(found) == 500 and not held_out & set(found)
+
+
 def bench(output: Path, *arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "tools/bench/learning.py", "--output", str(output), *arguments]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -55,6 +61,12 @@ def test_a_smoke_run(tmp_path: Path) -> None:
         ("psft", "sequence", 1.0, "tokens"),
     ]
     assert len(results) == 7 and results[0]["objective"] == "reference"
+    questions = {
+        name: {json.loads(line)["question"] for line in (output / f"{name}.jsonl").read_text().splitlines()}
+        for name in ("problems", "demonstrations", "seed-0/prompts", "seed-0/let-through-0.5")
+    }
+    assert not questions["problems"] & (questions["demonstrations"] | questions["seed-0/prompts"])
+    assert questions["seed-0/let-through-0.5"] <= questions["seed-0/prompts"]
     for run, result in zip(runs, results[1:], strict=True):
         assert f"| {result['objective']} |" in table
         assert list(run.glob("hf/step-*/model*.safetensors"))

@@ -119,13 +119,16 @@ def bench(output: Path, size: Size, seeds: Iterable[int], shares: list[float]) -
     from megatron_iwsft.data.arithmetic import short_sums
 
     benchmark = output / "problems.jsonl"
-    write(benchmark, lines(short_sums(size.problems, digits=size.digits, wrong=0.0, seed=1)))
-    reference = train_reference(output, size)
+    problems = list(short_sums(size.problems, digits=size.digits, wrong=0.0, seed=1))
+    write(benchmark, lines(problems))
+    held_out = frozenset(problem["question"] for problem in problems)
+    reference = train_reference(output, size, held_out)
     results: list[dict[str, Any]] = [{"objective": "reference", **accuracy(reference, "reference", benchmark, output)}]
     for seed in seeds:
         home = output / f"seed-{seed}"
         prompts = home / "prompts.jsonl"
-        write(prompts, lines(short_sums(size.prompts, digits=size.digits, wrong=0.0, seed=2 + seed)))
+        sums = short_sums(size.prompts, digits=size.digits, wrong=0.0, seed=2 + seed, held_out=held_out)
+        write(prompts, lines(sums))
         answers = ask(reference, "reference", prompts, home, temperature=1.0)
         for share in shares:
             kept = curate(answers, share, size.curated, seed)
@@ -139,14 +142,14 @@ def bench(output: Path, size: Size, seeds: Iterable[int], shares: list[float]) -
     return results
 
 
-def train_reference(output: Path, size: Size) -> Path:
+def train_reference(output: Path, size: Size, held_out: frozenset[str]) -> Path:
     """A two-layer model from random weights, on demonstrations each seen once; returns its export."""
     from megatron_iwsft.data.arithmetic import short_sums
     from megatron_iwsft.data.train_tokenizer import train_tokenizer
 
     # With the template's words, a sum of n digits has 3 n + 11 tokens.
     demonstrations = size.reference_steps * size.reference_batch * (_SEQ_LENGTH // (3 * size.digits + 11))
-    records = list(short_sums(demonstrations, digits=size.digits, wrong=size.wrong, seed=0))
+    records = list(short_sums(demonstrations, digits=size.digits, wrong=size.wrong, seed=0, held_out=held_out))
     # The tokenizer also sees the words of the template, so that each is a token or two.
     texts = ({"text": f"Question: {r['question']}\nAnswer: {r['response']}"} for r in records[:200])
     write(output / "texts.jsonl", lines(texts))
@@ -308,7 +311,7 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("svg")
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
+    figure, panels = pyplot.subplots(1, 2, figsize=(11, 3.8), layout="constrained")
     kept = filters(results)
     for axes, how in zip(panels, TEMPERATURES, strict=True):
         for name in OBJECTIVES:
@@ -319,7 +322,7 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
         axes.set_title(f"{how} accuracy, %", fontsize=10)
         axes.set_xlabel("wrong among the answers trained on, %")
         axes.grid(alpha=0.3)
-    panels[0].legend(fontsize=8, frameon=False)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8, frameon=False)
     figure.savefig(path)
     pyplot.close(figure)
 
