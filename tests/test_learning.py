@@ -63,9 +63,9 @@ def test_a_smoke_run(tmp_path: Path) -> None:
     assert len(results) == 7 and results[0]["objective"] == "reference"
     questions = {
         name: {json.loads(line)["question"] for line in (output / f"{name}.jsonl").read_text().splitlines()}
-        for name in ("problems", "seed-0/demonstrations", "seed-0/prompts", "seed-0/let-through-0.5")
+        for name in ("problems", "demonstrations", "seed-0/prompts", "seed-0/let-through-0.5")
     }
-    assert not questions["problems"] & (questions["seed-0/demonstrations"] | questions["seed-0/prompts"])
+    assert not questions["problems"] & (questions["demonstrations"] | questions["seed-0/prompts"])
     assert questions["seed-0/let-through-0.5"] <= questions["seed-0/prompts"]
     for run, result in zip(runs, results[1:], strict=True):
         assert f"| {result['objective']} |" in table

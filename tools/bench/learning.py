@@ -1,9 +1,10 @@
 """Which objective learns best from curated answers, by how clean the curation is: tools/bench/learning.py [--output DIR]
 
-Everything goes through the trainer, the exporter and the evaluation of this project. For each seed, a small model learns sums of two
-three-digit numbers from demonstrations of which half are wrong: the reference. It answers new problems, sampled at temperature 1,
+Everything goes through the trainer, the exporter and the evaluation of this project. A small model learns sums of two three-digit
+numbers from demonstrations of which half are wrong: the reference. For each seed it answers new problems, sampled at temperature 1,
 and a filter keeps the right answers and lets a share of the wrong ones through. On what is kept the reference is tuned with each
-objective, all else equal, exported, and asked held-out problems, the same for all.
+objective, all else equal, exported, and asked held-out problems. A seed decides which problems are answered, which wrong answers
+pass, and the order of training; the reference and the held-out problems are the same for all.
 
 Prints a table of accuracies, mean ± standard deviation over seeds, and writes results.json and accuracy.svg. The same command goes
 on where an interrupted one stopped.
@@ -114,46 +115,46 @@ def check_output(output: Path, size: Size) -> None:
 
 
 def bench(output: Path, size: Size, seeds: Iterable[int], shares: list[float]) -> list[dict[str, Any]]:
-    """For every seed the reference, and every objective after every filter."""
+    """The reference, and every objective after every filter with every seed."""
     from megatron_iwsft.data.arithmetic import short_sums
 
     benchmark = output / "problems.jsonl"
-    results: list[dict[str, Any]] = []
     problems = list(short_sums(size.problems, digits=size.digits, wrong=0.0, seed=1))
     write(benchmark, lines(problems))
     held_out = frozenset(problem["question"] for problem in problems)
+    reference = train_reference(output, size, held_out)
+    results: list[dict[str, Any]] = [{"objective": "reference", **accuracy(reference, "reference", benchmark, output)}]
     for seed in seeds:
         home = output / f"seed-{seed}"
-        reference = train_reference(home, size, seed, held_out)
-        results.append({"seed": seed, "objective": "reference", **accuracy(reference, "reference", benchmark, home)})
-        sums = short_sums(size.prompts, digits=size.digits, wrong=0.0, seed=3 * seed + 2, held_out=held_out)
-        write(home / "prompts.jsonl", lines(sums))
-        answers = ask(reference, "reference", home / "prompts.jsonl", home, temperature=1.0)
+        prompts = home / "prompts.jsonl"
+        sums = short_sums(size.prompts, digits=size.digits, wrong=0.0, seed=2 + seed, held_out=held_out)
+        write(prompts, lines(sums))
+        answers = ask(reference, "reference", prompts, home, temperature=1.0)
         for share in shares:
             kept = curate(answers, share, size.curated, seed)
-            corpus = shard(home / f"let-through-{share:g}.jsonl", kept, home / "tokenizer")
+            corpus = shard(home / f"let-through-{share:g}.jsonl", kept, output / "tokenizer")
             facts = {"seed": seed, "let_through": share, "right": sum(r["correct"] for r in kept) / len(kept)}
             for number, objective in enumerate(OBJECTIVES):
                 label = f"{corpus.name}-objective-{number}"
-                exported = tune(home / label, home / "reference", corpus, OBJECTIVES[objective], size, seed)
+                exported = tune(home / label, output / "reference", corpus, OBJECTIVES[objective], size, seed)
                 results.append({**facts, "objective": objective, **accuracy(exported, label, benchmark, home)})
                 print(json.dumps(results[-1], ensure_ascii=False), flush=True)
     return results
 
 
-def train_reference(home: Path, size: Size, seed: int, held_out: frozenset[str]) -> Path:
+def train_reference(output: Path, size: Size, held_out: frozenset[str]) -> Path:
     """A two-layer model from random weights, on demonstrations each seen once; returns its export."""
     from megatron_iwsft.data.arithmetic import short_sums
     from megatron_iwsft.data.train_tokenizer import train_tokenizer
 
     # With the template's words, a sum of n digits has 3 n + 11 tokens.
     demonstrations = size.reference_steps * size.reference_batch * (_SEQ_LENGTH // (3 * size.digits + 11))
-    records = list(short_sums(demonstrations, digits=size.digits, wrong=size.wrong, seed=3 * seed, held_out=held_out))
+    records = list(short_sums(demonstrations, digits=size.digits, wrong=size.wrong, seed=0, held_out=held_out))
     # The tokenizer also sees the words of the template, so that each is a token or two.
     texts = ({"text": f"Question: {r['question']}\nAnswer: {r['response']}"} for r in records[:200])
-    write(home / "texts.jsonl", lines(texts))
-    train_tokenizer([home / "texts.jsonl"], home / "tokenizer", fields=["text"], vocab_size=300)
-    corpus = shard(home / "demonstrations.jsonl", records, home / "tokenizer")
+    write(output / "texts.jsonl", lines(texts))
+    train_tokenizer([output / "texts.jsonl"], output / "tokenizer", fields=["text"], vocab_size=300)
+    corpus = shard(output / "demonstrations.jsonl", records, output / "tokenizer")
     model = {
         "model_type": "qwen2",
         "hidden_size": size.hidden_size,
@@ -166,7 +167,7 @@ def train_reference(home: Path, size: Size, seed: int, held_out: frozenset[str])
         "tie_word_embeddings": True,
     }
     run = {
-        "run": {"name": "reference", "dir": str(home / "reference"), "seed": seed, "device": "cpu"},
+        "run": {"name": "reference", "dir": str(output / "reference"), "device": "cpu"},
         "model": {"config": model},
         "data": data(corpus, size.reference_batch, size.reference_steps),
         "objective": {"name": "sft"},
