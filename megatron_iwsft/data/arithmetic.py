@@ -61,3 +61,27 @@ def _worked(a: int, b: int, digits: int, wrong_step: int | None, rng: random.Ran
         carry = total // 10
     result += carry * 10**digits
     return " ".join([*steps, f"The answer is {result}."]), result
+
+
+def short_sums(
+    count: int, *, digits: int, wrong: float, seed: int, held_out: frozenset[str] = frozenset()
+) -> Iterator[dict[str, Any]]:
+    """`count` records whose response is the sum alone. All numbers are written units first, "740+285=" → "9260" for 47 + 582 = 629.
+
+    So each digit follows from those before it, and its summands stand at the same distance from it wherever it is: small models
+    learn it soon. `question` and `answer` make the records a benchmark, too. In a share of `wrong` one digit of the response is
+    replaced by another. A question in `held_out` is left out, and another takes its place.
+    """
+    rng = random.Random(seed)
+    while count:
+        a, b = rng.randrange(10**digits), rng.randrange(10**digits)
+        question = "+".join(f"{n:0{digits}d}"[::-1] for n in (a, b)) + "="
+        if question in held_out:
+            continue
+        answer = response = f"{a + b:0{digits + 1}d}"[::-1]
+        if rng.random() < wrong:
+            place = rng.randrange(digits + 1)
+            other = (int(answer[place]) + rng.randint(1, 9)) % 10
+            response = f"{answer[:place]}{other}{answer[place + 1 :]}"
+        count -= 1
+        yield {"question": question, "response": response, "answer": answer}
