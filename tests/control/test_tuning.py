@@ -13,7 +13,7 @@ from megatron_iwsft.control.policy import GaussianPolicy
 from megatron_iwsft.control.replay import Episode, Replay
 from megatron_iwsft.control.tuning import batch_of, learning_rate, log_probs, tune
 from megatron_iwsft.errors import DataError, DivergenceError
-from megatron_iwsft.objectives import SUMS, micro_batch_loss
+from megatron_iwsft.objectives import SUMS, iw_sft, micro_batch_loss
 
 LENGTHS = [40, 7, 1000, 25, 1, 60]
 
@@ -64,7 +64,7 @@ def test_loss_and_gradient_are_the_formulas(replay: Replay, level: str, spread: 
     current, proposal, reference = policy(1), policy(0, spread=spread), policy(0)
     episodes = torch.tensor([2, 0, 4, 5, 2])
     batch = batch_of(current, replay, episodes, proposal, log_probs(reference, replay))
-    out = micro_batch_loss("iw_sft", batch, objective.settings)
+    out = micro_batch_loss(iw_sft, batch, objective.settings)
     denominator = out.sums[SUMS.index("denominator")]
     gradients = torch.autograd.grad(out.loss / denominator, list(current.parameters()))
 
