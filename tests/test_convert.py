@@ -94,7 +94,7 @@ def test_imported_over_ranks_exported_bit_for_bit(tmp_path: Path) -> None:
     # A damaged checkpoint leaves no directory under the export's name, nor under another.
     shards = sorted(written.glob("*.distcp"))
     shards[-1].write_bytes(shards[-1].read_bytes()[:-3000])
-    with pytest.raises(CheckpointError, match="is truncated: .* bytes of"):
+    with pytest.raises(CheckpointError, match=r"is truncated: .* bytes of"):
         convert.export_checkpoint(written, tmp_path / "broken" / "hf")
     assert list((tmp_path / "broken").iterdir()) == []
     (written / checkpoint.INFO).unlink()
