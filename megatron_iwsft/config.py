@@ -90,6 +90,9 @@ class QualityConfig(Section):
     def _thresholds_given(self) -> QualityConfig:
         if (self.mode == "thresholds") != bool(self.thresholds):
             raise ValueError("mode thresholds goes with a list of thresholds, and only it does")
+        for threshold in self.thresholds:
+            if isinstance(threshold, str) and float(threshold[:-1]) > 100:
+                raise ValueError(f"a percentile lies between 0% and 100%; found {threshold}")
         return self
 
 
@@ -182,7 +185,7 @@ class Reference(Section):
 
     model: a Hugging Face directory or a checkpoint directory; null is the initial policy. refresh: a live reference becomes the
     current policy again every so many steps, or at the start of each epoch; 0 never. offload: a live reference's weights stay on
-    the host and come to the device for each step's forward passes.
+    the host, as those of a lagged proposal then do, and come to the device for each micro-batch's forward pass.
     """
 
     source: Literal["cached", "live"] = "cached"

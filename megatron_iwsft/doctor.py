@@ -93,6 +93,8 @@ def _kernels() -> list[Finding]:
 
 
 def _apex() -> tuple[str, str, bool]:
+    import torch
+
     if importlib.util.find_spec("apex") is None:
         return "missing", "not needed where Transformer Engine is", True
     if importlib.util.find_spec("amp_C") is None and importlib.util.find_spec("apex.optimizers") is None:
@@ -101,7 +103,7 @@ def _apex() -> tuple[str, str, bool]:
             "pip uninstall apex; NVIDIA's is built from github.com/NVIDIA/apex",
             False,
         )
-    fused = has_gradient_accumulation_fusion()
+    fused = has_gradient_accumulation_fusion(torch.device("cuda"))
     return "NVIDIA's", "fused optimizer" + (", gradient-accumulation fusion" if fused else ""), True
 
 

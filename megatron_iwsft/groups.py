@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -54,16 +53,16 @@ def _by_score(scores: np.ndarray) -> tuple[list[str], np.ndarray]:
         return [], scores
     values = np.unique(scores)
     if len(values) <= _BUCKETS:
-        return [f"nll/score {v:g}" for v in values], np.searchsorted(values, scores)
+        return [f"nll/score {float(v)!r}" for v in values], np.searchsorted(values, scores)
     edges = np.unique(np.quantile(scores, np.linspace(0, 1, _BUCKETS + 1)))
-    labels = [f"nll/score {low:g} to {high:g}" for low, high in itertools.pairwise(edges)]
+    labels = [f"nll/score {float(low)!r} to {float(high)!r}" for low, high in itertools.pairwise(edges)]
     return labels, np.clip(np.searchsorted(edges, scores, side="right") - 1, 0, len(labels) - 1)
 
 
 def _by_source(sources: Sequence[str]) -> tuple[list[str], np.ndarray]:
     values, numbers, counts = np.unique(np.asarray(sources), return_inverse=True, return_counts=True)
     largest = np.argsort(-counts, kind="stable")[:_MOST_SOURCES]
-    labels = [f"nll/source {Path(values[i]).name}" for i in largest]
+    labels = [f"nll/source {values[i]}" for i in largest]
     place = np.full(len(values), len(labels))
     place[largest] = np.arange(len(largest))
     return labels + (["nll/source others"] if len(values) > len(largest) else []), place[numbers]

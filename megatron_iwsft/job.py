@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -24,7 +24,6 @@ from megatron_iwsft.errors import CheckpointError, ConfigError, DataError
 from megatron_iwsft.model.architecture import Architecture
 from megatron_iwsft.model.build import ModelSettings, PolicyModel, build_model, load_weights
 from megatron_iwsft.model.hf import DTYPES, RandomInit, ReadingProgress, SafetensorsDirectory, tokenizer_files
-from megatron_iwsft.model.weights import shapes
 from megatron_iwsft.objectives import ObjectiveFunction
 from megatron_iwsft.platform import ParallelContext, Platform, start
 from megatron_iwsft.platform.capabilities import fp8_refusal
@@ -178,11 +177,12 @@ def start_job(config: Config) -> Job:
                 "reference.source live needs a reference of the policy's hidden size: their hidden states travel side by side. Use "
                 "reference.source: cached."
             )
-        if config.reference.refresh and shapes(reference.architecture) != shapes(policy.architecture):
+        if config.reference.refresh and replace(reference.architecture, hf={}) != replace(policy.architecture, hf={}):
             raise ConfigError(
                 "reference.refresh copies the policy into the reference: both need the same architecture."
             )
-    refusal = fp8_refusal(config.precision.fp8) if config.precision.fp8 is not None else None
+    on_cpu = "cpu" in (config.run.device, os.environ.get("IWSFT_DEVICE"))
+    refusal = fp8_refusal(config.precision.fp8, on_cpu=on_cpu) if config.precision.fp8 is not None else None
     if refusal:
         raise ConfigError(f"precision.fp8 {config.precision.fp8} {refusal}. Use precision.fp8: null.")
     if config.objective.router_balance and policy.architecture.experts is None:

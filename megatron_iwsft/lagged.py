@@ -53,12 +53,15 @@ class LaggedCopy:
         state: dict[str, Any] = {}
         for i, (chunk, averages) in enumerate(zip(self.chunks, self._averages, strict=True)):
             values = {name: averages.get(name, parameter.data) for name, parameter in chunk.named_parameters()}
+            saved: set[str] = set()
             for name, entry in chunk.sharded_state_dict(metadata=metadata).items():
                 if name in values and isinstance(entry, ShardedTensor | ShardedTensorFactory):
                     changes: dict[str, Any] = {"key": f"{self.name}.{entry.key}", "data": values[name]}
                     if isinstance(entry, ShardedTensor):
                         changes["dtype"] = values[name].dtype
                     state[f"{i}.{name}"] = replace(entry, **changes)
+                    saved.add(name)
+            assert saved == set(values), f"not in the sharded state: {sorted(set(values) - saved)}"
         return state
 
     @torch.no_grad()

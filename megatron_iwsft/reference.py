@@ -212,7 +212,7 @@ class WithCompanions(torch.nn.Module):
 
     Between stages the k + 1 models' hidden states [T (/tp), 1, H] travel side by side as [T (/tp), k + 1, H]; the last stage
     returns −log-probs [k + 1, T], policy first. `module` is the policy: Megatron-Core's schedules unwrap through it.
-    `offload`: companions' weights lie in pinned host memory and come to the device for the time of their forward.
+    `offload`: companions' weights lie in pinned host memory and come to the device for the time of each micro-batch's forward.
     """
 
     def __init__(self, policy: torch.nn.Module, companions: list[torch.nn.Module], *, offload: bool = False) -> None:
@@ -228,6 +228,12 @@ class WithCompanions(torch.nn.Module):
         for i, stage in enumerate((policy, *self.companions)):
             part = None if tensor is None else tensor[:, i : i + 1]
             stage.set_input_tensor([None if part is None else (part if i == 0 else part.detach()).contiguous()])
+
+    def set_is_first_microbatch(self) -> None:
+        """Megatron-Core's schedules call it where it is: Transformer Engine then converts weights to FP8 anew."""
+        for model in (self.module, *self.companions):
+            if hasattr(model, "set_is_first_microbatch"):
+                model.set_is_first_microbatch()
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         outs = [self.module(*args, **kwargs)]
@@ -255,7 +261,7 @@ class _HostWeights:
     def __enter__(self) -> None:
         self._on_host = [parameter.data for parameter in self._parameters]
         for parameter in self._parameters:
-            parameter.data = parameter.data.to(self._device, non_blocking=True)
+            parameter.data = parameter.data.to(self._device, non_blocking=True, copy=True)
 
     def __exit__(self, *exception: object) -> None:
         for parameter, host in zip(self._parameters, self._on_host, strict=True):

@@ -40,7 +40,7 @@ def resume(
     """
     root = job.run_directory / "checkpoints"
     found = [d for d in checkpoint.complete_checkpoints(root) if before is None or _step(d) <= before]
-    if found and job.config.checkpoint.resume == "never":
+    if found and job.config.checkpoint.resume == "never" and before is None:
         raise ConfigError(
             f"checkpoint.resume is never, but {root} holds checkpoints. Choose another run.dir, or remove them."
         )

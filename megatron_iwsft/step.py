@@ -7,6 +7,7 @@ gradients are summed over ranks unscaled, and `_finalize` divides them once by t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -112,7 +113,8 @@ class TrainStep:
         metrics = summarize(self._totals.sums, self._totals.weight_max)
         if self.router_balance:
             units = metrics["trained_tokens" if self.settings.normalize == "tokens" else "sequences"]
-            metrics["router_balance"] = float(self._totals.router_balance) / (units * self.chunks[0].config.num_layers)
+            per_layer = float(self._totals.router_balance) / self.chunks[0].config.num_layers
+            metrics["router_balance"] = per_layer / units if units else math.nan
         if self.groups is not None:
             metrics |= self.groups.metrics(self._totals.groups)
         return metrics

@@ -36,22 +36,11 @@ from megatron_iwsft.step import LossTotals, TrainStep
 # cached reference may have been computed at another layout, which moves the last bits.
 START_TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2, "fp8": 1e-1}
 
+# Metrics that say something only where there is a reference, or weights.
 _REFERENCE_METRICS = frozenset(
-    [
-        "weight_mean",
-        "weight_max",
-        "weight_ess",
-        "clip_fraction",
-        "log_ratio",
-        "abs_log_ratio",
-        "kl_to_reference",
-        "bound_sft",
-        "bound_iw",
-        "bound_gap",
-        "weight_histogram",
-        "not_finite_tokens",
-    ]
+    "log_ratio abs_log_ratio kl_to_reference bound_sft bound_iw bound_gap not_finite_tokens".split()
 )
+_WEIGHT_METRICS = frozenset("weight_mean weight_max weight_ess weight_histogram clip_fraction".split())
 
 
 def train(config: Config) -> dict[str, Any]:
@@ -155,6 +144,7 @@ class Trainer:
         metrics: dict[str, Any] = {"step": number, "epoch": job.sampler.locate(number - 1)[0]}
         if number in self.guard.passed_over:
             stop = job.platform.any(self.stop.requested)
+            self._follow(number)
             return metrics | {"loss": None, "nll": None, "grad_norm": None, "skipped": "loss spike"}, stop
         self.watch.at(number, "reading the batch")
         self.optimizer.zero_grad()  # without the distributed optimizer, .grad is main_grad until told otherwise
@@ -183,8 +173,9 @@ class Trainer:
         metrics["tokens_per_s"] = metrics["tokens"] / metrics["step_time_s"]
         metrics["peak_memory_bytes"] = job.platform.peak_memory()
         metrics["skipped_steps"] = self.guard.skipped
-        if not self.needs_reference:
-            metrics = {k: v for k, v in metrics.items() if k not in _REFERENCE_METRICS}
+        silent = frozenset() if self.needs_reference else _REFERENCE_METRICS
+        silent |= _WEIGHT_METRICS if job.objective is sft else frozenset()
+        metrics = {k: v for k, v in metrics.items() if k not in silent}
         if self.evaluate and number % job.config.evaluation.every == 0:
             self.watch.at(number, "evaluation")
             metrics |= self.evaluate()

@@ -16,6 +16,7 @@ from megatron_iwsft.config import Config, parse_config
 from megatron_iwsft.data.corpus import Corpus
 from megatron_iwsft.errors import ConfigError
 from megatron_iwsft.job import make_sampler
+from megatron_iwsft.reference import WithCompanions
 from megatron_iwsft.testing import run_distributed
 from tests import plain, tiny
 
@@ -29,6 +30,11 @@ PROPOSALS = {
     "refresh": "reference.refresh=2",
     "refresh-epoch": "reference.refresh=epoch",
 }
+MOE = tiny.model_config(
+    "qwen3_moe", num_hidden_layers=2, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=48
+)
+BFLOAT16 = (PROPOSALS["ema"], "precision.dtype=bf16")
+EXPERTS = (PROPOSALS["ema"], f"model.config={json.dumps(MOE)}", "parallel={expert: 2}", "evaluation.every=2")
 PIPELINE = ("parallel.tensor=1", "parallel.sequence=false", "parallel.pipeline=2", "parallel.virtual_pipeline=2")
 
 
@@ -54,13 +60,20 @@ def all_runs(platform, tmp: Path) -> None:
         train(config(tmp, name, setting))
     train(config(tmp, "offload", PROPOSALS["ema"], "reference.offload=true"))
     train(config(tmp, "interleaved", PROPOSALS["ema"], *PIPELINE))
-    for name, layout in (("resumed", ()), ("resumed-interleaved", PIPELINE)):
+    train(config(tmp, "bf16", *BFLOAT16))
+    train(config(tmp, "experts", *EXPERTS, f"evaluation.corpus={tmp}/corpus"))
+    for name, (unbroken, overrides) in {
+        "resumed": ("ema", (PROPOSALS["ema"],)),
+        "resumed-interleaved": ("ema", (PROPOSALS["ema"], *PIPELINE)),
+        "resumed-bf16": ("bf16", BFLOAT16),
+        "resumed-experts": ("experts", (*EXPERTS, f"evaluation.corpus={tmp}/corpus")),
+    }.items():
         if platform.rank == 0:
-            shutil.copytree(tmp / "ema", tmp / name)
+            shutil.copytree(tmp / unbroken, tmp / name)
             for later in sorted((tmp / name / "checkpoints").glob("step-*"))[3:]:
                 shutil.rmtree(later)
         torch.distributed.barrier()
-        train(config(tmp, name, PROPOSALS["ema"], *layout))
+        train(config(tmp, name, *overrides))
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +144,28 @@ def test_the_same_wherever_the_copies_lie_and_after_a_resume(run: str, unbroken:
     assert np.allclose(losses(runs / run), losses(runs / "ema"), rtol=unbroken, atol=0)
 
 
+@pytest.mark.parametrize("run", ["bf16", "experts"])
+def test_averages_beside_bfloat16_and_of_experts_are_resumed(run: str, runs: Path) -> None:
+    assert losses(runs / f"resumed-{run}") == losses(runs / run)
+    assert len(set(losses(runs / run))) == STEPS
+
+
+def test_microbatch_marks_reach_every_model() -> None:
+    """Megatron-Core's schedules call the method where a model has it; Transformer Engine would use stale FP8 weights without."""
+    marked = []
+
+    class Stage(torch.nn.Module):
+        def __init__(self, name: str) -> None:
+            super().__init__()
+            self.name, self.config = name, None
+
+        def set_is_first_microbatch(self) -> None:
+            marked.append(self.name)
+
+    WithCompanions(Stage("policy"), [Stage("reference"), Stage("proposal")]).set_is_first_microbatch()
+    assert marked == ["policy", "reference", "proposal"]
+
+
 def test_settings_that_do_not_go_together(tmp_path: Path) -> None:
     for override, complaint in {
         "objective.proposal={kind: ema}": "kind ema goes with decay and update_every; found nothing",
@@ -138,6 +173,7 @@ def test_settings_that_do_not_go_together(tmp_path: Path) -> None:
         "objective={name: sft, proposal: {kind: snapshot, update_every: 2}}": "proposal.kind snapshot belongs to iw_sft",
         "reference={source: cached, refresh: 3}": "refresh needs source: live",
         "reference={source: live, refresh: sometimes}": "refresh",
+        "data.quality={mode: thresholds, thresholds: ['150%']}": "a percentile lies between 0% and 100%; found 150%",
     }.items():
         with pytest.raises(ConfigError, match=complaint):
             config(tmp_path, "x", override)

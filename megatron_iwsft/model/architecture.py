@@ -250,4 +250,5 @@ class _Keys:
         if per_token > count:
             raise CheckpointError(f"{self.where}: num_experts_per_tok {per_token} is above {key} {count}.")
         normalize = bool(self.config.get("norm_topk_prob", False))
+        self.refuse(per_token == 1 and normalize, "norm_topk_prob true with num_experts_per_tok 1, a constant,")
         return Experts(count, per_token, self.count("moe_intermediate_size"), normalize)

@@ -216,7 +216,7 @@ def _transformer_config(
         output_layer_init_method=_leave_as_it_is,
         embedding_init_method=_leave_as_it_is,
         use_cpu_initialization=False,
-        gradient_accumulation_fusion=has_gradient_accumulation_fusion(),
+        gradient_accumulation_fusion=has_gradient_accumulation_fusion(platform.device),
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,

@@ -186,7 +186,7 @@ class _WeightGrad:
         if dlogits.dtype == torch.float32:
             self._rows.addmm_(dlogits.t(), hidden)
         elif dlogits.is_cuda:
-            torch.addmm(self._rows, dlogits.t(), hidden, out_dtype=torch.float32, out=self._rows)
+            rows.add_product_on_gpu(self._rows, dlogits.t(), hidden)
         else:
             rows.add_product(self._rows, dlogits.t(), hidden)
 

@@ -63,6 +63,14 @@ def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
         out[part].addmm_(a[part].float(), b)
 
 
+def add_product_on_gpu(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out += a · b, float32 out of bfloat16 a [m, n] and b [n, k], in one matrix product where this torch can (2.10 on)."""
+    if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10):
+        torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
+    else:
+        out += torch.mm(a, b, out_dtype=torch.float32)
+
+
 def _parts(logits: Tensor) -> Iterator[slice]:
     step = max(1, (_GPU_BYTES if logits.is_cuda else _CACHE_BYTES) // (4 * logits.shape[1]))
     return (slice(start, start + step) for start in range(0, logits.shape[0], step))

@@ -7,7 +7,6 @@ process gives a `Platform`; `Platform.parallel` gives a `ParallelContext` with e
 from __future__ import annotations
 
 import datetime
-import importlib.util
 import inspect
 import logging
 import multiprocessing
@@ -22,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_iwsft.errors import ConfigError
+from megatron_iwsft.platform.capabilities import transformer_engine
 from megatron_iwsft.platform.signals import STOP_SIGNALS, die_with_parent, die_with_spawner
 
 DeviceChoice = Literal["auto", "cpu", "cuda"]
@@ -77,8 +77,8 @@ class Platform:
 
     @property
     def has_transformer_engine(self) -> bool:
-        """Whether Transformer Engine's layers are used: on CUDA, where it is installed."""
-        return self.is_cuda and importlib.util.find_spec("transformer_engine") is not None
+        """Whether Transformer Engine's layers are used: on CUDA, where it can be imported."""
+        return self.is_cuda and transformer_engine()[0] is not None
 
     def parallel(
         self,

@@ -23,13 +23,13 @@ def transformer_engine() -> tuple[str | None, str]:
         return "version unknown", ""
 
 
-def has_gradient_accumulation_fusion() -> bool:
+def has_gradient_accumulation_fusion(device: torch.device) -> bool:
     """Whether matrix products can add weight gradients straight into float32 buffers.
 
     Transformer Engine's layers could without more, but Megatron-Core refuses to build the others with the option on unless the
     extension that comes with NVIDIA's apex is there.
     """
-    return torch.cuda.is_available() and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+    return device.type == "cuda" and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
 
 
 # recipe → (lowest compute capability, what has it)
@@ -41,9 +41,11 @@ _FP8_NEEDS = {
 }
 
 
-def fp8_refusal(recipe: str) -> str | None:
-    """Why this machine cannot run an FP8 recipe, in one sentence that says what could; None if it can."""
+def fp8_refusal(recipe: str, *, on_cpu: bool = False) -> str | None:
+    """Why this machine (or a run on its CPU) cannot run an FP8 recipe, in one sentence that says what could; None if it can."""
     needs, generation = _FP8_NEEDS[recipe]
+    if on_cpu:
+        return f"needs a GPU ({generation}), and this run is on the CPU"
     if not torch.cuda.is_available():
         return f"needs a GPU ({generation}), and torch sees none"
     capability = torch.cuda.get_device_capability()
