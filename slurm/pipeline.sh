@@ -45,9 +45,9 @@ PYTHONPATH=$root "${IWSFT_VENV:-$root/.venv}/bin/python" -c 'import sys
 from megatron_iwsft.errors import run_command
 def main():
     from megatron_iwsft.config import load_config
-    from megatron_iwsft.objectives import NEEDS_REFERENCE
+    from megatron_iwsft.custom_objective import find_objective, needs_reference
     c = load_config(sys.argv[1], sys.argv[2:])
-    cached = c.objective.name in NEEDS_REFERENCE and c.reference.source == "cached"
+    cached = needs_reference(find_objective(c.objective.name)) and c.reference.source == "cached"
     print(c.run.dir, c.data.corpus, "cached" if cached else "", sep="\0", end="\0")
 run_command(main)' "$config" "${overrides[@]}" >"$values"
 {
