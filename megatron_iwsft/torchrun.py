@@ -1,7 +1,8 @@
 """torchrun that ends with its workers' own exit status, leaves the last word to their message, and lets them finish when told to stop.
 
 `python -m megatron_iwsft.torchrun [torchrun options] SCRIPT ARGS…`. Plain torchrun works too; it ends with status 1 whatever
-the workers said, adds a traceback of its own to a user's mistake, and kills workers that are still saving 30 s after a SIGTERM.
+the workers said, adds a traceback of its own to a user's mistake, kills workers that are still saving 30 s after a SIGTERM, and,
+before torch 2.13, lets two runs on one machine want the same port.
 """
 
 from __future__ import annotations
@@ -33,7 +34,10 @@ def main() -> int:
     told = _pass_on_stop_signals()
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
+    from torch.distributed.run import parse_args
 
+    if parse_args(sys.argv[1:]).nnodes in ("1", "1:1"):
+        os.environ.setdefault("PET_MASTER_PORT", str(_free_port()))
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
     try:
         torchrun(sys.argv[1:])
@@ -49,6 +53,12 @@ def main() -> int:
         print(f"rank {rank} (process {failure.pid} on {socket.gethostname()}) was ended by {name}.", file=sys.stderr)
         return 128 - failure.exitcode
     return 0
+
+
+def _free_port() -> int:
+    with socket.socket() as unused:
+        unused.bind(("", 0))
+        return unused.getsockname()[1]
 
 
 def _pass_on_stop_signals() -> list[int]:

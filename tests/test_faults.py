@@ -125,7 +125,7 @@ def test_two_jobs_do_not_write_to_one_run(config: Path, tmp_path: Path) -> None:
     long = ("data.max_steps=100000", "data.epochs=100000", "data.quality.mode=none", "checkpoint.every=0")
     first = Run(config, tmp_path / "run", *long).steps(1)
     second = Run(config, tmp_path / "run", *long)
-    assert second.finish() == EXIT_USER_ERROR
+    assert second.finish() == EXIT_USER_ERROR, second.output
     assert "is being written to by another job" in second.output
     first.process.send_signal(signal.SIGUSR1)
     assert first.finish() == EXIT_REQUEUE
