@@ -13,7 +13,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override keys of the config")
     args = parser.parse_args()
 
-    from megatron_iwsft.config import load_config
+    from megatron_iwsft.config_file import load_config
 
     config = load_config(args.config, args.overrides)  # a mistake is told before torch is loaded
 

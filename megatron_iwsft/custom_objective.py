@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 from pathlib import Path
 
@@ -28,13 +27,7 @@ def find_objective(name: str) -> ObjectiveFunction:
     """One of OBJECTIVES, or `path/to/file.py:function`, checked by `check_objective`. Raises ConfigError."""
     if name in OBJECTIVES:
         return OBJECTIVES[name]
-    path, colon, function = name.rpartition(":")
-    if not colon:
-        near = difflib.get_close_matches(name, OBJECTIVES, n=1)
-        raise ConfigError(
-            f"objective.name is {name!r}; known are {', '.join(OBJECTIVES)}, or path/to/file.py:function."
-            + (f" Did you mean {near[0]}?" if near else "")
-        )
+    path, _, function = name.rpartition(":")
     spec = importlib.util.spec_from_file_location(Path(path).stem, path) if Path(path).is_file() else None
     if spec is None or spec.loader is None:
         raise ConfigError(f"objective.name: {path} is not a Python file.")

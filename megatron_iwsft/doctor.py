@@ -8,7 +8,12 @@ import platform as machine
 import shutil
 from dataclasses import dataclass
 
-from megatron_iwsft.platform.capabilities import fp8_refusal, has_gradient_accumulation_fusion, transformer_engine
+from megatron_iwsft.platform.capabilities import (
+    fp8_refusal,
+    has_gradient_accumulation_fusion,
+    transformer_engine,
+    variable_length_attention,
+)
 
 
 @dataclass(frozen=True)
@@ -24,6 +29,50 @@ class Finding:
 def examine() -> list[Finding]:
     """Look at interpreter, devices and packages. Imports torch; starts no process group."""
     return [*_base(), *_gpu(), *_kernels(), *_optional()]
+
+
+def paths() -> list[Finding]:
+    """Which implementation a run on this machine takes for each part, and why. Imports torch and Megatron-Core."""
+    import torch
+    from megatron.core.optimizer import Adam
+
+    from megatron_iwsft.ops.rows import has_triton
+
+    gpu = torch.cuda.is_available()
+    engine, why = transformer_engine()
+    no_engine = "torch sees no GPU" if not gpu else f"Transformer Engine is {why}"
+    fused = gpu and engine is not None
+    at_once, why_not = variable_length_attention()
+    if fused:
+        attention = "Transformer Engine, over packed rows", "FlashAttention or cuDNN, as it chooses"
+    elif at_once:
+        attention = "torch's variable-length FlashAttention", f"{no_engine}; in bf16 and without context parallelism"
+    else:
+        attention = "a call of torch's a segment", why_not
+    optimizer = Adam.__module__.partition(".")[0]
+    in_product = has_gradient_accumulation_fusion(torch.device("cuda" if gpu else "cpu"))
+    recipes = {recipe: fp8_refusal(recipe) for recipe in ("delayed", "tensorwise", "blockwise", "mxfp8")}
+    allowed = [recipe for recipe, refusal in recipes.items() if refusal is None]
+    return [
+        Finding("layers", "Transformer Engine" if fused else "torch", "" if fused else no_engine),
+        Finding("attention", *attention),
+        Finding(
+            "log-probs",
+            "Triton" if gpu and has_triton() else "torch",
+            "one pass over the logits" if gpu and has_triton() else ("no Triton" if gpu else "torch sees no GPU"),
+        ),
+        Finding(
+            "optimizer",
+            f"{optimizer}'s {Adam.__name__}",
+            "fused" if optimizer != "torch" else "neither Transformer Engine nor NVIDIA's apex has one here",
+        ),
+        Finding(
+            "weight gradients",
+            "added up in the product" if in_product else "added up after the product",
+            "" if in_product else "that takes an extension of NVIDIA's apex, and a GPU",
+        ),
+        Finding("FP8", ", ".join(allowed) or "none", "" if allowed else str(recipes["delayed"])),
+    ]
 
 
 def _version(package: str) -> str | None:

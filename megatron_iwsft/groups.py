@@ -53,10 +53,16 @@ def _by_score(scores: np.ndarray) -> tuple[list[str], np.ndarray]:
         return [], scores
     values = np.unique(scores)
     if len(values) <= _BUCKETS:
-        return [f"nll/score {float(v)!r}" for v in values], np.searchsorted(values, scores)
+        return [f"nll/score {v}" for v in _shortest(values)], np.searchsorted(values, scores)
     edges = np.unique(np.quantile(scores, np.linspace(0, 1, _BUCKETS + 1)))
-    labels = [f"nll/score {float(low)!r} to {float(high)!r}" for low, high in itertools.pairwise(edges)]
+    labels = [f"nll/score {low} to {high}" for low, high in itertools.pairwise(_shortest(edges))]
     return labels, np.clip(np.searchsorted(edges, scores, side="right") - 1, 0, len(labels) - 1)
+
+
+def _shortest(values: np.ndarray) -> list[str]:
+    """With as few digits, three at least, as tell the values apart."""
+    texts = ([f"{v:.{digits}g}" for v in values] for digits in range(3, 18))
+    return next(found for found in texts if len(set(found)) == len(values))
 
 
 def _by_source(sources: Sequence[str]) -> tuple[list[str], np.ndarray]:

@@ -23,6 +23,9 @@ RATIOS = {
     "bound_sft": ("bound_sft", "sequences"),
     "bound_iw": ("bound_iw", "sequences"),
 }
+# Metrics in which two runs of the same numbers differ.
+TIMING = frozenset({"step_time_s", "tokens_per_s", "tflops_per_gpu", "peak_memory_bytes"})
+
 _BINS = [name for name in SUMS if name.startswith("weight_bin_")]
 
 

@@ -1,7 +1,8 @@
-"""Helpers for tests and benchmarks: processes that form a job, and whole gradients of a sharded model."""
+"""Helpers for tests and benchmarks: processes that form a job, whole gradients of a sharded model, metrics to compare."""
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 import traceback
@@ -15,6 +16,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from megatron_iwsft import platform
+from megatron_iwsft.metrics import TIMING
 from megatron_iwsft.platform import ParallelContext
 
 
@@ -66,6 +68,14 @@ def _entry(
     except BaseException:
         (Path(directory) / f"failure-{rank}").write_text(f"rank {rank} of {world_size}:\n{traceback.format_exc()}")
         raise
+
+
+def comparable_metrics(run: Path) -> list[dict[str, Any]]:
+    """The whole lines of a run's metrics.jsonl, without what differs between two runs of the same numbers."""
+    path = run / "metrics.jsonl"
+    text = path.read_text() if path.exists() else ""
+    lines = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    return [{k: v for k, v in line.items() if k not in TIMING} for line in lines]
 
 
 def whole_gradients(chunks: list[Any], parallel: ParallelContext) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ import time
 from contextlib import ExitStack
 from typing import Any
 
+import numpy as np
 import torch.distributed as dist
 
 from megatron_iwsft import checkpoint
@@ -16,6 +17,7 @@ from megatron_iwsft.convert import export_running
 from megatron_iwsft.custom_objective import needs_reference
 from megatron_iwsft.data.corpus import TOKENIZER
 from megatron_iwsft.errors import DataError, DivergenceError, RequeueError
+from megatron_iwsft.flops import training_flops
 from megatron_iwsft.groups import Groups, group
 from megatron_iwsft.guard import Guard, Verdict
 from megatron_iwsft.hooks import Events, Every, StepInfo, start_hooks
@@ -115,7 +117,7 @@ class Trainer:
             raise RequeueError
         metrics: dict[str, Any] = {}
         while self.done < self.total_steps:
-            stepped = self._train_step(self.done + 1)
+            stepped = self.train_step(self.done + 1)
             if stepped is None:  # a rewind
                 continue
             metrics, stop = stepped
@@ -137,7 +139,7 @@ class Trainer:
         )
         return metrics
 
-    def _train_step(self, number: int) -> tuple[dict[str, Any], bool] | None:
+    def train_step(self, number: int) -> tuple[dict[str, Any], bool] | None:
         """Step `number`, counted from 1: its metrics, and whether a rank was told to stop; None if it led to a rewind."""
         job, started = self.job, time.perf_counter()
         packs = job.sampler.packs_at(number - 1)
@@ -171,6 +173,7 @@ class Trainer:
         metrics["step_time_s"] = time.perf_counter() - started
         metrics["tokens"] = sum(int(job.corpus.lengths[ids].sum()) for ids in packs)
         metrics["tokens_per_s"] = metrics["tokens"] / metrics["step_time_s"]
+        metrics["tflops_per_gpu"] = self._flops(packs, metrics) / metrics["step_time_s"] / 1e12
         metrics["peak_memory_bytes"] = job.platform.peak_memory()
         metrics["skipped_steps"] = self.guard.skipped
         silent = frozenset() if self.needs_reference else _REFERENCE_METRICS
@@ -244,6 +247,12 @@ class Trainer:
         )
         self.done = back
         return True
+
+    def _flops(self, packs: list[Any], metrics: dict[str, Any]) -> float:
+        """The policy's share of each rank; what a reference or proposal computes does not count."""
+        lengths = self.job.corpus.lengths[np.concatenate(packs)]
+        whole = training_flops(self.job.policy.architecture, lengths, metrics["trained_tokens"])
+        return whole / self.job.platform.world_size
 
     def _trajectories(self, packs: list[Any]) -> list[str]:
         ids = self.job.corpus.meta(["id"])["id"]

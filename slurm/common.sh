@@ -115,7 +115,7 @@ from_config() {
   on_one_node -c 'import sys
 from megatron_iwsft.errors import run_command
 def main():
-    from megatron_iwsft.config import load_config
+    from megatron_iwsft.config_file import load_config
     section, key = sys.argv[1].split(".")
     print(getattr(getattr(load_config(sys.argv[2], sys.argv[3:]), section), key))
 run_command(main)' "$@"

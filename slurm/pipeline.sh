@@ -44,7 +44,7 @@ trap 'rm -f "$values"' EXIT
 PYTHONPATH=$root "${IWSFT_VENV:-$root/.venv}/bin/python" -c 'import sys
 from megatron_iwsft.errors import run_command
 def main():
-    from megatron_iwsft.config import load_config
+    from megatron_iwsft.config_file import load_config
     from megatron_iwsft.custom_objective import find_objective, needs_reference
     c = load_config(sys.argv[1], sys.argv[2:])
     cached = needs_reference(find_objective(c.objective.name)) and c.reference.source == "cached"

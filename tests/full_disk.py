@@ -7,7 +7,8 @@ import os
 import sys
 from pathlib import Path
 
-from tests.interrupt import Run, events, metrics
+from megatron_iwsft.testing import comparable_metrics as metrics
+from tests.interrupt import Run, events
 
 
 def main(config: str, mount: Path) -> None:

@@ -13,10 +13,10 @@ from pathlib import Path
 import psutil
 import yaml
 
+from megatron_iwsft.testing import comparable_metrics as metrics
 from tests import tiny
 
 ROOT = Path(__file__).parents[1]
-TIMING = {"step_time_s", "tokens_per_s", "peak_memory_bytes"}
 
 
 def write_config(directory: Path, scores: list[float] | None = None, **sections: dict) -> Path:
@@ -90,14 +90,6 @@ class Run:
             self.process.kill()
             raise
         return self.process.returncode
-
-
-def metrics(run: Path) -> list[dict]:
-    """Lines of metrics.jsonl without what differs between two equal runs."""
-    path = run / "metrics.jsonl"
-    text = path.read_text() if path.exists() else ""
-    lines = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
-    return [{k: v for k, v in line.items() if k not in TIMING} for line in lines]
 
 
 def events(run: Path, kind: str) -> list[dict]:

@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
-# Environment and tests: bash tests/run.sh [--python VERSION] [--slurm] [pytest options]
+# Environment and tests: bash tests/run.sh [--python VERSION] [--slurm | --gpu] [pytest options]
 #
+#   --gpu           instead, the tests that need a GPU, with Transformer Engine; where no environment can be made, run
+#                   `python -m pytest -m gpu` with whatever is there
 #   --slurm         instead, the batch scripts on a real Slurm of two nodes on this machine (as root, on Debian; it is installed if
 #                   missing); all of its scenarios with --slurm -m slurm
 #   --python 3.12   another interpreter, in an environment of its own: Megatron-Core's newer line (a large download)
@@ -17,7 +19,13 @@ if [ "${1:-}" = --python ]; then
   export PYTHON VENV=$PWD/.venv-$version
 fi
 source launch/environment.sh
-make_environment "[test]"
+if [ "${1:-}" = --gpu ]; then
+  make_environment "[test,gpu]"
+  "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { echo "torch sees no GPU here." >&2; exit 2; }
+  set -- -m gpu -s "${@:2}"
+else
+  make_environment "[test]"
+fi
 export OMP_NUM_THREADS=1
 [ "${1:-}" != --slurm ] || set -- tests/slurm -m "slurm and not long" "${@:2}"
 exec "$python" -m pytest "$@"

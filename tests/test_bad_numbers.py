@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_iwsft.config import parse_config
+from megatron_iwsft.config_file import parse_config
 from megatron_iwsft.data.corpus import Corpus
 from megatron_iwsft.errors import DivergenceError
 from megatron_iwsft.job import make_sampler
+from megatron_iwsft.testing import comparable_metrics as metrics
 from megatron_iwsft.testing import run_distributed
 from tests import tiny
-from tests.interrupt import events, metrics
+from tests.interrupt import events
 
 pytestmark = pytest.mark.parallel
 

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_iwsft.config import Config, load_config, parse_config
+from megatron_iwsft import objectives
+from megatron_iwsft.config import OBJECTIVES, Config
+from megatron_iwsft.config_file import load_config, parse_config
 from megatron_iwsft.errors import ConfigError
 
 MINIMAL = "run: {name: r, dir: runs/r}\nmodel: {hf: /models/m}\ndata: {corpus: c, seq_length: 64, epochs: 1}\n"
@@ -23,6 +25,14 @@ def parse(*overrides: str, text: str = MINIMAL) -> Config:
 @pytest.mark.parametrize("path", TRAINING, ids=lambda p: p.name)
 def test_shipped_configs_are_valid(path: Path) -> None:
     load_config(path)
+
+
+def test_objectives_are_known_by_name() -> None:
+    assert set(OBJECTIVES) == set(objectives.OBJECTIVES)
+    with pytest.raises(
+        ConfigError, match=r"sft, iw_sft, dft, psft, or path/to/file.py:function. Did you mean iw_sft\?"
+    ):
+        parse("objective.name=iwsft")
 
 
 def test_overrides_are_yaml_and_make_sections() -> None:

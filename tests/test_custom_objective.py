@@ -50,19 +50,9 @@ def test_an_unsound_one_is_refused(tmp_path: Path, body: str, complaint: str) ->
         find_objective(f"{tmp_path}/own.py:mine")
 
 
-@pytest.mark.parametrize(
-    ("name", "complaint"),
-    [
-        ("iwsft", "known are sft, iw_sft, dft, psft, or path/to/file.py:function. Did you mean iw_sft?"),
-        ("nowhere.py:f", "nowhere.py is not a Python file"),
-    ],
-)
-def test_names_that_lead_nowhere(name: str, complaint: str) -> None:
-    with pytest.raises(ConfigError, match=complaint):
-        find_objective(name)
-
-
-def test_a_file_without_the_function(tmp_path: Path) -> None:
+def test_files_that_lead_nowhere(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nowhere.py is not a Python file"):
+        find_objective("nowhere.py:f")
     (tmp_path / "own.py").write_text("x = 1\n")
     with pytest.raises(ConfigError, match="defines no function mine"):
         find_objective(f"{tmp_path}/own.py:mine")

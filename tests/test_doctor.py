@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_iwsft.config import parse_config
+from megatron_iwsft.config_file import parse_config
 from megatron_iwsft.data.dataset import RowShape
 from megatron_iwsft.errors import ConfigError
 from megatron_iwsft.platform.capabilities import fp8_refusal, transformer_engine

@@ -16,7 +16,8 @@ import psutil
 import pytest
 
 from megatron_iwsft.errors import EXIT_REQUEUE, EXIT_USER_ERROR
-from tests.interrupt import ROOT, Run, events, metrics, write_config
+from megatron_iwsft.testing import comparable_metrics as metrics
+from tests.interrupt import ROOT, Run, events, write_config
 
 pytestmark = pytest.mark.parallel
 

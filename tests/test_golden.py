@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_iwsft.config import Config, parse_config
+from megatron_iwsft.config import Config
+from megatron_iwsft.config_file import parse_config
 from megatron_iwsft.testing import run_distributed
 from tests import tiny
 

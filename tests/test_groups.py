@@ -34,8 +34,8 @@ def test_each_token_counts_for_its_score_and_its_source() -> None:
     row = batch([2, 0, -1], [5, 6, IGNORE, 7, IGNORE], [0, 0, 1, 1, 2])  # the last segment is filler
     sums = groups.sums(row, torch.tensor([-1.0, -2.0, -9.0, -4.0, -9.0]))
     assert groups.metrics(sums) == {
-        "nll/score 0.0": 4.0,
-        "nll/score 1.0": 1.5,
+        "nll/score 0": 4.0,
+        "nll/score 1": 1.5,
         "nll/source math/train.jsonl": pytest.approx(7 / 3),
     }
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from megatron_iwsft.checkpoint import CheckpointInfo, hugging_face_reader
-from megatron_iwsft.config import Config, parse_config
+from megatron_iwsft.config import Config
+from megatron_iwsft.config_file import parse_config
 from megatron_iwsft.data.corpus import Corpus
 from megatron_iwsft.errors import ConfigError
 from megatron_iwsft.job import make_sampler

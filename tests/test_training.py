@@ -11,16 +11,17 @@ import pytest
 import torch
 
 from megatron_iwsft.checkpoint import CheckpointInfo, hugging_face_reader
-from megatron_iwsft.config import Config, parse_config
+from megatron_iwsft.config import Config
+from megatron_iwsft.config_file import parse_config
 from megatron_iwsft.data.corpus import Corpus
 from megatron_iwsft.errors import CheckpointError, ConfigError, DataError, UserError
+from megatron_iwsft.testing import comparable_metrics as metrics
 from megatron_iwsft.testing import run_distributed
 from tests import tiny
 
 pytestmark = pytest.mark.parallel
 
 LENGTHS = [30 + (i * 37) % 90 for i in range(40)]
-TIMING = {"step_time_s", "tokens_per_s", "peak_memory_bytes"}
 
 
 def config(tmp: Path, name: str, *overrides: str, start: str = "sft") -> Config:
@@ -116,11 +117,6 @@ def runs(tmp_path_factory) -> Path:
     assert corpus.directory == tmp / "corpus"
     run_distributed(all_runs, 2, tmp)
     return tmp
-
-
-def metrics(run: Path) -> list[dict]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in TIMING} for line in lines]
 
 
 def close(

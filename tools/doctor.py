@@ -1,4 +1,4 @@
-"""What this machine has (CUDA, NCCL, Transformer Engine, apex, …), what that enables, what to install: tools/doctor.py"""
+"""What this machine has, what that enables, what to install, and which paths a run takes: tools/doctor.py"""
 
 from __future__ import annotations
 
@@ -10,12 +10,19 @@ from megatron_iwsft.errors import run_command
 def main() -> None:
     argparse.ArgumentParser(description=__doc__).parse_args()
 
-    from megatron_iwsft.doctor import examine
+    from megatron_iwsft.doctor import Finding, examine, paths
     from megatron_iwsft.platform import quiet_megatron
 
     quiet_megatron()
-    for finding in examine():
-        print(f"{' ' if finding.ok else '!'} {finding.what:20} {finding.found:40} {finding.means}")
+
+    def show(findings: list[Finding]) -> None:
+        for finding in findings:
+            line = f"{' ' if finding.ok else '!'} {finding.what:20} {finding.found:40} {finding.means}"
+            print(line.rstrip(), flush=True)
+
+    show(examine())
+    print("\nA run here takes")
+    show(paths())
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from megatron_iwsft.config import NonNegativeInt, PositiveInt, Section, Share, read_config
+from megatron_iwsft.config import NonNegativeInt, PositiveInt, Proposal, Section, Share
+from megatron_iwsft.config_file import read_config
 from megatron_iwsft.objectives import Settings
 
 PositiveFloat = Annotated[float, Field(gt=0)]
@@ -61,14 +62,6 @@ class Training(Section):
     batch_size: PositiveInt
     lr: PositiveFloat
     warmup_fraction: Share = 0.0
-
-
-class Proposal(Section):
-    """q: `current` is the stop-gradient of the policy, `ema` the moving average q ← decay·q + (1 − decay)·π every so many steps."""
-
-    kind: Literal["current", "ema"] = "current"
-    decay: Share = 0.9
-    update_every: PositiveInt = 100
 
 
 class Objective(Section):
@@ -134,5 +127,5 @@ QUICK = [
 
 
 def load_experiment(path: str | Path, overrides: list[str] | None = None) -> Experiment:
-    """As `megatron_iwsft.config.load_config`."""
+    """As `config_file.load_config`."""
     return read_config(Experiment, path, overrides or [])

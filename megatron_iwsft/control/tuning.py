@@ -84,8 +84,8 @@ def tune(
     policy = copy.deepcopy(start)
     ema = objective.proposal
     average = (
-        AveragedPolicy(policy, decay=ema.decay, update_every=ema.update_every)
-        if objective.name == "iw_sft" and ema.kind == "ema"
+        AveragedPolicy(policy, decay=ema.decay or 0.0, update_every=ema.update_every)
+        if objective.name == "iw_sft" and ema.update_every
         else None
     )
     optimizer = torch.optim.Adam(policy.parameters(), lr=settings.lr)

@@ -1,6 +1,7 @@
 """The local backend's core attention: packed segments, sliding windows and context parallelism, in plain torch.
 
-Megatron-Core's own local attention knows neither. Segments attend causally to themselves only. Under context parallelism
+Megatron-Core's own local attention knows neither. Segments attend causally to themselves only. On a GPU in half precision all
+segments are one call of torch's variable-length attention; elsewhere every segment is a call. Under context parallelism
 every rank holds two chunks of each segment (`Batch.slice_for_context_parallel`); keys and values are gathered over the group.
 """
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from megatron_iwsft.batch import zigzag_index
+from megatron_iwsft.platform.capabilities import variable_length_attention
 
 
 class PackedAttention(torch.nn.Module):
@@ -39,6 +41,7 @@ class PackedAttention(torch.nn.Module):
         windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
         self.window: int | None = config.window_size[0] + 1 if windowed else None
         self.cp_group: dist.ProcessGroup = pg_collection.cp
+        self.variable_length, _ = variable_length_attention()
 
     def forward(
         self,
@@ -50,17 +53,35 @@ class PackedAttention(torch.nn.Module):
         packed_seq_params: Any,
         **unused: Any,
     ) -> Tensor:
-        boundaries = tuple(packed_seq_params.cu_seqlens_q.tolist())
-        if self.cp_group.size() == 1:
-            out = _attend(query, key, value, boundaries, self.scale, self.window)
-        else:
+        if self.cp_group.size() > 1:
+            boundaries = packed_seq_params.boundaries
             key, value = _GatherSegments.apply(torch.stack([key, value]), boundaries, self.cp_group)
             out = _attend_chunks(query, key, value, boundaries, self.cp_group, self.scale, self.window)
+        elif self.variable_length and query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+            out = _attend_at_once(query, key, value, packed_seq_params, self.scale, self.window)
+        else:
+            out = _attend(query, key, value, packed_seq_params.boundaries, self.scale, self.window)
         return out.flatten(1)
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Nothing to save (Megatron-Core asks every submodule)."""
         return {}
+
+
+def _attend_at_once(
+    query: Tensor, key: Tensor, value: Tensor, row: Any, scale: float | None, window: int | None
+) -> Tensor:
+    """Causal attention within each segment, half precision, on a GPU: torch's FlashAttention over the whole row."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:  # torch takes fewer key-value heads from 2.12 on only
+        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    boundaries, longest = row.cu_seqlens_q, row.max_seqlen_q
+    behind = -1 if window is None else window - 1
+    return varlen_attn(
+        query, key, value, boundaries, boundaries, longest, longest, scale=scale, window_size=(behind, 0)
+    )
 
 
 def _attend(

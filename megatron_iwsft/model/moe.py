@@ -14,6 +14,7 @@ the objective's, untouched by importance weights and quality.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -55,6 +56,11 @@ class PackedRow(PackedSeqParams):
     """Megatron-Core's description of a packed row, which reaches every layer (also when it is recomputed), and our `balance`."""
 
     balance: Balance | None = None
+
+    @cached_property
+    def boundaries(self) -> tuple[int, ...]:
+        """`cu_seqlens_q` on the host: a GPU is waited for once a row, not once a layer."""
+        return tuple(self.cu_seqlens_q.tolist())
 
 
 class ExpertLayer(TransformerLayer):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
+import inspect
 
 import torch
 
@@ -21,6 +22,24 @@ def transformer_engine() -> tuple[str | None, str]:
         return importlib.metadata.version("transformer-engine"), ""
     except importlib.metadata.PackageNotFoundError:
         return "version unknown", ""
+
+
+def variable_length_attention() -> tuple[bool, str]:
+    """Whether torch can attend within the segments of a packed row in one call on this machine's GPU, else why not."""
+    if not torch.cuda.is_available():
+        return False, "torch sees no GPU"
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        varlen_attn = None
+    if varlen_attn is None or "window_size" not in inspect.signature(varlen_attn).parameters:
+        return (
+            False,
+            f"torch {torch.__version__} has no torch.nn.attention.varlen with sliding windows; it came with 2.11",
+        )
+    if torch.cuda.get_device_capability() < (8, 0):
+        return False, "it needs Ampere or newer"
+    return True, ""
 
 
 def has_gradient_accumulation_fusion(device: torch.device) -> bool:

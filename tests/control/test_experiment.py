@@ -55,7 +55,7 @@ MISTAKES = [
     ("methods.SFT.percentile=[90]", "methods.SFT.percentile is not a known key. Did you mean percentiles?"),
     ("methods.SFT.percentiles=[101]", "methods.SFT.percentiles.0: input should be less than or equal to 100"),
     ("methods.SFT.objective.clip=[3, 1]", "clip must be [low, high] with low < high"),
-    ("methods.SFT.objective.proposal.kind=lagged", "input should be 'current' or 'ema'"),
+    ("methods.SFT.objective.proposal.kind=lagged", "input should be 'current', 'ema' or 'snapshot'"),
     ("learner.stepz=3", "learner.stepz is not a known key. Did you mean steps?"),
     ("run.seeds=[]", "run.seeds: list should have at least 1 item"),
 ]

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_iwsft.control.config import Objective, Proposal, Training
+from megatron_iwsft.config import Proposal
+from megatron_iwsft.control.config import Objective, Training
 from megatron_iwsft.control.policy import GaussianPolicy
 from megatron_iwsft.control.replay import Episode, Replay
 from megatron_iwsft.control.tuning import batch_of, learning_rate, log_probs, tune
@@ -97,7 +98,7 @@ def test_until_the_proposal_moves_iw_sft_is_sft(replay: Replay) -> None:
         return list(out.policy.parameters())
 
     plain = tuned(Objective(name="sft"))
-    late = tuned(Objective(name="iw_sft", proposal=Proposal(kind="ema", update_every=100)))
+    late = tuned(Objective(name="iw_sft", proposal=Proposal(kind="ema", update_every=100, decay=0.9)))
     early = tuned(Objective(name="iw_sft", proposal=Proposal(kind="ema", update_every=1, decay=0.5)))
     again = tuned(Objective(name="iw_sft", proposal=Proposal(kind="ema", update_every=1, decay=0.5)))
     for a, b, c, d in zip(plain, late, early, again, strict=True):

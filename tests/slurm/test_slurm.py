@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from megatron_iwsft.testing import comparable_metrics as metrics
 from tests import tiny
 from tests.slurm.lab import ROOT, Lab, running_lab
 
 pytestmark = pytest.mark.slurm
 
-TIMING = {"step_time_s", "tokens_per_s", "peak_memory_bytes"}
 STEPS = 40
 TRAIN = ROOT / "slurm" / "train.sbatch"
 CHECKPOINT_EVERY = 8
@@ -72,12 +72,6 @@ def config(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def unbroken(config: Path, tmp_path_factory) -> list[dict]:
     return train_here(config, tmp_path_factory.mktemp("unbroken"))
-
-
-def metrics(run: Path) -> list[dict]:
-    path = run / "metrics.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return [{k: v for k, v in line.items() if k not in TIMING} for line in lines]
 
 
 def start(lab: Lab, config: Path, run: Path, *options: str, until: int = CHECKPOINT_EVERY + 4) -> str:

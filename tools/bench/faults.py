@@ -24,7 +24,6 @@ from pathlib import Path
 from megatron_iwsft.errors import run_command
 
 ROOT = Path(__file__).resolve().parents[2]
-TIMING = {"step_time_s", "tokens_per_s", "peak_memory_bytes"}
 MARK = "IWSFT_FAULTS"
 CONFIG = """
 run: {{name: faults, dir: {directory}/unbroken, seed: 3, device: cpu, hang_timeout_s: 120}}
@@ -236,8 +235,9 @@ def marked(mark: str) -> list[int]:
 
 
 def metrics(run: Path) -> list[dict]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in TIMING} for line in lines]
+    from megatron_iwsft.testing import comparable_metrics
+
+    return comparable_metrics(run)
 
 
 if __name__ == "__main__":

@@ -208,7 +208,7 @@ def train_and_export(run: dict[str, Any]) -> Path:
     """Train as launch/train.py would with this config, unless it is done; returns the Hugging Face directory."""
     import yaml
 
-    from megatron_iwsft.config import parse_config
+    from megatron_iwsft.config_file import parse_config
     from megatron_iwsft.custom_objective import find_objective, needs_reference
     from megatron_iwsft.precompute import precompute_reference
     from megatron_iwsft.trainer import train

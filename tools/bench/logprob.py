@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +20,12 @@ from megatron_iwsft.errors import run_command
 
 
 @dataclass(frozen=True)
-class Case:
-    implementation: str
+class Size:
     tokens: int
     vocabulary: int
     hidden: int
     dtype: str
     trained: float
-
-
-@dataclass(frozen=True)
-class Measured:
-    """Seconds and bytes. memory: the peak, less inputs and gradients; product: one matrix product of this size."""
-
-    forward: float
-    both: float
-    memory: int
-    product: float
 
 
 def ours(hidden: Any, weight: Any, targets: Any, group: Any) -> Any:
@@ -91,54 +81,94 @@ IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], bool, bool]] = {
 }
 
 
-def measure(platform: Any, cases: list[Case]) -> list[Measured | str]:
-    """In every process: each case, or why it could not be run."""
+@dataclass(frozen=True)
+class Inputs:
+    """hidden [T, H], weight [V/tp, H], targets [T], and the gradient of the log-probs float32 [T]."""
+
+    hidden: Any
+    weight: Any
+    targets: Any
+    grad: Any
+
+    @staticmethod
+    def of(size: Size, platform: Any, ranks: int) -> Inputs:
+        import torch
+
+        dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[size.dtype]
+        generator = torch.Generator(platform.device).manual_seed(0)
+        options = dict(device=platform.device, generator=generator)
+        hidden = torch.randn(size.tokens, size.hidden, **options).to(dtype).requires_grad_()
+        rows = size.vocabulary // ranks
+        weight = (torch.randn(rows, size.hidden, **options) * size.hidden**-0.5).to(dtype).requires_grad_()
+        targets = torch.randint(0, size.vocabulary, (size.tokens,), **options)
+        targets[torch.rand(size.tokens, **options) >= size.trained] = -100
+        return Inputs(hidden, weight, targets, torch.randn(size.tokens, **options))
+
+    def forward(self, name: str, group: Any) -> None:
+        import torch
+
+        with torch.no_grad():
+            IMPLEMENTATIONS[name][0](self.hidden, self.weight, self.targets, group)
+
+    def both(self, name: str, group: Any) -> None:
+        self.hidden.grad = self.weight.grad = None
+        logprobs = IMPLEMENTATIONS[name][0](self.hidden, self.weight, self.targets, group)
+        logprobs.backward(self.grad if logprobs.ndim else None)
+
+    def product(self) -> None:
+        import torch
+
+        torch.mm(self.hidden.detach(), self.weight.detach().t())
+
+
+def _start(platform: Any) -> Any:
+    """The tensor-parallel group of all processes."""
     import torch
 
     if not platform.is_cuda:
         torch._dynamo.config.disable = True  # Megatron-Core's is compiled, which on CPU takes a C++ compiler
-    group = platform.parallel(tensor=platform.world_size).tp
-    out: list[Measured | str] = []
-    for case in cases:
+    return platform.parallel(tensor=platform.world_size).tp
+
+
+def peaks(platform: Any, size: Size, names: list[str]) -> dict[str, int | str]:
+    """In every process: bytes at the peak of forward and backward, less inputs and gradients; or why it could not be run."""
+    group = _start(platform)
+    inputs, out = Inputs.of(size, platform, group.size()), {}
+    for name in names:
         try:
-            out.append(_measure(platform, group, case))
+            before = _memory(platform)
+            inputs.both(name, group)
+            platform.synchronize()
+            out[name] = _peak(platform) - before - inputs.hidden.grad.nbytes - inputs.weight.grad.nbytes
         except (ImportError, RuntimeError) as error:  # not installed; out of memory
-            out.append(f"{type(error).__name__}: {str(error).splitlines()[0][:80]}")
-        if platform.is_cuda:
-            torch.cuda.empty_cache()
+            out[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"
+        inputs.hidden.grad = inputs.weight.grad = None
     return out
 
 
-def _measure(platform: Any, group: Any, case: Case) -> Measured:
-    import torch
+def times(platform: Any, size: Size, names: list[str], budget: float) -> tuple[float, dict[str, tuple[float, float]]]:
+    """In every process: seconds of one matrix product, and of each implementation's forward alone and forward with backward.
 
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[case.dtype]
-    generator = torch.Generator(platform.device).manual_seed(0)
-    options = dict(device=platform.device, generator=generator)
-    hidden = torch.randn(case.tokens, case.hidden, **options).to(dtype).requires_grad_()
-    rows = case.vocabulary // group.size()
-    weight = (torch.randn(rows, case.hidden, **options) * case.hidden**-0.5).to(dtype).requires_grad_()
-    targets = torch.randint(0, case.vocabulary, (case.tokens,), **options)
-    targets[torch.rand(case.tokens, **options) >= case.trained] = -100
-    grad = torch.randn(case.tokens, **options)
-    function = IMPLEMENTATIONS[case.implementation][0]
-    platform.synchronize()
-    before = _memory(platform)
-
-    def forward() -> None:
-        with torch.no_grad():
-            function(hidden, weight, targets, group)
-
-    def both() -> None:
-        hidden.grad = weight.grad = None
-        logprobs = function(hidden, weight, targets, group)
-        logprobs.backward(grad if logprobs.ndim else None)
-
-    both()
-    platform.synchronize()
-    memory = _peak(platform) - before - hidden.grad.nbytes - weight.grad.nbytes
-    product = _seconds(platform, lambda: torch.mm(hidden.detach(), weight.detach().t()))
-    return Measured(_seconds(platform, forward), _seconds(platform, both), memory, product)
+    Medians over rounds in which all take turns, so that a machine that slows down slows all of them.
+    """
+    group = _start(platform)
+    inputs = Inputs.of(size, platform, group.size())
+    turns: dict[tuple[str, str], Callable[[], None]] = {("", "product"): inputs.product}
+    for name in names:
+        turns[name, "forward"] = partial(inputs.forward, name, group)
+        turns[name, "both"] = partial(inputs.both, name, group)
+    taken: dict[tuple[str, str], list[float]] = {key: [] for key in turns}
+    rounds, begun = 0, time.perf_counter()
+    while rounds < 4 or (rounds < 40 and not platform.any(time.perf_counter() - begun > budget)):
+        for key, turn in turns.items():
+            platform.synchronize()
+            started = time.perf_counter()
+            turn()
+            platform.synchronize()
+            taken[key].append(time.perf_counter() - started)
+        rounds += 1
+    median = {key: statistics.median(values[1:]) for key, values in taken.items()}  # the first warms up
+    return median["", "product"], {name: (median[name, "forward"], median[name, "both"]) for name in names}
 
 
 def _memory(platform: Any) -> int:
@@ -160,19 +190,6 @@ def _peak(platform: Any) -> int:
     return int(line.split()[1]) * 1024
 
 
-def _seconds(platform: Any, function: Callable[[], Any], *, budget: float = 3.0, most: int = 30) -> float:
-    """Median of several runs after one to warm up."""
-    function()
-    times: list[float] = []
-    while not times or (sum(times) < budget and len(times) < most):
-        platform.synchronize()
-        started = time.perf_counter()
-        function()
-        platform.synchronize()
-        times.append(time.perf_counter() - started)
-    return statistics.median(times)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -183,6 +200,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("fp32", "bf16"), nargs="+", default=["fp32"])
     parser.add_argument("--trained", type=float, nargs="+", default=[1.0], help="shares of positions trained on")
     parser.add_argument("--only", nargs="+", choices=list(IMPLEMENTATIONS), default=list(IMPLEMENTATIONS))
+    parser.add_argument("--seconds", type=float, default=30.0, help="of rounds, for each size (default: 30)")
     args = parser.parse_args()
 
     import torch
@@ -195,33 +213,36 @@ def main() -> None:
         f"{'':18} {'TP':>2} {'T':>6} {'V':>7} {'H':>5} {'':4} {'trained':>7} {'forward':>9} {'of floor':>8} {'both':>9} {'of floor':>8} "
         f"{'memory':>8}"
     )
-    sizes = itertools.product(args.tensor, args.tokens, args.vocabulary, args.hidden, args.dtype, args.trained)
-    for tensor, *size in sizes:
+    for tensor, *numbers in itertools.product(
+        args.tensor, args.tokens, args.vocabulary, args.hidden, args.dtype, args.trained
+    ):
+        size = Size(*numbers)
         names = [
             name
             for name in args.only
             if (args.device == "cuda" or not IMPLEMENTATIONS[name][1]) and (tensor == 1 or IMPLEMENTATIONS[name][2])
         ]
-        cases = [Case(name, *size) for name in names]
-        if args.device == "cuda":
-            found = run_distributed(measure, tensor, cases, device="cuda")[0]
-        else:  # a process each: its resident memory only ever grows
-            found = [run_distributed(measure, tensor, [case])[0][0] for case in cases]
-        for case, result in zip(cases, found, strict=True):
-            print(_row(tensor, case, result), flush=True)
+        # On CPU a process each: its resident memory only ever grows.
+        parts = [names] if args.device == "cuda" else [[name] for name in names]
+        memory: dict[str, int | str] = {}
+        for part in parts:
+            memory |= run_distributed(peaks, tensor, size, part, device=args.device)[0]
+        ran = [name for name in names if not isinstance(memory[name], str)]
+        product, taken = run_distributed(times, tensor, size, ran, args.seconds, device=args.device)[0]
+        for name in names:
+            print(_row(tensor, size, name, product, taken.get(name), memory[name]), flush=True)
 
 
-def _row(tensor: int, case: Case, result: Measured | str) -> str:
-    head = (
-        f"{case.implementation:18} {tensor:>2} {case.tokens:>6} {case.vocabulary:>7} {case.hidden:>5} {case.dtype:4} "
-        f"{case.trained:>7.0%} "
-    )
-    if isinstance(result, str):
-        return head + result
-    floor = result.product * case.trained
+def _row(
+    tensor: int, size: Size, name: str, product: float, taken: tuple[float, float] | None, memory: int | str
+) -> str:
+    head = f"{name:18} {tensor:>2} {size.tokens:>6} {size.vocabulary:>7} {size.hidden:>5} {size.dtype:4} {size.trained:>7.0%} "
+    if taken is None or isinstance(memory, str):
+        return head + str(memory)
+    floor, (forward, both) = product * size.trained, taken
     return head + (
-        f"{result.forward * 1e3:>7.1f}ms {floor / result.forward:>8.0%} {result.both * 1e3:>7.1f}ms "
-        f"{3 * floor / result.both:>8.0%} {result.memory / 2**20:>5.0f}MiB"
+        f"{forward * 1e3:>7.1f}ms {floor / forward:>8.0%} {both * 1e3:>7.1f}ms {3 * floor / both:>8.0%} "
+        f"{memory / 2**20:>5.0f}MiB"
     )
 
 

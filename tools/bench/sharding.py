@@ -15,14 +15,17 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
 # How Qwen2 and its like cut text into words; gigatoken knows this pattern.
@@ -98,6 +101,7 @@ def compare(args: argparse.Namespace, kind: str, scratch: Path) -> None:
         print(f"  shard_corpus.py {ours}\n  {theirs_name} {theirs}")
         print(f"  ratio {wall_ratios[-1]:.1f} by the clock, {cpu_ratios[-1]:.1f} by CPU time", flush=True)
     print(f"  median ratio {np.median(wall_ratios):.1f} by the clock, {np.median(cpu_ratios):.1f} by CPU time")
+    memory(records, len(base), args.copies, tokenizer, template, args.workers, scratch)
     stages(records, tokenizer, template)
     if args.check:
         check(scratch / "corpus", records, tokenizer, template)
@@ -212,6 +216,44 @@ def run_theirs(checkout: Path | None, texts: Path, kind: str, tokenizer: Path, o
     from megatron_iwsft.data.indexed import IndexedReader
 
     return Run(int(IndexedReader(output / "corpus_text_document").lengths.sum(dtype=np.int64)), wall, cpu)
+
+
+def memory(
+    records: Path, once: int, copies: int, tokenizer: Path, template: str | None, workers: int, scratch: Path
+) -> None:
+    """Peak memory of shard_corpus.py, all its processes together, for one copy of the input and for all of them."""
+    with open(records, encoding="utf-8") as whole, open(scratch / "once.jsonl", "w", encoding="utf-8") as one:
+        one.writelines(islice(whole, once))
+    peaks = []
+    for source in (scratch / "once.jsonl", records):
+        with peak_memory() as peak:
+            run_ours(source, tokenizer, template, scratch / "corpus", workers)
+        peaks.append(peak[0] / 2**20)
+    print(
+        f"  peak memory of all its processes: {peaks[0]:.0f} MiB for one copy, {peaks[1]:.0f} MiB for {copies} copies"
+    )
+
+
+@contextmanager
+def peak_memory() -> Iterator[list[int]]:
+    """[bytes] of the most that this process's descendants hold at once meanwhile, shared pages counted in each (sampled)."""
+    peak, done = [0], threading.Event()
+
+    def sample() -> None:
+        while not done.wait(0.02):
+            held = 0
+            for process in psutil.Process().children(recursive=True):
+                with suppress(psutil.Error):  # it has ended
+                    held += process.memory_info().rss
+            peak[0] = max(peak[0], held)
+
+    thread = threading.Thread(target=sample)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        done.set()
+        thread.join()
 
 
 _own: Any = None

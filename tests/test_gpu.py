@@ -1,0 +1,257 @@
+"""What only a GPU shows: kernels against float64, Transformer Engine against the local backend, FP8 from start to export.
+
+`bash tests/run.sh --gpu` runs them and prints what they measure.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_iwsft.config import Optimizer
+from megatron_iwsft.config_file import parse_config
+from megatron_iwsft.data.corpus import Corpus
+from megatron_iwsft.data.dataset import BatchBuilder, RowShape
+from megatron_iwsft.data.sampler import Quality, Sampler
+from megatron_iwsft.model.architecture import Architecture
+from megatron_iwsft.model.hf import RandomInit, SafetensorsDirectory
+from megatron_iwsft.objectives import Settings, iw_sft
+from megatron_iwsft.ops import rows
+from megatron_iwsft.platform.capabilities import fp8_refusal, transformer_engine
+from megatron_iwsft.testing import comparable_metrics, run_distributed, whole_gradients
+from megatron_iwsft.trainer import START_TOLERANCE
+from tests import tiny
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU"),
+]
+needs_engine = pytest.mark.skipif(transformer_engine()[0] is None, reason="Transformer Engine cannot be imported")
+
+LENGTHS = [64 + (i * 151) % 400 for i in range(64)]
+SEQ_LENGTH = 512
+MODEL = tiny.model_config(
+    hidden_size=256, intermediate_size=512, num_attention_heads=4, num_key_value_heads=2, vocab_size=512, initializer_range=0.05
+) | {"max_position_embeddings": 1024}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Corpus:
+    return tiny.token_corpus(tmp_path_factory.mktemp("gpu"), LENGTHS, vocab_size=300, scores=True)
+
+
+def error(found, expected) -> float:
+    return float((found.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-12))
+
+
+@pytest.mark.skipif(not rows.has_triton(), reason="Triton is not installed")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("columns", [1, 300, 4096, 151936, 151937])
+def test_kernels_do_what_float64_does(dtype: torch.dtype, columns: int) -> None:
+    generator = torch.Generator("cuda").manual_seed(columns)
+    n = 37
+    storage = (torch.randn(n, columns + 8, generator=generator, device="cuda") * 8).to(dtype)
+    logits = storage[:, :columns]
+    target = torch.randint(-columns, 2 * columns, (n,), generator=generator, device="cuda")
+    found = torch.empty(4, n, device="cuda")
+    rows.row_statistics(logits, target, out=found)
+    exact = logits.double()
+    shifted = exact - exact.max(1, keepdim=True).values
+    here = (target >= 0) & (target < columns)
+    picked = torch.where(here, exact.gather(1, target.clamp(0, columns - 1)[:, None])[:, 0], 0.0)
+    assert torch.equal(found[0].double(), exact.max(1).values) and torch.equal(found[2].double(), picked)
+    torch.testing.assert_close(found[1].double(), shifted.exp().sum(1), rtol=1e-5, atol=0)
+    torch.testing.assert_close(found[3].double(), (shifted.exp() * shifted).sum(1), rtol=1e-5, atol=1e-6)
+
+    lse, grad = exact.logsumexp(1).float(), torch.randn(n, generator=generator, device="cuda")
+    beyond = storage[:, columns:].clone()
+    expected = -grad.double()[:, None] * exact.softmax(1)
+    at = here.nonzero()[:, 0]
+    expected[at, target[at]] += grad.double()[at]
+    rows.logits_gradient(logits, target, lse, grad)
+    assert error(logits, expected) < (4e-3 if dtype == torch.bfloat16 else 1e-5)
+    assert torch.equal(storage[:, columns:], beyond), "wrote beyond the row"
+
+
+def operator(platform, tokens: int, vocabulary: int, hidden_size: int, dtype: torch.dtype) -> list[float]:
+    """Relative errors of value and both gradients against full logits in float64."""
+    from megatron_iwsft.ops.logprob import vocab_parallel_logprob
+
+    generator = torch.Generator("cuda").manual_seed(0)
+    options = dict(generator=generator, device="cuda")
+    hidden = torch.randn(tokens, hidden_size, **options).to(dtype).requires_grad_()
+    weight = (torch.randn(vocabulary, hidden_size, **options) / hidden_size**0.5).to(dtype).requires_grad_()
+    targets = torch.randint(0, vocabulary, (tokens,), **options)
+    targets[torch.rand(tokens, **options) < 0.3] = -100
+    grad = torch.randn(tokens, **options)
+    logprobs = vocab_parallel_logprob(hidden, weight, targets, group=platform.parallel().tp, vocab_size=vocabulary)
+    logprobs.backward(grad)
+    h, w = hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
+    exact = torch.log_softmax(h @ w.T, -1).gather(1, targets.clamp(min=0)[:, None])[:, 0] * (targets >= 0)
+    exact.backward(grad.double())
+    return [error(logprobs.detach(), exact.detach()), error(hidden.grad, h.grad), error(weight.grad, w.grad)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_operator_is_right(dtype: torch.dtype) -> None:
+    found = run_distributed(operator, 1, 1500, 20011, 256, dtype, device="cuda")[0]
+    print(f"\noperator, {dtype}: value, d hidden and d weight off by {', '.join(f'{x:.1e}' for x in found)}")
+    assert max(found) < (1e-2 if dtype == torch.bfloat16 else 1e-5)
+
+
+def gradients(platform, corpus_dir: str, cases: list[tuple[str, str, str]]):
+    """(loss, whole gradients) of one global batch for each (dtype, backend, packing)."""
+    from megatron_iwsft.model.build import ModelSettings, build_model, load_weights
+    from megatron_iwsft.optim import wrap_for_gradients
+    from megatron_iwsft.step import TrainStep
+
+    corpus, parallel, arch = Corpus.open(corpus_dir), platform.parallel(), Architecture.from_hf(MODEL, where="test")
+    out = {}
+    for case in cases:
+        name, backend, packing = case
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
+        policy = build_model(arch, parallel, platform, ModelSettings(dtype, backend=backend))
+        load_weights(policy, RandomInit(arch, 5), parallel)
+        chunks = wrap_for_gradients(policy, Optimizer(distributed=False))
+        sampler = Sampler(
+            corpus.lengths, corpus.scores, seq_length=SEQ_LENGTH, packing=packing, global_batch_size=len(corpus),
+            quality=Quality("weight"), seed=3,
+        )  # fmt: skip
+        builder = BatchBuilder(
+            corpus, sampler, RowShape.of(tensor=1, context=1, row_length=SEQ_LENGTH if packing == "best_fit" else None),
+            micro_batch_size=1, reference=lambda i: np.full(int(corpus.lengths[i]), -6.2, np.float32),
+        )  # fmt: skip
+        step = TrainStep(chunks, parallel, platform.device, iw_sft, Settings("sequence", 1.0, (0.2, 3.0), "tokens"))
+        loss = step.forward_backward(builder.at_step(0))["loss"]
+        out[case] = loss, {k: v.cpu() for k, v in whole_gradients(chunks, parallel).items()}
+    return out
+
+
+def test_backends_and_packing_agree(corpus: Corpus) -> None:
+    """All of the corpus is one batch, so packed and unpacked are the same sum; half precision is judged by what it costs locally."""
+    exact = ("fp32", "local", "none")
+    local, local_packed = ("bf16", "local", "none"), ("bf16", "local", "best_fit")
+    cases = [exact, ("fp32", "local", "best_fit"), local, local_packed]
+    if transformer_engine()[0] is not None:
+        cases += [("bf16", "transformer_engine", "none"), ("bf16", "transformer_engine", "best_fit")]
+    found = run_distributed(gradients, 1, str(corpus.directory), cases, device="cuda")[0]
+    loss, want = found[exact]
+    off = {}
+    for case, (value, grads) in found.items():
+        each = {name: error(grads[name], want[name]) for name in want}
+        off[case] = (abs(value - loss) / abs(loss), max(each.values()))
+        print(f"\n{' '.join(case):40} loss off by {off[case][0]:.1e}, worst gradient by {off[case][1]:.1e}", end="")
+    assert max(off["fp32", "local", "best_fit"]) < 1e-4
+    for case in cases[2:]:
+        assert off[case][0] < 2e-3 and off[case][1] < 5e-2, case
+        assert off[case][1] < 3 * off[local][1] + 1e-3, case
+
+
+def run_config(corpus: Corpus, directory: Path, name: str, precision: dict, *overrides: str):
+    config = {
+        "run": {"name": name, "dir": str(directory / name), "seed": 7},
+        "model": {"config": MODEL},
+        "data": {"corpus": str(corpus.directory), "seq_length": SEQ_LENGTH, "global_batch_size": 8, "epochs": 1000, "max_steps": 6},
+        "objective": {"name": "iw_sft"},
+        "precision": precision,
+        "optimizer": {"lr": 1.0e-3},
+        "checkpoint": {"every": 3, "keep": 9},
+        "export": {"at_end": True},
+    }  # fmt: skip
+    return parse_config(json.dumps(config), list(overrides), where=name)
+
+
+PRECISIONS = {"bf16": {"dtype": "bf16"}} | {
+    recipe: {"dtype": "bf16", "fp8": recipe} for recipe in ("delayed", "tensorwise", "blockwise", "mxfp8")
+}
+EDGES = {"bf16_first_layers": 1, "bf16_last_layers": 1}
+
+
+def possible() -> dict[str, dict]:
+    out = {name: p for name, p in PRECISIONS.items() if "fp8" not in p or fp8_refusal(p["fp8"]) is None}
+    if "tensorwise" in out:
+        out["tensorwise-edges"] = out["tensorwise"] | EDGES
+        out["tensorwise-parameters"] = out["tensorwise"] | {"fp8_parameters": True}
+    return out
+
+
+def all_runs(platform, corpus_dir: str, directory: Path) -> None:
+    """Each precision cached, live, and interrupted; then a longer run."""
+    import shutil
+
+    from megatron_iwsft.precompute import precompute_reference
+    from megatron_iwsft.trainer import train
+
+    corpus = Corpus.open(corpus_dir)
+    for name, precision in possible().items():
+        precompute_reference(run_config(corpus, directory, f"{name}-cached", precision))
+        train(run_config(corpus, directory, f"{name}-cached", precision))
+        train(run_config(corpus, directory, f"{name}-live", precision, "reference.source=live"))
+        shutil.copytree(directory / f"{name}-cached", directory / f"{name}-resumed")
+        shutil.rmtree(directory / f"{name}-resumed" / "checkpoints" / "step-00000006")
+        train(run_config(corpus, directory, f"{name}-resumed", precision))
+        long = ("objective.name=sft", "data.max_steps=200", "checkpoint.every=0", "export.at_end=false")
+        train(run_config(corpus, directory, f"{name}-long", precision, *long))
+
+
+@pytest.fixture(scope="module")
+def runs(corpus: Corpus, tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("runs")
+    run_distributed(all_runs, 1, str(corpus.directory), directory, device="cuda")
+    return directory
+
+
+def test_weights_start_at_one(runs: Path) -> None:
+    for name, precision in possible().items():
+        for source in ("cached", "live"):
+            first = comparable_metrics(runs / f"{name}-{source}")[0]
+            ratio, weight = first["abs_log_ratio"], abs(first["weight_max"] - 1)
+            print(
+                f"\n{name}, {source}: mean |log-ratio| a token {ratio:.2e}, largest weight off 1 by {weight:.2e}",
+                end="",
+            )
+            assert ratio <= START_TOLERANCE["fp8" if "fp8" in precision else "bf16"], (name, source)
+
+
+def test_resumed_runs_go_on(runs: Path) -> None:
+    for name in possible():
+        whole, resumed = (comparable_metrics(runs / f"{name}-{kind}") for kind in ("cached", "resumed"))
+        assert len(whole) == len(resumed) == 6
+        apart = max(abs(a["loss"] - b["loss"]) / abs(a["loss"]) for a, b in zip(whole, resumed, strict=True))
+        print(f"\n{name}: resumed, losses {apart:.1e} apart", end="")
+        assert apart < 1e-3, name  # some of a GPU's sums have no fixed order
+
+
+def test_fp8_learns_what_bf16_does(runs: Path) -> None:
+    losses = {name: [m["loss"] for m in comparable_metrics(runs / f"{name}-long")] for name in possible()}
+    bf16 = losses["bf16"]
+    assert bf16[-1] < bf16[0] - 0.5
+    for name, found in losses.items():
+        apart = [abs(a - b) / b for a, b in zip(found, bf16, strict=True)]
+        print(
+            f"\n{name}: 200 steps, {statistics.mean(apart):.2%} from bf16 on average, at most {max(apart):.2%}", end=""
+        )
+        assert statistics.mean(apart) < 0.02, name
+
+
+def test_exports_are_in_bf16_and_whole(runs: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    for name in possible():
+        directory = runs / f"{name}-cached" / "hf" / "step-00000006"
+        assert SafetensorsDirectory(directory).architecture.hidden_size == MODEL["hidden_size"]
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype="auto")
+        assert {p.dtype for p in model.parameters()} == {torch.bfloat16}, name
+        assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+@needs_engine
+def test_transformer_engine_is_what_runs(runs: Path) -> None:
+    from megatron.core.optimizer import Adam
+
+    assert Adam.__module__.startswith("transformer_engine")

@@ -1,0 +1,363 @@
+"""Speed and memory of training, SFT beside iw-SFT: tools/bench/train.py [--model 1.5b] [--seq-length 4096 8192] [--fp8 tensorwise]
+
+Every line of the table is a process of its own that takes the trainer's steps (without saving) on the same generated trajectories,
+packed; `peer` is the same work in transformers, one trajectory a forward pass, with the loss of the paper's released script:
+log-softmax of all logits, gathered, and for iw-SFT a second model beside the first.
+
+Model FLOPs are those of matrix products, 3 × forward: attention within each trajectory as it is, the vocabulary projection of trained
+positions, nothing for padding, for recomputation, or for a reference. MFU divides them by the device's peak in dense bf16 where it is
+known, and by the rate of a large product measured here, in the dtype of the run, otherwise; both are printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from megatron_iwsft.errors import run_command
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# Shapes of Qwen2.5's models of those sizes, and one for a laptop.
+_SHAPES = {
+    "tiny": dict(hidden_size=256, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, intermediate_size=704),
+    "0.5b": dict(hidden_size=896, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2, intermediate_size=4864),
+    "1.5b": dict(hidden_size=1536, num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2, intermediate_size=8960),
+    "3b": dict(hidden_size=2048, num_hidden_layers=36, num_attention_heads=16, num_key_value_heads=2, intermediate_size=11008),
+}  # fmt: skip
+
+# Dense bf16 operations a second by the makers' data sheets (SXM modules).
+_PEAKS = {"A100": 312e12, "H100 PCIe": 756e12, "H100": 989.4e12, "H200": 989.4e12, "GH200": 989.4e12, "B200": 2250e12}
+
+OBJECTIVES = ("sft", "iw_sft cached", "iw_sft live")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One line of the table. fp8: the recipe, or "none"."""
+
+    program: str
+    objective: str
+    fp8: str
+    seq_length: int
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Of the measured steps: median seconds of one, tokens, model FLOPs a process and second; peak bytes; every step's loss."""
+
+    step_s: float
+    tokens_per_s: float
+    flops: float
+    memory: int
+    losses: list[float]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", choices=list(_SHAPES), default="1.5b", help="the shape, with random weights")
+    add("--vocabulary", type=int, default=151936)
+    add("--seq-length", type=int, nargs="+", default=[4096])
+    add("--batch", type=int, default=8, help="packed sequences of a global batch, one a micro-batch (default: 8)")
+    add("--steps", type=int, default=10, help="steps to measure (default: 10)")
+    add("--warmup", type=int, default=3, help="steps before them (default: 3)")
+    add("--objective", nargs="+", choices=OBJECTIVES, default=list(OBJECTIVES))
+    add("--dtype", choices=("bf16", "fp32"), default="bf16")
+    add("--fp8", nargs="*", choices=("delayed", "tensorwise", "blockwise"), default=[], help="recipes, after bf16")
+    add("--recompute", choices=("none", "selective", "full"), default="none")
+    add("--processes", type=int, default=1, help="with tensor parallelism over them (ours alone)")
+    add("--no-peer", action="store_true")
+    add("--case", nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.case:
+        work(args, Case(**json.loads(args.case[0])), Path(args.case[1]))
+        return
+    with tempfile.TemporaryDirectory(prefix="bench-train-") as directory:
+        bench(args, Path(directory))
+
+
+def bench(args: argparse.Namespace, directory: Path) -> None:
+    """Measure every case and print the table."""
+    import torch
+
+    cuda = torch.cuda.is_available() and os.environ.get("IWSFT_DEVICE") != "cpu"
+    device = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads a process"
+    rate = _product_rate(cuda, args.dtype)
+    peak = next((_PEAKS[name] for name in sorted(_PEAKS, key=len, reverse=True) if cuda and name in device), None)
+    print(f"{device}; torch {torch.__version__}; {_versions()}")
+    print(
+        f"{args.model}, {args.batch} sequences a step, {args.processes} process(es), recompute {args.recompute}, {args.dtype}; a large "
+        f"product in {args.dtype}: {rate / 1e12:.2f} TFLOP/s measured, "
+        + (f"{peak / 1e12:.0f} by the data sheet (MFU's denominator)" if peak else "MFU's denominator"),
+        flush=True,
+    )
+    print(f"{'':10} {'':14} {'':12} {'seq':>6} {'step':>9} {'tokens/s':>9} {'TFLOP/s':>8} {'MFU':>6} {'memory':>9}")
+    for seq_length in args.seq_length:
+        make_corpus(directory, args, seq_length)
+        found: dict[Case, Measured] = {}
+        for case in _cases(args, seq_length):
+            result = _measure(args, case, directory)
+            label = f"{case.program:10} {case.objective:14} {'FP8 ' + case.fp8 if case.fp8 != 'none' else args.dtype:14} {seq_length:>4}"
+            if isinstance(result, str):
+                print(f"{label} {result}", flush=True)
+                continue
+            found[case] = result
+            print(
+                f"{label} {result.step_s * 1e3:>7.0f}ms {result.tokens_per_s:>9,.0f} {result.flops / 1e12:>8.2f} "
+                f"{result.flops / (peak or rate):>6.1%} {result.memory / 2**30:>6.2f}GiB",
+                flush=True,
+            )
+        _compare(found)
+
+
+def _cases(args: argparse.Namespace, seq_length: int) -> Iterator[Case]:
+    for fp8 in ["none", *args.fp8]:
+        for objective in args.objective:
+            yield Case("ours", objective, fp8, seq_length)
+    if not args.no_peer:
+        for objective in args.objective:
+            if objective != "iw_sft cached":  # there is no such thing there
+                yield Case("peer", objective, "none", seq_length)
+
+
+def _compare(found: dict[Case, Measured]) -> None:
+    """Ratios within one sequence length."""
+    for case, result in found.items():
+        sft, bf16 = found.get(replace(case, objective="sft")), found.get(replace(case, fp8="none"))
+        if case.objective != "sft" and sft:
+            print(
+                f"  {case.program}, {case.objective} over sft, {case.fp8}: {result.step_s / sft.step_s:.3f} of the step time"
+            )
+        if case.fp8 != "none" and bf16:
+            apart = [abs(a - b) / abs(b) for a, b in zip(result.losses, bf16.losses, strict=True)]
+            print(
+                f"  {case.objective}, FP8 {case.fp8} over bf16: {result.tokens_per_s / bf16.tokens_per_s:.2f} of the tokens/s; "
+                f"losses at most {max(apart):.2%} apart over {len(apart)} steps, {statistics.mean(apart):.2%} on average"
+            )
+        peer = found.get(replace(case, program="peer", objective=case.objective.replace("cached", "live")))
+        if case.program == "ours" and case.fp8 == "none" and peer:
+            print(f"  {case.objective} over the peer's: {result.tokens_per_s / peer.tokens_per_s:.2f} of the tokens/s")
+
+
+def _product_rate(cuda: bool, dtype: str) -> float:
+    """FLOP/s of a large matrix product, the best of some."""
+    import torch
+
+    n = 8192 if cuda else 2048
+    a = torch.randn(n, n, device="cuda" if cuda else "cpu", dtype=torch.bfloat16 if dtype == "bf16" else torch.float32)
+    times = []
+    for _ in range(12):
+        _wait(cuda)
+        begin = time.perf_counter()
+        torch.mm(a, a)
+        _wait(cuda)
+        times.append(time.perf_counter() - begin)
+    return 2 * n**3 / min(times)
+
+
+def _wait(cuda: bool) -> None:
+    import torch
+
+    if cuda:
+        torch.cuda.synchronize()
+
+
+def _versions() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    out = []
+    for package in ("megatron-core", "transformer-engine", "transformers", "triton"):
+        try:
+            out.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            out.append(f"no {package}")
+    return ", ".join(out)
+
+
+def make_corpus(directory: Path, args: argparse.Namespace, seq_length: int) -> None:
+    """Trajectories of random tokens, log-normal in length up to `seq_length`, a fifth of each its prompt; and the peer's config."""
+    import numpy as np
+
+    from megatron_iwsft.data.records import RecordFormat
+    from megatron_iwsft.data.shard import ShardSettings, shard_corpus
+    from megatron_iwsft.data.train_tokenizer import train_tokenizer
+
+    home = directory / str(seq_length)
+    home.mkdir()
+    (home / "text.jsonl").write_text('{"text": "one and two"}\n')
+    train_tokenizer([home / "text.jsonl"], home / "tokenizer", fields=["text"], vocab_size=300)
+    rng = np.random.default_rng(0)
+    wanted = (args.warmup + args.steps + 1) * args.batch * seq_length
+    with open(home / "tokens.jsonl", "w") as file:
+        while wanted > 0:
+            n = int(np.clip(rng.lognormal(np.log(seq_length / 4), 0.7), 32, seq_length))
+            mask = [0] * (n // 5) + [1] * (n - n // 5)
+            file.write(json.dumps({"input_ids": rng.integers(0, 200, n).tolist(), "loss_mask": mask}) + "\n")
+            wanted -= n
+    settings = ShardSettings(str(home / "tokenizer"), record=RecordFormat())
+    shard_corpus([home / "tokens.jsonl"], home / "corpus", settings, show_progress=False)
+
+
+def _config(args: argparse.Namespace, case: Case, directory: Path) -> dict[str, Any]:
+    objective, _, source = case.objective.partition(" ")
+    model = {
+        "model_type": "qwen2",
+        "vocab_size": args.vocabulary,
+        "max_position_embeddings": 32768,
+        "tie_word_embeddings": True,
+    }
+    return {
+        "run": {"name": "bench", "dir": str(directory / f"{case.objective}-{case.fp8}-{case.seq_length}")},
+        "model": {"config": model | _SHAPES[args.model]},
+        "data": {
+            "corpus": str(directory / str(case.seq_length) / "corpus"),
+            "seq_length": case.seq_length,
+            "global_batch_size": args.batch,
+            "max_steps": args.warmup + args.steps,
+        },
+        "objective": {"name": objective},
+        "reference": {"source": source or "cached"},
+        "parallel": {"tensor": args.processes, "sequence": args.processes > 1, "recompute": args.recompute},
+        "precision": {"dtype": args.dtype, "fp8": None if case.fp8 == "none" else case.fp8},
+        "logging": {"every": 1000},
+    }
+
+
+def _measure(args: argparse.Namespace, case: Case, directory: Path) -> Measured | str:
+    """In processes of their own: the case's reference if it needs one computed, then its steps. What went wrong, in a line."""
+    config = directory / "config.json"
+    config.write_text(json.dumps(_config(args, case, directory)))
+    many = ["-m", "megatron_iwsft.torchrun", "--nproc_per_node", str(args.processes)]
+    launch = [sys.executable, *(many if args.processes > 1 and case.program == "ours" else [])]
+    commands = [[*launch, __file__, *sys.argv[1:], "--case", json.dumps(asdict(case)), str(directory)]]
+    if case.program == "ours" and case.objective.endswith("cached"):
+        commands.insert(0, [*launch, str(ROOT / "tools" / "precompute_reference.py"), "--config", str(config)])
+    for command in commands:
+        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
+        if done.returncode:
+            lines = [line for line in (done.stderr or done.stdout).strip().splitlines() if line.strip()]
+            return "failed: " + (lines[-1][:160] if lines else f"status {done.returncode}")
+    return Measured(**json.loads((directory / "measured.json").read_text()))
+
+
+def work(args: argparse.Namespace, case: Case, directory: Path) -> None:
+    """Take the case's steps in this process."""
+    from megatron_iwsft.config_file import load_config
+
+    config = load_config(str(directory / "config.json"), [])
+    lines = list((trainer_steps if case.program == "ours" else peer_steps)(config, args.warmup + args.steps))
+    measured = lines[args.warmup :]
+    seconds = sum(line["step_time_s"] for line in measured)
+    result = Measured(
+        step_s=statistics.median(line["step_time_s"] for line in measured),
+        tokens_per_s=sum(line["tokens"] for line in measured) / seconds,
+        flops=sum(line["tflops_per_gpu"] * line["step_time_s"] for line in measured) * 1e12 / seconds,
+        memory=max(line["peak_memory_bytes"] for line in measured),
+        losses=[line["loss"] for line in lines],
+    )
+    if os.environ.get("RANK", "0") == "0":
+        (directory / "measured.json").write_text(json.dumps(asdict(result)))
+
+
+def trainer_steps(config: Any, steps: int) -> Iterator[dict[str, Any]]:
+    """The trainer's own steps and their metrics."""
+    from contextlib import ExitStack
+
+    from megatron_iwsft.job import start_job
+    from megatron_iwsft.platform import stop
+    from megatron_iwsft.platform.signals import StopSignals
+    from megatron_iwsft.trainer import Trainer
+
+    with StopSignals() as signals:
+        job = start_job(config)
+        with job.watchdog() as watch, ExitStack() as at_exit:
+            trainer = Trainer(job, watch, signals, at_exit)
+            for number in range(1, steps + 1):
+                stepped = trainer.train_step(number)
+                assert stepped is not None, "no spike is looked for"
+                yield stepped[0]
+    stop()
+
+
+def peer_steps(config: Any, steps: int) -> Iterator[dict[str, Any]]:
+    """The same batches in transformers: float32 parameters, autocast, one trajectory a forward pass, fused AdamW."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from megatron_iwsft.data.corpus import Corpus
+    from megatron_iwsft.flops import training_flops
+    from megatron_iwsft.job import make_sampler
+    from megatron_iwsft.model.architecture import Architecture
+    from megatron_iwsft.platform import Platform
+
+    cuda = torch.cuda.is_available() and os.environ.get("IWSFT_DEVICE") != "cpu"
+    platform = Platform(torch.device("cuda" if cuda else "cpu"), rank=0, world_size=1)
+    device = platform.device
+    corpus = Corpus.open(config.data.corpus)
+    sampler = make_sampler(config, corpus)
+    arch = Architecture.from_hf(config.model.config, where="the model")
+    fields = {k: v for k, v in arch.hf.items() if k not in ("model_type", "architectures")}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen2", **fields), attn_implementation="sdpa")
+    half = config.precision.dtype == "bf16"
+    reference = None
+    if config.objective.name == "iw_sft":
+        reference = AutoModelForCausalLM.from_config(model.config, attn_implementation="sdpa")
+        reference.load_state_dict(model.state_dict())
+        reference.to(device, torch.bfloat16 if half else torch.float32).eval()
+    model.to(device).train()
+    if config.parallel.recompute == "full":
+        model.gradient_checkpointing_enable()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.optimizer.lr, fused=True)
+
+    def logprobs(of: Any, ids: Any) -> Any:
+        logits = of(ids[None], use_cache=False).logits[0, :-1].float()
+        return torch.log_softmax(logits, dim=-1).gather(1, ids[1:, None])[:, 0]
+
+    for step in range(steps):
+        platform.synchronize()
+        begin = time.perf_counter()
+        items = [int(i) for pack in sampler.packs_at(step) for i in pack]
+        masks = [torch.from_numpy(corpus.mask(i)[1:].copy()).to(device) == 1 for i in items]
+        trained = int(sum(mask.sum() for mask in masks))
+        total = 0.0
+        for i, mask in zip(items, masks, strict=True):
+            ids = torch.from_numpy(corpus.tokens(i).astype("int64")).to(device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=half):
+                policy = logprobs(model, ids)
+                weight = 1.0
+                if reference is not None:
+                    with torch.no_grad():
+                        weight = ((policy - logprobs(reference, ids))[mask]).mean().exp().clamp(0, 16)
+            loss = -(weight * policy[mask]).sum() / trained
+            loss.backward()
+            total += loss.item()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip_grad)
+        optimizer.step()
+        optimizer.zero_grad()
+        platform.synchronize()
+        lengths = corpus.lengths[items]
+        seconds = time.perf_counter() - begin
+        yield {
+            "step_time_s": seconds,
+            "tokens": int(lengths.sum()),
+            "tflops_per_gpu": training_flops(arch, lengths, trained) / seconds / 1e12,
+            "peak_memory_bytes": platform.peak_memory(),
+            "loss": total,
+        }
+
+
+if __name__ == "__main__":
+    run_command(main)
