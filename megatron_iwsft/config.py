@@ -6,7 +6,7 @@ import difflib
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from megatron_iwsft.errors import ConfigError
 
@@ -147,15 +147,14 @@ class Objective(Section):
     proposal: Proposal = Proposal()
     router_balance: NonNegativeFloat = 0.0
 
-    @model_validator(mode="after")
-    def _is_known(self) -> Objective:
-        if self.name not in OBJECTIVES and ":" not in self.name:
-            near = difflib.get_close_matches(self.name, OBJECTIVES, n=1)
-            raise ValueError(
-                f"name is {self.name!r}; known are {', '.join(OBJECTIVES)}, or path/to/file.py:function"
-                + (f". Did you mean {near[0]}?" if near else "")
-            )
-        return self
+    @field_validator("name")
+    @classmethod
+    def _is_known(cls, name: str) -> str:
+        if name not in OBJECTIVES and ":" not in name:
+            nearest = difflib.get_close_matches(name, OBJECTIVES, n=1)
+            hint = f" (nearest: {nearest[0]})" if nearest else ""
+            raise ValueError(f"known are {', '.join(OBJECTIVES)} and path/to/file.py:function{hint}; found {name!r}")
+        return name
 
     @model_validator(mode="after")
     def _has_a_proposal(self) -> Objective:

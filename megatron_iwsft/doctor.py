@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import os
 import platform as machine
 import shutil
 from dataclasses import dataclass
 
 from megatron_iwsft.platform.capabilities import (
+    FP8_RECIPES,
     fp8_refusal,
     has_gradient_accumulation_fusion,
     transformer_engine,
@@ -38,20 +40,23 @@ def paths() -> list[Finding]:
 
     from megatron_iwsft.ops.rows import has_triton
 
-    gpu = torch.cuda.is_available()
+    on_cpu = os.environ.get("IWSFT_DEVICE") == "cpu"
+    gpu = torch.cuda.is_available() and not on_cpu
+    no_gpu = "IWSFT_DEVICE is cpu" if on_cpu else "torch sees no GPU"
     engine, why = transformer_engine()
-    no_engine = "torch sees no GPU" if not gpu else f"Transformer Engine is {why}"
     fused = gpu and engine is not None
-    at_once, why_not = variable_length_attention()
+    no_engine = no_gpu if not gpu else f"Transformer Engine is {why}"
+    at_once, why_not = variable_length_attention() if gpu else (False, no_gpu)
     if fused:
         attention = "Transformer Engine, over packed rows", "FlashAttention or cuDNN, as it chooses"
     elif at_once:
-        attention = "torch's variable-length FlashAttention", f"{no_engine}; in bf16 and without context parallelism"
+        limits = "in bf16, for heads of up to 256 in steps of 8, without context parallelism; else a call a segment"
+        attention = "torch's variable-length FlashAttention", f"{no_engine}; {limits}"
     else:
         attention = "a call of torch's a segment", why_not
     optimizer = Adam.__module__.partition(".")[0]
     in_product = has_gradient_accumulation_fusion(torch.device("cuda" if gpu else "cpu"))
-    recipes = {recipe: fp8_refusal(recipe) for recipe in ("delayed", "tensorwise", "blockwise", "mxfp8")}
+    recipes = {recipe: fp8_refusal(recipe, on_cpu=on_cpu) for recipe in FP8_RECIPES}
     allowed = [recipe for recipe, refusal in recipes.items() if refusal is None]
     return [
         Finding("layers", "Transformer Engine" if fused else "torch", "" if fused else no_engine),
@@ -59,12 +64,12 @@ def paths() -> list[Finding]:
         Finding(
             "log-probs",
             "Triton" if gpu and has_triton() else "torch",
-            "one pass over the logits" if gpu and has_triton() else ("no Triton" if gpu else "torch sees no GPU"),
+            "one pass over the logits" if gpu and has_triton() else ("no Triton" if gpu else no_gpu),
         ),
         Finding(
             "optimizer",
             f"{optimizer}'s {Adam.__name__}",
-            "fused" if optimizer != "torch" else "neither Transformer Engine nor NVIDIA's apex has one here",
+            "fused, on a GPU" if optimizer != "torch" else "neither Transformer Engine nor NVIDIA's apex has one here",
         ),
         Finding(
             "weight gradients",

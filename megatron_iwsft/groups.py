@@ -60,8 +60,8 @@ def _by_score(scores: np.ndarray) -> tuple[list[str], np.ndarray]:
 
 
 def _shortest(values: np.ndarray) -> list[str]:
-    """With as few digits, three at least, as tell the values apart."""
-    texts = ([f"{v:.{digits}g}" for v in values] for digits in range(3, 18))
+    """With as few digits, six at least, as tell the values apart."""
+    texts = ([f"{v:.{digits}g}" for v in values] for digits in range(6, 18))
     return next(found for found in texts if len(set(found)) == len(values))
 
 

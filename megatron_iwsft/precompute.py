@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from tqdm import tqdm
 
 from megatron_iwsft.config import Config
@@ -14,6 +13,7 @@ from megatron_iwsft.model.build import forward
 from megatron_iwsft.platform.signals import StopSignals
 from megatron_iwsft.platform.watchdog import Watchdog
 from megatron_iwsft.reference import SidecarWriter
+from megatron_iwsft.step import run_schedule
 
 
 def precompute_reference(config: Config) -> str:
@@ -76,15 +76,7 @@ def _precompute(job: Job, watch: Watchdog, stop: StopSignals) -> str:
             continue
         batches = builder.from_packs(packs)
         with torch.no_grad():
-            get_forward_backward_func()(
-                forward_step_func=forward_step,
-                data_iterator=iter(batches) if len(chunks) == 1 else [iter(batches) for _ in chunks],
-                model=chunks[0] if len(chunks) == 1 else chunks,
-                num_microbatches=len(batches),
-                seq_length=batches[0].tokens.numel() * job.parallel.cp.size(),
-                micro_batch_size=1,
-                forward_only=True,
-            )
+            run_schedule(chunks, batches, forward_step, job.parallel, forward_only=True)
     writer.flush()
     dist.barrier()
     if job.is_main:

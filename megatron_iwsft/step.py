@@ -36,6 +36,31 @@ from megatron_iwsft.platform import ParallelContext
 from megatron_iwsft.reference import WithCompanions
 
 
+def run_schedule(
+    stages: list[Any],
+    batches: list[Batch],
+    forward_step: Callable[..., Any],
+    parallel: ParallelContext,
+    *,
+    models: int = 1,
+    forward_only: bool,
+) -> None:
+    """Megatron-Core's pipeline schedule over the micro-batches. models: how many models' hidden states a stage hands on, side by
+    side. Collective over the pipeline's ranks.
+    """
+    iterators = [iter(batches) for _ in stages]
+    single = len(stages) == 1
+    get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iterators[0] if single else iterators,
+        model=stages[0] if single else stages,
+        num_microbatches=len(batches),
+        seq_length=batches[0].tokens.numel() * parallel.cp.size(),
+        micro_batch_size=models,
+        forward_only=forward_only,
+    )
+
+
 class LossTotals:
     """Sums of one global batch: added up over micro-batches, then over ranks.
 
@@ -128,17 +153,8 @@ class TrainStep:
 
     def _run(self, batches: list[Batch], *, forward_only: bool) -> None:
         self._totals = LossTotals(self.device, len(self.groups.names) if self.groups else 0)
-        iterators = [iter(batches) for _ in self._stages]
-        single = len(self._stages) == 1
-        get_forward_backward_func()(
-            forward_step_func=self._forward_step,
-            data_iterator=iterators[0] if single else iterators,
-            model=self._stages[0] if single else self._stages,
-            num_microbatches=len(batches),
-            seq_length=batches[0].tokens.numel() * self.parallel.cp.size(),
-            micro_batch_size=1 + len(self._companions),  # they travel beside the policy
-            forward_only=forward_only,
-        )
+        models = 1 + len(self._companions)  # they travel beside the policy
+        run_schedule(self._stages, batches, self._forward_step, self.parallel, models=models, forward_only=forward_only)
 
     def _forward_step(self, batches: Iterator[Batch], model: torch.nn.Module):
         batch = next(batches).to(self.device)

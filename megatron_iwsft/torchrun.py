@@ -36,11 +36,13 @@ def main() -> int:
     from torch.distributed.run import main as torchrun
     from torch.distributed.run import parse_args
 
-    if parse_args(sys.argv[1:]).nnodes in ("1", "1:1"):
-        os.environ.setdefault("PET_MASTER_PORT", str(_free_port()))
+    arguments = sys.argv[1:]
+    parsed = parse_args(arguments)
+    if parsed.nnodes in ("1", "1:1") and parsed.master_port == 29500:  # before torch 2.13 the default
+        arguments = ["--master_port", str(_free_port()), *arguments]
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
     try:
-        torchrun(sys.argv[1:])
+        torchrun(arguments)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode == EXIT_REQUEUE:

@@ -30,7 +30,7 @@ def test_shipped_configs_are_valid(path: Path) -> None:
 def test_objectives_are_known_by_name() -> None:
     assert set(OBJECTIVES) == set(objectives.OBJECTIVES)
     with pytest.raises(
-        ConfigError, match=r"sft, iw_sft, dft, psft, or path/to/file.py:function. Did you mean iw_sft\?"
+        ConfigError, match=r"objective.name: known are sft, iw_sft, dft, psft and .* \(nearest: iw_sft\); found 'iwsft'"
     ):
         parse("objective.name=iwsft")
 

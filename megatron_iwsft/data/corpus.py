@@ -45,6 +45,10 @@ _META = pa.schema(
     ]
 )
 
+_COMPRESSION = {
+    name: "none" if name == "content_hash" else "zstd" for name in _META.names
+}  # a hash does not get smaller
+
 
 def shard_name(index: int) -> str:
     return f"shard-{index:05d}"
@@ -59,7 +63,9 @@ class ShardWriter:
         self._tokens = IndexedWriter(directory / self.name, token_dtype)
         self._masks = IndexedWriter(directory / f"{self.name}.mask", np.dtype(np.uint8))
         self._meta_path = directory / f"{self.name}.meta.parquet"
-        self._meta_file = pq.ParquetWriter(f"{self._meta_path}.partial", _META, compression="zstd")
+        self._meta_file = pq.ParquetWriter(
+            f"{self._meta_path}.partial", _META, compression=_COMPRESSION, use_dictionary=["source", "file"]
+        )
         self._meta: list[pa.RecordBatch] = []
         self.num_tokens = 0
 

@@ -175,14 +175,17 @@ def worker_pool(
     job: Job, workers: int, encoder: Literal["auto", "own"]
 ) -> Iterator[Callable[[Iterable[Block]], Iterator[tuple[Block, pa.RecordBatch]]]]:
     """A map from blocks to (block without its payload, rows) that keeps the order, with few blocks in flight."""
-    run = partial(_encode_block, job.settings, job.template is not None, job.choose_fast(encoder))
+    choose = partial(_encode_block, job.settings, job.template is not None)
     if workers <= 1:
-        yield partial(map, run)
+        yield partial(map, partial(choose, job.choose_fast(encoder)))
         return
     # Each worker runs one thread of each library: parallelism comes from the processes.
     for name in ("TOKENIZERS_PARALLELISM", "RAYON_NUM_THREADS", "OMP_NUM_THREADS"):
         os.environ[name] = "false" if name.startswith("TOK") else "1"
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker) as pool:
+        for _ in range(workers):
+            pool.submit(os.getpid)  # they start while the tokenizer is checked here
+        run = partial(choose, job.choose_fast(encoder))
 
         def ordered(blocks: Iterable[Block]) -> Iterator[tuple[Block, pa.RecordBatch]]:
             waiting = iter(blocks)

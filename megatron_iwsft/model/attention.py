@@ -1,12 +1,13 @@
 """The local backend's core attention: packed segments, sliding windows and context parallelism, in plain torch.
 
-Megatron-Core's own local attention knows neither. Segments attend causally to themselves only. On a GPU in half precision all
-segments are one call of torch's variable-length attention; elsewhere every segment is a call. Under context parallelism
-every rank holds two chunks of each segment (`Batch.slice_for_context_parallel`); keys and values are gathered over the group.
+Megatron-Core's own local attention knows neither. Segments attend causally to themselves only. In half precision, on a GPU and with a
+torch that can (`variable_length_attention`), all segments are one call; elsewhere a segment or a run of equal ones is. Under context
+parallelism every rank holds two chunks of each segment (`Batch.slice_for_context_parallel`); keys and values are gathered.
 """
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from functools import lru_cache
 from typing import Any
@@ -57,7 +58,7 @@ class PackedAttention(torch.nn.Module):
             boundaries = packed_seq_params.boundaries
             key, value = _GatherSegments.apply(torch.stack([key, value]), boundaries, self.cp_group)
             out = _attend_chunks(query, key, value, boundaries, self.cp_group, self.scale, self.window)
-        elif self.variable_length and query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+        elif self.variable_length and _fits_at_once(query):
             out = _attend_at_once(query, key, value, packed_seq_params, self.scale, self.window)
         else:
             out = _attend(query, key, value, packed_seq_params.boundaries, self.scale, self.window)
@@ -68,20 +69,26 @@ class PackedAttention(torch.nn.Module):
         return {}
 
 
+def _fits_at_once(query: Tensor) -> bool:
+    """What FlashAttention asks of its inputs when nothing pads them."""
+    size = query.shape[-1]
+    return query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and size % 8 == 0 and size <= 256
+
+
 def _attend_at_once(
     query: Tensor, key: Tensor, value: Tensor, row: Any, scale: float | None, window: int | None
 ) -> Tensor:
     """Causal attention within each segment, half precision, on a GPU: torch's FlashAttention over the whole row."""
     from torch.nn.attention.varlen import varlen_attn
 
+    options: dict[str, Any] = dict(scale=scale, window_size=(-1 if window is None else window - 1, 0))
     groups = query.shape[1] // key.shape[1]
-    if groups > 1:  # torch takes fewer key-value heads from 2.12 on only
+    if groups > 1 and "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        options["enable_gqa"] = True
+    elif groups > 1:  # before torch 2.12
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     boundaries, longest = row.cu_seqlens_q, row.max_seqlen_q
-    behind = -1 if window is None else window - 1
-    return varlen_attn(
-        query, key, value, boundaries, boundaries, longest, longest, scale=scale, window_size=(behind, 0)
-    )
+    return varlen_attn(query, key, value, boundaries, boundaries, longest, longest, **options)
 
 
 def _attend(

@@ -220,7 +220,7 @@ def _transformer_config(
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
-        apply_rope_fusion=False,
+        apply_rope_fusion=settings.backend == "transformer_engine",  # the other way waits for the GPU in every layer
         recompute_granularity=None if settings.recompute == "none" else settings.recompute,
         recompute_method="uniform" if settings.recompute == "full" else None,
         recompute_num_layers=1 if settings.recompute == "full" else None,

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
 from torch import Tensor
 
 from megatron_iwsft.model.build import PolicyModel, checkpoint_name
@@ -65,7 +66,7 @@ class RunningWeights:
     def _receive(self, piece: tuple[_Key, int]) -> Tensor:
         holder, shape = self._holders[piece]
         if holder == dist.get_rank():
-            return self._local[piece[0]].cpu()
+            return _plain(self._local[piece[0]]).cpu()
         any_local = next(iter(self._local.values()))
         shard = torch.empty(shape, dtype=any_local.dtype, device=any_local.device)
         dist.recv(shard, src=holder)
@@ -76,4 +77,9 @@ class RunningWeights:
         for pieces in self._pieces.values():
             for piece in pieces:
                 if self._holders[piece][0] == dist.get_rank():
-                    dist.send(self._local[piece[0]].contiguous(), dst=0)
+                    dist.send(_plain(self._local[piece[0]]).contiguous(), dst=0)
+
+
+def _plain(parameter: Tensor) -> Tensor:
+    """In its nominal dtype, if it is kept in FP8."""
+    return dequantize_fp8_tensor(parameter) if is_float8tensor(parameter) else parameter

@@ -59,7 +59,7 @@ class PackedRow(PackedSeqParams):
 
     @cached_property
     def boundaries(self) -> tuple[int, ...]:
-        """`cu_seqlens_q` on the host: a GPU is waited for once a row, not once a layer."""
+        """`cu_seqlens_q` on the host: attention waits for a GPU once a row, not once a layer."""
         return tuple(self.cu_seqlens_q.tolist())
 
 

@@ -60,6 +60,9 @@ _FP8_NEEDS = {
 }
 
 
+FP8_RECIPES = tuple(_FP8_NEEDS)
+
+
 def fp8_refusal(recipe: str, *, on_cpu: bool = False) -> str | None:
     """Why this machine (or a run on its CPU) cannot run an FP8 recipe, in one sentence that says what could; None if it can."""
     needs, generation = _FP8_NEEDS[recipe]

@@ -89,20 +89,18 @@ def test_a_job_array_and_its_merge_make_the_same_corpus(tmp_path: Path, tokenize
     inputs = [tiny.write_jsonl(tmp_path / f"{k}.jsonl", records(1500, k % 3)) for k in range(5)]
     shard_corpus(inputs, tmp_path / "whole", settings(tokenizer), show_progress=False)
     output = tmp_path / "array"
-    slurm = {"SLURM_SUBMIT_DIR": str(TOOL.parents[1]), "SLURM_CPUS_PER_TASK": "1", "PYTHON": sys.executable}
-    array = slurm | {"SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_COUNT": "3"}
-    arguments = command(inputs, output, tokenizer)[2:]
-    script = ["bash", str(TOOL.parents[1] / "slurm" / "shard_corpus.sbatch"), *arguments]
+    line = command(inputs, output, tokenizer)
+    array = {"SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_COUNT": "3"}
     for task in ("3", "1"):
         environment = os.environ | array | {"SLURM_ARRAY_TASK_ID": task}
-        done = subprocess.run(script, env=environment, capture_output=True, text=True)
+        done = subprocess.run([*line, "--array", "--workers", "1"], env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     with pytest.raises(DataError, match=r"2 of 5 parts in .* are missing or unfinished: 1 \(1.jsonl\), 4 \(4.jsonl\)"):
         merge_parts(inputs, output, settings(tokenizer), show_progress=False)
     with pytest.raises(DataError, match="sharding was interrupted"):
         Corpus.open(output)
     make_parts(inputs, output, settings(tokenizer), task=1, tasks=3, show_progress=False)
-    done = subprocess.run(script, env=os.environ | slurm, capture_output=True, text=True)
+    done = subprocess.run([*line, "--merge"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert files_of(output) == files_of(tmp_path / "whole")
 

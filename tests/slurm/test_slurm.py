@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from megatron_iwsft.data.arithmetic import ArithmeticSettings, arithmetic_records
+from megatron_iwsft.data.corpus import Corpus
 from megatron_iwsft.testing import comparable_metrics as metrics
 from tests import tiny
 from tests.slurm.lab import ROOT, Lab, running_lab
@@ -90,8 +92,6 @@ def check(lab: Lab, job: str, run: Path, unbroken: list[dict], restarts: int = 1
 
 
 def test_the_whole_pipeline_with_a_stop_signal_in_training(lab: Lab, tmp_path: Path) -> None:
-    from megatron_iwsft.data.arithmetic import ArithmeticSettings, arithmetic_records
-
     records = tiny.write_jsonl(tmp_path / "rec ords.jsonl", list(arithmetic_records(200, ArithmeticSettings(), 1)))
     tokenizer = tiny.hf_tokenizer(tmp_path / "tokenizer", vocab_size=300)
     config = config_at(tmp_path / "other", corpus=str(tmp_path / "corpus"), seq_length=512)
@@ -113,6 +113,23 @@ def test_the_whole_pipeline_with_a_stop_signal_in_training(lab: Lab, tmp_path: P
     assert "per trained token" in lab.log(jobs["evaluate"])
     assert (run / "hf" / "config.json").exists()
     check(lab, jobs["train"], run, train_here(config, tmp_path / "unbroken", "objective.name=iw_sft"))
+
+
+def test_a_job_array_shards_a_corpus(lab: Lab, tmp_path: Path) -> None:
+    """Three files by two tasks and a merge, submitted from elsewhere: the same bytes as one run's."""
+    for k in range(3):
+        tiny.write_jsonl(tmp_path / f"part {k}.jsonl", list(arithmetic_records(150, ArithmeticSettings(), k)))
+    options = ["--tokenizer", str(tiny.hf_tokenizer(tmp_path / "tokenizer", vocab_size=300)), "--score-field", "score"]
+    inputs = [str(tmp_path / "part *.jsonl"), *options]
+    script = ROOT / "slurm" / "shard_corpus.sbatch"
+    array = lab.submit("--array=0-1", script, *inputs, "--output", tmp_path / "array")
+    merge = lab.submit(f"--dependency=afterok:{array}", script, *inputs, "--output", tmp_path / "array")
+    assert lab.wait(merge) == "COMPLETED", lab.show(merge)
+    shard = [sys.executable, ROOT / "tools" / "shard_corpus.py", *inputs, "--output", tmp_path / "whole"]
+    subprocess.run(shard, check=True, capture_output=True)
+    found, expected = ((tmp_path / name / "manifest.json").read_text() for name in ("array", "whole"))
+    assert found == expected  # it holds every file's hash
+    assert not Corpus.open(tmp_path / "array").verify()
 
 
 def test_a_rank_killed(lab: Lab, config: Path, unbroken: list[dict], tmp_path: Path) -> None:

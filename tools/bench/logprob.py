@@ -136,11 +136,14 @@ def peaks(platform: Any, size: Size, names: list[str]) -> dict[str, int | str]:
     inputs, out = Inputs.of(size, platform, group.size()), {}
     for name in names:
         try:
+            if platform.is_cuda:  # what is allocated, compiled and tuned once is not this call's
+                inputs.both(name, group)
+                inputs.hidden.grad = inputs.weight.grad = None
             before = _memory(platform)
             inputs.both(name, group)
             platform.synchronize()
             out[name] = _peak(platform) - before - inputs.hidden.grad.nbytes - inputs.weight.grad.nbytes
-        except (ImportError, RuntimeError) as error:  # not installed; out of memory
+        except Exception as error:  # not installed, out of memory, or whatever another's code refuses these inputs with
             out[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"
         inputs.hidden.grad = inputs.weight.grad = None
     return out
@@ -200,7 +203,9 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("fp32", "bf16"), nargs="+", default=["fp32"])
     parser.add_argument("--trained", type=float, nargs="+", default=[1.0], help="shares of positions trained on")
     parser.add_argument("--only", nargs="+", choices=list(IMPLEMENTATIONS), default=list(IMPLEMENTATIONS))
-    parser.add_argument("--seconds", type=float, default=30.0, help="of rounds, for each size (default: 30)")
+    parser.add_argument(
+        "--seconds", type=float, default=30.0, help="of rounds, for each size; 0 for memory alone (default: 30)"
+    )
     args = parser.parse_args()
 
     import torch
@@ -227,8 +232,10 @@ def main() -> None:
         memory: dict[str, int | str] = {}
         for part in parts:
             memory |= run_distributed(peaks, tensor, size, part, device=args.device)[0]
-        ran = [name for name in names if not isinstance(memory[name], str)]
-        product, taken = run_distributed(times, tensor, size, ran, args.seconds, device=args.device)[0]
+        ran = [name for name in names if args.seconds and not isinstance(memory[name], str)]
+        product, taken = (
+            run_distributed(times, tensor, size, ran, args.seconds, device=args.device)[0] if ran else (0.0, {})
+        )
         for name in names:
             print(_row(tensor, size, name, product, taken.get(name), memory[name]), flush=True)
 
@@ -237,13 +244,13 @@ def _row(
     tensor: int, size: Size, name: str, product: float, taken: tuple[float, float] | None, memory: int | str
 ) -> str:
     head = f"{name:18} {tensor:>2} {size.tokens:>6} {size.vocabulary:>7} {size.hidden:>5} {size.dtype:4} {size.trained:>7.0%} "
-    if taken is None or isinstance(memory, str):
-        return head + str(memory)
-    floor, (forward, both) = product * size.trained, taken
-    return head + (
-        f"{forward * 1e3:>7.1f}ms {floor / forward:>8.0%} {both * 1e3:>7.1f}ms {3 * floor / both:>8.0%} "
-        f"{memory / 2**20:>5.0f}MiB"
-    )
+    if isinstance(memory, str):
+        return head + memory
+    speed = " " * 38
+    if taken is not None:
+        floor, (forward, both) = product * size.trained, taken
+        speed = f"{forward * 1e3:>7.1f}ms {floor / forward:>8.0%} {both * 1e3:>7.1f}ms {3 * floor / both:>8.0%} "
+    return head + f"{speed}{memory / 2**20:>5.0f}MiB"
 
 
 if __name__ == "__main__":  # the processes that it starts import this file

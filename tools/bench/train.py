@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -37,7 +38,14 @@ _SHAPES = {
 }  # fmt: skip
 
 # Dense bf16 operations a second by the makers' data sheets (SXM modules).
-_PEAKS = {"A100": 312e12, "H100 PCIe": 756e12, "H100": 989.4e12, "H200": 989.4e12, "GH200": 989.4e12, "B200": 2250e12}
+_PEAKS = {
+    "A100": 312e12,
+    "H100 PCIe": 756e12,
+    "H100 80GB HBM3": 989.4e12,
+    "H200": 989.4e12,
+    "GH200": 989.4e12,
+    "B200": 2250e12,
+}
 
 OBJECTIVES = ("sft", "iw_sft cached", "iw_sft live")
 
@@ -75,7 +83,7 @@ def main() -> None:
     add("--objective", nargs="+", choices=OBJECTIVES, default=list(OBJECTIVES))
     add("--dtype", choices=("bf16", "fp32"), default="bf16")
     add("--fp8", nargs="*", choices=("delayed", "tensorwise", "blockwise"), default=[], help="recipes, after bf16")
-    add("--recompute", choices=("none", "selective", "full"), default="none")
+    add("--recompute", choices=("none", "full"), default="none")
     add("--processes", type=int, default=1, help="with tensor parallelism over them (ours alone)")
     add("--no-peer", action="store_true")
     add("--case", nargs=2, help=argparse.SUPPRESS)
@@ -94,7 +102,8 @@ def bench(args: argparse.Namespace, directory: Path) -> None:
     cuda = torch.cuda.is_available() and os.environ.get("IWSFT_DEVICE") != "cpu"
     device = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads a process"
     rate = _product_rate(cuda, args.dtype)
-    peak = next((_PEAKS[name] for name in sorted(_PEAKS, key=len, reverse=True) if cuda and name in device), None)
+    known = cuda and args.dtype == "bf16" and "MIG" not in device
+    peak = next((peak for name, peak in _PEAKS.items() if known and re.search(rf"\b{name}\b", device)), None)
     print(f"{device}; torch {torch.__version__}; {_versions()}")
     print(
         f"{args.model}, {args.batch} sequences a step, {args.processes} process(es), recompute {args.recompute}, {args.dtype}; a large "
@@ -118,7 +127,7 @@ def bench(args: argparse.Namespace, directory: Path) -> None:
                 f"{result.flops / (peak or rate):>6.1%} {result.memory / 2**30:>6.2f}GiB",
                 flush=True,
             )
-        _compare(found)
+        _compare(found, args.processes)
 
 
 def _cases(args: argparse.Namespace, seq_length: int) -> Iterator[Case]:
@@ -131,7 +140,7 @@ def _cases(args: argparse.Namespace, seq_length: int) -> Iterator[Case]:
                 yield Case("peer", objective, "none", seq_length)
 
 
-def _compare(found: dict[Case, Measured]) -> None:
+def _compare(found: dict[Case, Measured], processes: int) -> None:
     """Ratios within one sequence length."""
     for case, result in found.items():
         sft, bf16 = found.get(replace(case, objective="sft")), found.get(replace(case, fp8="none"))
@@ -146,7 +155,7 @@ def _compare(found: dict[Case, Measured]) -> None:
                 f"losses at most {max(apart):.2%} apart over {len(apart)} steps, {statistics.mean(apart):.2%} on average"
             )
         peer = found.get(replace(case, program="peer", objective=case.objective.replace("cached", "live")))
-        if case.program == "ours" and case.fp8 == "none" and peer:
+        if case.program == "ours" and case.fp8 == "none" and peer and processes == 1:
             print(f"  {case.objective} over the peer's: {result.tokens_per_s / peer.tokens_per_s:.2f} of the tokens/s")
 
 
