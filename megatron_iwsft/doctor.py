@@ -54,7 +54,8 @@ def paths() -> list[Finding]:
         attention = "torch's variable-length FlashAttention", f"{no_engine}; {limits}"
     else:
         attention = "a call of torch's a segment", why_not
-    optimizer = Adam.__module__.partition(".")[0]
+    optimizer = Adam if gpu else torch.optim.AdamW  # which platform/cpu.py puts in its place
+    library = optimizer.__module__.partition(".")[0]
     in_product = has_gradient_accumulation_fusion(torch.device("cuda" if gpu else "cpu"))
     recipes = {recipe: fp8_refusal(recipe, on_cpu=on_cpu) for recipe in FP8_RECIPES}
     allowed = [recipe for recipe, refusal in recipes.items() if refusal is None]
@@ -68,8 +69,12 @@ def paths() -> list[Finding]:
         ),
         Finding(
             "optimizer",
-            f"{optimizer}'s {Adam.__name__}",
-            "fused, on a GPU" if optimizer != "torch" else "neither Transformer Engine nor NVIDIA's apex has one here",
+            f"{library}'s {optimizer.__name__}",
+            "fused"
+            if library != "torch"
+            else "no GPU"
+            if not gpu
+            else "neither Transformer Engine nor NVIDIA's apex has one",
         ),
         Finding(
             "weight gradients",

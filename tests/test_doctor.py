@@ -26,6 +26,10 @@ def test_the_doctor_tells_what_is_here() -> None:
     engine, why = transformer_engine()
     line = next(line for line in found.stdout.splitlines() if "Transformer Engine" in line)
     assert (engine or why) in line and line.startswith("  " if engine else "! ")
+    takes = dict(line.split(maxsplit=1) for line in found.stdout.partition("A run here takes\n")[2].splitlines())
+    assert {"layers", "attention", "log-probs", "optimizer", "FP8"} < set(takes)
+    if not torch.cuda.is_available():
+        assert takes["optimizer"].startswith("torch's AdamW") and takes["FP8"].startswith("none")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -93,6 +93,26 @@ def _with_sizes_as_lists(all_to_all_single: Callable[..., Any]) -> Callable[...,
     return wrapped
 
 
+def _without_fused_kernels() -> None:
+    """Where Transformer Engine or apex can be imported, Megatron-Core takes their kernels, which know no CPU."""
+    from megatron.core import optimizer as optimizers
+    from megatron.core.optimizer import clip_grads, distrib_optimizer, optimizer
+    from megatron.core.transformer.moe import moe_utils
+    from megatron.core.utils import local_multi_tensor_applier, local_multi_tensor_scale
+
+    optimizers.Adam, optimizers.USING_PYTORCH_OPTIMIZER = torch.optim.AdamW, True
+    distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_TE_OPTIMIZER = False
+    distrib_optimizer.USING_APEX_OPTIMIZER = False
+    for module in (clip_grads, optimizer):
+        module.multi_tensor_applier, module.multi_tensor_scale_impl = (
+            local_multi_tensor_applier,
+            local_multi_tensor_scale,
+        )
+    clip_grads.multi_tensor_scale_tensor_impl = None
+    clip_grads.l2_norm_impl = _l2_norm
+    moe_utils.te_general_gemm = None
+
+
 def install() -> None:
     """Make Megatron-Core run on CPU in this process. Must come before any Megatron-Core module is built; again does nothing."""
     cuda: Any = torch.cuda
@@ -119,10 +139,9 @@ def install() -> None:
     cuda.set_rng_state = set_rng_state
     cuda.manual_seed = torch.random.default_generator.manual_seed
 
-    from megatron.core.optimizer import clip_grads
     from megatron.core.tensor_parallel import random as megatron_random
 
-    clip_grads.l2_norm_impl = _l2_norm
+    _without_fused_kernels()
     megatron_random._get_cuda_rng_state = get_rng_state
     megatron_random._set_cuda_rng_state = set_rng_state
 

@@ -196,6 +196,8 @@ class Sweep:
             # Without its info file a directory is no checkpoint, and nothing to be named.
             named = damaged.name in output or not (checkpoint / "iwsft.json").exists()
             self.figures["damaged files named" if named else "damaged files not named"] += 1
+            if not named:
+                print(f"{damaged} is damaged, and was not named:\n{output}", flush=True)
         if step == expected:
             self.figures["correct resumes"] += 1
         else:
