@@ -1,4 +1,4 @@
-"""Helpers for tests and benchmarks: processes that form a job, whole gradients of a sharded model, metrics to compare."""
+"""For tests and benchmarks: processes that form a job, a corpus, whole gradients of a sharded model, metrics to compare."""
 
 from __future__ import annotations
 
@@ -76,6 +76,25 @@ def comparable_metrics(run: Path) -> list[dict[str, Any]]:
     text = path.read_text() if path.exists() else ""
     lines = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
     return [{k: v for k, v in line.items() if k not in TIMING} for line in lines]
+
+
+def worked_sums(directory: Path, count: int) -> Path:
+    """A corpus of generated sums with scores, under `directory`, and a tokenizer of at most 400 tokens; returns the corpus."""
+    from megatron_iwsft.data.arithmetic import ArithmeticSettings, arithmetic_records
+    from megatron_iwsft.data.records import RecordFormat
+    from megatron_iwsft.data.shard import ShardSettings, shard_corpus
+    from megatron_iwsft.data.train_tokenizer import train_tokenizer
+
+    directory.mkdir(parents=True, exist_ok=True)
+    records = directory / "records.jsonl"
+    lines = (json.dumps(r) for r in arithmetic_records(count, ArithmeticSettings(), seed=1))
+    records.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    tokenizer = directory / "tokenizer"
+    if not tokenizer.exists():
+        train_tokenizer([records], tokenizer, fields=["prompt", "response"], vocab_size=400)
+    settings = ShardSettings(str(tokenizer), record=RecordFormat(score_fields=("score",)))
+    shard_corpus([records], directory / "corpus", settings, show_progress=False)
+    return directory / "corpus"
 
 
 def whole_gradients(chunks: list[Any], parallel: ParallelContext) -> dict[str, Tensor]:

@@ -22,10 +22,12 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=768)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument(
-        "--corpus", type=Path, required=True, help="corpus directory of tools/shard_corpus.py, sequences up to 512"
+        "--output", type=Path, help="where the checkpoints go (default: the system's temporary directory)"
     )
-    parser.add_argument("--vocabulary", type=int, default=400)
     args = parser.parse_args()
+
+    from megatron_iwsft.testing import worked_sums
+
     model = {
         "model_type": "qwen2",
         "hidden_size": args.hidden,
@@ -33,16 +35,16 @@ def main() -> None:
         "num_hidden_layers": args.layers,
         "num_attention_heads": args.hidden // 64,
         "num_key_value_heads": args.hidden // 64,
-        "vocab_size": args.vocabulary,
+        "vocab_size": 400,
         "max_position_embeddings": 512,
     }
     for asynchronous in (False, True):
-        with tempfile.TemporaryDirectory(dir=args.corpus.parent) as directory:
+        with tempfile.TemporaryDirectory(dir=args.output) as directory:
             config = {
                 "run": {"name": "stall", "dir": f"{directory}/run", "device": "cpu"},
                 "model": {"config": model},
                 "data": {
-                    "corpus": str(args.corpus.resolve()),
+                    "corpus": str(worked_sums(Path(directory), 100)),
                     "seq_length": 512,
                     "global_batch_size": 2,
                     "max_steps": 8,
@@ -54,7 +56,9 @@ def main() -> None:
             path = Path(directory) / "config.yaml"
             path.write_text(json.dumps(config))
             command = [sys.executable, "-m", "megatron_iwsft.torchrun", "--nproc_per_node", "2", "launch/train.py"]
-            subprocess.run([*command, "--config", path], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+            done = subprocess.run([*command, "--config", path], cwd=ROOT, text=True, capture_output=True)
+            if done.returncode:
+                sys.exit(f"training failed:\n{done.stderr}")
             events = (Path(directory) / "run" / "logs" / "events.jsonl").read_text().splitlines()
             for event in map(json.loads, events):
                 if event["event"] == "saved":

@@ -57,6 +57,7 @@ def main() -> int:
         "lost steps",
         "processes left behind",
         "damaged checkpoints accepted",
+        "damaged files not named",
         "runs unlike the unbroken one",
         "failed starts",
     )
@@ -74,20 +75,9 @@ class Sweep:
 
     def prepare(self) -> None:
         """A corpus of worked sums, and the unbroken run."""
-        from megatron_iwsft.data.arithmetic import ArithmeticSettings, arithmetic_records
-        from megatron_iwsft.data.records import RecordFormat
-        from megatron_iwsft.data.shard import ShardSettings, shard_corpus
-        from megatron_iwsft.data.train_tokenizer import train_tokenizer
+        from megatron_iwsft.testing import worked_sums
 
-        self.directory.mkdir(parents=True, exist_ok=True)
-        records = self.directory / "records.jsonl"
-        lines = (json.dumps(r) for r in arithmetic_records(300, ArithmeticSettings(), seed=1))
-        records.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        tokenizer = self.directory / "tokenizer"
-        if not tokenizer.exists():
-            train_tokenizer([records], tokenizer, fields=["prompt", "response"], vocab_size=400)
-        settings = ShardSettings(str(tokenizer), record=RecordFormat(score_fields=("score",)))
-        shard_corpus([records], self.directory / "corpus", settings, show_progress=False)
+        worked_sums(self.directory, 300)
         self.config = self.directory / "config.yaml"
         self.config.write_text(CONFIG.format(directory=self.directory, steps=self.steps), encoding="utf-8")
         status, output = self._finish(self._start(self.directory / "unbroken", asynchronous=False))
@@ -106,7 +96,7 @@ class Sweep:
                 output = self._finish(process)[1]
                 self._check_resume(output, expected_step, damaged)
                 self.figures["kills"] += 1
-                damaged = self._damage(run) if self.figures["kills"] % self.damage_every == 0 else None
+                damaged = self._damage(run, broken) if self.figures["kills"] % self.damage_every == 0 else None
                 broken |= {c.stat().st_ino for c in checkpoints(run) if damaged and c in damaged.parents}
                 expected_step = newest(run, but=broken)
                 continue
@@ -168,9 +158,12 @@ class Sweep:
         self.figures["kills of all ranks" if len(chosen) > 1 else "kills of one rank"] += 1
         return True
 
-    def _damage(self, run: Path) -> Path | None:
-        """Truncate, change or remove a file of the newest checkpoint, if there is one before it."""
-        found = checkpoints(run)
+    def _damage(self, run: Path, broken: set[int]) -> Path | None:
+        """Truncate, change or remove a file of the newest checkpoint that is whole, if there is one before it.
+
+        In one that is broken already, its info file perhaps, a second file would not be looked at.
+        """
+        found = [c for c in checkpoints(run) if c.stat().st_ino not in broken]
         if len(found) < 2:
             return None
         path = self.chance.choice(sorted(p for p in found[0].rglob("*") if p.is_file() and p.stat().st_size))
