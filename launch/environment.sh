@@ -2,7 +2,7 @@
 #
 #   make_environment [EXTRAS]    with PYTHON (an interpreter; default python3) and VENV (default .venv); sets $python
 #
-# Packages are installed once per state of pyproject.toml and constraints.txt.
+# Packages are installed once per state of pyproject.toml and constraints.txt; an environment with extras serves where none are asked for.
 
 make_environment() {
   local extras=${1:-} root stamp log
@@ -19,7 +19,12 @@ make_environment() {
     echo "making the environment $VENV"
     "${PYTHON:-python3}" -m venv "$VENV" || { echo "python -m venv failed; on Debian install python3-venv." >&2; return 1; }
   fi
-  if ! cat "$root/pyproject.toml" "$root/constraints.txt" | cmp -s - "$stamp"; then
+  local stamps=("$stamp") candidate current=''
+  [ -n "$extras" ] || stamps=("$VENV"/installed*)
+  for candidate in "${stamps[@]}"; do
+    ! cat "$root/pyproject.toml" "$root/constraints.txt" | cmp -s - "$candidate" || current=yes
+  done
+  if [ -z "$current" ]; then
     echo "installing packages (log: $log)"
     "$python" -m pip install --quiet --editable "$root$extras" --constraint "$root/constraints.txt" >"$log" 2>&1 || {
       tail -n 20 "$log" >&2

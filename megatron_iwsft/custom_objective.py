@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 from pathlib import Path
 
@@ -41,6 +42,11 @@ def find_objective(name: str) -> ObjectiveFunction:
         raise ConfigError(f"objective.name: {path} defines no function {function}.")
     check_objective(found, name)
     return found
+
+
+def source_hash(name: str) -> str | None:
+    """SHA-256 of the file that an objective of one's own stands in; None for one of OBJECTIVES."""
+    return None if name in OBJECTIVES else hashlib.sha256(Path(name.rpartition(":")[0]).read_bytes()).hexdigest()
 
 
 def needs_reference(objective: ObjectiveFunction) -> bool:

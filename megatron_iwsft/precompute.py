@@ -81,5 +81,9 @@ def _precompute(job: Job, watch: Watchdog, stop: StopSignals) -> str:
     dist.barrier()
     if job.is_main:
         writer.finish({"model": job.reference.described, "layout": job.parallel.describe()})
+        print(
+            f"{writer.directory}: log-probs of {len(job.corpus):,} trajectories by {job.reference.described}",
+            flush=True,
+        )
     dist.barrier()
     return str(writer.directory)

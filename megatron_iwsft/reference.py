@@ -98,7 +98,16 @@ class Sidecar:
                 raise DataError(
                     f"{self.directory / corpus.shards[k]} does not fit its corpus shard. Remove {self.directory}. {again}"
                 )
-        self._corpus = corpus
+        self._corpus, self._hashes = corpus, manifest["files"]
+
+    def damage(self, rank: int, size: int) -> list[str]:
+        """One complaint for each of every `size`-th file, from the `rank`-th, that is not what was written. Reads them whole."""
+        again = f"Remove {self.directory}, and run tools/precompute_reference.py with this config."
+        return [
+            f"{self.directory / name} is damaged: its checksum is not the one it was written with. {again}"
+            for name in sorted(self._hashes)[rank::size]
+            if file_hash(self.directory / name) != self._hashes[name]
+        ]
 
     def __call__(self, i: int) -> np.ndarray:
         shard, k = self._corpus.locate(i)

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from megatron_iwsft import checkpoint
 from megatron_iwsft.checkpoint import CheckpointInfo
+from megatron_iwsft.custom_objective import source_hash
 from megatron_iwsft.errors import CheckpointError, ConfigError
 from megatron_iwsft.job import Job
 
@@ -79,6 +80,12 @@ def _check_same_run(job: Job, info: CheckpointInfo) -> None:
                     f"{section}.{key} is {value!r}, but {info.directory} was trained with {earlier!r}. Set it back to continue that "
                     "run, or choose another run.dir for a new one."
                 )
+    name = job.config.objective.name
+    if info.trainer.get("objective") != source_hash(name):
+        raise ConfigError(
+            f"the file of objective.name {name} has changed since {info.directory} was written: the steps behind and those ahead would "
+            "follow different objectives. Bring the earlier file back, or choose another run.dir for a new run."
+        )
     if info.corpus is not None and info.corpus != job.corpus.fingerprint:
         raise ConfigError(
             f"data.corpus {job.corpus.directory} is not the corpus that {info.directory} was trained on: its fingerprint is "

@@ -14,7 +14,7 @@ from megatron_iwsft.checkpoint import CheckpointInfo
 from megatron_iwsft.checkpoint_writer import CheckpointWriter, Saved
 from megatron_iwsft.config import Config
 from megatron_iwsft.convert import export_running
-from megatron_iwsft.custom_objective import needs_reference
+from megatron_iwsft.custom_objective import needs_reference, source_hash
 from megatron_iwsft.data.corpus import TOKENIZER
 from megatron_iwsft.errors import DataError, DivergenceError, RequeueError
 from megatron_iwsft.flops import training_flops
@@ -72,7 +72,7 @@ class Trainer:
         self.events = Events(job.run_directory / "logs" / "events.jsonl" if job.is_main else None)
         self.needs_reference = needs_reference(job.objective)
         cached = self.needs_reference and config.reference.source == "cached"
-        sidecar = Sidecar(job.corpus, job.identity) if cached else None
+        sidecar = _verified_sidecar(job) if cached else None
 
         watch.at(0, "building the model")
         self.policy = job.build(job.policy)
@@ -300,7 +300,7 @@ class Trainer:
             self.policy,
             optimizer=self.optimizer,
             schedule=self.schedule,
-            trainer={"guard": self.guard.state()},
+            trainer={"guard": self.guard.state(), "objective": source_hash(self.job.config.objective.name)},
             lagged=self.lagged,
         )
 
@@ -351,6 +351,16 @@ class Trainer:
                 "cached log-probs are damaged or were computed by other code: remove the corpus's reference-* directory and run "
                 "tools/precompute_reference.py again, or use reference.source: live."
             )
+
+
+def _verified_sidecar(job: Job) -> Sidecar:
+    """Every rank reads some of its files, once. Collective; raises DataError on all ranks."""
+    sidecar = Sidecar(job.corpus, job.identity)
+    complaints: list[Any] = [None] * job.platform.world_size
+    dist.all_gather_object(complaints, sidecar.damage(job.platform.rank, job.platform.world_size))
+    for complaint in (text for rank in complaints for text in rank):
+        raise DataError(complaint)
+    return sidecar
 
 
 def _writer(job: Job, on_saved: Any) -> CheckpointWriter:

@@ -13,7 +13,7 @@ import torch
 from megatron_iwsft.checkpoint import CheckpointInfo, hugging_face_reader
 from megatron_iwsft.config import Config
 from megatron_iwsft.config_file import parse_config
-from megatron_iwsft.data.corpus import Corpus
+from megatron_iwsft.data.corpus import Corpus, file_hash
 from megatron_iwsft.errors import CheckpointError, ConfigError, DataError, UserError
 from megatron_iwsft.testing import comparable_metrics as metrics
 from megatron_iwsft.testing import run_distributed
@@ -243,8 +243,15 @@ def mistakes(platform, tmp: Path) -> dict[str, tuple[type, str]]:
     """What each wrong setup says."""
     from megatron_iwsft.trainer import train
 
+    own = (f"objective.name={tmp}/own.py:mine", "reference.source=live", "data.max_steps=1")
+    train(config(tmp, "own", *own))
+    if platform.rank == 0:
+        (tmp / "own.py").write_text((tmp / "own.py").read_text().replace("2.0", "3.0"))
+    torch.distributed.barrier()
+
     found = {}
     cases = {
+        "an edited objective": config(tmp, "own", *own[:2], "data.max_steps=2"),
         "no sidecar": config(tmp, "x", f"model.checkpoint={tmp}/cached"),
         "live reference of another size": config(tmp, "x", "reference.source=live", f"reference.model={tmp}/other"),
         "never resumes": config(tmp, "cached", "checkpoint.resume=never"),
@@ -257,6 +264,7 @@ def mistakes(platform, tmp: Path) -> dict[str, tuple[type, str]]:
         "unfinished sidecar": config(tmp, "x", f"data.corpus={tmp}/unfinished"),
         "stale sidecar": config(tmp, "x", f"data.corpus={tmp}/stale"),
         "truncated sidecar": config(tmp, "x", f"data.corpus={tmp}/truncated"),
+        "flipped sidecar": config(tmp, "x", f"data.corpus={tmp}/flipped"),
         "wrong values": config(tmp, "wrong", f"data.corpus={tmp}/wrong"),
         "other tokenizer": config(tmp, "x", f"data.corpus={tmp}/foreign/corpus"),
         "too many layers": config(
@@ -281,7 +289,7 @@ def mistakes(platform, tmp: Path) -> dict[str, tuple[type, str]]:
 
 def test_mistakes_are_told(runs: Path) -> None:
     sidecar = next((runs / "corpus").glob("reference-*")).name
-    for name in ("unfinished", "stale", "truncated", "wrong"):
+    for name in ("unfinished", "stale", "truncated", "flipped", "wrong"):
         shutil.copytree(runs / "corpus", runs / name)
     (runs / "unfinished" / sidecar / "manifest.json").unlink()
     manifest = runs / "stale" / sidecar / "manifest.json"
@@ -290,6 +298,17 @@ def test_mistakes_are_told(runs: Path) -> None:
     binary.write_bytes(binary.read_bytes()[:-4])
     values = np.fromfile(runs / "wrong" / sidecar / "shard-00000.bin", np.float32)
     (values * 1.1).tofile(runs / "wrong" / sidecar / "shard-00000.bin")
+    manifest = runs / "wrong" / sidecar / "manifest.json"
+    said = json.loads(manifest.read_text())
+    said["files"]["shard-00000.bin"] = file_hash(runs / "wrong" / sidecar / "shard-00000.bin")
+    manifest.write_text(json.dumps(said))
+    binary = runs / "flipped" / sidecar / "shard-00000.bin"
+    binary.write_bytes(binary.read_bytes()[:-1] + b"\x01")
+    (runs / "own.py").write_text(
+        "import torch\nfrom megatron_iwsft.objectives import Weighted\n\n\ndef mine(t, s):\n"
+        "    w = torch.sigmoid(2.0 * (t.proposal - t.reference)) * t.mask\n"
+        "    return Weighted(loss=-w * t.logprobs, weight=w, clipped=torch.zeros_like(w))\n"
+    )
     tiny.token_corpus(runs / "foreign", [20] * 4, vocab_size=280)
     tiny.token_corpus(runs / "another", LENGTHS, seed=1)
     other = tiny.model_config(hidden_size=32)
@@ -299,6 +318,7 @@ def test_mistakes_are_told(runs: Path) -> None:
 
     found = run_distributed(mistakes, 2, runs)[0]
     expected = {
+        "an edited objective": (ConfigError, "own.py:mine has changed since"),
         "no sidecar": (DataError, "has no reference log-probs of this reference model"),
         "live reference of another size": (ConfigError, "needs a reference of the policy's hidden size"),
         "never resumes": (ConfigError, "checkpoint.resume is never, but"),
@@ -309,6 +329,7 @@ def test_mistakes_are_told(runs: Path) -> None:
         "unfinished sidecar": (DataError, "are unfinished. Run tools/precompute_reference.py"),
         "stale sidecar": (DataError, "was computed for another version of the corpus"),
         "truncated sidecar": (DataError, "where its index announces"),
+        "flipped sidecar": (DataError, "shard-00000.bin is damaged: its checksum"),
         "wrong values": (DataError, "policy and reference are the same model, yet their log-probs differ by"),
         "other tokenizer": (DataError, "was made with another tokenizer than"),
         "too many layers": (ConfigError, "4 layers do not divide into 8 pipeline stages"),

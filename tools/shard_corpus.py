@@ -20,6 +20,8 @@ def main() -> None:
     from megatron_iwsft.data.parts import make_parts, merge_parts
     from megatron_iwsft.data.shard import ShardSettings, shard_corpus
 
+    if args.min_score is not None and not (args.score_field or args.source_score or args.wrong_answers == "score"):
+        raise DataError("--min-score needs scores: name their field with --score-field; without one every score is 1.")
     settings = ShardSettings(
         tokenizer=args.tokenizer,
         template=args.template,

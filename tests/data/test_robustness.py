@@ -127,6 +127,20 @@ def told(line: list[str], **options) -> str:
     return done.stderr
 
 
+def test_a_threshold_without_scores_is_told(tmp_path: Path, tokenizer: Path) -> None:
+    inputs = [tiny.write_jsonl(tmp_path / "0.jsonl", records(3, 0))]
+    line = [
+        sys.executable,
+        str(TOOL),
+        *map(str, inputs),
+        "--output",
+        str(tmp_path / "out"),
+        "--tokenizer",
+        str(tokenizer),
+    ]
+    assert "--min-score needs scores" in told([*line, "--min-score", "1"])
+
+
 def test_a_full_disk_is_told_and_mended(tmp_path: Path, tokenizer: Path) -> None:
     """The real error of a write that does not fit, here by the limit on a file's size."""
     inputs = [tiny.write_jsonl(tmp_path / "0.jsonl", records(3000, 0))]
