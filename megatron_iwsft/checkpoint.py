@@ -45,7 +45,6 @@ FORMAT_VERSION = 2
 # the shape of their parameters (so that they load at any layout).
 _LAYOUT = {
     "non_homogeneous_layers": True,
-    "distrib_optim_sharding_type": "fully_reshardable",
     "distrib_optim_fully_reshardable_mem_efficient": False,
 }
 
@@ -109,6 +108,11 @@ class CheckpointInfo:
             raise CheckpointError(f"{path} is damaged.") from None
 
     @property
+    def reshardable(self) -> bool:
+        """Whether its optimizer states can be loaded at any layout, or with other data parallelism only."""
+        return self.config.get("checkpoint", {}).get("reshardable", True)
+
+    @property
     def size(self) -> int:
         """Bytes of all its files."""
         return sum(file["bytes"] for file in self.files.values())
@@ -134,12 +138,16 @@ def sharded_state(
     *,
     loading: bool,
     random: bool,
+    reshardable: bool = True,
     lagged: Sequence[LaggedCopy] = (),
 ) -> dict[str, Any]:
-    """Megatron-Core's sharded state dict of model, optimizer, schedule, lagged copies and, with `random`, this rank's random states."""
+    """Megatron-Core's sharded state dict of model, optimizer, schedule, lagged copies and, with `random`, this rank's random states.
+
+    reshardable: the distributed optimizer's states by parameter, which saving gathers; else by bucket, as they lie.
+    """
     from megatron.core.dist_checkpointing import ShardedObject
 
-    metadata = dict(_LAYOUT)
+    metadata = {**_LAYOUT, "distrib_optim_sharding_type": "fully_reshardable" if reshardable else "dp_reshardable"}
     state: dict[str, Any] = {f"model{i}": chunk.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(chunks)}
     if optimizer is not None:
         _create_optimizer_states(optimizer)
@@ -180,6 +188,7 @@ def _create_optimizer_states(optimizer: Any) -> None:
                 values["step"] = torch.zeros_like(values["step"])
 
 
+@torch.no_grad()
 def _load_optimizer(optimizer: Any, state: dict[Any, Any]) -> None:
     """`optimizer.load_state_dict`, but for the distributed optimizer over torch's AdamW.
 
@@ -196,7 +205,10 @@ def _load_optimizer(optimizer: Any, state: dict[Any, Any]) -> None:
         part.load_state_dict(own)
         states = part.optimizer.state.items()
         steps = {parameter: values.pop("step") for parameter, values in states if "step" in values}
-        part.load_parameter_state_from_fully_reshardable(parameter_state)
+        if own["param_state_sharding_type"] == "dp_reshardable":
+            part.load_parameter_state_from_dp_reshardable(parameter_state)
+        else:
+            part.load_parameter_state_from_fully_reshardable(parameter_state)
         for parameter, step in steps.items():
             # A count of its own: Megatron-Core hands all of them one tensor, which each update would then advance.
             part.optimizer.state[parameter]["step"] = step.clone()
@@ -224,8 +236,11 @@ def load(
     """
     from megatron.core import dist_checkpointing
 
-    verify(CheckpointInfo.read(directory))
-    wanted = sharded_state(chunks, optimizer, schedule, loading=True, random=random, lagged=lagged)
+    info = CheckpointInfo.read(directory)
+    verify(info)
+    wanted = sharded_state(
+        chunks, optimizer, schedule, loading=True, random=random, reshardable=info.reshardable, lagged=lagged
+    )
     try:
         state = dist_checkpointing.load(wanted, str(directory))
     except (Exception, CheckpointException) as error:  # many kinds, for a damaged file

@@ -95,7 +95,13 @@ class CheckpointWriter:
         started = time.perf_counter()
         final = self.root / step_name(step)
         state = checkpoint.sharded_state(
-            chunks, optimizer, schedule, loading=False, random=optimizer is not None, lagged=lagged
+            chunks,
+            optimizer,
+            schedule,
+            loading=False,
+            random=optimizer is not None,
+            reshardable=self.config.get("checkpoint", {}).get("reshardable", True),
+            lagged=lagged,
         )
         partial_directory = self._prepare(final, _bytes_to_write(state))
         pending = _Pending(partial_directory, final, step, trainer or {}, started)

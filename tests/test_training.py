@@ -50,6 +50,7 @@ LAYOUTS = {
     "cp2": ("parallel.tensor=1", "parallel.sequence=false", "parallel.context=2"),
     "plain-optimizer": ("optimizer.distributed=false",),
     "async": ("checkpoint.asynchronous=true",),
+    "in-place": ("checkpoint.reshardable=false", "parallel.tensor=1", "parallel.sequence=false"),
     "vp2": ("parallel.tensor=1", "parallel.sequence=false", "parallel.pipeline=2", "parallel.virtual_pipeline=2"),
     "overlap": (
         "parallel.tensor=1",
@@ -66,6 +67,7 @@ RESUMED = {
     "resumed": "cached",
     "resumed-plain": "plain-optimizer",
     "resumed-async": "async",
+    "resumed-in-place": "in-place",
     "resumed-vp2": "vp2",
     "resumed-dp2": "dp2",
     "resumed-at-pp2": "cached",
@@ -251,6 +253,7 @@ def mistakes(platform, tmp: Path) -> dict[str, tuple[type, str]]:
 
     found = {}
     cases = {
+        "another layout in place": config(tmp, "in-place", "checkpoint.reshardable=false"),
         "an edited objective": config(tmp, "own", *own[:2], "data.max_steps=2"),
         "no sidecar": config(tmp, "x", f"model.checkpoint={tmp}/cached"),
         "live reference of another size": config(tmp, "x", "reference.source=live", f"reference.model={tmp}/other"),
@@ -318,6 +321,7 @@ def test_mistakes_are_told(runs: Path) -> None:
 
     found = run_distributed(mistakes, 2, runs)[0]
     expected = {
+        "another layout in place": (ConfigError, "and parallel.tensor 1; this run has 2"),
         "an edited objective": (ConfigError, "own.py:mine has changed since"),
         "no sidecar": (DataError, "has no reference log-probs of this reference model"),
         "live reference of another size": (ConfigError, "needs a reference of the policy's hidden size"),

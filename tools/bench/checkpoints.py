@@ -1,4 +1,5 @@
-"""How long training stands still for a checkpoint, at once and in the background: python tools/bench/checkpoints.py [--hidden 1024]
+"""How long training stands still for a checkpoint: at once, in the background, and there without gathering optimizer states
+(`checkpoint.reshardable: false`): python tools/bench/checkpoints.py [--hidden 1024]
 
 Two processes under torchrun train a model from random weights for a few steps, saving twice; prints what logs/events.jsonl says.
 """
@@ -38,7 +39,7 @@ def main() -> None:
         "vocab_size": 400,
         "max_position_embeddings": 512,
     }
-    for asynchronous in (False, True):
+    for asynchronous, reshardable in ((False, True), (True, True), (True, False)):
         with tempfile.TemporaryDirectory(dir=args.output) as directory:
             config = {
                 "run": {"name": "stall", "dir": f"{directory}/run", "device": "cpu"},
@@ -51,7 +52,7 @@ def main() -> None:
                 },
                 "objective": {"name": "sft"},
                 "precision": {"dtype": "fp32"},
-                "checkpoint": {"every": 4, "keep": 1, "asynchronous": asynchronous},
+                "checkpoint": {"every": 4, "keep": 1, "asynchronous": asynchronous, "reshardable": reshardable},
             }
             path = Path(directory) / "config.yaml"
             path.write_text(json.dumps(config))
@@ -63,6 +64,7 @@ def main() -> None:
             for event in map(json.loads, events):
                 if event["event"] == "saved":
                     how = "in the background" if asynchronous else "at once"
+                    how += "" if reshardable else ", nothing gathered"
                     print(
                         f"step {event['step']}, {how}: {event['bytes'] / 1e9:.2f} GB, training stood still for "
                         f"{event['stall_s']:.2f} s, whole after {event['total_s']:.2f} s",
