@@ -22,7 +22,12 @@ import torch.distributed as dist
 
 from megatron_iwsft.errors import ConfigError
 from megatron_iwsft.platform.capabilities import transformer_engine
-from megatron_iwsft.platform.signals import STOP_SIGNALS, die_with_parent, die_with_spawner
+from megatron_iwsft.platform.signals import (
+    STOP_SIGNALS,
+    die_with_parent,
+    die_with_spawner,
+    forks_die_with_their_parent,
+)
 
 DeviceChoice = Literal["auto", "cpu", "cuda"]
 
@@ -168,7 +173,7 @@ def start(device: DeviceChoice = "auto", *, timeout_s: float = 600.0) -> Platfor
     quiet_megatron()
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent()  # torchrun, when it is killed, leaves its workers, and they the writers they have forked
-        os.register_at_fork(after_in_child=die_with_parent)
+        forks_die_with_their_parent()
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(name, value)
     if not use_cuda:

@@ -75,6 +75,21 @@ def die_with_parent() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
+def forks_die_with_their_parent() -> None:
+    """`die_with_parent` in whatever this process forks, and its forks; a parent may be gone before the kernel is told."""
+    parent = [0]
+
+    def note() -> None:
+        parent[0] = os.getpid()
+
+    def follow() -> None:
+        die_with_parent()
+        if os.getppid() != parent[0]:
+            os._exit(EXIT_FAILURE)
+
+    os.register_at_fork(before=note, after_in_child=follow)
+
+
 def die_with_spawner() -> None:
     """`die_with_parent` for a process of multiprocessing's, whose start takes long enough for the other to be gone before."""
     die_with_parent()
