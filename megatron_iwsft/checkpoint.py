@@ -110,7 +110,7 @@ class CheckpointInfo:
     @property
     def reshardable(self) -> bool:
         """Whether its optimizer states can be loaded at any layout, or with other data parallelism only."""
-        return self.config.get("checkpoint", {}).get("reshardable", True)
+        return is_reshardable(self.config)
 
     @property
     def size(self) -> int:
@@ -125,6 +125,11 @@ class CheckpointInfo:
 def info_checksum(info: dict[str, Any]) -> str:
     """SHA-256 of what `iwsft.json` says, which stands in it too, as `checksum`."""
     return hashlib.sha256(json.dumps(info, sort_keys=True).encode()).hexdigest()
+
+
+def is_reshardable(config: dict[str, Any]) -> bool:
+    """What a run's config says of its checkpoints, also one from before it could."""
+    return config.get("checkpoint", {}).get("reshardable", True)
 
 
 def step_name(step: int) -> str:

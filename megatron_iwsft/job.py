@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from megatron_iwsft import checkpoint
 from megatron_iwsft.config import Config, Model
-from megatron_iwsft.custom_objective import find_objective
+from megatron_iwsft.custom_objective import find_objective, source_hash
 from megatron_iwsft.data.corpus import Corpus
 from megatron_iwsft.data.dataset import BatchBuilder, ReferenceLogprobs, RowShape
 from megatron_iwsft.data.sampler import Quality, Sampler
@@ -82,7 +82,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class Job:
-    """A checked, started run, before any model is built."""
+    """A checked, started run, before any model is built. objective_source: SHA-256 of the file of an objective of one's own."""
 
     config: Config
     platform: Platform
@@ -91,6 +91,7 @@ class Job:
     corpus: Corpus
     sampler: Sampler
     objective: ObjectiveFunction
+    objective_source: str | None
     policy: Weights
     reference: Weights
     identity: ReferenceIdentity
@@ -160,7 +161,7 @@ def start_job(config: Config) -> Job:
     """Check everything that can be checked before a process group exists, then join the job. Collective over all ranks."""
     corpus = Corpus.open(config.data.corpus)
     sampler = make_sampler(config, corpus)
-    objective = find_objective(config.objective.name)
+    objective, objective_source = find_objective(config.objective.name), source_hash(config.objective.name)
     policy = Weights(config.model, config.run.seed)
     check_tokenizer(corpus, policy)
     evaluation = Corpus.open(config.evaluation.corpus) if config.evaluation.corpus is not None else None
@@ -211,7 +212,18 @@ def start_job(config: Config) -> Job:
         seed=config.run.seed,
     )
     return Job(
-        config, platform, parallel, data_size, corpus, sampler, objective, policy, reference, identity, evaluation
+        config,
+        platform,
+        parallel,
+        data_size,
+        corpus,
+        sampler,
+        objective,
+        objective_source,
+        policy,
+        reference,
+        identity,
+        evaluation,
     )
 
 

@@ -83,7 +83,7 @@ class Sidecar:
             )
         try:
             manifest = json.loads(path.read_text(encoding="utf-8"))
-            version, made_for = manifest["format_version"], manifest["corpus"]
+            version, made_for, hashes = manifest["format_version"], manifest["corpus"], manifest["files"]
         except (ValueError, KeyError, TypeError):
             raise DataError(f"{path} is damaged. Remove {self.directory}. {again}") from None
         if version != FORMAT_VERSION:
@@ -98,7 +98,7 @@ class Sidecar:
                 raise DataError(
                     f"{self.directory / corpus.shards[k]} does not fit its corpus shard. Remove {self.directory}. {again}"
                 )
-        self._corpus, self._hashes = corpus, manifest["files"]
+        self._corpus, self._hashes = corpus, hashes
 
     def damage(self, rank: int, size: int) -> list[str]:
         """One complaint for each of every `size`-th file, from the `rank`-th, that is not what was written. Reads them whole."""

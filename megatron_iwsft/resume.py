@@ -14,7 +14,6 @@ import torch.distributed as dist
 
 from megatron_iwsft import checkpoint
 from megatron_iwsft.checkpoint import CheckpointInfo
-from megatron_iwsft.custom_objective import source_hash
 from megatron_iwsft.errors import CheckpointError, ConfigError
 from megatron_iwsft.job import Job
 
@@ -88,11 +87,10 @@ def _check_same_run(job: Job, info: CheckpointInfo) -> None:
             f"{info.directory} was saved with checkpoint.reshardable: false and parallel.{key} {info.layout[key]!r}; this run has "
             f"{layout[key]!r}. It can continue with other data parallelism only: set parallel.{key} back."
         )
-    name = job.config.objective.name
-    if info.trainer.get("objective") != source_hash(name):
+    if info.trainer.get("objective", job.objective_source) != job.objective_source:
         raise ConfigError(
-            f"the file of objective.name {name} has changed since {info.directory} was written: the steps behind and those ahead would "
-            "follow different objectives. Bring the earlier file back, or choose another run.dir for a new run."
+            f"the file of objective.name {job.config.objective.name} has changed since {info.directory} was written: the steps behind "
+            "and those ahead would follow different objectives. Bring the earlier file back, or choose another run.dir for a new run."
         )
     if info.corpus is not None and info.corpus != job.corpus.fingerprint:
         raise ConfigError(

@@ -14,7 +14,7 @@ from megatron_iwsft.checkpoint import CheckpointInfo
 from megatron_iwsft.checkpoint_writer import CheckpointWriter, Saved
 from megatron_iwsft.config import Config
 from megatron_iwsft.convert import export_running
-from megatron_iwsft.custom_objective import needs_reference, source_hash
+from megatron_iwsft.custom_objective import needs_reference
 from megatron_iwsft.data.corpus import TOKENIZER
 from megatron_iwsft.errors import DataError, DivergenceError, RequeueError
 from megatron_iwsft.flops import training_flops
@@ -300,7 +300,7 @@ class Trainer:
             self.policy,
             optimizer=self.optimizer,
             schedule=self.schedule,
-            trainer={"guard": self.guard.state(), "objective": source_hash(self.job.config.objective.name)},
+            trainer={"guard": self.guard.state(), "objective": self.job.objective_source},
             lagged=self.lagged,
         )
 
