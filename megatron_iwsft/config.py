@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -76,7 +77,7 @@ class QualityConfig(Section):
     """
 
     mode: Literal["none", "sample", "weight", "thresholds"] = "none"
-    thresholds: list[float | Annotated[str, Field(pattern=r"^\d+(\.\d+)?%$")]] = []
+    thresholds: list[float | str] = []
     normalize: bool = False
 
     @model_validator(mode="after")
@@ -84,8 +85,10 @@ class QualityConfig(Section):
         if (self.mode == "thresholds") != bool(self.thresholds):
             raise ValueError("mode thresholds goes with a list of thresholds, and only it does")
         for threshold in self.thresholds:
-            if isinstance(threshold, str) and float(threshold[:-1]) > 100:
-                raise ValueError(f"a percentile lies between 0% and 100%; found {threshold}")
+            if isinstance(threshold, str) and not (
+                re.fullmatch(r"\d+(\.\d+)?%", threshold) and float(threshold[:-1]) <= 100
+            ):
+                raise ValueError(f"a threshold is a number, or a percentile from 0% to 100%; found {threshold!r}")
         return self
 
 

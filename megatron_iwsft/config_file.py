@@ -112,7 +112,9 @@ def _explain(schema: type[Section], error: ValidationError, where: str) -> str:
         elif kind == "value_error":
             lines.append(f"{location}: {item['ctx']['error']}.")
         elif kind in ("model_type", "model_attributes_type"):
-            lines.append(f"{location} must hold keys; found {found!r}.")
+            lines.append(
+                f"{location} must hold keys ({', '.join(_known_keys(schema, item['loc']))}); found {found!r:.80}."
+            )
         else:
             lines.append(f"{location}: {item['msg'][0].lower()}{item['msg'][1:]}; found {found!r:.80}.")
     return f"{where}: " + ("\n  ".join(["", *lines]) if len(lines) > 1 else lines[0])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import os
+import select
 import sys
 import time
 import traceback
@@ -40,6 +42,7 @@ class PeerError(Exception):
 EXIT_FAILURE = 1
 EXIT_USER_ERROR = 2
 EXIT_REQUEUE = 75  # EX_TEMPFAIL of sysexits.h
+EXIT_UNREAD = 128 + 13  # what a shell calls an end by SIGPIPE
 
 
 def run_command(main: Callable[[], int | None]) -> None:
@@ -51,6 +54,7 @@ def run_command(main: Callable[[], int | None]) -> None:
     """
     try:
         status = main()
+        sys.stdout.flush()
     except UserError as error:
         rank = int(os.environ.get("RANK", "0"))
         if rank > 0:
@@ -61,6 +65,8 @@ def run_command(main: Callable[[], int | None]) -> None:
         _leave(EXIT_REQUEUE, None)
     except PeerError:
         _leave(EXIT_FAILURE, None)
+    except BrokenPipeError:
+        _leave_unread()
     except OSError as error:
         _leave(EXIT_USER_ERROR, f"{error.strerror}: {error.filename}" if error.filename else str(error))
     except KeyboardInterrupt:
@@ -68,6 +74,26 @@ def run_command(main: Callable[[], int | None]) -> None:
     except Exception:
         _leave(EXIT_FAILURE, traceback.format_exc())
     sys.exit(status or 0)
+
+
+def positive_int(text: str) -> int:
+    """The type of command-line options that count something."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number above 0; found {text!r}")
+    return value
+
+
+def _leave_unread() -> None:
+    """End as SIGPIPE would: whoever read the output has gone, as `head` does. Any other broken pipe is a failure."""
+    output = select.poll()
+    output.register(1, 0)
+    if any(event & select.POLLERR for _, event in output.poll(0)):
+        os._exit(EXIT_UNREAD)
+    _leave(EXIT_FAILURE, traceback.format_exc())
 
 
 def _leave(status: int, message: str | None) -> None:

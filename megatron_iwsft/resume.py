@@ -6,14 +6,16 @@ import fcntl
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
 from megatron_iwsft import checkpoint
 from megatron_iwsft.checkpoint import CheckpointInfo
+from megatron_iwsft.config import Config
 from megatron_iwsft.errors import CheckpointError, ConfigError
 from megatron_iwsft.job import Job
 
@@ -69,16 +71,33 @@ def _step(directory: Path) -> int:
     return int(directory.name.removeprefix("step-"))
 
 
+def changes(config: Config, earlier: dict[str, Any]) -> str:
+    """What `config` has differently from the one that a checkpoint was saved with, for the log; empty if nothing."""
+    found = [d for d in _differences(config, earlier) if d[0] != "run" or d[1] not in ("name", "dir")]
+    text = ", ".join(f"{section}.{key} {value!r} (was {before!r})" for section, key, value, before in found)
+    schedule = config.optimizer.schedule
+    if schedule != "constant" and any(key in ("epochs", "max_steps") for _, key, _, _ in found):
+        text += f"; the {schedule} schedule is stretched to the new last step, so the learning rate goes on from another point of it"
+    return text
+
+
+def _differences(config: Config, earlier: dict[str, Any]) -> Iterator[tuple[str, str, Any, Any]]:
+    """(section, key, value, earlier value) of every setting that differs; one that the earlier config does not know does not."""
+    for section, settings in config.model_dump().items():
+        for key, value in settings.items():
+            before = earlier.get(section, {}).get(key, value)
+            if value != before:
+                yield section, key, value, before
+
+
 def _check_same_run(job: Job, info: CheckpointInfo) -> None:
     """Raise ConfigError naming the first thing that a continued run may not change."""
-    for section in _MUST_STAY:
-        for key, value in getattr(job.config, section).model_dump().items():
-            earlier = info.config.get(section, {}).get(key, value)
-            if value != earlier and key not in _MAY_CHANGE.get(section, ()):
-                raise ConfigError(
-                    f"{section}.{key} is {value!r}, but {info.directory} was trained with {earlier!r}. Set it back to continue that "
-                    "run, or choose another run.dir for a new one."
-                )
+    for section, key, value, earlier in _differences(job.config, info.config):
+        if section in _MUST_STAY and key not in _MAY_CHANGE.get(section, ()):
+            raise ConfigError(
+                f"{section}.{key} is {value!r}, but {info.directory} was trained with {earlier!r}. Set it back to continue that "
+                "run, or choose another run.dir for a new one."
+            )
     layout = job.config.parallel.model_dump()
     differing = [key for key in layout if key != "recompute" and layout[key] != info.layout.get(key, layout[key])]
     if not info.reshardable and differing:

@@ -30,7 +30,7 @@ from megatron_iwsft.optim import build_optimizer, build_schedule, gradient_norm,
 from megatron_iwsft.platform.signals import StopSignals
 from megatron_iwsft.platform.watchdog import Watchdog
 from megatron_iwsft.reference import Sidecar
-from megatron_iwsft.resume import lock_run, resume
+from megatron_iwsft.resume import changes, lock_run, resume
 from megatron_iwsft.saving import Saver
 from megatron_iwsft.step import LossTotals, TrainStep
 
@@ -290,7 +290,12 @@ class Trainer:
             return None
         self.guard.load_state(info.trainer["guard"])
         self.saver.last_good = Saved(root / info.directory.name, info.step, info.size, 0.0, 0.0)
-        self.events("resumed", f"resuming from {info.directory} after step {info.step}", step=info.step)
+        changed = changes(self.job.config, info.config)
+        self.events(
+            "resumed",
+            f"resuming from {info.directory} after step {info.step}" + (f" with {changed}" if changed else ""),
+            step=info.step,
+        )
         return info.step
 
     def _write(self, writer: CheckpointWriter, step: int) -> None:

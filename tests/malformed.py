@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
+SHARD = ["tools/shard_corpus.py", "a", "--output", "b", "--tokenizer", "c"]
 VALID = {
     "run": {"name": "r", "dir": "runs/r"},
     "model": {"hf": "/models/m"},
@@ -87,8 +88,23 @@ def cases(directory: Path) -> dict[str, tuple[list[str], str]]:
             "int4",
         ),
         "sharding with a word for a number": (
-            ["tools/shard_corpus.py", "a", "--output", "b", "--tokenizer", "c", "--max-tokens", "many"],
+            [*SHARD, "--max-tokens", "many"],
             "many",
+        ),
+        "bounds the wrong way round": (
+            [*SHARD, "--min-tokens", "9", "--max-tokens", "3"],
+            "no trajectory has at least 9 tokens and at most 3",
+        ),
+        "scores from two places": (
+            [*SHARD, "--answer-field", "a", "--wrong-answers", "score", "--score-field", "s"],
+            "--wrong-answers score makes the score itself",
+        ),
+        "scored answers without an answer": ([*SHARD, "--wrong-answers", "score"], "answer_field names the reference"),
+        "a share that merges": ([*SHARD, "--task", "0/2", "--merge"], "not allowed with"),
+        "no workers": ([*SHARD, "--workers", "0"], "must be a whole number above 0; found '0'"),
+        "costs of no tokens": (
+            ["tools/reference_costs.py", "--model", "m", "--tokens", "0", "--epochs", "1"],
+            "must be a whole number above 0; found '0'",
         ),
         "inspecting nothing": (["tools/inspect_checkpoint.py"], "checkpoint"),
         "a report of nothing": (["tools/report.py"], "RUN_DIR"),

@@ -11,7 +11,7 @@ import argparse
 import os
 from pathlib import Path
 
-from megatron_iwsft.errors import CheckpointError, run_command
+from megatron_iwsft.errors import CheckpointError, positive_int, run_command
 
 _TEXT = "A train leaves at 9:40 and arrives at 12:05. How long is the journey? From 9:40 to 12:05 is 2 hours and 25 minutes."
 
@@ -24,7 +24,9 @@ def main() -> int:
     to_checkpoint.add_argument("--output", required=True, help="directory to write the checkpoint under")
     to_checkpoint.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
     for degree in ("tensor", "pipeline", "expert"):
-        to_checkpoint.add_argument(f"--{degree}", type=int, default=1, help=f"{degree}-parallel degree, under torchrun")
+        to_checkpoint.add_argument(
+            f"--{degree}", type=positive_int, default=1, help=f"{degree}-parallel degree, under torchrun"
+        )
     to_hf = commands.add_parser("export", help="checkpoint → Hugging Face directory")
     to_hf.add_argument("--checkpoint", required=True, help="a checkpoint, or a run directory (its latest)")
     to_hf.add_argument("--output", required=True, help="directory to make")
@@ -35,7 +37,7 @@ def main() -> int:
     check.add_argument("--text", type=Path, help="text file to compare on; default: a built-in sentence")
     check.add_argument(
         "--length",
-        type=int,
+        type=positive_int,
         nargs="+",
         help="tokens to repeat the text to; default: as it is, and a little beyond the model's original and full context length "
         "and its sliding window, up to 16,384",

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from megatron_iwsft.errors import run_command
+from megatron_iwsft.errors import positive_int, run_command
 
 
 def _arguments() -> argparse.Namespace:
@@ -25,16 +25,18 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--corpus", metavar="DIR", help="corpus directory of tools/shard_corpus.py")
     parser.add_argument("--tasks", help="of lm-evaluation-harness, separated by commas")
     parser.add_argument("--output", type=Path, default=Path("evaluation"), help="default: evaluation/")
-    parser.add_argument("--limit", type=int, help="only the first so many problems of each")
-    parser.add_argument("--samples", type=int, default=1, help="answers to each problem (default: 1)")
-    parser.add_argument("--k", type=int, nargs="+", help="of pass@k; default: 1, 2, 4, … up to the number of samples")
+    parser.add_argument("--limit", type=positive_int, help="only the first so many problems of each")
+    parser.add_argument("--samples", type=positive_int, default=1, help="answers to each problem (default: 1)")
+    parser.add_argument(
+        "--k", type=positive_int, nargs="+", help="of pass@k; default: 1, 2, 4, … up to the number of samples"
+    )
     parser.add_argument("--temperature", type=float, help="default: 0 (greedy) for one sample, 0.6 for several")
     parser.add_argument("--top-p", type=float, default=0.95)
-    parser.add_argument("--max-new-tokens", type=int, default=1024)
+    parser.add_argument("--max-new-tokens", type=positive_int, default=1024)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--backend", choices=("auto", "vllm", "transformers"), default="auto")
-    parser.add_argument("--batch-size", type=int, default=16, help="answers generated at once by transformers")
-    parser.add_argument("--tensor-parallel", type=int, default=1, help="GPUs that vLLM spreads a model over")
+    parser.add_argument("--batch-size", type=positive_int, default=16, help="answers generated at once by transformers")
+    parser.add_argument("--tensor-parallel", type=positive_int, default=1, help="GPUs that vLLM spreads a model over")
     parser.add_argument("--prompt-format", default="{prompt}", help="text around the question, such as an instruction")
     parser.add_argument("--raw", action="store_true", help="without the chat template")
     parser.add_argument("--prompt-field", help="default: question, problem or prompt")

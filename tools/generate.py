@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 
-from megatron_iwsft.errors import run_command
+from megatron_iwsft.errors import positive_int, run_command
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True, help="Hugging Face directory")
     parser.add_argument("prompts", nargs="+")
-    parser.add_argument("--max-new-tokens", type=int, default=256)
+    parser.add_argument("--max-new-tokens", type=positive_int, default=256)
     args = parser.parse_args()
 
     from megatron_iwsft.platform import quiet_megatron

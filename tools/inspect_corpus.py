@@ -6,13 +6,13 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_iwsft.errors import DataError, run_command
+from megatron_iwsft.errors import DataError, positive_int, run_command
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("corpus", type=Path, metavar="DIR", help="corpus directory")
-    parser.add_argument("--seq-length", type=int, action="append", help="packing at this length; repeatable")
+    parser.add_argument("--seq-length", type=positive_int, action="append", help="packing at this length; repeatable")
     parser.add_argument("--samples", type=int, default=2, help="random trajectories to show (default: 2)")
     parser.add_argument("--seed", type=int, default=0, help="which ones")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write the same as one self-contained page")

@@ -7,20 +7,20 @@ from __future__ import annotations
 
 import argparse
 
-from megatron_iwsft.errors import ConfigError, run_command
+from megatron_iwsft.errors import ConfigError, positive_int, run_command
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="Hugging Face directory (only config.json is read)")
-    parser.add_argument("--gpus", type=int, required=True)
-    parser.add_argument("--gpus-per-node", type=int, default=8)
-    parser.add_argument("--seq-length", type=int, required=True)
-    parser.add_argument("--micro-batch-size", type=int, default=1)
-    parser.add_argument("--global-batch-size", type=int, required=True)
+    parser.add_argument("--gpus", type=positive_int, required=True)
+    parser.add_argument("--gpus-per-node", type=positive_int, default=8)
+    parser.add_argument("--seq-length", type=positive_int, required=True)
+    parser.add_argument("--micro-batch-size", type=positive_int, default=1)
+    parser.add_argument("--global-batch-size", type=positive_int, required=True)
     parser.add_argument("--memory", type=float, default=80.0, help="GB of one GPU; layouts that need more are left out")
     parser.add_argument("--recompute", choices=("none", "full"), default="none")
-    parser.add_argument("--most", type=int, default=20, help="rows shown")
+    parser.add_argument("--most", type=positive_int, default=20, help="rows shown")
     args = parser.parse_args()
 
     from megatron_iwsft.model.architecture import Architecture

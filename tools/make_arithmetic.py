@@ -6,14 +6,14 @@ import argparse
 import json
 from pathlib import Path
 
-from megatron_iwsft.errors import run_command
+from megatron_iwsft.errors import positive_int, run_command
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--count", type=int, default=10_000)
-    parser.add_argument("--digits", type=int, default=2, help="digits of each summand")
+    parser.add_argument("--count", type=positive_int, default=10_000)
+    parser.add_argument("--digits", type=positive_int, default=2, help="digits of each summand")
     parser.add_argument("--wrong", type=float, default=0.3, help="share of wrong demonstrations")
     parser.add_argument("--judge-error", type=float, default=0.1, help="share that the score judges the other way")
     parser.add_argument("--seed", type=int, default=0)

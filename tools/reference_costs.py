@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import argparse
 
-from megatron_iwsft.errors import ConfigError, run_command
+from megatron_iwsft.errors import ConfigError, positive_int, run_command
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True, help="directory with a config.json")
-    parser.add_argument("--tokens", type=int, required=True, help="tokens in the corpus")
-    parser.add_argument("--epochs", type=int, required=True)
+    parser.add_argument("--tokens", type=positive_int, required=True, help="tokens in the corpus")
+    parser.add_argument("--epochs", type=positive_int, required=True)
     for degree in ("tensor", "pipeline", "expert", "context", "data"):
-        parser.add_argument(f"--{degree}", type=int, default=1, help=f"{degree}-parallel degree")
+        parser.add_argument(f"--{degree}", type=positive_int, default=1, help=f"{degree}-parallel degree")
     args = parser.parse_args()
 
     from megatron_iwsft.model.architecture import Architecture

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megatron_iwsft.errors import DataError, run_command
+from megatron_iwsft.errors import DataError, positive_int, run_command
 
 
 def main() -> None:
@@ -22,6 +22,8 @@ def main() -> None:
 
     if args.min_score is not None and not (args.score_field or args.source_score or args.wrong_answers == "score"):
         raise DataError("--min-score needs scores: name their field with --score-field; without one every score is 1.")
+    if args.wrong_answers == "score" and (args.score_field or args.source_score):
+        raise DataError("--wrong-answers score makes the score itself; leave out --score-field and --source-score.")
     settings = ShardSettings(
         tokenizer=args.tokenizer,
         template=args.template,
@@ -60,8 +62,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--output", required=True, type=Path, help="corpus directory to make")
     add("--tokenizer", required=True, help="Hugging Face directory with tokenizer.json, or SentencePiece .model")
     add("--template", help="named chat template (chatml, plain); default: the tokenizer's own")
-    add("--shard-tokens", type=int, default=100_000_000, help="tokens a shard (default: 100 million)")
-    add("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
+    add("--shard-tokens", type=positive_int, default=100_000_000, help="tokens a shard (default: 100 million)")
+    add("--workers", type=positive_int, default=os.cpu_count() or 1, help="processes (default: all cores)")
     add(
         "--encoder",
         choices=("auto", "own"),
@@ -119,8 +121,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="EXPRESSION",
         help="drop records for which it does not hold, such as 'judge >= 4 and not truncated'",
     )
-    add("--min-tokens", type=int, help="drop shorter trajectories")
-    add("--max-tokens", type=int, help="drop longer trajectories")
+    add("--min-tokens", type=positive_int, help="drop shorter trajectories")
+    add("--max-tokens", type=positive_int, help="drop longer trajectories")
     add(
         "--near-duplicates",
         type=float,
@@ -141,10 +143,10 @@ def _parser() -> argparse.ArgumentParser:
         default="drop",
         help="score: keep them; the score is 1 for right, 0 for wrong",
     )
-    add("--max-per-source", type=int, help="keep this many trajectories of each source")
+    add("--max-per-source", type=positive_int, help="keep this many trajectories of each source")
 
     array = parser.add_argument_group("job arrays (slurm/shard_corpus.sbatch)")
-    add = array.add_argument
+    add = array.add_mutually_exclusive_group().add_argument
     add("--array", action="store_true", help="do this Slurm array task's share of the input files")
     add("--task", metavar="I/N", help="do share I (from 0) of N of the input files")
     add("--merge", action="store_true", help="make the corpus of all shares, with the same arguments")

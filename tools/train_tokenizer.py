@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from megatron_iwsft.errors import run_command
+from megatron_iwsft.errors import positive_int, run_command
 
 
 def main() -> None:
@@ -13,7 +13,7 @@ def main() -> None:
     parser.add_argument("inputs", nargs="+", type=Path, metavar="INPUT", help="JSONL files")
     parser.add_argument("--output", required=True, type=Path, help="tokenizer directory to make")
     parser.add_argument("--field", action="append", required=True, help="text field to train on; repeat for several")
-    parser.add_argument("--vocab-size", type=int, default=8000)
+    parser.add_argument("--vocab-size", type=positive_int, default=8000)
     args = parser.parse_args()
 
     from megatron_iwsft.data.train_tokenizer import train_tokenizer

@@ -52,6 +52,10 @@ class Curation:
             compile_expression(self.keep)
         if self.near_duplicates is not None and not 0.3 <= self.near_duplicates <= 1:
             raise DataError(f"near-duplicates are found from a similarity of 0.3 to 1, not {self.near_duplicates:g}.")
+        if self.min_tokens is not None and self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise DataError(f"no trajectory has at least {self.min_tokens} tokens and at most {self.max_tokens}.")
+        if self.wrong_answers == "score" and self.answer_field is None:
+            raise DataError("wrong answers can be scored where answer_field names the reference answer; it does not.")
 
     def described(self) -> dict[str, Any]:
         """For the manifest: the settings, with the benchmark files by name and content instead of path."""

@@ -115,10 +115,13 @@ def shard_corpus(
     job = Job(inputs, settings)
     finished = finished_manifest(output, job.run)
     if finished is not None:
+        log.info(f"{output} is complete; it was made from these inputs with these settings")
         return finished
     with told_if_disk_fails(output):
         output.mkdir(parents=True, exist_ok=True)
         progress = resume(output, job.run)
+        if progress.shards:
+            log.info(f"{output} was begun; continuing after its {len(progress.shards)} finished shards")
         with progress_bar(job.inputs, show_progress) as bar, worker_pool(job, workers, encoder) as mapper:
             blocks = mapper(_all_blocks(job.inputs, progress))
             return write_corpus(job, output, progress, _watched(blocks, bar, job.inputs), bar)
@@ -242,7 +245,7 @@ def _template(tokenizer: Tokenizer, settings: ShardSettings) -> ChatTemplate:
 
 def _lenient(settings: ShardSettings) -> Curation:
     """No slow checks: for the sample that only tokenization is compared on."""
-    return replace(settings.curation, benchmarks=(), answer_field=None, near_duplicates=None)
+    return replace(settings.curation, benchmarks=(), answer_field=None, wrong_answers="drop", near_duplicates=None)
 
 
 def _all_blocks(inputs: list[Input], progress: Progress) -> Iterator[Block]:
@@ -294,8 +297,11 @@ def _manifest(output: Path, progress: Progress, job: Job) -> dict[str, Any]:
     scores = meta["score"].drop_null().to_numpy()
     if not len(lengths):
         why = ", ".join(f"{reason}: {n}" for reason, n in sorted(progress.reasons.items())) or "the inputs are empty"
+        with open(output / layout.DROPPED, encoding="utf-8") as dropped:
+            first = dropped.readline().strip()
         raise DataError(
-            f"no trajectory was taken ({why}); see {output / layout.DROPPED}. Remove {output} before trying again."
+            f"no trajectory was taken ({why}). The first in {output / layout.DROPPED}: {first or 'none'}. Remove {output} before "
+            "trying again."
         )
     files = {name: digest for shard in progress.shards for name, digest in shard["files"].items()}
     for path in [output / layout.DROPPED, *sorted((output / layout.TOKENIZER).iterdir())]:

@@ -138,3 +138,14 @@ def test_the_command_verifies(corpus: Corpus, tmp_path: Path) -> None:
     done = subprocess.run(line, capture_output=True, text=True)
     assert done.returncode == 2
     assert "shard-00001.mask.bin has changed" in done.stderr and "shard-00000.idx is missing" in done.stderr
+
+
+def test_a_reader_that_has_seen_enough_ends_it_quietly(corpus: Corpus) -> None:
+    with subprocess.Popen(
+        [sys.executable, str(TOOL), str(corpus.directory)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as run:
+        assert run.stdout is not None and run.stderr is not None
+        run.stdout.close()
+        assert (run.stderr.read(), run.wait()) == (b"", 141)

@@ -295,7 +295,10 @@ def test_mistakes_of_a_run_are_told(tmp_path: Path, bpe: Path) -> None:
             records,
             tiny.hf_tokenizer(tmp_path / "endless", template="{% for m in messages %}{{ m.content }}{% endfor %}"),
         )
-    with pytest.raises(DataError, match=r"no trajectory was taken \(empty response: 1\)"):
+    with pytest.raises(
+        DataError,
+        match=r"(?s)no trajectory was taken \(empty response: 1\)\. The first in .*\"reason\": ?\"empty response\"",
+    ):
         shard(tmp_path, [{"prompt": "a", "response": ""}], bpe)
     shutil.rmtree(tmp_path / "corpus")
     shard(tmp_path, records, bpe)
