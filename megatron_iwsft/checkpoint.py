@@ -34,19 +34,16 @@ from megatron_iwsft.errors import CheckpointError
 from megatron_iwsft.lagged import LaggedCopy
 from megatron_iwsft.model.architecture import Architecture
 from megatron_iwsft.model.weights import named_rows
+from megatron_iwsft.optimizer_state import load_optimizer_state, sharded_optimizer_state
 from megatron_iwsft.platform import random_states, set_random_states
 
 INFO = "iwsft.json"
 LATEST = "latest"
 TOKENIZER = "tokenizer"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
-# How Megatron-Core lays states out: one key a layer (so that any pipeline split and the exporter find it), optimizer states in
-# the shape of their parameters (so that they load at any layout).
-_LAYOUT = {
-    "non_homogeneous_layers": True,
-    "distrib_optim_fully_reshardable_mem_efficient": False,
-}
+# One key a layer, so that any pipeline split and the exporter find it.
+_LAYOUT = {"non_homogeneous_layers": True}
 
 
 @dataclass(frozen=True)
@@ -108,11 +105,6 @@ class CheckpointInfo:
             raise CheckpointError(f"{path} is damaged.") from None
 
     @property
-    def reshardable(self) -> bool:
-        """Whether its optimizer states can be loaded at any layout, or with other data parallelism only."""
-        return is_reshardable(self.config)
-
-    @property
     def size(self) -> int:
         """Bytes of all its files."""
         return sum(file["bytes"] for file in self.files.values())
@@ -127,11 +119,6 @@ def info_checksum(info: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(info, sort_keys=True).encode()).hexdigest()
 
 
-def is_reshardable(config: dict[str, Any]) -> bool:
-    """What a run's config says of its checkpoints, also one from before it could."""
-    return config.get("checkpoint", {}).get("reshardable", True)
-
-
 def step_name(step: int) -> str:
     return f"step-{step:08d}"
 
@@ -143,22 +130,17 @@ def sharded_state(
     *,
     loading: bool,
     random: bool,
-    reshardable: bool = True,
     lagged: Sequence[LaggedCopy] = (),
 ) -> dict[str, Any]:
-    """Megatron-Core's sharded state dict of model, optimizer, schedule, lagged copies and, with `random`, this rank's random states.
-
-    reshardable: the distributed optimizer's states by parameter, which saving gathers; else by bucket, as they lie.
-    """
+    """Megatron-Core's sharded state dict of model, optimizer, schedule, lagged copies and, with `random`, this rank's random states."""
     from megatron.core.dist_checkpointing import ShardedObject
 
-    metadata = {**_LAYOUT, "distrib_optim_sharding_type": "fully_reshardable" if reshardable else "dp_reshardable"}
+    metadata: dict[str, Any] = dict(_LAYOUT)  # Megatron-Core puts this layout's process groups into it
     state: dict[str, Any] = {f"model{i}": chunk.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(chunks)}
     if optimizer is not None:
-        _create_optimizer_states(optimizer)
         # Chunks of an interleaved pipeline number their layers alike: the optimizer wants tensors, whatever their keys.
         models = {f"{part}.{name}": tensor for part, tensors in state.items() for name, tensor in tensors.items()}
-        state["optimizer"] = optimizer.sharded_state_dict(models, is_loading=loading, metadata=metadata)
+        state["optimizer"] = sharded_optimizer_state(optimizer, models, loading=loading, metadata=metadata)
     if schedule is not None:
         state["schedule"] = schedule.state_dict()
     for copy in lagged:
@@ -166,57 +148,6 @@ def sharded_state(
     if random:
         state["random"] = ShardedObject("random", random_states(), (dist.get_world_size(),), (dist.get_rank(),))
     return state
-
-
-def _create_optimizer_states(optimizer: Any) -> None:
-    """Give torch's AdamW its states, which it makes at its first step, so that there is something to load into or to save.
-
-    A step at learning rate 0 over gradients of 0, which changes nothing but the step counts; they are set back.
-    """
-    for part in optimizer.chained_optimizers:
-        inner = part.optimizer
-        if not isinstance(inner, torch.optim.Optimizer) or inner.state:
-            continue
-        rates = [group["lr"] for group in inner.param_groups]
-        for group in inner.param_groups:
-            group["lr"] = 0.0
-            for parameter in group["params"]:
-                parameter.grad = torch.zeros_like(parameter)
-        inner.step()
-        inner.zero_grad()
-        for group, rate in zip(inner.param_groups, rates, strict=True):
-            group["lr"] = rate
-            if "step" in group:
-                group["step"] = 0
-        for values in inner.state.values():
-            if "step" in values:
-                values["step"] = torch.zeros_like(values["step"])
-
-
-@torch.no_grad()
-def _load_optimizer(optimizer: Any, state: dict[Any, Any]) -> None:
-    """`optimizer.load_state_dict`, but for the distributed optimizer over torch's AdamW.
-
-    Megatron-Core keeps AdamW's step count in the parameter groups, then, loading parameter states, expects it among those too
-    and fails (0.16 and 0.19 alike). So the two halves are loaded one after the other, with the counts out of the way.
-    """
-    parts = optimizer.chained_optimizers
-    states = [state] if len(parts) == 1 else [state[i] for i in range(len(parts))]
-    for part, own in zip(parts, states, strict=True):
-        if not isinstance(part.optimizer, torch.optim.Optimizer) or "param_state" not in own:
-            part.load_state_dict(own)
-            continue
-        parameter_state = own.pop("param_state")
-        part.load_state_dict(own)
-        states = part.optimizer.state.items()
-        steps = {parameter: values.pop("step") for parameter, values in states if "step" in values}
-        if own["param_state_sharding_type"] == "dp_reshardable":
-            part.load_parameter_state_from_dp_reshardable(parameter_state)
-        else:
-            part.load_parameter_state_from_fully_reshardable(parameter_state)
-        for parameter, step in steps.items():
-            # A count of its own: Megatron-Core hands all of them one tensor, which each update would then advance.
-            part.optimizer.state[parameter]["step"] = step.clone()
 
 
 def complete_checkpoints(root: Path) -> list[Path]:
@@ -243,9 +174,7 @@ def load(
 
     info = CheckpointInfo.read(directory)
     verify(info)
-    wanted = sharded_state(
-        chunks, optimizer, schedule, loading=True, random=random, reshardable=info.reshardable, lagged=lagged
-    )
+    wanted = sharded_state(chunks, optimizer, schedule, loading=True, random=random, lagged=lagged)
     try:
         state = dist_checkpointing.load(wanted, str(directory))
     except (Exception, CheckpointException) as error:  # many kinds, for a damaged file
@@ -253,7 +182,7 @@ def load(
     for i, chunk in enumerate(chunks):
         chunk.load_state_dict(state[f"model{i}"], strict=False)
     if optimizer is not None:
-        _load_optimizer(optimizer, state["optimizer"])
+        load_optimizer_state(optimizer, state["optimizer"])
     if schedule is not None:
         schedule.load_state_dict(state["schedule"])
     for copy in lagged:

@@ -100,7 +100,6 @@ class CheckpointWriter:
             schedule,
             loading=False,
             random=optimizer is not None,
-            reshardable=checkpoint.is_reshardable(self.config),
             lagged=lagged,
         )
         partial_directory = self._prepare(final, _bytes_to_write(state))

@@ -304,9 +304,6 @@ class Checkpoint(Section):
     that are a multiple of it stay too, 0 none; asynchronous: written by a forked process while training goes on; resume: auto
     continues the run's own.
 
-    reshardable: optimizer states are gathered over data-parallel ranks for each save, so that the run can continue at any layout.
-    Without it training stands still for less, and the run can continue with other data parallelism only. Weights are the same in both.
-
     A save that fails is tried again after `retry_after` steps; `max_failures` in a row end the run.
     """
 
@@ -314,7 +311,6 @@ class Checkpoint(Section):
     keep: PositiveInt = 3
     keep_every: NonNegativeInt = 0
     asynchronous: bool = False
-    reshardable: bool = True
     resume: Literal["auto", "never"] = "auto"
     retry_after: PositiveInt = 10
     max_failures: PositiveInt = 5

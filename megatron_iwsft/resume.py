@@ -98,14 +98,6 @@ def _check_same_run(job: Job, info: CheckpointInfo) -> None:
                 f"{section}.{key} is {value!r}, but {info.directory} was trained with {earlier!r}. Set it back to continue that "
                 "run, or choose another run.dir for a new one."
             )
-    layout = job.config.parallel.model_dump()
-    differing = [key for key in layout if key != "recompute" and layout[key] != info.layout.get(key, layout[key])]
-    if not info.reshardable and differing:
-        key = differing[0]
-        raise ConfigError(
-            f"{info.directory} was saved with checkpoint.reshardable: false and parallel.{key} {info.layout[key]!r}; this run has "
-            f"{layout[key]!r}. It can continue with other data parallelism only: set parallel.{key} back."
-        )
     if info.trainer.get("objective", job.objective_source) != job.objective_source:
         raise ConfigError(
             f"the file of objective.name {job.config.objective.name} has changed since {info.directory} was written: the steps behind "

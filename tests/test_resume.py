@@ -33,5 +33,5 @@ def test_what_changed_is_said() -> None:
 
 def test_a_setting_that_the_checkpoint_does_not_know_has_not_changed() -> None:
     earlier = config().model_dump()
-    del earlier["checkpoint"]["reshardable"], earlier["export"]
-    assert changes(config("checkpoint.reshardable=false", "export.at_end=true"), earlier) == ""
+    del earlier["checkpoint"]["keep_every"], earlier["export"]
+    assert changes(config("checkpoint.keep_every=5", "export.at_end=true"), earlier) == ""

@@ -1,17 +1,21 @@
-"""How long training stands still for a checkpoint: at once, in the background, and there without gathering optimizer states
-(`checkpoint.reshardable: false`): python tools/bench/checkpoints.py [--hidden 1024]
+"""How long training stands still for a checkpoint, at once and in the background: python tools/bench/checkpoints.py [--hidden 1024]
 
-Two processes under torchrun train a model from random weights for a few steps, saving twice; prints what logs/events.jsonl says.
+Two data-parallel processes under torchrun train a model from random weights for a few steps, saving twice; prints what
+logs/events.jsonl says. Then what the optimizer's sharded state dict takes, here (optimizer_state.py) and as Megatron-Core gathers it
+(`fully_reshardable`), in time and in peak memory.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import resource
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
+from typing import Any
 
 from megatron_iwsft.errors import run_command
 
@@ -27,7 +31,7 @@ def main() -> None:
     )
     args = parser.parse_args()
 
-    from megatron_iwsft.testing import worked_sums
+    from megatron_iwsft.testing import run_distributed, worked_sums
 
     model = {
         "model_type": "qwen2",
@@ -39,7 +43,7 @@ def main() -> None:
         "vocab_size": 400,
         "max_position_embeddings": 512,
     }
-    for asynchronous, reshardable in ((False, True), (True, True), (True, False)):
+    for asynchronous in (False, True):
         with tempfile.TemporaryDirectory(dir=args.output) as directory:
             config = {
                 "run": {"name": "stall", "dir": f"{directory}/run", "device": "cpu"},
@@ -52,7 +56,7 @@ def main() -> None:
                 },
                 "objective": {"name": "sft"},
                 "precision": {"dtype": "fp32"},
-                "checkpoint": {"every": 4, "keep": 1, "asynchronous": asynchronous, "reshardable": reshardable},
+                "checkpoint": {"every": 4, "keep": 1, "asynchronous": asynchronous},
             }
             path = Path(directory) / "config.yaml"
             path.write_text(json.dumps(config))
@@ -64,12 +68,48 @@ def main() -> None:
             for event in map(json.loads, events):
                 if event["event"] == "saved":
                     how = "in the background" if asynchronous else "at once"
-                    how += "" if reshardable else ", nothing gathered"
                     print(
                         f"step {event['step']}, {how}: {event['bytes'] / 1e9:.2f} GB, training stood still for "
                         f"{event['stall_s']:.2f} s, whole after {event['total_s']:.2f} s",
                         flush=True,
                     )
+    for how, (seconds, grown) in run_distributed(state_dicts, 2, model)[0].items():
+        print(f"the optimizer's state dict, {how}: {seconds:.2f} s, {grown / 2**20:,.0f} MiB more a process")
+
+
+def state_dicts(platform: Any, model: dict[str, Any]) -> dict[str, tuple[float, int]]:
+    """Way → (seconds, growth of this process's peak memory in bytes). Collective."""
+    import torch
+
+    from megatron_iwsft.config import Optimizer
+    from megatron_iwsft.model.architecture import Architecture
+    from megatron_iwsft.model.build import ModelSettings, build_model, load_weights
+    from megatron_iwsft.model.hf import RandomInit
+    from megatron_iwsft.optim import build_optimizer, wrap_for_gradients
+    from megatron_iwsft.optimizer_state import sharded_optimizer_state
+
+    architecture = Architecture.from_hf(model, where="the bench")
+    parallel = platform.parallel()
+    chunks = build_model(architecture, parallel, platform, ModelSettings())
+    load_weights(chunks, RandomInit(architecture, 0), parallel)
+    wrapped = wrap_for_gradients(chunks, Optimizer())
+    optimizer = build_optimizer(wrapped, Optimizer(), torch.float32)
+    metadata = {"non_homogeneous_layers": True, "distrib_optim_sharding_type": "fully_reshardable"}
+    models = {
+        f"{i}.{k}": v for i, chunk in enumerate(wrapped) for k, v in chunk.sharded_state_dict(metadata=metadata).items()
+    }
+    sharded_optimizer_state(optimizer, models, loading=False, metadata=metadata)  # which makes the states
+    found = {}
+    for how, make in {
+        "here": lambda: sharded_optimizer_state(optimizer, models, loading=False, metadata=metadata),
+        "gathered by Megatron-Core": lambda: optimizer.sharded_state_dict(models, metadata=metadata),
+    }.items():
+        torch.distributed.barrier()
+        before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+        state = make()
+        found[how] = time.perf_counter() - started, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+        del state
+    return found
 
 
 if __name__ == "__main__":
