@@ -98,7 +98,6 @@ class CheckpointWriter:
             chunks,
             optimizer,
             schedule,
-            loading=False,
             random=optimizer is not None,
             lagged=lagged,
         )
@@ -281,7 +280,10 @@ class _as_checkpoint_error:
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, CheckpointException):
-            raise CheckpointError(f"{self.what} could not be written: {checkpoint.short(error)}") from None
+            reason = checkpoint.short(error)
+            if "inline_container" in reason:  # torch.save's word for a write that returned early
+                reason = f"a write was cut short, as by a full disk, a quota or a limit on file sizes ({reason})."
+            raise CheckpointError(f"{self.what} could not be written: {reason}") from None
 
 
 def _on_first_rank(function: Callable[[], Any], what: Path) -> Any:

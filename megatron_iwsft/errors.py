@@ -1,14 +1,16 @@
-"""Errors meant for people. Each message says what was expected, what was found, where, and the way out."""
+"""What commands say and how they end. Each message for people says what was expected, what was found, where, and the way out."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import select
 import sys
 import time
 import traceback
 from collections.abc import Callable
+from typing import Any
 
 
 class UserError(Exception):
@@ -48,12 +50,17 @@ EXIT_UNREAD = 128 + 13  # what a shell calls an end by SIGPIPE
 def run_command(main: Callable[[], int | None]) -> None:
     """Run a command's `main` and exit with its status; a `UserError` becomes one message on standard error.
 
-    Statuses: 0 done, 2 a user's mistake, 75 stopped on request and to be started again, 1 anything else. Of the ranks of a job
-    only one speaks: most mistakes are met by every rank, so rank 0 is given time to speak first, then the first rank of each
-    machine; torchrun ends the others of its machine with the first that fails.
+    Statuses: 0 done, 2 a user's mistake, 75 stopped on request and to be started again, 130 interrupted, 141 nobody reads the output
+    any more (as after `| head`), 1 anything else. Of the ranks of a job only one speaks: most mistakes are met by every rank, so rank
+    0 is given time to speak first, then the first rank of each machine; torchrun ends the others of its machine with the first that
+    fails.
     """
+    status: Any
     try:
-        status = main()
+        try:
+            status = main()
+        except SystemExit as exit:  # argparse's
+            status = exit.code
         sys.stdout.flush()
     except UserError as error:
         rank = int(os.environ.get("RANK", "0"))
@@ -66,7 +73,9 @@ def run_command(main: Callable[[], int | None]) -> None:
     except PeerError:
         _leave(EXIT_FAILURE, None)
     except BrokenPipeError:
-        _leave_unread()
+        if _output_is_read():
+            _leave(EXIT_FAILURE, traceback.format_exc())
+        _leave(EXIT_UNREAD, "nobody reads the output any more; the run ends." if "RANK" in os.environ else None)
     except OSError as error:
         _leave(EXIT_USER_ERROR, f"{error.strerror}: {error.filename}" if error.filename else str(error))
     except KeyboardInterrupt:
@@ -87,18 +96,17 @@ def positive_int(text: str) -> int:
     return value
 
 
-def _leave_unread() -> None:
-    """End as SIGPIPE would: whoever read the output has gone, as `head` does. Any other broken pipe is a failure."""
+def _output_is_read() -> bool:
+    """Whether standard output has a reader, or needs none; otherwise a broken pipe was another one."""
     output = select.poll()
     output.register(1, 0)
-    if any(event & select.POLLERR for _, event in output.poll(0)):
-        os._exit(EXIT_UNREAD)
-    _leave(EXIT_FAILURE, traceback.format_exc())
+    return not any(event & (select.POLLERR | select.POLLHUP) for _, event in output.poll(0))
 
 
 def _leave(status: int, message: str | None) -> None:
     """End the process without the interpreter's teardown, where peers waiting in a collective would add tracebacks of their own."""
     if message is not None:
         print(message, file=sys.stderr, flush=True)
-    sys.stdout.flush()
+    with contextlib.suppress(BrokenPipeError):
+        sys.stdout.flush()
     os._exit(status)

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from megatron_iwsft import checkpoint
 from megatron_iwsft.checkpoint import CheckpointInfo
-from megatron_iwsft.config import Config
+from megatron_iwsft.config import Config, Section
 from megatron_iwsft.errors import CheckpointError, ConfigError
 from megatron_iwsft.job import Job
 
@@ -25,6 +25,12 @@ _MAY_CHANGE = {
     "data": {"corpus", "micro_batch_size", "epochs", "max_steps"},
 }
 _MUST_STAY = ("model", "data", "objective", "reference", "precision", "run")
+_OF_NO_EFFECT = {"run.name", "run.dir"}
+_OF_THE_RATE = {
+    "data.epochs",
+    "data.max_steps",
+    *(f"optimizer.{k}" for k in ("lr", "min_lr", "schedule", "warmup_fraction")),
+}
 # A killed run's lock goes with the last of its processes.
 _LOCK_PATIENCE_S = 15.0
 
@@ -73,29 +79,34 @@ def _step(directory: Path) -> int:
 
 def changes(config: Config, earlier: dict[str, Any]) -> str:
     """What `config` has differently from the one that a checkpoint was saved with, for the log; empty if nothing."""
-    found = [d for d in _differences(config, earlier) if d[0] != "run" or d[1] not in ("name", "dir")]
-    text = ", ".join(f"{section}.{key} {value!r} (was {before!r})" for section, key, value, before in found)
-    schedule = config.optimizer.schedule
-    if schedule != "constant" and any(key in ("epochs", "max_steps") for _, key, _, _ in found):
-        text += f"; the {schedule} schedule is stretched to the new last step, so the learning rate goes on from another point of it"
+    found = {".".join(path): (value, before) for path, value, before in _differences(config, earlier)}
+    text = ", ".join(
+        f"{key} {now!r} (was {before!r})" for key, (now, before) in found.items() if key not in _OF_NO_EFFECT
+    )
+    if found.keys() & _OF_THE_RATE:
+        text += "; the learning rate goes on from where the schedule that these settings make has this step"
     return text
 
 
-def _differences(config: Config, earlier: dict[str, Any]) -> Iterator[tuple[str, str, Any, Any]]:
-    """(section, key, value, earlier value) of every setting that differs; one that the earlier config does not know does not."""
-    for section, settings in config.model_dump().items():
-        for key, value in settings.items():
-            before = earlier.get(section, {}).get(key, value)
-            if value != before:
-                yield section, key, value, before
+def _differences(
+    settings: Section, earlier: Any, path: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], Any, Any]]:
+    """(key, value, earlier value) of every setting that differs; one that the earlier config does not know does not."""
+    for name in type(settings).model_fields:
+        value = getattr(settings, name)
+        before = earlier.get(name, value) if isinstance(earlier, dict) else value
+        if isinstance(value, Section):
+            yield from _differences(value, before, (*path, name))
+        elif value != before:
+            yield (*path, name), value, before
 
 
 def _check_same_run(job: Job, info: CheckpointInfo) -> None:
     """Raise ConfigError naming the first thing that a continued run may not change."""
-    for section, key, value, earlier in _differences(job.config, info.config):
-        if section in _MUST_STAY and key not in _MAY_CHANGE.get(section, ()):
+    for path, value, earlier in _differences(job.config, info.config):
+        if path[0] in _MUST_STAY and path[1] not in _MAY_CHANGE.get(path[0], ()):
             raise ConfigError(
-                f"{section}.{key} is {value!r}, but {info.directory} was trained with {earlier!r}. Set it back to continue that "
+                f"{'.'.join(path)} is {value!r}, but {info.directory} was trained with {earlier!r}. Set it back to continue that "
                 "run, or choose another run.dir for a new one."
             )
     if info.trainer.get("objective", job.objective_source) != job.objective_source:

@@ -99,7 +99,10 @@ def cases(directory: Path) -> dict[str, tuple[list[str], str]]:
             [*SHARD, "--answer-field", "a", "--wrong-answers", "score", "--score-field", "s"],
             "--wrong-answers score makes the score itself",
         ),
-        "scored answers without an answer": ([*SHARD, "--wrong-answers", "score"], "answer_field names the reference"),
+        "scored answers without an answer": (
+            [*SHARD, "--wrong-answers", "score"],
+            "only where the field of the reference answer",
+        ),
         "a share that merges": ([*SHARD, "--task", "0/2", "--merge"], "not allowed with"),
         "no workers": ([*SHARD, "--workers", "0"], "must be a whole number above 0; found '0'"),
         "costs of no tokens": (

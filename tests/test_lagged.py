@@ -174,7 +174,7 @@ def test_settings_that_do_not_go_together(tmp_path: Path) -> None:
         "objective={name: sft, proposal: {kind: snapshot, update_every: 2}}": "proposal.kind snapshot belongs to iw_sft",
         "reference={source: cached, refresh: 3}": "refresh needs source: live",
         "reference={source: live, refresh: sometimes}": "refresh",
-        "data.quality={mode: thresholds, thresholds: ['150%']}": "a percentile lies between 0% and 100%; found 150%",
+        "data.quality={mode: thresholds, thresholds: ['150%']}": "or a percentile from 0% to 100%; found '150%'",
     }.items():
         with pytest.raises(ConfigError, match=complaint):
             config(tmp_path, "x", override)

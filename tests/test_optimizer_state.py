@@ -33,9 +33,12 @@ LAYOUTS = {
         dict(context=2),
         dict(tensor=2, pipeline=2),
     ],
-    "qwen3_moe": [dict(), dict(expert=2), dict(tensor=2, expert=4), dict(pipeline=2, expert=2)],
+    "qwen3_moe": [dict(), dict(expert=2), dict(tensor=2), dict(tensor=2, expert=4), dict(pipeline=2, expert=2)],
 }
 EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=40, norm_topk_prob=True)
+SAVED = Optimizer()
+LOADED = Optimizer(lr=5e-2, betas=[0.5, 0.6])  # what is not a state comes from the config
+UPDATES = 7
 
 
 @pytest.mark.parametrize("shape", [(7,), (4, 5), (1, 6), (6, 1), (3, 4, 5), (2, 1, 3, 2)])
@@ -57,7 +60,9 @@ def distinct_states(optimizer: Any, tensor_rank: int) -> None:
             held = part._get_model_param_range_map(parameter)["param"]
             sharded = getattr(parameter, "tensor_model_parallel", False)
             for name, state in part._get_main_param_and_optimizer_states(parameter).items():
-                if name != "step":
+                if name == "step":
+                    state.fill_(UPDATES)
+                else:
                     seed = crc32(f"{part._param_name(parameter)} {name} {held.start} {tensor_rank * sharded}".encode())
                     state.data.copy_(torch.randn(state.shape, generator=torch.Generator().manual_seed(seed)))
 
@@ -81,49 +86,69 @@ def gathered(optimizer: Any, chunks: list[Any]) -> list[Any]:
     return out
 
 
-def differences(optimizer: Any, chunks: list[Any], directory: Path) -> tuple[int, list[str]]:
-    """How many states a checkpoint was compared in, and which of them are not those that Megatron-Core gathers."""
+def wrong_states(optimizer: Any, chunks: list[Any], directory: Path) -> list[str]:
+    """Which of a checkpoint's states are not those that Megatron-Core gathers."""
     stored = CheckpointTensors(directory)
     entries = gathered(optimizer, chunks)
-    wrong = [e.key for e in entries if not torch.equal(stored.read(e.key)[e.global_slice()], e.data)]
-    return len(entries), wrong
+    assert len(entries) > 30
+    return [e.key for e in entries if not torch.equal(stored.read(e.key)[e.global_slice()], e.data)]
 
 
-def save_and_load(platform: Any, tmp: Path) -> dict[str, tuple[int, list[str]]]:
-    found = {}
+def different(a: Path, b: Path) -> list[str]:
+    """Which tensors of two checkpoints are not the same."""
+    names = [set(FileSystemReader(str(path)).read_metadata().state_dict_metadata) for path in (a, b)]
+    states = {name for name in names[0] | names[1] if name.startswith("optimizer.")}
+    assert len(states) > 30
+    both = (CheckpointTensors(path) for path in (a, b))
+    read_a, read_b = (stored.read for stored in both)
+    return [n for n in states if n not in names[0] & names[1] or not torch.equal(read_a(n), read_b(n))]
+
+
+def settings_and_counts(optimizer: Any) -> set[Any]:
+    parts = [part.optimizer for part in optimizer.chained_optimizers]
+    settings = {(g["max_lr"], *g["betas"]) for inner in parts for g in inner.param_groups}
+    return settings | {float(values["step"]) for inner in parts for values in inner.state.values()}
+
+
+def save_and_load(platform: Any, tmp: Path) -> dict[str, Any]:
+    found: dict[str, Any] = {}
     for family, layouts in LAYOUTS.items():
         more = EXPERTS if family == "qwen3_moe" else dict(tie_word_embeddings=True)
         config = tiny.model_config(family, hidden_size=72, num_attention_heads=4, head_dim=18, **more)
         architecture = Architecture.from_hf(config, where="test")
-        for number, layout in enumerate(layouts):
+        writer = CheckpointWriter(tmp / family, architecture, {}, {}, [])
+
+        def build(layout: dict[str, int], settings: Optimizer, architecture: Architecture = architecture):
             parallel = platform.parallel(**layout)
-            chunks = build_model(
-                architecture, parallel, platform, ModelSettings(sequence_parallel=parallel.tp.size() > 1)
-            )
+            chunks = build_model(architecture, parallel, platform, ModelSettings(sequence_parallel="tensor" in layout))
             load_weights(chunks, RandomInit(architecture, 0), parallel)
-            chunks = wrap_for_gradients(chunks, Optimizer())
-            optimizer = build_optimizer(chunks, Optimizer(), torch.float32)
-            writer = CheckpointWriter(tmp / family, architecture, {}, {}, [])
-            if number == 0:
-                first = writer.save(0, chunks, optimizer=optimizer)  # which gives it its states
-                distinct_states(optimizer, parallel.tp.rank())
-                first = writer.save(1, chunks, optimizer=optimizer)
-            else:
-                load(first, chunks, optimizer=optimizer)
-            found[f"{family} {layout}, loaded"] = differences(optimizer, chunks, first)
+            chunks = wrap_for_gradients(chunks, settings)
+            return parallel, chunks, build_optimizer(chunks, settings, torch.float32)
+
+        parallel, chunks, optimizer = build(layouts[0], SAVED)
+        fresh = writer.save(0, chunks, optimizer=optimizer)  # which gives it its states
+        distinct_states(optimizer, parallel.tp.rank())
+        first = writer.save(1, chunks, optimizer=optimizer)
+        found[f"{family} saved"] = wrong_states(optimizer, chunks, first)
+        for layout in layouts[1:]:
+            _, chunks, optimizer = build(layout, LOADED)
+            load(first, chunks, optimizer=optimizer)
+            found[f"{family} {layout} loaded"] = wrong_states(optimizer, chunks, first)
+            found[f"{family} {layout} not states"] = settings_and_counts(optimizer) ^ {(5e-2, 0.5, 0.6), UPDATES}
             again = writer.save(2, chunks, optimizer=optimizer)
-            found[f"{family} {layout}, saved"] = differences(optimizer, chunks, again)
-            if platform.rank == 0:
-                states = [n for n in FileSystemReader(str(first)).read_metadata().state_dict_metadata if "exp_" in n]
-                wrong = [n for n in states if not torch.equal(*(CheckpointTensors(d).read(n) for d in (first, again)))]
-                found[f"{family} {layout}, again"] = len(states), wrong
+            found[f"{family} {layout} saved"] = different(first, again)
+        # An optimizer that is not distributed has the same states, whole.
+        _, chunks, optimizer = build(layouts[-1], LOADED.model_copy(update={"distributed": False}))
+        load(first, chunks, optimizer=optimizer)
+        found[f"{family} not distributed"] = different(first, writer.save(2, chunks, optimizer=optimizer))
+        load(fresh, chunks, optimizer=optimizer)  # from before the first update
+        found[f"{family} fresh"] = settings_and_counts(optimizer) ^ {(5e-2, 0.5, 0.6), 0}
     return found
 
 
 @pytest.mark.parallel
 def test_states_are_those_that_megatron_gathers(tmp_path: Path) -> None:
     ranks = run_distributed(save_and_load, 4, tmp_path)
-    assert len(ranks[0]) == 3 * sum(map(len, LAYOUTS.values()))
+    assert len(ranks[0]) == sum(3 * len(layouts) for layouts in LAYOUTS.values())
     for found in ranks:
-        assert [(case, wrong) for case, (_, wrong) in found.items() if wrong] == []
-        assert min(count for count, _ in found.values()) > 30
+        assert {case: wrong for case, wrong in found.items() if wrong} == {}

@@ -55,7 +55,9 @@ class Curation:
         if self.min_tokens is not None and self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise DataError(f"no trajectory has at least {self.min_tokens} tokens and at most {self.max_tokens}.")
         if self.wrong_answers == "score" and self.answer_field is None:
-            raise DataError("wrong answers can be scored where answer_field names the reference answer; it does not.")
+            raise DataError(
+                "wrong answers can be scored only where the field of the reference answer is named (--answer-field)."
+            )
 
     def described(self) -> dict[str, Any]:
         """For the manifest: the settings, with the benchmark files by name and content instead of path."""

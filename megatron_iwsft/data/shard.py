@@ -300,7 +300,7 @@ def _manifest(output: Path, progress: Progress, job: Job) -> dict[str, Any]:
         with open(output / layout.DROPPED, encoding="utf-8") as dropped:
             first = dropped.readline().strip()
         raise DataError(
-            f"no trajectory was taken ({why}). The first in {output / layout.DROPPED}: {first or 'none'}. Remove {output} before "
+            f"no trajectory was taken ({why}). The first in {output / layout.DROPPED}: {first or 'none':.500}. Remove {output} before "
             "trying again."
         )
     files = {name: digest for shard in progress.shards for name, digest in shard["files"].items()}

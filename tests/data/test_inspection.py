@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -140,12 +141,22 @@ def test_the_command_verifies(corpus: Corpus, tmp_path: Path) -> None:
     assert "shard-00001.mask.bin has changed" in done.stderr and "shard-00000.idx is missing" in done.stderr
 
 
-def test_a_reader_that_has_seen_enough_ends_it_quietly(corpus: Corpus) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "status", "said"),
+    [((), 141, b""), (("--verify", "--seq-length", "0"), 2, b"above 0")],
+)
+@pytest.mark.parametrize("environment", [{"PYTHONUNBUFFERED": "1"}, {"PYTHONUNBUFFERED": ""}])
+def test_a_reader_that_has_seen_enough_ends_it_quietly(
+    corpus: Corpus, arguments: tuple[str, ...], status: int, said: bytes, environment: dict[str, str]
+) -> None:
     with subprocess.Popen(
-        [sys.executable, str(TOOL), str(corpus.directory)],
+        [sys.executable, str(TOOL), str(corpus.directory), *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        env=os.environ | environment,
     ) as run:
         assert run.stdout is not None and run.stderr is not None
         run.stdout.close()
-        assert (run.stderr.read(), run.wait()) == (b"", 141)
+        errors = run.stderr.read()
+        assert (run.wait(), b"Traceback" in errors) == (status, False)
+        assert said in errors if said else errors == b""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -77,6 +76,12 @@ def main() -> None:
         print(f"the optimizer's state dict, {how}: {seconds:.2f} s, {grown / 2**20:,.0f} MiB more a process")
 
 
+def peak_memory() -> int:
+    """Bytes."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+
+
 def state_dicts(platform: Any, model: dict[str, Any]) -> dict[str, tuple[float, int]]:
     """Way → (seconds, growth of this process's peak memory in bytes). Collective."""
     import torch
@@ -98,16 +103,17 @@ def state_dicts(platform: Any, model: dict[str, Any]) -> dict[str, tuple[float, 
     models = {
         f"{i}.{k}": v for i, chunk in enumerate(wrapped) for k, v in chunk.sharded_state_dict(metadata=metadata).items()
     }
-    sharded_optimizer_state(optimizer, models, loading=False, metadata=metadata)  # which makes the states
+    sharded_optimizer_state(optimizer, models)  # which makes the states
     found = {}
     for how, make in {
-        "here": lambda: sharded_optimizer_state(optimizer, models, loading=False, metadata=metadata),
+        "here": lambda: sharded_optimizer_state(optimizer, models),
         "gathered by Megatron-Core": lambda: optimizer.sharded_state_dict(models, metadata=metadata),
     }.items():
         torch.distributed.barrier()
-        before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        before, started = peak_memory(), time.perf_counter()
         state = make()
-        found[how] = time.perf_counter() - started, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+        found[how] = time.perf_counter() - started, peak_memory() - before
         del state
     return found
 
