@@ -25,6 +25,7 @@ from megatron_iwsft.errors import run_command
 
 ROOT = Path(__file__).resolve().parents[2]
 MARK = "IWSFT_FAULTS"
+DAMAGED = "damaged-by-the-sweep"  # a file that is put into a checkpoint
 CONFIG = """
 run: {{name: faults, dir: {directory}/unbroken, seed: 3, device: cpu, hang_timeout_s: 120}}
 model:
@@ -89,16 +90,15 @@ class Sweep:
         """One run from its start to its end, through as many kills as it takes."""
         number = self.figures["runs"] = self.figures["runs"] + 1
         run = self.directory / f"broken-{number}"
-        expected_step, damaged, broken = 0, None, set()
+        expected_step, damaged = 0, None
         while True:
             process = self._start(run, asynchronous=self.figures["kills"] % 2 == 1)
             if self.figures["kills"] < kills and self._wait_and_kill(process, run):
                 output = self._finish(process)[1]
                 self._check_resume(output, expected_step, damaged)
                 self.figures["kills"] += 1
-                damaged = self._damage(run, broken) if self.figures["kills"] % self.damage_every == 0 else None
-                broken |= {c.stat().st_ino for c in checkpoints(run) if damaged and c in damaged.parents}
-                expected_step = newest(run, but=broken)
+                damaged = self._damage(run) if self.figures["kills"] % self.damage_every == 0 else None
+                expected_step = next((int(c.name.removeprefix("step-")) for c in whole(run)), 0)
                 continue
             status, output = self._finish(process)
             self._check_resume(output, expected_step, damaged)
@@ -158,12 +158,12 @@ class Sweep:
         self.figures["kills of all ranks" if len(chosen) > 1 else "kills of one rank"] += 1
         return True
 
-    def _damage(self, run: Path, broken: set[int]) -> Path | None:
+    def _damage(self, run: Path) -> Path | None:
         """Truncate, change or remove a file of the newest checkpoint that is whole, if there is one before it.
 
         In one that is broken already, its info file perhaps, a second file would not be looked at.
         """
-        found = [c for c in checkpoints(run) if c.stat().st_ino not in broken]
+        found = whole(run)
         if len(found) < 2:
             return None
         path = self.chance.choice(sorted(p for p in found[0].rglob("*") if p.is_file() and p.stat().st_size))
@@ -177,6 +177,7 @@ class Sweep:
             data[self.chance.randrange(len(data))] ^= 1 << self.chance.randrange(8)
             path.write_bytes(data)
         self.figures[f"files {kind}"] += 1
+        (found[0] / DAMAGED).touch()
         return path
 
     def _check_resume(self, output: str, expected: int, damaged: Path | None) -> None:
@@ -198,15 +199,10 @@ class Sweep:
             print(f"resumed after step {step} instead of {expected}:\n{output}")
 
 
-def checkpoints(run: Path) -> list[Path]:
-    """Complete ones, newest first."""
-    return sorted((p.parent for p in run.glob("checkpoints/step-????????/iwsft.json")), reverse=True)
-
-
-def newest(run: Path, *, but: set[int]) -> int:
-    """Step of the newest complete checkpoint whose directory is none of these inodes."""
-    found = [c for c in checkpoints(run) if c.stat().st_ino not in but]
-    return int(found[0].name.removeprefix("step-")) if found else 0
+def whole(run: Path) -> list[Path]:
+    """Complete checkpoints that were not damaged, newest first."""
+    found = sorted((p.parent for p in run.glob("checkpoints/step-????????/iwsft.json")), reverse=True)
+    return [c for c in found if not (c / DAMAGED).exists()]
 
 
 def saving(run: Path) -> bool:
