@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -214,11 +215,22 @@ def wandb_logger(settings: config.Wandb, run: config.Run, resolved: dict[str, An
         # No code, command line or git remote, which may hold credentials, goes into the run directory.
         settings=wandb.Settings(silent=True, disable_git=True, disable_code=True, x_disable_meta=True),
     )
-    at_exit.callback(handle.finish)
+    there = True
+
+    def finish() -> None:
+        with contextlib.suppress(OSError):
+            handle.finish()
 
     def log(info: StepInfo) -> None:
-        handle.log({k: v for k, v in info.metrics.items() if k != "step" and v is not None}, step=info.step)
+        nonlocal there
+        if there:
+            try:
+                handle.log({k: v for k, v in info.metrics.items() if k != "step" and v is not None}, step=info.step)
+            except OSError as error:  # its service gets the SIGTERM, too, that Slurm sends to all processes of a job
+                there = False
+                print(f"wandb's service has gone ({error}); metrics.jsonl has the steps that it lacks.", flush=True)
 
+    at_exit.callback(finish)
     return log
 
 

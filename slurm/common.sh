@@ -104,9 +104,15 @@ may_crash() {
 }
 
 requeue() {
+  local state reason preempted
+  read -r state reason preempted < <(squeue -h -j "$SLURM_JOB_ID" -O 'StateCompact:20,Reason:40,PreemptTime:30')
+  # Slurm would take back a job that was cancelled, too; one that it has requeued itself is ending as well.
+  if [ "$state" = CG ] && [ "$reason" != TimeLimit ] && [ "$preempted" = N/A ]; then
+    say "$1; cancelled or requeued from outside"
+    exit 75
+  fi
   say "$1; requeueing"
-  # Slurm ends this script once it has requeued the job. A job that was cancelled cannot be requeued, and stays so.
-  scontrol requeue "$SLURM_JOB_ID" && sleep 30
+  scontrol requeue "$SLURM_JOB_ID" && sleep 30 # Slurm ends this script once it has requeued the job
   exit 75
 }
 

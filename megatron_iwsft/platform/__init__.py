@@ -14,6 +14,7 @@ import os
 import signal
 import warnings
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.managers import SyncManager
 from typing import Any, Literal
 
@@ -262,6 +263,7 @@ def start_results_queue() -> None:
 
     if filesystem_async._results_queue is None:
         manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
+        resource_tracker.ensure_running()  # its start, which else happens within the manager's, unblocks SIGTERM
         before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # which a new process inherits
         try:
             manager.start(initializer=die_with_spawner)

@@ -19,7 +19,7 @@ from tests.slurm.lab import ROOT, Lab, running_lab
 
 pytestmark = pytest.mark.slurm
 
-STEPS = 40
+STEPS = 100
 TRAIN = ROOT / "slurm" / "train.sbatch"
 CHECKPOINT_EVERY = 8
 
@@ -178,7 +178,9 @@ def test_a_node_set_down(lab: Lab, config: Path, unbroken: list[dict], tmp_path:
 
 @pytest.mark.long
 def test_the_time_limit(lab: Lab, tmp_path: Path) -> None:
-    config = config_at(tmp_path, max_steps=20 * STEPS)
+    config = config_at(
+        tmp_path, max_steps=4 * STEPS, global_batch_size=16, epochs=1000
+    )  # a little less than two minutes
     job = start(lab, config, tmp_path / "run", "--time=30", "--signal=B:USR1@60")
     hours, minutes, _ = (int(part) for part in lab.show(job)["RunTime"].split(":"))
     lab.call("scontrol", "update", f"JobId={job}", f"TimeLimit={60 * hours + minutes + 2}")
@@ -192,7 +194,9 @@ def test_the_time_limit(lab: Lab, tmp_path: Path) -> None:
 def test_a_cancelled_job_stays_cancelled(lab: Lab, config: Path, tmp_path: Path) -> None:
     job = start(lab, config, tmp_path / "run")
     lab.call("scancel", job)
-    assert lab.wait(job) == "CANCELLED"
+    assert lab.wait(job) == "CANCELLED", f"{lab.show(job)}\n{lab.log(job)}"
+    assert lab.show(job)["Restarts"] == "0"
+    assert "cancelled or requeued from outside" in lab.log(job)
 
 
 @pytest.mark.long
