@@ -281,8 +281,8 @@ class _as_checkpoint_error:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, CheckpointException):
             reason = checkpoint.short(error)
-            if "inline_container" in reason:  # torch.save's word for a write that returned early
-                reason = f"a write was cut short, as by a full disk, a quota or a limit on file sizes ({reason})."
+            if "Worker failure" in reason:  # torch.save and 0.19 leave out what the system said
+                reason += "; most often the disk is full, or there is a quota or a limit on file sizes."
             raise CheckpointError(f"{self.what} could not be written: {reason}") from None
 
 
