@@ -105,7 +105,7 @@ may_crash() {
 
 requeue() {
   local state reason preempted
-  read -r state reason preempted < <(squeue -h -j "$SLURM_JOB_ID" -O 'StateCompact:20,Reason:40,PreemptTime:30')
+  read -r state reason preempted < <(squeue -h -j "$SLURM_JOB_ID" -O 'StateCompact:20,Reason:40,PreemptTime:30') || true
   # Slurm would take back a job that was cancelled, too; one that it has requeued itself is ending as well.
   if [ "$state" = CG ] && [ "$reason" != TimeLimit ] && [ "$preempted" = N/A ]; then
     say "$1; cancelled or requeued from outside"
