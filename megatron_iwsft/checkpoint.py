@@ -42,9 +42,6 @@ LATEST = "latest"
 TOKENIZER = "tokenizer"
 FORMAT_VERSION = 3
 
-# One key a layer, so that any pipeline split and the exporter find it.
-_LAYOUT = {"non_homogeneous_layers": True}
-
 
 @dataclass(frozen=True)
 class CheckpointInfo:
@@ -134,7 +131,8 @@ def sharded_state(
     """Megatron-Core's sharded state dict of model, optimizer, schedule, lagged copies and, with `random`, this rank's random states."""
     from megatron.core.dist_checkpointing import ShardedObject
 
-    metadata: dict[str, Any] = dict(_LAYOUT)  # Megatron-Core puts this layout's process groups into it
+    # One key a layer, so that any pipeline split and the exporter find it. Megatron-Core adds this layout's process groups.
+    metadata: dict[str, Any] = {"non_homogeneous_layers": True}
     state: dict[str, Any] = {f"model{i}": chunk.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(chunks)}
     if optimizer is not None:
         # Chunks of an interleaved pipeline number their layers alike: the optimizer wants tensors, whatever their keys.
