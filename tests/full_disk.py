@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 import sys
 from pathlib import Path
 
 from megatron_iwsft.testing import comparable_metrics as metrics
 from tests.interrupt import Run, events
+
+
+def fill(path: Path, *, leaving: int) -> None:
+    """Write until the disk is full, whatever else is being written meanwhile; then give `leaving` bytes back."""
+    with open(path, "wb", buffering=0) as file:
+        with contextlib.suppress(OSError):
+            while file.write(bytes(1 << 16)):
+                pass
+        file.truncate(max(0, file.tell() - leaving))
 
 
 def main(config: str, mount: Path) -> None:
@@ -21,9 +30,7 @@ def main(config: str, mount: Path) -> None:
         "logging.wandb.mode=disabled",
     )
     run.until((directory / "checkpoints" / "latest").exists)
-    with open(mount / "filler", "wb") as filler:
-        free = os.statvfs(mount).f_bavail * os.statvfs(mount).f_frsize
-        filler.write(bytes(max(0, free - 100_000)))
+    fill(mount / "filler", leaving=100_000)
     run.until(lambda: len(events(directory, "save failed")) >= 1)
     whole = sorted(p.parent.name for p in directory.glob("checkpoints/step-*/iwsft.json"))
     (mount / "filler").unlink()

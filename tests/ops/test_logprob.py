@@ -140,13 +140,13 @@ def run_repeatedly(platform):
     return [operator(group, inputs, 300, chunk_size=c) for c in (None, None, T, 7, 5, 2)]
 
 
-def test_repeats_bit_by_bit_and_values_do_not_depend_on_chunks() -> None:
+def test_repeated_calls_are_bitwise_equal_and_chunking_changes_rounding_only() -> None:
     first, again, *others = run_distributed(run_repeatedly, 1)[0]
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True) if a is not None)
-    for other in others:
-        assert torch.equal(other[0], first[0])
-        assert torch.equal(other[2], first[2])
-        assert error(other[3], first[3].double()) <= 1e-6  # a sum over chunks: another order
+    for other in others:  # a matrix product of fewer rows may take another kernel, which rounds differently
+        for found, expected in zip(other, first, strict=True):
+            if found is not None:
+                assert error(found, expected.double()) <= 1e-6
 
 
 COLLECTIVES = ("all_gather", "all_gather_into_tensor", "all_reduce", "reduce_scatter_tensor", "broadcast")
