@@ -10,4 +10,4 @@ source "$root/launch/environment.sh"
 make_environment
 processes=$1 config=$2
 shift 2
-exec "$python" -m megatron_iwsft.torchrun --nproc_per_node "$processes" "$root/launch/train.py" --config "$config" "$@"
+exec "$python" -m megatron_iwsft.distributed.torchrun --nproc_per_node "$processes" "$root/launch/train.py" --config "$config" "$@"

@@ -27,7 +27,7 @@ say "2/6 a base model: SFT from random weights on everything, two processes, ten
 train
 
 say "3/6 the reference: the base model's log-probs of the curated trajectories"
-"$python" -m megatron_iwsft.torchrun --nproc_per_node 2 tools/precompute_reference.py --config configs/quickstart.yaml \
+"$python" -m megatron_iwsft.distributed.torchrun --nproc_per_node 2 tools/precompute_reference.py --config configs/quickstart.yaml \
   "${tuning[@]}" objective.name=iw_sft
 
 say "4/6 SFT and iw-SFT on the curated trajectories"

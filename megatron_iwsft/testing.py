@@ -16,13 +16,12 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from megatron_iwsft import platform
-from megatron_iwsft.metrics import TIMING
-from megatron_iwsft.platform import ParallelContext
-
+from megatron_iwsft.distributed import context as platform
+from megatron_iwsft.distributed.context import ParallelContext
+from megatron_iwsft.objectives.metrics import TIMING
 
 # What the server that CPU processes are forked from imports once: it takes seconds, a fork milliseconds.
-_PRELOADED = ["megatron_iwsft.trainer", "megatron_iwsft.precompute", "transformers"]
+_PRELOADED = ["megatron_iwsft.train.trainer", "megatron_iwsft.train.precompute", "transformers"]
 
 
 def run_distributed(
@@ -96,10 +95,10 @@ def comparable_metrics(run: Path) -> list[dict[str, Any]]:
 
 def worked_sums(directory: Path, count: int) -> Path:
     """A corpus of generated sums with scores, under `directory`, and a tokenizer of at most 400 tokens; returns the corpus."""
-    from megatron_iwsft.data.arithmetic import ArithmeticSettings, arithmetic_records
-    from megatron_iwsft.data.records import RecordFormat
-    from megatron_iwsft.data.shard import ShardSettings, shard_corpus
-    from megatron_iwsft.data.train_tokenizer import train_tokenizer
+    from megatron_iwsft.data.prepare.arithmetic import ArithmeticSettings, arithmetic_records
+    from megatron_iwsft.data.prepare.records import RecordFormat
+    from megatron_iwsft.data.prepare.shard import ShardSettings, shard_corpus
+    from megatron_iwsft.data.prepare.train_tokenizer import train_tokenizer
 
     directory.mkdir(parents=True, exist_ok=True)
     records = directory / "records.jsonl"
@@ -118,8 +117,8 @@ def whole_gradients(chunks: list[Any], parallel: ParallelContext) -> dict[str, T
 
     Reads `main_grad` after reduction, so the data-parallel sharding of a distributed optimizer must be off. Collective.
     """
-    from megatron_iwsft.model.build import PolicyModel, checkpoint_name
-    from megatron_iwsft.model.weights import PerExpert, named_rows
+    from megatron_iwsft.hf.mapping import PerExpert, named_rows
+    from megatron_iwsft.model.gpt import PolicyModel, checkpoint_name
 
     local: dict[tuple[str, int | None], Tensor] = {}
     architecture = None

@@ -49,7 +49,7 @@ on_every_node() {
   local address
   read -r address < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
   exec "${step[@]}" "--nodes=$SLURM_JOB_NUM_NODES" "--ntasks=$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=1 \
-    "${python[@]}" -m megatron_iwsft.torchrun "--nnodes=$SLURM_JOB_NUM_NODES" "--nproc-per-node=$processes" \
+    "${python[@]}" -m megatron_iwsft.distributed.torchrun "--nnodes=$SLURM_JOB_NUM_NODES" "--nproc-per-node=$processes" \
     --rdzv-backend=static "--master-addr=$address" \
     "--master-port=$((20000 + (SLURM_JOB_ID * 7 + ${SLURM_RESTART_COUNT:-0}) % 10000))" "$@"
 }
@@ -119,9 +119,9 @@ requeue() {
 # from_config SECTION.KEY CONFIG [OVERRIDE…]: a value of a config, which is checked before anything else starts.
 from_config() {
   on_one_node -c 'import sys
-from megatron_iwsft.errors import run_command
+from megatron_iwsft.utils.cli import run_command
 def main():
-    from megatron_iwsft.config_file import load_config
+    from megatron_iwsft.config.loader import load_config
     section, key = sys.argv[1].split(".")
     print(getattr(getattr(load_config(sys.argv[2], sys.argv[3:]), section), key))
 run_command(main)' "$@"

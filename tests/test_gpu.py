@@ -15,20 +15,20 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_iwsft.config import Optimizer
-from megatron_iwsft.config_file import parse_config
+from megatron_iwsft.config.loader import parse_config
+from megatron_iwsft.config.schema import Optimizer
+from megatron_iwsft.data.batch_builder import BatchBuilder, RowShape
 from megatron_iwsft.data.corpus import Corpus
-from megatron_iwsft.data.dataset import BatchBuilder, RowShape
 from megatron_iwsft.data.sampler import Quality, Sampler
-from megatron_iwsft.model.architecture import Architecture
-from megatron_iwsft.model.hf import RandomInit, SafetensorsDirectory
-from megatron_iwsft.objectives import Settings, iw_sft
-from megatron_iwsft.ops import rows
-from megatron_iwsft.platform.capabilities import fp8_refusal, transformer_engine, variable_length_attention
+from megatron_iwsft.distributed.capabilities import fp8_refusal, transformer_engine, variable_length_attention
+from megatron_iwsft.hf.architecture import Architecture
+from megatron_iwsft.hf.directory import RandomInit, SafetensorsDirectory
+from megatron_iwsft.objectives.functions import Settings, iw_sft
+from megatron_iwsft.ops import logits as rows
 from megatron_iwsft.testing import comparable_metrics, run_distributed, whole_gradients
-from megatron_iwsft.trainer import START_TOLERANCE
-from tests import tiny
-from tests.interrupt import events
+from megatron_iwsft.train.trainer import START_TOLERANCE
+from tests.support import tiny
+from tests.support.interrupt import events
 
 pytestmark = [
     pytest.mark.gpu,
@@ -108,9 +108,9 @@ def test_the_operator_is_right(dtype: torch.dtype) -> None:
 
 def gradients(platform, corpus_dir: str, cases: list[tuple[str, str, str]]):
     """(loss, whole gradients) of one global batch for each (dtype, backend, packing)."""
-    from megatron_iwsft.model.build import ModelSettings, build_model, load_weights
-    from megatron_iwsft.optim import wrap_for_gradients
-    from megatron_iwsft.step import TrainStep
+    from megatron_iwsft.model.gpt import ModelSettings, build_model, load_weights
+    from megatron_iwsft.train.optim import wrap_for_gradients
+    from megatron_iwsft.train.step import TrainStep
 
     corpus, parallel, arch = Corpus.open(corpus_dir), platform.parallel(), Architecture.from_hf(MODEL, where="test")
     out = {}
@@ -177,9 +177,9 @@ PRECISIONS["tensorwise-parameters"] = PRECISIONS["tensorwise"] | {"fp8_parameter
 
 def all_runs(platform, corpus_dir: str, directory: Path, name: str) -> list[str]:
     """One precision cached, live, interrupted, and a longer run. Returns the modules of the first layer's parts."""
-    from megatron_iwsft.job import start_job
-    from megatron_iwsft.precompute import precompute_reference
-    from megatron_iwsft.trainer import train
+    from megatron_iwsft.train.precompute import precompute_reference
+    from megatron_iwsft.train.setup import start_job
+    from megatron_iwsft.train.trainer import train
 
     corpus, precision = Corpus.open(corpus_dir), PRECISIONS[name]
     precompute_reference(run_config(corpus, directory, "cached", precision))
@@ -264,13 +264,13 @@ def test_transformer_engine_is_what_runs_where_it_is_installed(runs) -> None:
         pytest.skip("Transformer Engine is not installed")
     assert transformer_engine()[0] is not None, transformer_engine()[1]
     modules = json.loads((runs("bf16") / "modules.json").read_text())
-    assert "megatron_iwsft.model.attention" not in modules
+    assert "megatron_iwsft.model.packed_attention" not in modules
     assert any("transformer_engine" in module for module in modules)
 
 
 def chosen_attention(platform, corpus_dir: str) -> int:
     """How often the local backend's model, in bf16, attends at once in one step."""
-    from megatron_iwsft.model import attention
+    from megatron_iwsft.model import packed_attention as attention
 
     calls: list[int] = []
     real = attention._attend_at_once

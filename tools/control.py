@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 
-from megatron_iwsft.errors import run_command
+from megatron_iwsft.utils.cli import run_command
 
 
 def main() -> None:
@@ -17,8 +17,8 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_args()
 
-    from megatron_iwsft.control.config import QUICK, load_experiment
-    from megatron_iwsft.control.experiment import run_experiment, table
+    from megatron_iwsft.experiments.control.config import QUICK, load_experiment
+    from megatron_iwsft.experiments.control.experiment import run_experiment, table
 
     experiment = load_experiment(args.config, [*(QUICK if args.quick else []), *args.overrides])
     print(table(experiment, run_experiment(experiment)))

@@ -11,7 +11,8 @@ import argparse
 import os
 from pathlib import Path
 
-from megatron_iwsft.errors import CheckpointError, positive_int, run_command
+from megatron_iwsft.errors import CheckpointError
+from megatron_iwsft.utils.cli import positive_int, run_command
 
 _TEXT = "A train leaves at 9:40 and arrives at 12:05. How long is the journey? From 9:40 to 12:05 is 2 hours and 25 minutes."
 
@@ -45,10 +46,10 @@ def main() -> int:
     check.add_argument("--tolerance", type=float, default=1e-4, help="largest difference allowed (default: 1e-4)")
     args = parser.parse_args()
 
-    from megatron_iwsft.platform import quiet_megatron
+    from megatron_iwsft.distributed.context import quiet_megatron
 
     quiet_megatron()
-    from megatron_iwsft import convert
+    from megatron_iwsft.convert import parity as convert
 
     if args.command == "verify" and any(n < 2 for n in args.length or []):
         parser.error("--length must be at least 2")

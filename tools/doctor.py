@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 
-from megatron_iwsft.errors import run_command
+from megatron_iwsft.utils.cli import run_command
 
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__).parse_args()
 
-    from megatron_iwsft.doctor import Finding, examine, paths
-    from megatron_iwsft.platform import quiet_megatron
+    from megatron_iwsft.distributed.context import quiet_megatron
+    from megatron_iwsft.distributed.doctor import Finding, examine, paths
 
     quiet_megatron()
 

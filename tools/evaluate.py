@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from megatron_iwsft.errors import positive_int, run_command
+from megatron_iwsft.utils.cli import positive_int, run_command
 
 
 def _arguments() -> argparse.Namespace:
@@ -66,7 +66,7 @@ def _arguments() -> argparse.Namespace:
 def main() -> None:
     args = _arguments()
 
-    from megatron_iwsft.platform import quiet_megatron
+    from megatron_iwsft.distributed.context import quiet_megatron
 
     quiet_megatron()
     from megatron_iwsft.evaluate.run import find_models

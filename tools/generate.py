@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from megatron_iwsft.errors import positive_int, run_command
+from megatron_iwsft.utils.cli import positive_int, run_command
 
 
 def main() -> None:
@@ -14,7 +14,7 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=positive_int, default=256)
     args = parser.parse_args()
 
-    from megatron_iwsft.platform import quiet_megatron
+    from megatron_iwsft.distributed.context import quiet_megatron
 
     quiet_megatron()
     from megatron_iwsft.evaluate.generate import Sampling, make_generator

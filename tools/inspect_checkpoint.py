@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from megatron_iwsft.errors import run_command
+from megatron_iwsft.utils.cli import run_command
 
 
 def main() -> int:
@@ -17,7 +17,7 @@ def main() -> int:
     parser.add_argument("--config", action="store_true", help="print the resolved config too")
     args = parser.parse_args()
 
-    from megatron_iwsft.inspection import describe
+    from megatron_iwsft.checkpoint.summary import describe
 
     text, healthy = describe(args.checkpoint, verify=args.verify, config=args.config)
     print(text)

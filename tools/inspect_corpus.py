@@ -6,7 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_iwsft.errors import DataError, positive_int, run_command
+from megatron_iwsft.errors import DataError
+from megatron_iwsft.utils.cli import positive_int, run_command
 
 
 def main() -> None:
@@ -21,7 +22,7 @@ def main() -> None:
     args = parser.parse_args()
 
     from megatron_iwsft.data.corpus import Corpus
-    from megatron_iwsft.data.inspection import Inspection, write_jsonl
+    from megatron_iwsft.data.prepare.inspect import Inspection, write_jsonl
 
     if args.verify:
         verify(args.corpus)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import argparse
 
-from megatron_iwsft.errors import ConfigError, positive_int, run_command
+from megatron_iwsft.errors import ConfigError
+from megatron_iwsft.utils.cli import positive_int, run_command
 
 
 def main() -> None:
@@ -23,8 +24,8 @@ def main() -> None:
     parser.add_argument("--most", type=positive_int, default=20, help="rows shown")
     args = parser.parse_args()
 
-    from megatron_iwsft.model.architecture import Architecture
-    from megatron_iwsft.model.layout import cost, valid_layouts
+    from megatron_iwsft.distributed.parallel_layout import cost, valid_layouts
+    from megatron_iwsft.hf.architecture import Architecture
 
     arch = Architecture.from_directory(args.model)
     rows = []

@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from megatron_iwsft.errors import positive_int, run_command
+from megatron_iwsft.utils.cli import positive_int, run_command
 
 
 def main() -> None:
@@ -19,7 +19,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
-    from megatron_iwsft.data.arithmetic import ArithmeticSettings, arithmetic_records
+    from megatron_iwsft.data.prepare.arithmetic import ArithmeticSettings, arithmetic_records
 
     settings = ArithmeticSettings(args.digits, args.wrong, args.judge_error)
     args.output.parent.mkdir(parents=True, exist_ok=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from megatron_iwsft.errors import run_command
+from megatron_iwsft.utils.cli import run_command
 
 
 def main() -> None:
@@ -13,15 +13,15 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override keys of the config")
     args = parser.parse_args()
 
-    from megatron_iwsft.config_file import load_config
+    from megatron_iwsft.config.loader import load_config
 
     config = load_config(args.config, args.overrides)  # a mistake is told before torch is loaded
 
-    from megatron_iwsft.platform import quiet_megatron, stop
+    from megatron_iwsft.distributed.context import quiet_megatron, stop
 
     quiet_megatron()
 
-    from megatron_iwsft.precompute import precompute_reference
+    from megatron_iwsft.train.precompute import precompute_reference
 
     precompute_reference(config)
     stop()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from megatron_iwsft.errors import ConfigError, positive_int, run_command
+from megatron_iwsft.errors import ConfigError
+from megatron_iwsft.utils.cli import positive_int, run_command
 
 
 def main() -> None:
@@ -16,9 +17,9 @@ def main() -> None:
         parser.add_argument(f"--{degree}", type=positive_int, default=1, help=f"{degree}-parallel degree")
     args = parser.parse_args()
 
-    from megatron_iwsft.model.architecture import Architecture
-    from megatron_iwsft.model.layout import Layout, broken_rule
-    from megatron_iwsft.reference_cost import reference_costs
+    from megatron_iwsft.distributed.parallel_layout import Layout, broken_rule
+    from megatron_iwsft.hf.architecture import Architecture
+    from megatron_iwsft.reference.cost import reference_costs
 
     arch = Architecture.from_directory(args.model)
     layout = Layout(

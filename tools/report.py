@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from megatron_iwsft.errors import run_command
+from megatron_iwsft.utils.cli import run_command
 
 
 def main() -> None:
@@ -14,7 +14,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="default: report.html in the first run directory")
     args = parser.parse_args()
 
-    from megatron_iwsft.report import write_report
+    from megatron_iwsft.report.page import write_report
 
     output = args.output or args.runs[0] / "report.html"
     print(write_report(args.runs, output))

@@ -9,16 +9,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megatron_iwsft.errors import DataError, positive_int, run_command
+from megatron_iwsft.errors import DataError
+from megatron_iwsft.utils.cli import positive_int, run_command
 
 
 def main() -> None:
     args = _parser().parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
-    from megatron_iwsft.data.curation import Curation
-    from megatron_iwsft.data.parts import make_parts, merge_parts
-    from megatron_iwsft.data.shard import ShardSettings, shard_corpus
+    from megatron_iwsft.data.prepare.filters import Curation
+    from megatron_iwsft.data.prepare.job_array import make_parts, merge_parts
+    from megatron_iwsft.data.prepare.shard import ShardSettings, shard_corpus
 
     if args.min_score is not None and not (args.score_field or args.source_score or args.wrong_answers == "score"):
         raise DataError("--min-score needs scores: name their field with --score-field; without one every score is 1.")
@@ -154,7 +155,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _record_format(args: argparse.Namespace) -> Any:
-    from megatron_iwsft.data.records import PRESETS, RecordFormat
+    from megatron_iwsft.data.prepare.records import PRESETS, RecordFormat
 
     if args.preset is not None and args.preset not in PRESETS:
         raise DataError(f"there is no preset {args.preset!r}; there are: {', '.join(PRESETS)}.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from megatron_iwsft.errors import positive_int, run_command
+from megatron_iwsft.utils.cli import positive_int, run_command
 
 
 def main() -> None:
@@ -16,7 +16,7 @@ def main() -> None:
     parser.add_argument("--vocab-size", type=positive_int, default=8000)
     args = parser.parse_args()
 
-    from megatron_iwsft.data.train_tokenizer import train_tokenizer
+    from megatron_iwsft.data.prepare.train_tokenizer import train_tokenizer
 
     train_tokenizer(args.inputs, args.output, fields=args.field, vocab_size=args.vocab_size)
     print(f"wrote {args.output}")

@@ -1,1 +1,1 @@
-"""What an exported model is worth: answers that can be checked, and the likelihood of a corpus."""
+"""Exported models measured: verifiable answers, and the likelihood of a corpus."""

@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from megatron_iwsft.convert import load_in_transformers, load_tokenizer_in_transformers
+from megatron_iwsft.convert.parity import load_in_transformers, load_tokenizer_in_transformers
 from megatron_iwsft.errors import CheckpointError, ConfigError
 
 Backend = Literal["auto", "vllm", "transformers"]

@@ -15,13 +15,13 @@ from typing import Any
 
 from tqdm import tqdm
 
-from megatron_iwsft import checkpoint
-from megatron_iwsft.convert import export_checkpoint
+from megatron_iwsft.checkpoint import info as checkpoint
+from megatron_iwsft.convert.parity import export_checkpoint
 from megatron_iwsft.errors import CheckpointError, ConfigError, DataError
 from megatron_iwsft.evaluate.benchmark import Problem, is_correct
 from megatron_iwsft.evaluate.generate import Generator
 from megatron_iwsft.evaluate.statistics import Comparison, Estimate, compare, mean_pass_at_k
-from megatron_iwsft.reference import weights_fingerprint
+from megatron_iwsft.reference.sidecar import weights_fingerprint
 
 FORMAT_VERSION = 1
 

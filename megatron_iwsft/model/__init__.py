@@ -1,0 +1,1 @@
+"""Megatron-Core's GPT model for an architecture, and what it costs."""

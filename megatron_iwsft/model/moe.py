@@ -25,7 +25,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
-from megatron_iwsft.batch import Batch
+from megatron_iwsft.data.batch import Batch
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_iwsft.batch import IGNORE
-from megatron_iwsft.ops import rows
+from megatron_iwsft.data.batch import IGNORE
+from megatron_iwsft.ops import logits as rows
 
 # The buffer holds at most this many bytes of logits. Fixed, not a share of free memory: a weight gradient adds up over chunks,
 # so their size is part of the arithmetic, which must not depend on what else is in memory.

@@ -8,7 +8,7 @@ import pytest
 
 from megatron_iwsft.errors import DataError
 from megatron_iwsft.evaluate.benchmark import expected_answer, is_correct, read_benchmark
-from tests import tiny
+from tests.support import tiny
 
 FORMATS = {
     "gsm8k": ({"question": "q", "answer": "1,000 * 2 = <<1000*2=2000>>2000\n#### 2,000"}, "It is 2000.", "It is 1000."),

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_iwsft.convert import load_in_transformers
+from megatron_iwsft.convert.parity import load_in_transformers
 from megatron_iwsft.errors import CheckpointError, ConfigError, DataError
 from megatron_iwsft.evaluate.benchmark import read_benchmark
 from megatron_iwsft.evaluate.generate import PromptFormat, Sampling, TransformersGenerator, make_generator
 from megatron_iwsft.evaluate.run import EvaluatedModel, evaluate_model, find_models, table, write_summary
-from tests import tiny
-from tests.model.test_hf import hf_directory
+from tests.convert.test_round_trip import hf_directory
+from tests.support import tiny
 
 QUESTIONS = [
     (1, "What is 12 plus 30?"),

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_iwsft.batch import IGNORE
+from megatron_iwsft.data.batch import IGNORE
 from megatron_iwsft.testing import run_distributed
 
 H, PADDED, T = 24, 384, 16

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megatron_iwsft.data.arithmetic import ArithmeticSettings, arithmetic_records
 from megatron_iwsft.data.corpus import Corpus
+from megatron_iwsft.data.prepare.arithmetic import ArithmeticSettings, arithmetic_records
 from megatron_iwsft.testing import comparable_metrics as metrics
-from tests import tiny
 from tests.slurm.lab import ROOT, Lab, running_lab
+from tests.support import tiny
 
 pytestmark = pytest.mark.slurm
 
@@ -54,7 +54,7 @@ def config_at(directory: Path, **data: object) -> Path:
 
 def train_here(config: Path, run: Path, *overrides: str) -> list[dict]:
     """The metrics of a run of two processes without Slurm."""
-    command = [sys.executable, "-m", "megatron_iwsft.torchrun", "--nproc_per_node", "2", "launch/train.py"]
+    command = [sys.executable, "-m", "megatron_iwsft.distributed.torchrun", "--nproc_per_node", "2", "launch/train.py"]
     done = subprocess.run(
         [*command, "--config", str(config), f"run.dir={run}", *overrides],
         cwd=ROOT,

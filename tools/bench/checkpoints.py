@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from megatron_iwsft.errors import run_command
+from megatron_iwsft.utils.cli import run_command
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -59,7 +59,14 @@ def main() -> None:
             }
             path = Path(directory) / "config.yaml"
             path.write_text(json.dumps(config))
-            command = [sys.executable, "-m", "megatron_iwsft.torchrun", "--nproc_per_node", "2", "launch/train.py"]
+            command = [
+                sys.executable,
+                "-m",
+                "megatron_iwsft.distributed.torchrun",
+                "--nproc_per_node",
+                "2",
+                "launch/train.py",
+            ]
             done = subprocess.run([*command, "--config", path], cwd=ROOT, text=True, capture_output=True)
             if done.returncode:
                 sys.exit(f"training failed:\n{done.stderr}")
@@ -86,12 +93,12 @@ def state_dicts(platform: Any, model: dict[str, Any]) -> dict[str, tuple[float, 
     """Way → (seconds, growth of this process's peak memory in bytes). Collective."""
     import torch
 
-    from megatron_iwsft.config import Optimizer
-    from megatron_iwsft.model.architecture import Architecture
-    from megatron_iwsft.model.build import ModelSettings, build_model, load_weights
-    from megatron_iwsft.model.hf import RandomInit
-    from megatron_iwsft.optim import build_optimizer, wrap_for_gradients
-    from megatron_iwsft.optimizer_state import sharded_optimizer_state
+    from megatron_iwsft.checkpoint.optimizer_state import sharded_optimizer_state
+    from megatron_iwsft.config.schema import Optimizer
+    from megatron_iwsft.hf.architecture import Architecture
+    from megatron_iwsft.hf.directory import RandomInit
+    from megatron_iwsft.model.gpt import ModelSettings, build_model, load_weights
+    from megatron_iwsft.train.optim import build_optimizer, wrap_for_gradients
 
     architecture = Architecture.from_hf(model, where="the bench")
     parallel = platform.parallel()

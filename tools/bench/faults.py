@@ -21,7 +21,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from megatron_iwsft.errors import run_command
+from megatron_iwsft.utils.cli import run_command
 
 ROOT = Path(__file__).resolve().parents[2]
 MARK = "IWSFT_FAULTS"
@@ -111,7 +111,14 @@ class Sweep:
             return
 
     def _start(self, run: Path, *, asynchronous: bool) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "megatron_iwsft.torchrun", "--nproc_per_node", "2", "launch/train.py"]
+        command = [
+            sys.executable,
+            "-m",
+            "megatron_iwsft.distributed.torchrun",
+            "--nproc_per_node",
+            "2",
+            "launch/train.py",
+        ]
         overrides = [f"run.dir={run}", f"checkpoint.asynchronous={str(asynchronous).lower()}"]
         env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", MARK: str(self.directory)}
         with open(self.log, "wb") as log:  # not a pipe, which a process left behind would hold open

@@ -20,7 +20,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from megatron_iwsft.errors import CheckpointError, run_command
+from megatron_iwsft.errors import CheckpointError
+from megatron_iwsft.utils.cli import run_command
 
 _TOOL = str(Path(__file__).parents[1] / "convert_hf.py")
 _IMPORT_BOUND, _EXPORT_BOUND = 1.3, 1.5
@@ -33,8 +34,8 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=16)
     args = parser.parse_args()
 
-    from megatron_iwsft.model.architecture import Architecture
-    from megatron_iwsft.model.weights import shapes
+    from megatron_iwsft.hf.architecture import Architecture
+    from megatron_iwsft.hf.mapping import shapes
 
     with tempfile.TemporaryDirectory() as directory:
         out = Path(directory)
@@ -54,9 +55,9 @@ def main() -> None:
 
 def _model(path: Path, *, layers: int, scale: int = 1) -> Path:
     """A random Llama with untied embeddings; `scale` divides every size."""
-    from megatron_iwsft.model.architecture import Architecture
-    from megatron_iwsft.model.hf import DTYPES, RandomInit, write_directory
-    from megatron_iwsft.model.weights import shapes
+    from megatron_iwsft.hf.architecture import Architecture
+    from megatron_iwsft.hf.directory import DTYPES, RandomInit, write_directory
+    from megatron_iwsft.hf.mapping import shapes
 
     architecture = Architecture.from_hf(
         {

@@ -23,7 +23,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_iwsft.errors import DataError, run_command
+from megatron_iwsft.errors import DataError
+from megatron_iwsft.utils.cli import run_command
 
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "SFT": {"name": "sft"},
@@ -94,7 +95,7 @@ def main() -> None:
     size = Size(reference_steps=args.reference_steps, prompts=args.prompts)
     size, seeds, shares = (QUICK, 1, [0.5]) if args.quick else (size, args.seeds, sorted(set(args.let_through)))
 
-    from megatron_iwsft.platform import quiet_megatron, stop
+    from megatron_iwsft.distributed.context import quiet_megatron, stop
 
     quiet_megatron()
     check_output(args.output, size)
@@ -116,7 +117,7 @@ def check_output(output: Path, size: Size) -> None:
 
 def bench(output: Path, size: Size, seeds: Iterable[int], shares: list[float]) -> list[dict[str, Any]]:
     """The reference, and every objective after every filter with every seed."""
-    from megatron_iwsft.data.arithmetic import short_sums
+    from megatron_iwsft.data.prepare.arithmetic import short_sums
 
     benchmark = output / "problems.jsonl"
     problems = list(short_sums(size.problems, digits=size.digits, wrong=0.0, seed=1))
@@ -144,8 +145,8 @@ def bench(output: Path, size: Size, seeds: Iterable[int], shares: list[float]) -
 
 def train_reference(output: Path, size: Size, held_out: frozenset[str]) -> Path:
     """A two-layer model from random weights, on demonstrations each seen once; returns its export."""
-    from megatron_iwsft.data.arithmetic import short_sums
-    from megatron_iwsft.data.train_tokenizer import train_tokenizer
+    from megatron_iwsft.data.prepare.arithmetic import short_sums
+    from megatron_iwsft.data.prepare.train_tokenizer import train_tokenizer
 
     # With the template's words, a sum of n digits has 3 n + 11 tokens.
     demonstrations = size.reference_steps * size.reference_batch * (_SEQ_LENGTH // (3 * size.digits + 11))
@@ -208,10 +209,10 @@ def train_and_export(run: dict[str, Any]) -> Path:
     """Train as launch/train.py would with this config, unless it is done; returns the Hugging Face directory."""
     import yaml
 
-    from megatron_iwsft.config_file import parse_config
-    from megatron_iwsft.custom_objective import find_objective, needs_reference
-    from megatron_iwsft.precompute import precompute_reference
-    from megatron_iwsft.trainer import train
+    from megatron_iwsft.config.loader import parse_config
+    from megatron_iwsft.objectives.custom import find_objective, needs_reference
+    from megatron_iwsft.train.precompute import precompute_reference
+    from megatron_iwsft.train.trainer import train
 
     exported = Path(run["run"]["dir"]) / "hf" / f"step-{run['data']['max_steps']:08d}"
     if not exported.exists():
@@ -224,8 +225,8 @@ def train_and_export(run: dict[str, Any]) -> Path:
 
 def shard(path: Path, records: list[dict[str, Any]], tokenizer: Path) -> Path:
     """Records → JSONL at `path` → a corpus beside it."""
-    from megatron_iwsft.data.records import RecordFormat
-    from megatron_iwsft.data.shard import ShardSettings, shard_corpus
+    from megatron_iwsft.data.prepare.records import RecordFormat
+    from megatron_iwsft.data.prepare.shard import ShardSettings, shard_corpus
 
     write(path, lines(records))
     corpus = path.with_name(path.name.removesuffix(".jsonl"))

@@ -55,7 +55,7 @@ def main() -> None:
         )
     if args.corpus:
         from megatron_iwsft.data.corpus import Corpus
-        from megatron_iwsft.data.inspection import Packing
+        from megatron_iwsft.data.prepare.inspect import Packing
 
         print(f"  {args.corpus}: {Packing.of(Corpus.open(args.corpus).lengths, args.seq_length)}")
 

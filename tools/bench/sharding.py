@@ -110,7 +110,7 @@ def compare(args: argparse.Namespace, kind: str, scratch: Path) -> None:
 
 def _records(args: argparse.Namespace) -> Iterator[dict[str, str]]:
     if args.input is None:
-        from megatron_iwsft.data.arithmetic import ArithmeticSettings, arithmetic_records
+        from megatron_iwsft.data.prepare.arithmetic import ArithmeticSettings, arithmetic_records
 
         yield from arithmetic_records(20_000, ArithmeticSettings(digits=8), 0)
         return
@@ -121,7 +121,7 @@ def _records(args: argparse.Namespace) -> Iterator[dict[str, str]]:
 
 def train(kind: str, records: list[dict[str, str]], directory: Path) -> tuple[Path, str | None]:
     """A tokenizer of 8,000 tokens trained on the records, and the name of the template it needs."""
-    from megatron_iwsft.data.templates import PRESETS
+    from megatron_iwsft.data.chat_template import PRESETS
 
     directory.mkdir()
     texts = [r[field] for r in records for field in ("prompt", "response")]
@@ -162,7 +162,7 @@ def write_inputs(
     base: list[dict[str, str]], copies: int, tokenizer: Path, template: str | None, records: Path, texts: Path
 ) -> None:
     """The same conversations twice: as records with a score, and rendered."""
-    from megatron_iwsft.data.templates import ChatTemplate, Conversation
+    from megatron_iwsft.data.chat_template import ChatTemplate, Conversation
     from megatron_iwsft.data.tokenizer import load_tokenizer
 
     chat = ChatTemplate(load_tokenizer(tokenizer), template)
@@ -292,11 +292,11 @@ def stand_in(texts: str, tokenizer: str, output: str, workers: str) -> None:
 
 def stages(records: Path, tokenizer_path: Path, template_name: str | None) -> None:
     """CPU microseconds a record of each stage in one process (the best of some blocks), and what bounds the whole."""
-    from megatron_iwsft.data import encode
-    from megatron_iwsft.data.curation import Curation
-    from megatron_iwsft.data.inputs import find_inputs, read_blocks
-    from megatron_iwsft.data.records import RecordFormat
-    from megatron_iwsft.data.templates import ChatTemplate
+    from megatron_iwsft.data.chat_template import ChatTemplate
+    from megatron_iwsft.data.prepare import encode
+    from megatron_iwsft.data.prepare.filters import Curation
+    from megatron_iwsft.data.prepare.readers import find_inputs, read_blocks
+    from megatron_iwsft.data.prepare.records import RecordFormat
     from megatron_iwsft.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(tokenizer_path)
@@ -329,8 +329,8 @@ def stages(records: Path, tokenizer_path: Path, template_name: str | None) -> No
 
 def check(corpus_path: Path, records: Path, tokenizer_path: Path, template_name: str | None) -> None:
     """The ids of every trajectory against the tokenizer's own library, piece by piece and as one text."""
+    from megatron_iwsft.data.chat_template import ChatTemplate, Conversation
     from megatron_iwsft.data.corpus import Corpus
-    from megatron_iwsft.data.templates import ChatTemplate, Conversation
     from megatron_iwsft.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(tokenizer_path)

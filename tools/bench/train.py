@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_iwsft.errors import run_command
+from megatron_iwsft.utils.cli import run_command
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -198,9 +198,9 @@ def make_corpus(directory: Path, args: argparse.Namespace, seq_length: int) -> N
     """Trajectories of random tokens, log-normal in length up to `seq_length`, a fifth of each its prompt; and the peer's config."""
     import numpy as np
 
-    from megatron_iwsft.data.records import RecordFormat
-    from megatron_iwsft.data.shard import ShardSettings, shard_corpus
-    from megatron_iwsft.data.train_tokenizer import train_tokenizer
+    from megatron_iwsft.data.prepare.records import RecordFormat
+    from megatron_iwsft.data.prepare.shard import ShardSettings, shard_corpus
+    from megatron_iwsft.data.prepare.train_tokenizer import train_tokenizer
 
     home = directory / str(seq_length)
     home.mkdir()
@@ -247,7 +247,7 @@ def _measure(args: argparse.Namespace, case: Case, directory: Path) -> Measured 
     """In processes of their own: the case's reference if it needs one computed, then its steps. What went wrong, in a line."""
     config = directory / "config.json"
     config.write_text(json.dumps(_config(args, case, directory)))
-    many = ["-m", "megatron_iwsft.torchrun", "--nproc_per_node", str(args.processes)]
+    many = ["-m", "megatron_iwsft.distributed.torchrun", "--nproc_per_node", str(args.processes)]
     launch = [sys.executable, *(many if args.processes > 1 and case.program == "ours" else [])]
     commands = [[*launch, __file__, *sys.argv[1:], "--case", json.dumps(asdict(case)), str(directory)]]
     if case.program == "ours" and case.objective.endswith("cached"):
@@ -263,7 +263,7 @@ def _measure(args: argparse.Namespace, case: Case, directory: Path) -> Measured 
 
 def work(args: argparse.Namespace, case: Case, directory: Path) -> None:
     """Take the case's steps in this process."""
-    from megatron_iwsft.config_file import load_config
+    from megatron_iwsft.config.loader import load_config
 
     config = load_config(str(directory / "config.json"), [])
     lines = list((trainer_steps if case.program == "ours" else peer_steps)(config, args.warmup + args.steps))
@@ -284,10 +284,10 @@ def trainer_steps(config: Any, steps: int) -> Iterator[dict[str, Any]]:
     """The trainer's own steps and their metrics."""
     from contextlib import ExitStack
 
-    from megatron_iwsft.job import start_job
-    from megatron_iwsft.platform import stop
-    from megatron_iwsft.platform.signals import StopSignals
-    from megatron_iwsft.trainer import Trainer
+    from megatron_iwsft.distributed.context import stop
+    from megatron_iwsft.distributed.stop_signals import StopSignals
+    from megatron_iwsft.train.setup import start_job
+    from megatron_iwsft.train.trainer import Trainer
 
     with StopSignals() as signals:
         job = start_job(config)
@@ -306,10 +306,10 @@ def peer_steps(config: Any, steps: int) -> Iterator[dict[str, Any]]:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from megatron_iwsft.data.corpus import Corpus
-    from megatron_iwsft.flops import training_flops
-    from megatron_iwsft.job import make_sampler
-    from megatron_iwsft.model.architecture import Architecture
-    from megatron_iwsft.platform import Platform
+    from megatron_iwsft.distributed.context import Platform
+    from megatron_iwsft.hf.architecture import Architecture
+    from megatron_iwsft.model.flops import training_flops
+    from megatron_iwsft.train.setup import make_sampler
 
     cuda = torch.cuda.is_available() and os.environ.get("IWSFT_DEVICE") != "cpu"
     platform = Platform(torch.device("cuda" if cuda else "cpu"), rank=0, world_size=1)

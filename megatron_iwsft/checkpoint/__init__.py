@@ -1,0 +1,1 @@
+"""Checkpoints: what they hold, writing, loading, verifying."""

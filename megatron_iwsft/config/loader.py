@@ -1,0 +1,128 @@
+"""Config files: YAML, strictly checked, with `section.key=value` overrides. Every mistake gives one message that names the field."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import yaml
+from pydantic import ValidationError
+
+from megatron_iwsft.config.schema import Config, Section
+from megatron_iwsft.errors import ConfigError
+
+S = TypeVar("S", bound=Section)
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice in one mapping, and reads 1e-5 as a number."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [self.construct_object(k, deep=True) for k, _ in node.value]
+        for i, key in enumerate(keys):
+            if key in keys[:i]:
+                line = node.value[i][0].start_mark.line + 1
+                raise yaml.MarkedYAMLError(problem=f"the key {key!r} stands twice, again in line {line}")
+        return super().construct_mapping(node, deep)
+
+
+# YAML 1.1 wants a dot in a float; people write 1e-5.
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Read a config file and apply `section.key=value` overrides (values in YAML).
+
+    Raises ConfigError: unreadable file, bad YAML, an unknown key (with the nearest known one), a wrong type or value.
+    """
+    return read_config(Config, path, overrides or [])
+
+
+def parse_config(text: str, overrides: list[str], *, where: str) -> Config:
+    """`load_config` on text; `where` names it in messages."""
+    return _parse(Config, text, overrides, where)
+
+
+def read_config(schema: type[S], path: str | Path, overrides: list[str]) -> S:
+    """`load_config` for any schema."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot read the config {path}: {error.strerror}.") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"the config {path} is not UTF-8 text.") from None
+    return _parse(schema, text, overrides, str(path))
+
+
+def _parse(schema: type[S], text: str, overrides: list[str], where: str) -> S:
+    raw = _yaml(text, where)
+    if not isinstance(raw, dict):
+        sections = ", ".join(list(schema.model_fields)[:3])
+        raise ConfigError(f"{where} must hold sections ({sections}, …); it holds {type(raw).__name__}.")
+    for override in overrides:
+        _apply(raw, override)
+    try:
+        return schema.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError(_explain(schema, error, where)) from None
+
+
+def _yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise ConfigError(f"{where}{line} is not valid YAML: {getattr(error, 'problem', error)}.") from None
+
+
+def _apply(raw: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"override {override!r} is not of the form section.key=value.")
+    *sections, last = key.strip().split(".")
+    at = raw
+    for section in sections:
+        if at.get(section) is None:
+            at[section] = {}
+        at = at[section]
+        if not isinstance(at, dict):
+            raise ConfigError(f"override {override!r}: {section} holds a value, not keys.")
+    at[last] = _yaml(value, f"override {override!r}")
+
+
+def _explain(schema: type[Section], error: ValidationError, where: str) -> str:
+    lines = []
+    for item in error.errors():
+        location = ".".join(str(part) for part in item["loc"])
+        found = item.get("input")
+        kind = item["type"]
+        if kind == "extra_forbidden":
+            known = _known_keys(schema, item["loc"][:-1])
+            near = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
+            hint = f" Did you mean {near[0]}?" if near else f" Known keys: {', '.join(known)}."
+            lines.append(f"{location} is not a known key.{hint}")
+        elif kind == "missing":
+            lines.append(f"{location} is missing.")
+        elif kind == "value_error":
+            lines.append(f"{location}: {item['ctx']['error']}.")
+        elif kind in ("model_type", "model_attributes_type"):
+            lines.append(
+                f"{location} must hold keys ({', '.join(_known_keys(schema, item['loc']))}); found {found!r:.80}."
+            )
+        else:
+            lines.append(f"{location}: {item['msg'][0].lower()}{item['msg'][1:]}; found {found!r:.80}.")
+    return f"{where}: " + ("\n  ".join(["", *lines]) if len(lines) > 1 else lines[0])
+
+
+def _known_keys(schema: type[Section], location: tuple[Any, ...]) -> list[str]:
+    model: Any = schema
+    for part in location:
+        # What stands under a key of a mapping is of its values' type, its last argument.
+        model = model.model_fields[part].annotation if hasattr(model, "model_fields") else get_args(model)[-1]
+    return list(model.model_fields) if hasattr(model, "model_fields") else []

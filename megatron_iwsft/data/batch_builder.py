@@ -1,0 +1,117 @@
+"""Packs of trajectories → `Batch`es. Every rank builds its own from the memory-mapped corpus: nothing is broadcast."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from megatron_iwsft.data.batch import IGNORE, Batch
+from megatron_iwsft.data.corpus import Corpus
+from megatron_iwsft.data.sampler import Sampler
+
+# trajectory index → float32 [num_tokens], the reference log-prob of each token, 0 where not trained on
+ReferenceLogprobs = Callable[[int], np.ndarray]
+
+
+@dataclass(frozen=True)
+class RowShape:
+    """What slicing asks of a packed row.
+
+    segment_multiple  each segment is padded to it: 2·cp for the context-parallel zigzag
+    row_multiple      and the whole row to it, so that sequence parallelism can cut it over tp ranks, each part a multiple of
+                      `alignment`, which FP8 matrix products ask for
+    row_length        tokens of every row, or None to fit each global batch's longest
+    """
+
+    segment_multiple: int
+    row_multiple: int
+    row_length: int | None
+
+    @staticmethod
+    def of(*, tensor: int, context: int, row_length: int | None, alignment: int = 1) -> RowShape:
+        segment = 2 * context if context > 1 else 1
+        return RowShape(segment, segment * tensor * alignment, row_length)
+
+    def padded(self, lengths: np.ndarray) -> np.ndarray:
+        return -(-lengths // self.segment_multiple) * self.segment_multiple
+
+    def fit(self, needed: int) -> int:
+        """Row length for rows that need up to `needed` tokens."""
+        wanted = max(needed, self.row_length or 0, 1)
+        return -(-wanted // self.row_multiple) * self.row_multiple
+
+
+class BatchBuilder:
+    """Builds this rank's micro-batches of a global step.
+
+    The global batch and its packs are the same at every layout; only who gets which pack differs. Micro-batch m of
+    data-parallel rank d holds packs (m·dp + d)·b … of the global batch, b the micro-batch size.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        sampler: Sampler,
+        shape: RowShape,
+        *,
+        micro_batch_size: int,
+        data_rank: int = 0,
+        data_size: int = 1,
+        context_rank: int = 0,
+        context_size: int = 1,
+        reference: ReferenceLogprobs | None = None,
+    ) -> None:
+        self.corpus, self.sampler, self.shape = corpus, sampler, shape
+        self.micro_batch_size, self.reference = micro_batch_size, reference
+        self.data_rank, self.data_size = data_rank, data_size
+        self.context_rank, self.context_size = context_rank, context_size
+
+    def at_step(self, step: int) -> list[Batch]:
+        """This rank's micro-batches of global step `step`, all of one row length."""
+        return self.from_packs(self.sampler.packs_at(step))
+
+    def from_packs(self, packs: list[np.ndarray]) -> list[Batch]:
+        """This rank's micro-batches of a global batch given as packs of trajectory indices."""
+        size = self.micro_batch_size
+        rows = [np.concatenate(packs[i : i + size]) for i in range(0, len(packs), size)]
+        needed = max(int(self.shape.padded(self.corpus.lengths[row]).sum()) for row in rows)
+        length = self.shape.fit(needed)
+        return [
+            self._row(row, length).slice_for_context_parallel(self.context_rank, self.context_size)
+            for row in rows[self.data_rank :: self.data_size]
+        ]
+
+    def _row(self, ids: np.ndarray, length: int) -> Batch:
+        sizes = self.shape.padded(self.corpus.lengths[ids]).astype(np.int64)
+        filler = length - int(sizes.sum())
+        if filler:
+            sizes = np.append(sizes, filler)
+        boundaries = np.concatenate([[0], np.cumsum(sizes)])
+        tokens = np.zeros(length, np.int64)
+        labels = np.full(length, IGNORE, np.int64)
+        reference = np.zeros(length, np.float32) if self.reference is not None else None
+        for i, start in zip(ids.tolist(), boundaries.tolist(), strict=False):
+            text, mask = self.corpus.tokens(i).astype(np.int64), self.corpus.mask(i)
+            n = len(text)
+            tokens[start : start + n] = text
+            labels[start : start + n - 1] = np.where(mask[1:] == 1, text[1:], IGNORE)
+            if reference is not None and self.reference is not None:
+                reference[start : start + n - 1] = self.reference(i)[1:]
+        pad = 1 if filler else 0
+        # The first token of a trajectory is nobody's label, so a mask that starts at it trains one token less.
+        trained = [int((self.corpus.mask(i)[1:] == 1).sum()) for i in ids.tolist()]
+        return Batch(
+            tokens=torch.from_numpy(tokens)[None],
+            labels=torch.from_numpy(labels)[None],
+            position_ids=torch.from_numpy(np.arange(length) - np.repeat(boundaries[:-1], sizes))[None],
+            segment=torch.from_numpy(np.repeat(np.arange(len(sizes)), sizes)),
+            reference=None if reference is None else torch.from_numpy(reference),
+            cu_seqlens=torch.from_numpy(boundaries.astype(np.int32)),
+            max_seqlen=int(sizes.max()),
+            lengths=torch.tensor([*trained, *[0] * pad], dtype=torch.float32),
+            quality=torch.from_numpy(np.append(self.sampler.trajectory_weights(ids), np.zeros(pad, np.float32))),
+            trajectory=torch.from_numpy(np.append(ids, [-1] * pad).astype(np.int64)),
+        )

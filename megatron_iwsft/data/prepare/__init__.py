@@ -1,0 +1,1 @@
+"""Records to corpus directory: read, render, tokenize, filter, deduplicate, write."""

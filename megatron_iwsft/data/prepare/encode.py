@@ -1,0 +1,296 @@
+"""A block of records → rows: rendered, tokenized, masked, scored, hashed, or dropped with a reason. What a worker process does.
+
+Python touches each record once, to find its texts; everything about tokens is done for the whole block at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from megatron_iwsft.data.chat_template import ChatTemplate, Conversation, TemplateError
+from megatron_iwsft.data.indexed import token_dtype
+from megatron_iwsft.data.prepare.fast_encoding import CheckedEncoder, Encoder, gigatoken_encoder
+from megatron_iwsft.data.prepare.filters import AnswerCheck, Benchmarks, Curation, Signatures
+from megatron_iwsft.data.prepare.readers import Block, rows_of
+from megatron_iwsft.data.prepare.records import Dropped, RecordFormat, RecordReader, Sample, parse
+from megatron_iwsft.data.template_tracing import Plan
+from megatron_iwsft.data.tokenizer import Tokenizer
+
+
+def row_schema(token_type: np.dtype, *, signatures: bool) -> pa.Schema:
+    """Columns of the rows of a block. A row is one trajectory, or one that was dropped (`reason` is not null, no tokens)."""
+    fields = [
+        ("line", pa.int64()),
+        ("id", pa.string()),
+        ("source", pa.string()),
+        ("reason", pa.string()),
+        ("detail", pa.string()),
+        ("score", pa.float64()),
+        ("num_trained", pa.int32()),
+        ("content_hash", pa.binary(32)),
+        ("tokens", pa.large_list(pa.from_numpy_dtype(token_type))),
+        ("mask", pa.large_list(pa.uint8())),
+    ]
+    if signatures:
+        fields.append(("signature", pa.binary()))
+    return pa.schema(fields)
+
+
+class _Rows:
+    """What is known of each row before tokenization; texts and flags of the pieces of all rendered rows, end to end."""
+
+    def __init__(self) -> None:
+        self.columns: list[tuple[int, str, str, float | None]] = []  # line, id, source, score
+        self.dropped: dict[int, Dropped] = {}
+        self.rendered: list[int] = []  # numbers of the rendered rows
+        self.pieces: list[str] = []
+        self.counts: list[int] = []  # pieces of each rendered row
+        self.trained: list[bool] = []  # of each piece
+        self.specials: list[int] = []  # special tokens that the template puts into each rendered row, −1 if not known
+        self.ready: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # rows that came as tokens
+        self.texts: dict[int, str] = {}  # for signatures
+
+    def drop(self, row: int, reason: str, detail: str = "") -> None:
+        self.dropped[row] = Dropped(reason, detail)
+
+    def __len__(self) -> int:
+        return len(self.columns)
+
+
+class BlockEncoder:
+    """Turns blocks into rows. `template` may be None for a corpus of records that are already tokenized."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, template: ChatTemplate | None, form: RecordFormat, curation: Curation, *, fast: bool
+    ) -> None:
+        self.tokenizer, self.template, self.curation = tokenizer, template, curation
+        self.reader = RecordReader(form, keep=curation.keep, min_score=curation.min_score)
+        self._token_dtype = token_dtype(tokenizer.vocab_size)
+        self.schema = row_schema(self._token_dtype, signatures=curation.near_duplicates is not None)
+        self._search_special = tokenizer.special_pattern.search
+        self._encode: Encoder = tokenizer.encode_batch
+        if fast:
+            encoder = gigatoken_encoder(tokenizer)
+            assert not isinstance(encoder, str), encoder
+            self._encode = CheckedEncoder(tokenizer, encoder)
+        self._benchmarks = Benchmarks(curation.benchmarks) if curation.benchmarks else None
+        self._answers = AnswerCheck(curation.answer_field, curation.wrong_answers) if curation.answer_field else None
+        self._signatures = Signatures() if curation.near_duplicates is not None else None
+        self._is_special = np.zeros(tokenizer.vocab_size, bool)
+        self._is_special[tokenizer.special_ids] = True
+        self._specials_of: dict[int, int] = {}
+
+    def __call__(self, block: Block) -> pa.RecordBatch:
+        """The rows of a block, in order; their columns are those of `row_schema`."""
+        rows = self.prepare(block)
+        ids, piece_lengths = self._encode(rows.pieces, rows.counts)
+        flags = np.asarray(rows.trained, np.uint8)
+        tokens = _Tokens(
+            ids, np.repeat(flags, piece_lengths), *_per_row(rows.counts, piece_lengths, piece_lengths * flags)
+        )
+        self._check_specials(rows, tokens)
+        tokens = _with_ready(rows, tokens)
+        return self._batch(rows, self._check_lengths(rows, tokens))
+
+    def prepare(self, block: Block) -> _Rows:
+        """Everything up to tokenization."""
+        rows, stem = _Rows(), block.source.stem
+        add, read = rows.columns.append, self.reader.read
+        for line, record in _numbered(block):
+            for sample in (record,) if isinstance(record, Dropped) else read(record):
+                name = sample.id or f"{stem}:{line}"
+                if sample.number is not None:
+                    name = f"{name}#{sample.number}"
+                if isinstance(sample, Dropped):
+                    rows.dropped[len(rows)] = sample
+                    add((line, name, stem, None))
+                    continue
+                try:
+                    if self._answers is not None:
+                        self._answers.check(record, sample)  # type: ignore[arg-type]
+                    self._add(rows, len(rows), sample)
+                except Dropped as dropped:
+                    rows.dropped[len(rows)] = dropped.with_traceback(None)
+                add((line, name, sample.source or stem, sample.score))
+        return rows
+
+    def _add(self, rows: _Rows, row: int, sample: Sample) -> None:
+        conversation = sample.conversation
+        if conversation is None:
+            self._add_tokens(rows, row, sample)
+            return
+        if self.template is None:
+            raise Dropped("no chat template", "the first record was already tokenized, this one is text")
+        self._check_content(conversation)
+        if self._benchmarks is not None:
+            self._benchmarks.check(conversation)
+        try:
+            pieces, plan, trained = self.template.pieces(conversation)
+        except TemplateError as error:
+            raise Dropped(error.reason, str(error)) from None
+        rows.rendered.append(row)
+        rows.counts.append(len(pieces))
+        rows.pieces += pieces
+        rows.trained += trained
+        rows.specials.append(-1 if plan is None else self._specials_of.get(id(plan)) or self._count_specials(plan))
+        if self._signatures is not None:
+            rows.texts[row] = " ".join(conversation.texts)
+
+    def _add_tokens(self, rows: _Rows, row: int, sample: Sample) -> None:
+        assert sample.tokens is not None and sample.mask is not None
+        limit = self.tokenizer.vocab_size
+        if len(sample.tokens) and sample.tokens.max() >= limit:
+            raise Dropped(
+                "token outside the vocabulary", f"ids go up to {sample.tokens.max()}, the vocabulary to {limit - 1}"
+            )
+        rows.ready[row] = sample.tokens, sample.mask
+        if self._signatures is not None:
+            rows.texts[row] = " ".join(map(str, sample.tokens.tolist()))
+
+    def _check_content(self, conversation: Conversation) -> None:
+        search = self._search_special
+        for k, text in enumerate(conversation.texts):
+            if found := search(text):
+                role = conversation.shape[k] if conversation.shape[k] != "content" else conversation.shape[k - 1]
+                raise Dropped("special token in content", f"{found.group()!r} stands in a text of the {role}")
+        # Names, tool calls, tools: whatever else the template might render.
+        if conversation.whole is None:
+            return
+        beside = json.dumps([conversation.whole, conversation.tools], ensure_ascii=False, default=str)
+        if found := search(beside):
+            raise Dropped("special token in content", f"{found.group()!r} stands beside the texts")
+
+    def _count_specials(self, plan: Plan) -> int:
+        """How many special tokens a plan's frame has, by the tokenizer's own reading of it."""
+        texts = [text.replace("%s", "a").replace("%%", "%") for text, _ in plan.pieces]
+        ids, _ = self.tokenizer.encode_batch(texts, [len(texts)])
+        self._specials_of[id(plan)] = count = int(self._is_special[ids].sum())
+        return count
+
+    def _check_specials(self, rows: _Rows, tokens: _Tokens) -> None:
+        """Drop rows in which a text and the template around it came to spell a special token together."""
+        at = np.flatnonzero(self._is_special[tokens.ids])
+        row_of = np.searchsorted(np.cumsum(tokens.lengths), at, side="right")
+        found = np.bincount(row_of, minlength=len(rows.rendered))
+        expected = np.asarray(rows.specials, np.int64)
+        for k in np.flatnonzero((found != expected) & (expected >= 0)).tolist():
+            rows.drop(
+                rows.rendered[k], "special token in content", "a text spells one together with the template around it"
+            )
+
+    def _check_lengths(self, rows: _Rows, tokens: _Tokens) -> _Tokens:
+        """The tokens of all rows, those of dropped ones empty."""
+        low, high = self.curation.min_tokens or 0, self.curation.max_tokens or np.iinfo(np.int64).max
+        lengths, trained = tokens.lengths, tokens.trained
+        alive = np.ones(len(rows), bool)
+        alive[list(rows.dropped)] = False
+        wrong = alive & ((trained == 0) | (trained == lengths) | (lengths < low) | (lengths > high))
+        for row in np.flatnonzero(wrong).tolist():
+            n = int(lengths[row])
+            if trained[row] == 0:
+                rows.drop(row, "nothing to train on", "the loss mask is all zeros")
+            elif trained[row] == n:
+                rows.drop(row, "no prompt", "the loss mask is all ones")
+            elif n > high:
+                rows.drop(row, "too long", f"{n} tokens; the limit is {high}")
+            else:
+                rows.drop(row, "too short", f"{n} tokens; the least is {low}")
+        alive &= ~wrong
+        if alive.all():
+            return tokens
+        keep = np.repeat(alive, lengths)
+        return _Tokens(tokens.ids[keep], tokens.mask[keep], lengths * alive, trained * alive)
+
+    def _batch(self, rows: _Rows, tokens: _Tokens) -> pa.RecordBatch:
+        offsets = np.concatenate([[0], np.cumsum(tokens.lengths)])
+        lines, ids, sources, scores = zip(*rows.columns, strict=True) if rows.columns else ((), (), (), ())
+        reasons: list[str | None] = [None] * len(rows)
+        details = list(reasons)
+        for row, dropped in rows.dropped.items():
+            reasons[row], details[row] = dropped.reason, dropped.detail or None
+        columns = [
+            pa.array(lines, pa.int64()),
+            pa.array(ids, pa.string()),
+            pa.array(sources, pa.string()),
+            pa.array(reasons, pa.string()),
+            pa.array(details, pa.string()),
+            pa.array(scores, pa.float64()),
+            pa.array(tokens.trained.astype(np.int32)),
+            _hashes(tokens, offsets),
+            pa.LargeListArray.from_arrays(offsets, tokens.ids.astype(self._token_dtype)),
+            pa.LargeListArray.from_arrays(offsets, tokens.mask),
+        ]
+        if self._signatures is not None:
+            columns.append(self._signature_column(rows))
+        return pa.record_batch(columns, schema=self.schema)
+
+    def _signature_column(self, rows: _Rows) -> pa.Array:
+        assert self._signatures is not None
+        out: list[bytes | None] = [None] * len(rows)
+        wanted = [row for row in rows.texts if row not in rows.dropped]
+        for row, signature in zip(wanted, self._signatures([rows.texts[row] for row in wanted]), strict=True):
+            out[row] = signature
+        return pa.array(out, pa.binary())
+
+
+def _numbered(block: Block) -> Iterator[tuple[int, dict[str, Any] | Dropped]]:
+    """(line number, record or what is wrong with it) of a block's records."""
+    payload = block.content()
+    if isinstance(payload, bytes):
+        for line, content in enumerate(payload.split(b"\n"), block.first + 1):
+            if content and not content.isspace():
+                try:
+                    yield line, parse(content)
+                except Dropped as dropped:
+                    yield line, dropped.with_traceback(None)
+        return
+    for line, row in enumerate(rows_of(payload), block.first + 1):
+        yield line, Dropped("cannot be read", str(row)) if isinstance(row, Exception) else row
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """The tokens of rows, end to end: ids int32, mask uint8; of each row its length and how many tokens are trained on, int64."""
+
+    ids: np.ndarray
+    mask: np.ndarray
+    lengths: np.ndarray
+    trained: np.ndarray
+
+
+def _per_row(counts: list[int], *values: np.ndarray) -> Iterator[np.ndarray]:
+    """The sums of `values` (one of each piece) over the pieces of each row."""
+    ends = np.cumsum([0, *counts])
+    for value in values:
+        yield np.diff(np.concatenate([[0], np.cumsum(value)])[ends]).astype(np.int64)
+
+
+def _with_ready(rows: _Rows, tokens: _Tokens) -> _Tokens:
+    """The tokens of all rows: the rendered ones, those that came as tokens, and none for dropped ones."""
+    lengths, trained = np.zeros((2, len(rows)), np.int64)
+    lengths[rows.rendered], trained[rows.rendered] = tokens.lengths, tokens.trained
+    if not rows.ready:
+        return _Tokens(tokens.ids, tokens.mask, lengths, trained)
+    cuts = np.cumsum(tokens.lengths)[:-1]
+    rendered = zip(np.split(tokens.ids, cuts), np.split(tokens.mask, cuts), strict=True)
+    parts = dict(zip(rows.rendered, rendered, strict=False)) | rows.ready
+    for row, (ids, mask) in rows.ready.items():
+        lengths[row], trained[row] = len(ids), mask.sum()
+    in_order = [parts[row] for row in sorted(parts)]
+    return _Tokens(np.concatenate([i for i, _ in in_order]), np.concatenate([m for _, m in in_order]), lengths, trained)
+
+
+def _hashes(tokens: _Tokens, offsets: np.ndarray) -> pa.Array:
+    """SHA-256 of each row: of 2·token + mask as little-endian int32."""
+    raw = (tokens.ids * 2 + tokens.mask).astype("<i4").tobytes()
+    bounds = (4 * offsets).tolist()
+    digests = b"".join([hashlib.sha256(raw[a:b]).digest() for a, b in itertools.pairwise(bounds)])
+    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(32), len(bounds) - 1, [None, pa.py_buffer(digests)])

@@ -1,0 +1,66 @@
+"""Train a small tokenizer on the user's own records, for models that start from random weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from megatron_iwsft.data.chat_template import PRESETS
+from megatron_iwsft.errors import DataError
+
+END_OF_TURN, END_OF_TEXT = "<|im_end|>", "<|endoftext|>"
+
+
+def train_tokenizer(inputs: Sequence[Path], output: Path, *, fields: Sequence[str], vocab_size: int) -> None:
+    """Write a Hugging Face directory with a byte-level BPE tokenizer in ChatML, trained on `fields` of JSONL records.
+
+    Digits are tokens of their own, so that arithmetic does not depend on how numbers happened to merge. Raises DataError if no
+    record has any of the fields.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(r"\d"), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT, "<|im_start|>", END_OF_TURN],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    texts = _texts(inputs, fields)
+    first = next(texts, None)
+    if first is None:
+        raise DataError(f"no record of {', '.join(map(str, inputs))} has any of the fields {', '.join(fields)}.")
+
+    def all_texts() -> Iterator[str]:
+        yield first
+        yield from texts
+
+    tokenizer.train_from_iterator(all_texts(), trainer)
+    output.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(output / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": END_OF_TURN,
+        "pad_token": END_OF_TEXT,
+        "chat_template": PRESETS["chatml"],
+    }
+    (output / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+
+
+def _texts(inputs: Sequence[Path], fields: Sequence[str]) -> Iterator[str]:
+    for path in inputs:
+        if not path.is_file():
+            raise DataError(f"input file {path} does not exist.")
+        with open(path, encoding="utf-8", errors="replace") as file:
+            for line in file:
+                try:
+                    record = json.loads(line)
+                except ValueError:
+                    continue  # sharding will list it
+                if isinstance(record, dict):
+                    yield from (record[field] for field in fields if isinstance(record.get(field), str))

@@ -1,0 +1,1 @@
+"""Devices, process groups, parallel layouts, Megatron-Core without CUDA, signals, the watchdog."""

@@ -1,0 +1,184 @@
+"""What this machine has, what that enables, and what to install for the rest."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform as machine
+import shutil
+from dataclasses import dataclass
+
+from megatron_iwsft.distributed.capabilities import (
+    FP8_RECIPES,
+    fp8_refusal,
+    has_gradient_accumulation_fusion,
+    transformer_engine,
+    variable_length_attention,
+)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line: what was looked for, what is there, and what follows from it. ok: False where something could be gained."""
+
+    what: str
+    found: str
+    means: str
+    ok: bool = True
+
+
+def examine() -> list[Finding]:
+    """Look at interpreter, devices and packages. Imports torch; starts no process group."""
+    return [*_base(), *_gpu(), *_kernels(), *_optional()]
+
+
+def paths() -> list[Finding]:
+    """Which implementation a run on this machine takes for each part, and why. Imports torch and Megatron-Core."""
+    import torch
+    from megatron.core.optimizer import Adam
+
+    from megatron_iwsft.ops.logits import has_triton
+
+    on_cpu = os.environ.get("IWSFT_DEVICE") == "cpu"
+    gpu = torch.cuda.is_available() and not on_cpu
+    no_gpu = "IWSFT_DEVICE is cpu" if on_cpu else "torch sees no GPU"
+    engine, why = transformer_engine()
+    fused = gpu and engine is not None
+    no_engine = no_gpu if not gpu else f"Transformer Engine is {why}"
+    at_once, why_not = variable_length_attention() if gpu else (False, no_gpu)
+    if fused:
+        attention = "Transformer Engine, over packed rows", "FlashAttention or cuDNN, as it chooses"
+    elif at_once:
+        limits = "in bf16, for heads of up to 256 in steps of 8, without context parallelism; else a call a segment"
+        attention = "torch's variable-length FlashAttention", f"{no_engine}; {limits}"
+    else:
+        attention = "a call of torch's a segment", why_not
+    optimizer = Adam if gpu else torch.optim.AdamW  # which platform/cpu.py puts in its place
+    library = optimizer.__module__.partition(".")[0]
+    in_product = has_gradient_accumulation_fusion(torch.device("cuda" if gpu else "cpu"))
+    recipes = {recipe: fp8_refusal(recipe, on_cpu=on_cpu) for recipe in FP8_RECIPES}
+    allowed = [recipe for recipe, refusal in recipes.items() if refusal is None]
+    return [
+        Finding("layers", "Transformer Engine" if fused else "torch", "" if fused else no_engine),
+        Finding("attention", *attention),
+        Finding(
+            "log-probs",
+            "Triton" if gpu and has_triton() else "torch",
+            "one pass over the logits" if gpu and has_triton() else ("no Triton" if gpu else no_gpu),
+        ),
+        Finding(
+            "optimizer",
+            f"{library}'s {optimizer.__name__}",
+            "fused"
+            if library != "torch"
+            else "no GPU"
+            if not gpu
+            else "neither Transformer Engine nor NVIDIA's apex has one",
+        ),
+        Finding(
+            "weight gradients",
+            "added up in the product" if in_product else "added up after the product",
+            "" if in_product else "that takes an extension of NVIDIA's apex, and a GPU",
+        ),
+        Finding("FP8", ", ".join(allowed) or "none", "" if allowed else str(recipes["delayed"])),
+    ]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _base() -> list[Finding]:
+    import torch
+
+    version = _version("megatron-core")
+    lines = "0.16 for Python below 3.12, 0.19 from there on"
+    return [
+        Finding("Python", machine.python_version(), machine.machine()),
+        Finding("torch", torch.__version__, f"CUDA {torch.version.cuda}" if torch.version.cuda else "a CPU build"),
+        Finding("megatron-core", version or "missing", lines if version else "pip install -e .", version is not None),
+    ]
+
+
+def _gpu() -> list[Finding]:
+    import torch
+
+    if not torch.cuda.is_available():
+        why = "this torch is a CPU build" if torch.version.cuda is None else "torch finds no GPU or no driver"
+        return [Finding("CUDA", why, "runs on CPU over gloo, one process a core; IWSFT_DEVICE=cpu says so on purpose")]
+    out = []
+    for i in range(torch.cuda.device_count()):
+        p = torch.cuda.get_device_properties(i)
+        fp8 = fp8_refusal("delayed") is None
+        out.append(
+            Finding(
+                f"GPU {i}",
+                f"{p.name}, {p.total_memory / 1e9:.0f} GB, compute capability {p.major}.{p.minor}",
+                "bf16" + (", FP8" if fp8 else ""),
+            )
+        )
+    nccl = torch.cuda.nccl.version() if torch.distributed.is_nccl_available() else None
+    found = ".".join(map(str, nccl)) if nccl else "missing"
+    out.append(
+        Finding("NCCL", found, "collectives between GPUs" if nccl else "a torch built with NCCL is needed", bool(nccl))
+    )
+    return out
+
+
+def _kernels() -> list[Finding]:
+    engine, why = transformer_engine()
+    triton = _version("triton")
+    apex, apex_means, apex_ok = _apex()
+    return [
+        Finding(
+            "Transformer Engine",
+            engine or why,
+            "fused layers, attention over packed rows, FP8, fused AdamW"
+            if engine
+            else "layers in plain torch, no FP8; pip install 'transformer-engine[pytorch]' on a machine with CUDA",
+            engine is not None,
+        ),
+        Finding("apex", apex, apex_means, apex_ok),
+        Finding(
+            "Triton",
+            triton or "missing",
+            "one pass over the logits in the log-prob operator, on a GPU" if triton else "that operator in plain torch",
+        ),
+    ]
+
+
+def _apex() -> tuple[str, str, bool]:
+    import torch
+
+    if importlib.util.find_spec("apex") is None:
+        return "missing", "not needed where Transformer Engine is", True
+    if importlib.util.find_spec("amp_C") is None and importlib.util.find_spec("apex.optimizers") is None:
+        return (
+            "another project of that name",
+            "pip uninstall apex; NVIDIA's is built from github.com/NVIDIA/apex",
+            False,
+        )
+    fused = has_gradient_accumulation_fusion(torch.device("cuda"))
+    return "NVIDIA's", "fused optimizer" + (", gradient-accumulation fusion" if fused else ""), True
+
+
+def _optional() -> list[Finding]:
+    out = []
+    for package, extra, means in (
+        ("gigatoken", "", "fast tokenization, where its ids are the tokenizer's own"),
+        ("rensa", "curation", "near-duplicate removal"),
+        ("vllm", "evaluation", "fast sampling in tools/evaluate.py"),
+        ("lm-eval", "evaluation", "tools/evaluate.py --tasks"),
+        ("gymnasium", "control", "tools/control.py"),
+        ("tensorboard", "", "logging.tensorboard"),
+    ):
+        version = _version(package)
+        install = f"pip install -e '.[{extra}]'" if extra else f"pip install {package}"
+        out.append(Finding(package, version or "missing", means if version else f"{means}: {install}"))
+    slurm = shutil.which("sbatch")
+    out.append(Finding("Slurm", slurm or "missing", "slurm/README.md" if slurm else "needed on clusters only"))
+    return out

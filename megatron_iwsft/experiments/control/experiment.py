@@ -1,0 +1,234 @@
+"""The experiment: for each seed its own data, reference and methods; then one table over the seeds.
+
+A seed's data and its result are files in `run.dir`; what is there already, of the same settings, is not computed again.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import multiprocessing
+import os
+import statistics
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from megatron_iwsft.errors import ConfigError
+from megatron_iwsft.experiments.control.config import Experiment, Method, Objective
+from megatron_iwsft.experiments.control.environment import (
+    Actor,
+    evaluate,
+    make_environment,
+    mean_action,
+    random_action,
+    sizes,
+)
+from megatron_iwsft.experiments.control.learner import Learned, learn
+from megatron_iwsft.experiments.control.policy import GaussianPolicy
+from megatron_iwsft.experiments.control.replay import Replay
+from megatron_iwsft.experiments.control.tuning import log_probs, tune
+
+_CLONING = Objective(name="sft")
+_EVALUATION_SEEDS, _CLONING_SEEDS = 1_000_000, 2_000_000
+# Two-sided 95 % points of Student's t, degrees of freedom 1 to 20.
+_STUDENT_95 = (
+    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
+    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
+)
+
+
+@dataclass(frozen=True)
+class SeedResult:
+    """Raw returns of one seed. returns: of each policy, acting by its mean; weights: each iw method's ess, clipped and mean."""
+
+    seed: int
+    episodes: int
+    steps: int
+    random: float
+    learner: float
+    replay: float
+    returns: dict[str, float]
+    curated: dict[str, dict[str, float]]
+    weights: dict[str, dict[str, float]]
+
+
+def run_experiment(experiment: Experiment) -> list[SeedResult]:
+    """All seeds, `run.workers` at a time, each in one thread. Raises ConfigError where run.dir holds other settings' results."""
+    make_environment(experiment.task)  # says here, once, what is missing
+    Path(experiment.run.dir).mkdir(parents=True, exist_ok=True)
+    done = {seed: _load(experiment, seed) for seed in experiment.run.seeds}
+    missing = [seed for seed, result in done.items() if result is None]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(experiment.run.workers, mp_context=context) as pool:
+        futures = [pool.submit(run_seed, experiment, seed) for seed in missing]
+        for future in tqdm(as_completed(futures), total=len(futures), unit="seed", disable=None):
+            result = future.result()
+            done[result.seed] = result
+    return [result for result in done.values() if result is not None]
+
+
+def run_seed(experiment: Experiment, seed: int) -> SeedResult:
+    """One repetition: data, reference, methods. Writes its result; the same seed gives the same numbers."""
+    torch.set_num_threads(1)
+
+    def played(policy: GaussianPolicy) -> float:
+        return _evaluate(experiment, mean_action(policy), seed)
+
+    learned = _learned(experiment, seed)
+    replay = learned.replay
+    cloned = _clone(experiment, replay, seed)
+    reference = log_probs(cloned, replay)
+
+    returns, curated, weights = {"BC": played(cloned)}, {}, {}
+    for name, method in experiment.methods.items():
+        chosen = replay.select(method.percentiles)
+        tuned = tune(
+            cloned,
+            replay,
+            chosen,
+            method.objective,
+            experiment.tuning,
+            reference=reference,
+            generator=torch.Generator().manual_seed(seed),  # methods differ in nothing else
+        )
+        returns[name] = played(tuned.policy)
+        curated[name] = {"episodes": len(chosen), "return": float(replay.returns[chosen].mean()), "nll": tuned.nll}
+        if method.objective.name == "iw_sft":
+            weights[name] = {"ess": tuned.ess, "clipped": tuned.clipped, "mean": tuned.weight}
+    result = SeedResult(
+        seed=seed,
+        episodes=len(replay.returns),
+        steps=len(replay.observations),
+        random=_evaluate(experiment, random_action(experiment.task, seed), seed),
+        learner=played(learned.policy),
+        replay=float(replay.returns.mean()),
+        returns=returns,
+        curated=curated,
+        weights=weights,
+    )
+    _write(_result_path(experiment, seed), json.dumps({"settings": _settings(experiment), "result": result.__dict__}))
+    return result
+
+
+def _clone(experiment: Experiment, replay: Replay, seed: int) -> GaussianPolicy:
+    """The reference: behaviour cloning of the whole replay, from random weights."""
+    generator = torch.Generator().manual_seed(_CLONING_SEEDS + seed)  # not the weights that the learner began with
+    policy = GaussianPolicy(
+        replay.observations.shape[1],
+        replay.actions.shape[1],
+        hidden=experiment.policy.hidden,
+        layers=experiment.policy.layers,
+        generator=generator,
+    )
+    policy.shift.copy_(replay.observations.mean(0))
+    policy.scale.copy_(replay.observations.std(0).clamp(min=1e-4))
+    everything = torch.arange(len(replay.returns))
+    return tune(policy, replay, everything, _CLONING, experiment.cloning, generator=generator).policy
+
+
+def _evaluate(experiment: Experiment, actor: Actor, seed: int) -> float:
+    """From first states that are the same for every method, and shared with no other seed nor with the data."""
+    first = _EVALUATION_SEEDS + seed * experiment.evaluation.episodes
+    return evaluate(actor, experiment.task, episodes=experiment.evaluation.episodes, seed=first)
+
+
+def _settings(experiment: Experiment) -> dict[str, Any]:
+    return experiment.model_dump(exclude={"run"})
+
+
+def _result_path(experiment: Experiment, seed: int) -> Path:
+    return Path(experiment.run.dir) / f"seed-{seed}.json"
+
+
+def _write(path: Path, text: str) -> None:
+    whole = path.with_suffix(".part")
+    whole.write_text(text, encoding="utf-8")
+    os.replace(whole, path)
+
+
+def _load(experiment: Experiment, seed: int) -> SeedResult | None:
+    path = _result_path(experiment, seed)
+    if not path.exists():
+        return None
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    if stored["settings"] != _settings(experiment):
+        raise ConfigError(f"{path} is of other settings than this config; choose another run.dir, or remove the file.")
+    return SeedResult(**stored["result"])
+
+
+def _learned(experiment: Experiment, seed: int) -> Learned:
+    """The seed's data and their learner, from their file or by training."""
+    path = Path(experiment.run.dir) / f"replay-{seed}.safetensors"
+    settings = json.dumps(experiment.model_dump(include={"task", "policy", "learner"}))
+    shape = dict(hidden=experiment.policy.hidden, layers=experiment.policy.layers)
+    if path.exists():
+        with safe_open(path, "pt") as file:
+            if file.metadata()["settings"] != settings:
+                raise ConfigError(
+                    f"{path} is of other settings than this config; choose another run.dir, or remove the file."
+                )
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  not a mapping
+        replay = Replay(**{name: tensors.pop(name) for name in Replay.__annotations__})
+        policy = GaussianPolicy(*sizes(experiment.task), **shape, generator=torch.Generator())
+        policy.load_state_dict(tensors)
+        return Learned(replay, policy)
+    learned = learn(experiment.task, experiment.learner, **shape, seed=seed)
+    whole = path.with_suffix(".part")
+    save_file({**vars(learned.replay), **learned.policy.state_dict()}, whole, {"settings": settings})
+    os.replace(whole, path)
+    return learned
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """Mean, and half the width of its 95 % confidence interval by Student's t (NaN for a single value)."""
+    n = len(values)
+    if n < 2:
+        return values[0], math.nan
+    t = _STUDENT_95[n - 2] if n - 2 < len(_STUDENT_95) else 1.96
+    return statistics.fmean(values), t * statistics.stdev(values) / math.sqrt(n)
+
+
+def table(experiment: Experiment, results: list[SeedResult]) -> str:
+    """Markdown. Returns are normalised: 0 is uniformly random actions, 100 the policy that the data's learner ended with.
+
+    Both anchors are means over the seeds, so that every seed is measured by the same rule.
+    """
+    random = statistics.fmean(r.random for r in results)
+    learner = statistics.fmean(r.learner for r in results)
+    methods = ["BC", *experiment.methods]
+    scores = {m: [100.0 * (r.returns[m] - random) / (learner - random) for r in results] for m in methods}
+    baseline = next((m for m, method in experiment.methods.items() if _is_filtered_cloning(method)), None)
+    lines = [
+        f"{experiment.task.name}, {len(results)} seeds. Return: random {random:.0f} (= 0), replay "
+        f"{statistics.fmean(r.replay for r in results):.0f}, its learner at the end {learner:.0f} (= 100).",
+        f"Replay: {min(r.episodes for r in results)} to {max(r.episodes for r in results)} episodes a seed.",
+        "",
+        f"| method | normalised return, 95 % interval | per seed | less {baseline} | curated | nll | ESS | clipped |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for method in methods:
+        mean, half = interval(scores[method])
+        seeds = " ".join(f"{score:.0f}" for score in scores[method])
+        cells = [method, f"{mean:.1f} ± {half:.1f}", seeds, "", "", "", "", ""]
+        if baseline and method != baseline:
+            difference, half = interval([a - b for a, b in zip(scores[method], scores[baseline], strict=True)])
+            cells[3] = f"{difference:+.1f} ± {half:.1f}"
+        if method in experiment.methods:
+            cells[4] = f"{statistics.fmean(r.curated[method]['episodes'] for r in results):.0f}"
+            cells[5] = f"{statistics.fmean(r.curated[method]['nll'] for r in results):.2f}"
+        if method in results[0].weights:
+            cells[6] = f"{statistics.fmean(r.weights[method]['ess'] for r in results):.2f}"
+            cells[7] = f"{statistics.fmean(r.weights[method]['clipped'] for r in results):.0%}"
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _is_filtered_cloning(method: Method) -> bool:
+    return method.objective.name == "sft" and len(method.percentiles) == 1

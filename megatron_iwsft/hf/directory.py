@@ -1,0 +1,231 @@
+"""Hugging Face model directories: read by slices, written one tensor at a time. Only safetensors; no remote code, no pickle."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from megatron_iwsft.errors import CheckpointError
+from megatron_iwsft.hf.architecture import Architecture
+from megatron_iwsft.hf.mapping import Span, shapes
+from megatron_iwsft.hf.safetensors import SafetensorsFile, write_safetensors
+
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+)
+GENERATION = "generation_config.json"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class TensorSource(Protocol):
+    """Where initial weights come from, by Hugging Face tensor name."""
+
+    architecture: Architecture
+
+    def read(self, name: str, span: Span) -> Tensor:
+        """The part [start, stop) of tensor `name` along one dimension, on CPU."""
+        ...
+
+
+class SafetensorsDirectory:
+    """A Hugging Face directory of (possibly sharded) safetensors files.
+
+    Opening checks that every tensor of the architecture is there in the expected shape and that nothing is left over.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+        self.architecture = Architecture.from_directory(directory)
+        weight_map = self._weight_map()
+        self._file_of: dict[str, SafetensorsFile] = {}
+        for name in sorted(set(weight_map.values())) or [_SINGLE]:
+            try:
+                file = SafetensorsFile(self.directory / name)
+            except FileNotFoundError:
+                raise CheckpointError(f"{self.directory / name} is missing; {_INDEX} names it.") from None
+            for tensor in file.shapes:
+                if tensor in self._file_of:
+                    raise CheckpointError(
+                        f"{self.directory}: tensor {tensor} stands in two files, {self._file_of[tensor].path.name} and {name}."
+                    )
+                self._file_of[tensor] = file
+        for tensor, name in weight_map.items():
+            if tensor not in self._file_of or self._file_of[tensor].path.name != name:
+                raise CheckpointError(
+                    f"{self.directory / _INDEX} says that {name} holds the tensor {tensor}, and it does not. Index and files "
+                    "are of different exports; get both again."
+                )
+        self._check({name: file.shapes[name] for name, file in self._file_of.items()})
+
+    def _weight_map(self) -> dict[str, str]:
+        """Tensor → file, as the index says; empty where there is only one file."""
+        index = self.directory / _INDEX
+        if index.exists():
+            try:
+                weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+                outside = [n for n in weight_map.values() if Path(n).name != n]
+            except (ValueError, KeyError, TypeError, AttributeError):
+                weight_map, outside = {}, []
+            if not weight_map:
+                raise CheckpointError(f"{index} is not a valid index: expected a weight_map of tensor names to files.")
+            if outside:
+                raise CheckpointError(f"{index} names a file outside its directory: {outside[0]}.")
+            return weight_map
+        if (self.directory / _SINGLE).exists():
+            return {}
+        raise CheckpointError(f"{self.directory} has neither {_SINGLE} nor {_INDEX}. Only safetensors are read.")
+
+    def _check(self, found: dict[str, tuple[int, ...]]) -> None:
+        expected = shapes(self.architecture)
+        if self.architecture.tied:
+            found.pop("lm_head.weight", None)  # some writers store the tied copy
+        for name in list(found):
+            if name.endswith("rotary_emb.inv_freq"):
+                del found[name]
+        for name, shape in expected.items():
+            if name not in found:
+                raise CheckpointError(f"{self.directory}: tensor {name} is missing from the safetensors files.")
+            if found[name] != shape:
+                raise CheckpointError(
+                    f"{self.directory}: tensor {name} has shape {found[name]}, but config.json implies {shape}."
+                )
+        extra = sorted(set(found) - set(expected))
+        if extra:
+            raise CheckpointError(
+                f"{self.directory}: tensor {extra[0]} has no place in a {self.architecture.family} model."
+            )
+
+    def read(self, name: str, span: Span) -> Tensor:
+        return self._file_of[name].read(name, *span)
+
+
+class ReadingProgress:
+    """A source that shows how far reading has come, on a terminal. total: elements that will be read, or a few more."""
+
+    def __init__(self, source: TensorSource, total: int, *, shown: bool) -> None:
+        self.architecture = source.architecture
+        self._source = source
+        self._bar = tqdm(total=total, desc="weights", unit="", unit_scale=True, disable=None if shown else True)
+
+    def read(self, name: str, span: Span) -> Tensor:
+        part = self._source.read(name, span)
+        self._bar.update(part.numel())
+        return part
+
+    def close(self) -> None:
+        self._bar.update((self._bar.total or 0) - self._bar.n)  # what padding adds is not read
+        self._bar.close()
+
+
+class RandomInit:
+    """Random weights that depend on the seed and a tensor's name alone, so on no layout.
+
+    Normal with the config's initializer_range; output projections of each block scaled by 1/√(2·layers), as Megatron does;
+    norms one, biases zero.
+    """
+
+    def __init__(self, architecture: Architecture, seed: int) -> None:
+        self.architecture, self._seed = architecture, seed
+        self._shapes = shapes(architecture)
+
+    def read(self, name: str, span: Span) -> Tensor:
+        shape = self._shapes[name]
+        if name.endswith(".bias"):
+            whole = torch.zeros(shape)
+        elif name.endswith("norm.weight"):
+            whole = torch.ones(shape)
+        else:
+            digest = hashlib.sha256(f"{self._seed}/{name}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+            std = self.architecture.init_std
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                std /= (2 * self.architecture.num_layers) ** 0.5
+            whole = torch.randn(shape, generator=generator) * std
+        dim, start, stop = span
+        return whole.narrow(dim, start, stop - start)
+
+
+def tokenizer_files(directory: Path) -> list[Path]:
+    """The tokenizer's files that lie in `directory`, and with them how to generate; none if there is no tokenizer."""
+    found = [directory / name for name in _TOKENIZER_FILES if (directory / name).exists()]
+    return found + [path for path in [directory / GENERATION] if found and path.exists()]
+
+
+def write_directory(
+    output: Path,
+    architecture: Architecture,
+    read: Callable[[str], Tensor],
+    *,
+    names: Iterable[str],
+    dtype: torch.dtype,
+    finish: Callable[[Path], None] = lambda partial: None,
+    shard_bytes: int = 4 * 2**30,
+) -> None:
+    """Write a Hugging Face directory, holding one tensor at a time.
+
+    read(name) returns a whole tensor; `names` gives the order in which it is asked, best such that tensors of one parameter
+    follow each other. finish(directory) adds what is not weights. The directory appears under its name only once complete.
+    Raises CheckpointError if `output` exists or cannot be written.
+    """
+    if output.exists():
+        raise CheckpointError(f"{output} already exists. Remove it, or choose another output directory.")
+    partial = output.with_name(f".{output.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        files = _plan_files(names, shapes(architecture), dtype, shard_bytes)
+        total = sum(torch.Size(shape).numel() * dtype.itemsize for file in files.values() for shape in file.values())
+        with tqdm(total=total, desc="writing weights", unit="B", unit_scale=True, disable=None) as bar:
+            for file, tensors in files.items():
+                write_safetensors(partial / file, tensors, read, dtype, written=bar.update)
+        if len(files) > 1:
+            weight_map = {name: file for file, tensors in files.items() for name in tensors}
+            write_json(partial / _INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        config = {k: v for k, v in architecture.hf.items() if k not in ("torch_dtype", "dtype", "_name_or_path")}
+        write_json(partial / "config.json", {**config, "dtype": str(dtype).removeprefix("torch.")})
+        finish(partial)
+        os.replace(partial, output)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {output}: {error.strerror} ({error.filename or output}).") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _plan_files(
+    names: Iterable[str], all_shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, shard_bytes: int
+) -> dict[str, dict[str, tuple[int, ...]]]:
+    """File name → its tensors and their shapes, of at most `shard_bytes` unless a single tensor is larger."""
+    groups: list[dict[str, tuple[int, ...]]] = [{}]
+    used = 0
+    for name in names:
+        size = torch.Size(all_shapes[name]).numel() * dtype.itemsize
+        if groups[-1] and used + size > shard_bytes:
+            groups.append({})
+            used = 0
+        groups[-1][name] = all_shapes[name]
+        used += size
+    if len(groups) == 1:
+        return {_SINGLE: groups[0]}
+    return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, 1)}
+
+
+def write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,0 +1,110 @@
+"""What a Hugging Face directory holds beside weights: tokenizer, chat template, how to generate, and where it all comes from."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_iwsft.data.chat_template import ChatTemplate
+from megatron_iwsft.data.tokenizer import load_tokenizer
+from megatron_iwsft.errors import CheckpointError, DataError
+from megatron_iwsft.hf.architecture import Architecture
+from megatron_iwsft.hf.directory import GENERATION, write_json
+from megatron_iwsft.version import __version__
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where weights come from. config: the run's, resolved; corpus: fingerprint of what was trained on."""
+
+    step: int
+    config: dict[str, Any]
+    corpus: str | None = None
+    template_hash: str | None = None
+
+
+@dataclass(frozen=True)
+class Companions:
+    """The files that go with weights. chat_template replaces the tokenizer's own where it is not None."""
+
+    tokenizer_files: list[Path]
+    provenance: Provenance
+    chat_template: str | None = None
+
+    def write(self, directory: Path, architecture: Architecture) -> None:
+        for file in self.tokenizer_files:
+            shutil.copyfile(file, directory / file.name)
+        if self.chat_template is not None:
+            (directory / "chat_template.jinja").write_text(self.chat_template, encoding="utf-8")
+        write_json(directory / GENERATION, _generation_config(directory, architecture))
+        (directory / "README.md").write_text(_model_card(self.provenance), encoding="utf-8")
+
+
+def _generation_config(directory: Path, architecture: Architecture) -> dict[str, Any]:
+    """The base model's, where there is one, with every token that ends an answer among those that stop generation.
+
+    A base model's own list knows end-of-text only; trained under a chat template, the model ends its turns with another token.
+    """
+    path = directory / GENERATION
+    try:
+        config = dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+    except (ValueError, TypeError):
+        raise CheckpointError(f"{path.name} of the base model is not a JSON object.") from None
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if config.get(key) is None and architecture.hf.get(key) is not None:
+            config[key] = architecture.hf[key]
+    stops = config.get("eos_token_id")
+    stops = [] if stops is None else stops if isinstance(stops, list) else [stops]
+    stops = list(dict.fromkeys([*stops, *_turn_ends(directory)]))
+    if stops:
+        config["eos_token_id"] = stops[0] if len(stops) == 1 else stops
+    return {k: v for k, v in config.items() if k not in ("transformers_version", "_from_model_config")}
+
+
+def _turn_ends(directory: Path) -> list[int]:
+    """Ids of the end-of-text token and of the token that ends an assistant's turn under the chat template, if there are any."""
+    try:
+        tokenizer = load_tokenizer(directory)
+    except DataError:
+        return []
+    texts = [tokenizer.eos_token] if tokenizer.eos_token else []
+    if tokenizer.chat_template is not None:
+        try:
+            template = ChatTemplate(tokenizer)
+        except DataError:
+            return []
+        turn = template.render([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+        texts.append(turn[: tokenizer.ends_with_special(turn)])
+    return [ids[-1] for ids in (tokenizer.encode_pieces([text])[0] for text in texts) if ids]
+
+
+def _model_card(provenance: Provenance) -> str:
+    config = provenance.config
+    run, objective, data, model = (config.get(key) or {} for key in ("run", "objective", "data", "model"))
+    facts = {
+        "run": run.get("name"),
+        "step": provenance.step,
+        "objective": _objective(objective),
+        "corpus": data.get("corpus"),
+        "corpus hash (SHA-256 of its manifest)": provenance.corpus,
+        "trained from": next((v for v in model.values() if isinstance(v, str)), None),
+        "reference": (config.get("reference") or {}).get("model"),
+        "chat template hash": provenance.template_hash,
+        "exported by": f"megatron_iwsft {__version__}",
+    }
+    lines = ["---", "library_name: transformers", "---", f"# {run.get('name', 'model')}", ""]
+    return "\n".join([*lines, *(f"- {name}: {value}" for name, value in facts.items() if value is not None)]) + "\n"
+
+
+def _objective(objective: dict[str, Any]) -> str | None:
+    """`iw_sft (level sequence, temperature 1.0, …)`: all that defines it."""
+    if not objective:
+        return None
+    relevant = {k: v for k, v in objective.items() if k != "name" and v is not None}
+    if objective.get("name") == "sft":
+        relevant = {"normalize": objective.get("normalize")}
+    described = ", ".join(f"{k} {v['kind'] if isinstance(v, dict) and 'kind' in v else v}" for k, v in relevant.items())
+    return f"{objective.get('name')} ({described})"

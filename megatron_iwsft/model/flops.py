@@ -1,0 +1,37 @@
+"""Floating-point operations of a model's matrix products, for utilisation. Pure arithmetic."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from megatron_iwsft.hf.architecture import Architecture
+
+
+def forward_flops(arch: Architecture, lengths: np.ndarray, trained: int) -> float:
+    """Of one forward pass over trajectories of `lengths` tokens, 2 for each multiply-add.
+
+    Attention counts the pairs that a token may attend to, within its own trajectory; the vocabulary projection counts the `trained`
+    positions alone; a mixture of experts counts the experts chosen. Padding, norms, softmax and rotation count nothing.
+    """
+    lengths = np.asarray(lengths, np.float64)
+    attention = arch.num_heads * arch.head_dim
+    projections = arch.hidden_size * (2 * attention + 2 * arch.num_groups * arch.head_dim)
+    if arch.experts is None:
+        ffn = 3 * arch.hidden_size * arch.ffn_size
+    else:
+        chosen = 3 * arch.experts.ffn_size * arch.experts.per_token
+        ffn = arch.hidden_size * (chosen + arch.experts.count)
+    dense = arch.num_layers * (projections + ffn) * lengths.sum() + arch.hidden_size * arch.vocab_size * trained
+    scores = sum(2 * attention * _pairs(lengths, window) for window in arch.windows)
+    return float(2 * (dense + scores))
+
+
+def training_flops(arch: Architecture, lengths: np.ndarray, trained: int) -> float:
+    """Of forward and backward, 3 × forward (arXiv 2104.04473, appendix); what is recomputed does not count."""
+    return 3 * forward_flops(arch, lengths, trained)
+
+
+def _pairs(lengths: np.ndarray, window: int | None) -> float:
+    """Σ over tokens of how many tokens, itself included, it attends to."""
+    seen = lengths if window is None else np.minimum(lengths, window)
+    return float((seen * (seen + 1) / 2 + (lengths - seen) * seen).sum())

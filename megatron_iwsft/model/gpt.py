@@ -1,0 +1,341 @@
+"""Megatron-Core's GPTModel for an `Architecture`, split over a `ParallelContext`, with weights from a `TensorSource`."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_iwsft.data.batch import Batch
+from megatron_iwsft.distributed.capabilities import has_gradient_accumulation_fusion
+from megatron_iwsft.distributed.context import ParallelContext, Platform, moe_submodules
+from megatron_iwsft.distributed.parallel_layout import Layout, broken_rule
+from megatron_iwsft.errors import ConfigError
+from megatron_iwsft.hf.architecture import Architecture
+from megatron_iwsft.hf.directory import TensorSource
+from megatron_iwsft.hf.mapping import PerExpert, shapes, table
+from megatron_iwsft.model.moe import Balance, BalancedRouter, ExpertLayer, PackedRow
+from megatron_iwsft.model.packed_attention import PackedAttention
+from megatron_iwsft.ops.logprob import vocab_parallel_logprob
+
+# Names of the local backend's parameters → names in checkpoints, which are Transformer Engine's: it fuses a norm with the
+# projection that follows, but keeps one in front of a router apart.
+_ATTENTION_NORM = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+_DENSE_NORMS = {**_ATTENTION_NORM, "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
+
+# An expert's parameter in the local backend, and in Transformer Engine's grouped layers.
+_EXPERT = re.compile(r"mlp\.experts\.(?:local_experts\.(\d+)\.(linear_fc.)\.weight|(linear_fc.)\.weight(\d+))$")
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """How a model computes: dtype of parameters and activations, what `config.Parallel` says beside degrees, the backend, and what
+    `config.Precision` says about FP8 (bf16_edges: layers at the start and at the end that stay out of it).
+    """
+
+    dtype: torch.dtype = torch.float32
+    sequence_parallel: bool = False
+    layers_per_stage: tuple[int, ...] | None = None
+    recompute: Literal["none", "selective", "full"] = "none"
+    backend: Literal["local", "transformer_engine"] = "local"
+    fp8: str | None = None
+    fp8_parameters: bool = False
+    bf16_edges: tuple[int, int] = (0, 0)
+
+
+class LocalRMSNorm(torch.nn.Module):
+    """RMSNorm of the local backend. Marks its weight for the gradient all-reduce that sequence parallelism needs."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel
+        self.eps = config.layernorm_epsilon
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+
+
+class _HiddenStates(ColumnParallelLinear):
+    """An output layer that owns the projection's weight but hands the hidden states through: the loss projects them itself."""
+
+    def forward(self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None):
+        return input_, None
+
+
+class PolicyModel(GPTModel):
+    """GPTModel whose loss is the negative log-prob of each label, from `ops.logprob`."""
+
+    def __init__(self, architecture: Architecture, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.architecture = architecture
+
+    def setup_embeddings_and_output_layer(self) -> None:
+        # GPTModel's constructor calls this between making the output layer and tying it to the embedding.
+        if self.post_process:
+            self.output_layer = _HiddenStates(
+                self.config.hidden_size,
+                self.vocab_size,
+                config=self.config,
+                init_method=self.config.init_method,
+                bias=False,
+                gather_output=False,
+                skip_weight_param_allocation=self.pre_process and self.share_embeddings_and_output_weights,
+                tp_group=self.pg_collection.tp,
+            )
+        super().setup_embeddings_and_output_layer()
+
+    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """labels [1, T], logits: the hidden states [T (/tp), 1, H] → −log-probs float32 [1, T], 0 where IGNORE."""
+        shared = self.share_embeddings_and_output_weights
+        weight = self.shared_embedding_or_output_weight() if shared else self.output_layer.weight
+        logprobs = vocab_parallel_logprob(
+            logits.squeeze(1),
+            weight,
+            labels.flatten(),
+            group=self.pg_collection.tp,
+            vocab_size=self.architecture.vocab_size,
+            sequence_parallel=self.config.sequence_parallel,
+        )
+        return -logprobs.unsqueeze(0)
+
+
+def forward(model: torch.nn.Module, batch: Batch, balance: Balance | None = None) -> Tensor:
+    """Run one stage on a micro-batch: hidden states [T (/tp), 1, H], or on the last stage −log-probs [1, T].
+
+    balance: of a mixture of experts whose routers are trained to spread the load, else None.
+    """
+    packed = PackedRow(
+        qkv_format="thd",
+        cu_seqlens_q=batch.cu_seqlens,
+        cu_seqlens_kv=batch.cu_seqlens,
+        max_seqlen_q=batch.max_seqlen,
+        max_seqlen_kv=batch.max_seqlen,
+        balance=balance,
+    )
+    return model(batch.tokens, batch.position_ids, None, labels=batch.labels, packed_seq_params=packed)
+
+
+def build_model(
+    arch: Architecture, parallel: ParallelContext, platform: Platform, settings: ModelSettings
+) -> list[PolicyModel]:
+    """This rank's model chunks (one, or one per virtual stage), with uninitialised parameters: see `load_weights`."""
+    layout = Layout(
+        tensor=parallel.tp.size(),
+        pipeline=parallel.pp.size(),
+        virtual=parallel.virtual_pipeline or 1,
+        sequence=settings.sequence_parallel,
+        layers_per_stage=settings.layers_per_stage,
+        expert=parallel.ep.size(),
+        context=parallel.cp.size(),
+        data=parallel.dp.size(),
+    )
+    broken = broken_rule(arch, layout)
+    if broken:
+        raise ConfigError(f"parallel: {broken}.")
+    config = _transformer_config(arch, parallel, platform, settings)
+    virtual = parallel.virtual_pipeline or 1
+    chunks = []
+    for stage in range(virtual):
+        vp_stage = stage if parallel.virtual_pipeline else None
+        model = PolicyModel(
+            arch,
+            config=config,
+            transformer_layer_spec=_block_spec(arch, config, settings, vp_stage),
+            vocab_size=arch.padded_vocab(parallel.tp.size()),
+            max_sequence_length=arch.max_positions,
+            pre_process=parallel.is_first_stage and stage == 0,
+            post_process=parallel.is_last_stage and stage == virtual - 1,
+            share_embeddings_and_output_weights=arch.tied,
+            position_embedding_type="rope",
+            vp_stage=vp_stage,
+        )
+        model.rotary_pos_emb.inv_freq = arch.rope.inverse_frequencies(arch.head_dim).to(platform.device)
+        for name, parameter in model.named_parameters():
+            if _EXPERT.search(name):
+                # Reduced over the ranks that hold the same expert. Megatron-Core says so only with expert parallelism, but
+                # without it too those are others than a dense parameter's where tensor parallelism cuts only the latter.
+                parameter.allreduce = False
+        chunks.append(model.to(platform.device))
+    return chunks
+
+
+def _transformer_config(
+    arch: Architecture, parallel: ParallelContext, platform: Platform, settings: ModelSettings
+) -> TransformerConfig:
+    window = next((w for w in arch.windows if w is not None), None)
+    return TransformerConfig(
+        num_layers=arch.num_layers,
+        hidden_size=arch.hidden_size,
+        ffn_hidden_size=arch.ffn_size,
+        num_attention_heads=arch.num_heads,
+        num_query_groups=arch.num_groups,
+        kv_channels=arch.head_dim,
+        layernorm_epsilon=arch.norm_eps,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        add_qkv_bias=arch.qkv_bias,
+        qk_layernorm=arch.qk_norm,
+        # Queries and keys scaled alike after rotation: the product, by the square.
+        softmax_scale=arch.rope.attention_factor**2 / arch.head_dim**0.5,
+        window_size=None if window is None else (window - 1, 0),
+        window_attn_skip_freq=None if window is None else [int(w is not None) for w in arch.windows],
+        **_expert_settings(arch, settings),
+        **_fp8_settings(settings),
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=parallel.tp.size(),
+        pipeline_model_parallel_size=parallel.pp.size(),
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
+        context_parallel_size=parallel.cp.size(),
+        expert_model_parallel_size=parallel.ep.size(),
+        expert_tensor_parallel_size=1,
+        sequence_parallel=settings.sequence_parallel,
+        params_dtype=settings.dtype,
+        pipeline_dtype=settings.dtype,
+        bf16=settings.dtype == torch.bfloat16,
+        # With two stages a stage's neighbours before and behind are one rank: interleaved messages sent in one batch would
+        # be taken for each other. Sent one by one they travel over two groups.
+        overlap_p2p_comm=parallel.virtual_pipeline is not None,
+        batch_p2p_comm=parallel.virtual_pipeline is None,
+        calculate_per_token_loss=True,  # sums in the loss, one global denominator: see step.py
+        # Every parameter is loaded. Initialisation must still run: it marks the tensor-parallel parameters, without which the
+        # gradient norm leaves out all but the first rank's.
+        init_method=_leave_as_it_is,
+        output_layer_init_method=_leave_as_it_is,
+        embedding_init_method=_leave_as_it_is,
+        use_cpu_initialization=False,
+        gradient_accumulation_fusion=has_gradient_accumulation_fusion(platform.device),
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=settings.backend == "transformer_engine",  # the other way waits for the GPU in every layer
+        recompute_granularity=None if settings.recompute == "none" else settings.recompute,
+        recompute_method="uniform" if settings.recompute == "full" else None,
+        recompute_num_layers=1 if settings.recompute == "full" else None,
+        pipeline_model_parallel_layout=_pipeline_layout(settings.layers_per_stage),
+    )
+
+
+def _expert_settings(arch: Architecture, settings: ModelSettings) -> dict[str, Any]:
+    if arch.experts is None:
+        return {}
+    return dict(
+        num_moe_experts=arch.experts.count,
+        moe_router_topk=arch.experts.per_token,
+        moe_ffn_hidden_size=arch.experts.ffn_size,
+        # Softmax over the chosen experts' logits equals softmax over all, rescaled to add up to 1.
+        moe_router_pre_softmax=not arch.experts.normalize,
+        moe_router_dtype="fp32",
+        moe_router_load_balancing_type="none",  # ours: see moe.py
+        moe_token_dispatcher_type="alltoall",
+        moe_grouped_gemm=settings.backend == "transformer_engine",
+    )
+
+
+def _fp8_settings(settings: ModelSettings) -> dict[str, Any]:
+    """Gradients in E5M2 where one scale serves a whole tensor; with a scale a block E4M3's precision is worth more."""
+    if settings.fp8 is None:
+        return {}
+    first, last = settings.bf16_edges
+    return dict(
+        fp8="hybrid" if settings.fp8 in ("delayed", "tensorwise") else "e4m3",
+        fp8_recipe=settings.fp8,
+        fp8_param=settings.fp8_parameters,
+        first_last_layers_bf16=bool(first or last),
+        num_layers_at_start_in_bf16=first,
+        num_layers_at_end_in_bf16=last,
+    )
+
+
+def _pipeline_layout(layers_per_stage: tuple[int, ...] | None) -> list[list[str]] | None:
+    """An uneven split in Megatron-Core's terms: what each (virtual) stage holds, in order."""
+    if layers_per_stage is None:
+        return None
+    stages = [["decoder"] * layers for layers in layers_per_stage]
+    return [["embedding", *stages[0]], *stages[1:-1], [*stages[-1], "loss"]]
+
+
+def _leave_as_it_is(weight: Tensor) -> Tensor:
+    return weight
+
+
+def _block_spec(
+    arch: Architecture, config: TransformerConfig, settings: ModelSettings, vp_stage: int | None
+) -> ModuleSpec | TransformerBlockSubmodules:
+    options = dict(qk_layernorm=arch.qk_norm, num_experts=arch.experts.count if arch.experts else None)
+    if settings.backend == "transformer_engine":
+        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+
+        layer = get_gpt_layer_with_transformer_engine_spec(**options, moe_grouped_gemm=arch.experts is not None)
+    else:
+        layer = get_gpt_layer_local_spec(normalization="RMSNorm", **options)
+        layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = LocalRMSNorm
+        attention = layer.submodules.self_attention.submodules
+        attention.core_attention = PackedAttention
+        if arch.qk_norm:
+            attention.q_layernorm = attention.k_layernorm = LocalRMSNorm
+    if arch.experts is not None:
+        layer.module = ExpertLayer
+        moe_submodules(layer).router = BalancedRouter
+        if settings.backend == "local":
+            layer.submodules.sharded_state_dict_keys_map = _ATTENTION_NORM
+    if settings.backend == "transformer_engine":
+        return layer
+    count = get_num_layers_to_build(config, vp_stage=vp_stage)
+    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=LocalRMSNorm)
+
+
+def checkpoint_name(model: PolicyModel, name: str) -> tuple[str, int | None]:
+    """Where a parameter lies in checkpoints: (name with the global layer number, global expert number or None).
+
+    Names are Transformer Engine's, whatever the backend. Every expert of a layer has the same name.
+    """
+    if name.startswith("decoder.layers."):
+        _, _, local, rest = name.split(".", 3)
+        name = f"decoder.layers.{model.decoder.layers[int(local)].layer_number - 1}.{rest}"
+    experts = model.architecture.experts
+    for ours, theirs in (_ATTENTION_NORM if experts else _DENSE_NORMS).items():
+        name = name.replace(ours, theirs)
+    found = _EXPERT.search(name)
+    if found is None or experts is None:
+        return name, None
+    number, kind = int(found[1] or found[4]), found[2] or found[3]
+    group = model.pg_collection.ep
+    number += group.rank() * (experts.count // group.size())
+    return f"{name[: found.start()]}mlp.experts.experts.{kind}.weight", number
+
+
+@torch.no_grad()
+def load_weights(chunks: list[PolicyModel], source: TensorSource, parallel: ParallelContext) -> None:
+    """Fill every parameter of this rank from `source`, reading only this rank's slices."""
+    arch = source.architecture
+    rank, size = parallel.tp.rank(), parallel.tp.size()
+    rows = {row.megatron: row for row in table(arch, tensor_parallel=size)}
+    all_shapes = shapes(arch)
+    for model in chunks:
+        for name, parameter in model.named_parameters():
+            target, expert = checkpoint_name(model, name)
+            layer = target.split(".")[2] if target.startswith("decoder.layers.") else ""
+            pattern = target.replace(f"layers.{layer}.", "layers.{}.") if layer else target
+            if pattern == "output_layer.weight" and arch.tied:
+                pattern = "embedding.word_embeddings.weight"
+            row = rows[pattern]
+            if isinstance(row.layout, PerExpert) and expert is not None:
+                row = row.layout.one(row, expert)
+            names = [hf.format(layer) for hf in row.hf]
+            cut = (0, 1) if expert is not None else (rank, size)  # tensor parallelism does not cut experts
+            spans = row.layout.spans([all_shapes[n] for n in names], *cut)
+            parts = [source.read(n, span) for n, span in zip(names, spans, strict=True)]
+            parameter.copy_(row.layout.join(parts, *cut))

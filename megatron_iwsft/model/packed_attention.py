@@ -1,0 +1,178 @@
+"""The local backend's core attention: packed segments, sliding windows and context parallelism, in plain torch.
+
+Megatron-Core's own local attention knows neither. Segments attend causally to themselves only. In half precision, on a GPU and with a
+torch that can (`variable_length_attention`), all segments are one call; elsewhere a segment or a run of equal ones is. Under context
+parallelism every rank holds two chunks of each segment (`Batch.slice_for_context_parallel`); keys and values are gathered.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.transformer.utils import is_layer_window_attention
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from megatron_iwsft.data.batch import zigzag_index
+from megatron_iwsft.distributed.capabilities import variable_length_attention
+
+
+class PackedAttention(torch.nn.Module):
+    """Megatron-Core core attention over packed rows (`packed_seq_params` with `qkv_format="thd"`). No parameters, no dropout.
+
+    query [T, heads/tp, head_dim], key and value [T, groups/tp, head_dim] → [T, heads/tp · head_dim], T this rank's tokens.
+    Collectives under context parallelism: an all-gather of keys and values, in backward a reduce-scatter of their gradients.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        layer_number: int,
+        softmax_scale: float | None = None,
+        pg_collection: Any = None,
+        **unused: Any,
+    ) -> None:
+        super().__init__()
+        self.scale = softmax_scale
+        windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
+        self.window: int | None = config.window_size[0] + 1 if windowed else None
+        self.cp_group: dist.ProcessGroup = pg_collection.cp
+        self.variable_length, _ = variable_length_attention()
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        packed_seq_params: Any,
+        **unused: Any,
+    ) -> Tensor:
+        if self.cp_group.size() > 1:
+            boundaries = packed_seq_params.boundaries
+            key, value = _GatherSegments.apply(torch.stack([key, value]), boundaries, self.cp_group)
+            out = _attend_chunks(query, key, value, boundaries, self.cp_group, self.scale, self.window)
+        elif self.variable_length and _fits_at_once(query):
+            out = _attend_at_once(query, key, value, packed_seq_params, self.scale, self.window)
+        else:
+            out = _attend(query, key, value, packed_seq_params.boundaries, self.scale, self.window)
+        return out.flatten(1)
+
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Nothing to save (Megatron-Core asks every submodule)."""
+        return {}
+
+
+def _fits_at_once(query: Tensor) -> bool:
+    """What FlashAttention asks of its inputs when nothing pads them."""
+    size = query.shape[-1]
+    return query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and size % 8 == 0 and size <= 256
+
+
+def _attend_at_once(
+    query: Tensor, key: Tensor, value: Tensor, row: Any, scale: float | None, window: int | None
+) -> Tensor:
+    """Causal attention within each segment, half precision, on a GPU: torch's FlashAttention over the whole row."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    options: dict[str, Any] = dict(scale=scale, window_size=(-1 if window is None else window - 1, 0))
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1 and "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        options["enable_gqa"] = True
+    elif groups > 1:  # before torch 2.12
+        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    boundaries, longest = row.cu_seqlens_q, row.max_seqlen_q
+    return varlen_attn(query, key, value, boundaries, boundaries, longest, longest, **options)
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, boundaries: tuple[int, ...], scale: float | None, window: int | None
+) -> Tensor:
+    """Causal attention within each segment. Runs of equally long segments share one call."""
+    outs = []
+    i = 0
+    while i < len(boundaries) - 1:
+        start, length = boundaries[i], boundaries[i + 1] - boundaries[i]
+        n = 1
+        while i + n < len(boundaries) - 1 and boundaries[i + n + 1] - boundaries[i + n] == length:
+            n += 1
+        part = slice(start, start + n * length)
+        q, k, v = (x[part].unflatten(0, (n, length)).transpose(1, 2) for x in (query, key, value))
+        visible = None if window is None or window >= length else _visible(length, length, window, q.device)
+        out = scaled_dot_product_attention(
+            q, k, v, visible, is_causal=visible is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        outs.append(out.transpose(1, 2).flatten(0, 1))
+        i += n
+    return torch.cat(outs)
+
+
+def _attend_chunks(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    boundaries: tuple[int, ...],
+    group: dist.ProcessGroup,
+    scale: float | None,
+    window: int | None,
+) -> Tensor:
+    """This rank's two chunks of each segment against the whole segment's keys up to the chunk's end."""
+    rank, size = group.rank(), group.size()
+    outs = []
+    at = 0
+    for start, stop in itertools.pairwise(boundaries):
+        chunk = (stop - start) // (2 * size)
+        for i in (rank, 2 * size - 1 - rank):
+            end = (i + 1) * chunk
+            q = query[at : at + chunk].transpose(0, 1)[None]
+            k, v = (x[start : start + end].transpose(0, 1)[None] for x in (key, value))
+            visible = _visible(chunk, end, window, q.device)
+            out = scaled_dot_product_attention(q, k, v, visible, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+            outs.append(out[0].transpose(0, 1))
+            at += chunk
+    return torch.cat(outs)
+
+
+def _visible(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
+    """bool [queries, keys]: which of the first `keys` positions each of the last `queries` of them attends to."""
+    visible = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+    return visible if window is None else visible.triu(keys - queries - window + 1)
+
+
+class _GatherSegments(torch.autograd.Function):
+    """[2, T/cp, …] of every rank → whole keys and values [T, …] in sequence order; gradients are summed back to their owners."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, local: Tensor, boundaries: tuple[int, ...], group: dist.ProcessGroup
+    ) -> tuple[Tensor, Tensor]:
+        parts = [torch.empty_like(local) for _ in range(group.size())]
+        dist.all_gather(parts, local.contiguous(), group=group)
+        order = _gathered_positions(boundaries, group.size()).to(local.device)
+        full = torch.empty_like(torch.cat(parts, dim=1))
+        full[:, order] = torch.cat(parts, dim=1)
+        ctx.group, ctx.order = group, order
+        return full[0], full[1]
+
+    @staticmethod
+    def backward(ctx: Any, grad_key: Tensor, grad_value: Tensor) -> tuple[Tensor, None, None]:
+        grads = torch.stack([grad_key, grad_value])[:, ctx.order]
+        by_rank = torch.cat(grads.chunk(ctx.group.size(), dim=1))
+        out = torch.empty_like(by_rank[:2])
+        dist.reduce_scatter_tensor(out, by_rank, group=ctx.group)
+        return out, None, None
+
+
+@lru_cache(maxsize=64)
+def _gathered_positions(boundaries: tuple[int, ...], size: int) -> Tensor:
+    """Position in the whole row of each gathered element: rank 0's tokens in their local order, then rank 1's, …"""
+    import numpy as np
+
+    cu_seqlens = np.asarray(boundaries)
+    return torch.from_numpy(np.concatenate([zigzag_index(cu_seqlens, r, size) for r in range(size)]))

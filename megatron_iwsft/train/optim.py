@@ -1,0 +1,83 @@
+"""The optimizer and its schedule: Megatron-Core's, from the `optimizer` section of a config."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_iwsft.config import schema as config
+
+
+def wrap_for_gradients(chunks: list[Any], settings: config.Optimizer) -> list[DistributedDataParallel]:
+    """Give each model chunk float32 gradient buffers that are reduced over data-parallel ranks."""
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=settings.overlap_grad_reduce,
+        overlap_param_gather=settings.overlap_param_gather,
+        use_distributed_optimizer=settings.distributed,
+        check_for_nan_in_grad=False,
+        fp8_param_gather=chunks[0].config.fp8_param,
+    )
+    # Interleaved chunks beyond the first run backward while the first one's buckets still fill: one bucket each.
+    wrapped = [
+        DistributedDataParallel(chunk.config, ddp, chunk, disable_bucketing=i > 0) for i, chunk in enumerate(chunks)
+    ]
+    if settings.overlap_grad_reduce:  # the schedule must tell the last micro-batch from the others
+        no_sync = [chunk.no_sync for chunk in wrapped]
+        for chunk in wrapped:
+            chunk.config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+    return wrapped
+
+
+def build_optimizer(chunks: list[DistributedDataParallel], settings: config.Optimizer, dtype: torch.dtype) -> Any:
+    """Megatron-Core's AdamW over the wrapped chunks."""
+    return get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=settings.lr,
+            min_lr=settings.min_lr,
+            weight_decay=settings.weight_decay,
+            adam_beta1=settings.betas[0],
+            adam_beta2=settings.betas[1],
+            adam_eps=settings.eps,
+            clip_grad=settings.clip_grad,
+            bf16=dtype == torch.bfloat16,
+            params_dtype=dtype,
+            use_distributed_optimizer=settings.distributed,
+            overlap_param_gather=settings.overlap_param_gather,
+        ),
+        chunks,
+    )
+
+
+def gradient_norm(optimizer: Any) -> float:
+    """The global norm of the reduced gradients, before clipping and without an update. Collective over all ranks.
+
+    Megatron-Core's optimizers skip an update by themselves only where a gradient scaler (fp16) looks for infinities.
+    """
+    optimizer.prepare_grads()
+    return float(optimizer.get_grad_norm())
+
+
+def build_schedule(optimizer: Any, settings: config.Optimizer, total_steps: int) -> OptimizerParamScheduler:
+    """Linear warm-up from 0, then cosine, linear or no decay to min_lr at `total_steps`."""
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=settings.lr,
+        min_lr=settings.min_lr,
+        lr_warmup_steps=min(round(settings.warmup_fraction * total_steps), total_steps - 1),
+        lr_decay_steps=total_steps,
+        lr_decay_style=settings.schedule,
+        start_wd=settings.weight_decay,
+        end_wd=settings.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+        # A resumed run takes its position from the checkpoint and everything else from its config.
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
+    )

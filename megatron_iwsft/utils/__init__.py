@@ -1,0 +1,1 @@
+"""Files, command lines: what every layer uses."""

@@ -1,0 +1,102 @@
+"""Files that appear complete or not at all: written under a temporary name, flushed to disk, then renamed; and their checksums."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, Literal
+
+PARTIAL = ".partial"
+_HASH_BLOCK = 1 << 22
+_SAMPLES = 64
+_SAMPLE_BYTES = 65536
+
+
+def partial_path(path: Path) -> Path:
+    """The temporary name of a file that only one process writes and that an interrupted run may find again."""
+    return path.with_name(path.name + PARTIAL)
+
+
+def publish(partial: Path, path: Path) -> None:
+    """Give a complete file or directory its name, once a file's content is on disk: renaming must not come first."""
+    if partial.is_file():
+        flush_to_disk(partial)
+    os.replace(partial, path)
+
+
+def flush_to_disk(path: Path) -> None:
+    """Wait until a file's content is on disk."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def atomic_write(path: Path, mode: Literal["w", "wb"] = "w") -> Iterator[IO[Any]]:
+    """Open a file for writing that appears under its name only if the block ends without an exception.
+
+    Text is UTF-8. Raises OSError; then no file is left behind, and one of that name is as it was.
+    """
+    # A name of its own: two processes may write the same file at once, and the last rename wins.
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}{PARTIAL}")
+    try:
+        with open(partial, mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+        publish(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
+    with atomic_write(path) as file:
+        file.write(text)
+
+
+def write_json(path: Path, value: object, *, indent: int | None = 1, sort_keys: bool = False) -> None:
+    """Write a JSON file atomically."""
+    write_text(path, json.dumps(value, indent=indent, ensure_ascii=False, sort_keys=sort_keys) + "\n")
+
+
+def remove_directory(directory: Path) -> None:
+    """Remove a directory: first its name, so that an incomplete one is never taken for a complete one."""
+    doomed = directory.with_name(f"{directory.name}.removed{PARTIAL}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.replace(directory, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file, hex."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(_HASH_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def sampled_fingerprint(directory: Path, pattern: str) -> str:
+    """Identity of large files in a directory: name, size, both ends and 64 evenly spaced blocks of 64 KiB of each.
+
+    Reading all of a 64 GB model at every start would take minutes; training changes every block, so samples show a change.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(directory.glob(pattern)):
+        size = path.stat().st_size
+        digest.update(f"{path.name}\0{size}\0".encode())
+        with open(path, "rb") as file:
+            last = max(0, size - _SAMPLE_BYTES)
+            for at in sorted({last * k // (_SAMPLES - 1) for k in range(_SAMPLES)}):
+                file.seek(at)
+                digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def gibibytes(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB"

@@ -1,0 +1,153 @@
+"""What is written, kept, and found damaged; and whose pickles are read."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_iwsft.checkpoint.info import CheckpointInfo, CheckpointTensors, load
+from megatron_iwsft.checkpoint.integrity import TRUSTED_USERS
+from megatron_iwsft.checkpoint.summary import describe
+from megatron_iwsft.checkpoint.writer import CheckpointWriter, Saved
+from megatron_iwsft.errors import CheckpointError
+from megatron_iwsft.hf.architecture import Architecture
+from megatron_iwsft.hf.directory import RandomInit
+from megatron_iwsft.model.gpt import ModelSettings, build_model, load_weights
+from megatron_iwsft.testing import run_distributed
+from tests.support import ROOT, tiny
+
+pytestmark = pytest.mark.parallel
+
+KINDS = ("missing", "truncated", "bit-flipped")
+
+
+def damage(path: Path, kind: str) -> None:
+    data = bytearray(path.read_bytes())
+    if kind == "missing":
+        path.unlink()
+    elif kind == "truncated":
+        path.write_bytes(data[: len(data) // 2])
+    else:
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+
+
+def write_and_load(platform, tmp: Path) -> dict[str, str]:
+    """Checkpoints of steps 1 to 6, and what loading copies of the last says, each damaged in one way."""
+    parallel = platform.parallel(tensor=2)
+    architecture = Architecture.from_hf(tiny.model_config(num_hidden_layers=1), where="test")
+    chunks = build_model(architecture, parallel, platform, ModelSettings(dtype=torch.float32))
+    load_weights(chunks, RandomInit(architecture, 0), parallel)
+    saved: list[Saved] = []
+    writer = CheckpointWriter(
+        tmp / "run" / "checkpoints", architecture, {}, {"tensor": 2}, [], keep=2, keep_every=3, on_saved=saved.append
+    )
+    for step in range(1, 7):
+        writer.asynchronous = step % 2 == 0
+        writer.save(step, chunks, trainer={"step": step})
+        writer.wait()
+    assert [s.step for s in saved] == [1, 2, 3, 4, 5, 6]
+    last = tmp / "run" / "checkpoints" / "step-00000006"
+    said = {}
+    for file in sorted(CheckpointInfo.read(last).files):
+        for kind in KINDS:
+            copy = tmp / f"{file.strip('.')}-{kind}"
+            if platform.rank == 0:
+                shutil.copytree(last, copy)
+                damage(copy / file, kind)
+            torch.distributed.barrier()
+            try:
+                load(copy, chunks)
+                said[f"{file} {kind}"] = "loaded"
+            except CheckpointError as error:
+                said[f"{file} {kind}"] = str(error)
+    load(last, chunks)
+    return said
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory) -> tuple[Path, dict[str, str], dict[str, str]]:
+    tmp = tmp_path_factory.mktemp("checkpoints")
+    first, second = run_distributed(write_and_load, 2, tmp)
+    return tmp, first, second
+
+
+def test_every_damaged_file_is_detected_and_named_on_all_ranks(written) -> None:
+    _, first, second = written
+    assert first == second
+    assert len(first) >= 4 * len(KINDS)
+    for case, said in first.items():
+        file, kind = case.rsplit(" ", 1)
+        expected = {"missing": "is missing", "truncated": "is truncated", "bit-flipped": "is damaged: its checksum"}[
+            kind
+        ]
+        assert file in said and expected in said, (case, said)
+
+
+def test_the_newest_and_every_so_many_stay(written) -> None:
+    root = written[0] / "run" / "checkpoints"
+    assert sorted(p.name for p in root.iterdir()) == ["latest", "step-00000003", "step-00000005", "step-00000006"]
+    assert CheckpointInfo.read(root).step == 6
+    assert CheckpointInfo.read(root).trainer == {"step": 6}
+
+
+def test_the_info_file_vouches_for_itself(written, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(written[0] / "run" / "checkpoints" / "step-00000006", tmp_path / "copy"))
+    info = copy / "iwsft.json"
+    info.write_text(info.read_text().replace('"step": 6', '"step": 7', 1))
+    with pytest.raises(CheckpointError, match=r"iwsft\.json is damaged: its checksum"):
+        CheckpointInfo.read(copy)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_export_checks_what_it_reads(written, tmp_path: Path, kind: str) -> None:
+    copy = Path(shutil.copytree(written[0] / "run" / "checkpoints" / "step-00000006", tmp_path / "copy"))
+    name = "embedding.word_embeddings.weight"
+    CheckpointTensors(copy).read(name)
+    for file in copy.glob("*.distcp"):
+        damage(file, kind)
+    with pytest.raises(CheckpointError, match=r"\.distcp is (missing|truncated|damaged)"):
+        CheckpointTensors(copy).read(name)
+    damage(copy / ".metadata", kind)
+    with pytest.raises(CheckpointError, match=r"\.metadata is (missing|truncated|damaged)"):
+        CheckpointTensors(copy)
+
+
+def test_pickles_of_others_are_not_read(written, tmp_path: Path, monkeypatch) -> None:
+    copy = Path(shutil.copytree(written[0] / "run" / "checkpoints" / "step-00000006", tmp_path / "copy"))
+    (copy / ".metadata").chmod(0o666)
+    with pytest.raises(CheckpointError, match="can be written by every user"):
+        CheckpointTensors(copy)
+    (copy / ".metadata").chmod(0o600)
+    CheckpointTensors(copy)
+    if os.geteuid() != 0:
+        pytest.skip("only root can give files away")
+    os.chown(copy / ".metadata", 54321, 54321)
+    with pytest.raises(CheckpointError, match=r"belongs to 54321.*IWSFT_TRUSTED_USERS=54321"):
+        CheckpointTensors(copy)
+    monkeypatch.setenv(TRUSTED_USERS, "nobody,54321")
+    CheckpointTensors(copy)
+    monkeypatch.setenv(TRUSTED_USERS, "no-such-user")
+    with pytest.raises(CheckpointError, match="names no-such-user"):
+        CheckpointTensors(copy)
+
+
+def test_inspection_tells_whole_from_damaged(written, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(written[0] / "run", tmp_path / "run"))
+    text, healthy = describe(copy, verify=True)
+    assert healthy
+    assert "step          6" in text and "tensor 2" in text and "every file has its checksum" in text
+    damage(next((copy / "checkpoints" / "step-00000005").glob("*.distcp")), "bit-flipped")
+    assert describe(copy, verify=False)[1], "sizes are as they were"
+    text, healthy = describe(copy, verify=True)
+    assert not healthy
+    assert "step-00000005: 0.000 GB, DAMAGED, 1 files" in text
+    command = [sys.executable, "tools/inspect_checkpoint.py", str(copy), "--verify"]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, text=True, capture_output=True)
+    assert done.returncode == 1 and done.stdout.strip() == text.strip()

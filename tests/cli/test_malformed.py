@@ -1,0 +1,33 @@
+"""Two hundred malformed configs and command lines: each ends with status 2 and one message, before torch is even imported."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+from tests.support import ROOT
+
+
+def test_every_malformed_config_and_command_line_gets_one_message() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.support.malformed"],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        text=True,
+        capture_output=True,
+    )
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(found) >= 200
+    wrong = [
+        case
+        for case in found
+        if case["status"] != 2
+        or case["expected"] not in case["output"]
+        or "Traceback" in case["output"]
+        or case["output"].count("Error: ") > 1
+        or case["torch"]
+    ]
+    assert wrong == []

@@ -1,0 +1,129 @@
+"""Every documented mistake in a config gives one message that names the field."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_iwsft.config.loader import load_config, parse_config
+from megatron_iwsft.config.schema import OBJECTIVES, Config
+from megatron_iwsft.errors import ConfigError
+from megatron_iwsft.objectives import functions as objectives
+from tests.support import ROOT
+
+MINIMAL = "run: {name: r, dir: runs/r}\nmodel: {hf: /models/m}\ndata: {corpus: c, seq_length: 64, epochs: 1}\n"
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+TRAINING = [
+    path for path in CONFIGS if not path.name.startswith("control-")
+]  # those have a schema and tests of their own
+
+
+def parse(*overrides: str, text: str = MINIMAL) -> Config:
+    return parse_config(text, list(overrides), where="c.yaml")
+
+
+@pytest.mark.parametrize("path", TRAINING, ids=lambda p: p.name)
+def test_shipped_configs_are_valid(path: Path) -> None:
+    load_config(path)
+
+
+def test_objectives_are_known_by_name() -> None:
+    assert set(OBJECTIVES) == set(objectives.OBJECTIVES)
+    with pytest.raises(
+        ConfigError, match=r"objective.name: known are sft, iw_sft, dft, psft and .* \(nearest: iw_sft\); found 'iwsft'"
+    ):
+        parse("objective.name=iwsft")
+
+
+def test_overrides_are_yaml_and_make_sections() -> None:
+    config = parse(
+        "optimizer.lr=3e-5", "data.quality.mode=thresholds", "data.quality.thresholds=[1, 2.5]", "objective.clip=[0, 3]"
+    )
+    assert config.optimizer.lr == 3e-5
+    assert config.data.quality.thresholds == [1, 2.5]
+    assert config.objective.clip_range == (0, 3)
+
+
+def test_the_resolved_config_reads_back() -> None:
+    config = parse("optimizer.lr=1e-5")
+    assert parse(text=config.to_yaml()) == config
+
+
+def test_clip_defaults_follow_the_level() -> None:
+    assert parse().objective.clip_range == (0.0, 16.0)
+    assert parse("objective.level=token").objective.clip_range == (0.2, 1.8)
+
+
+MISTAKES = [
+    (["data.seq_lenght=3"], "data.seq_lenght is not a known key. Did you mean seq_length?"),
+    (["train.lr=3"], "train is not a known key. Known keys: run, model, data"),
+    (["data.seq_length=long"], "data.seq_length: input should be a valid integer; found 'long'"),
+    (["data.seq_length=2.5"], "data.seq_length: input should be a valid integer"),
+    (["parallel.sequence=1"], "parallel.sequence: input should be a valid boolean; found 1"),
+    (["parallel.tensor=0"], "parallel.tensor: input should be greater than 0; found 0"),
+    (["objective.level=word"], "objective.level: input should be 'sequence' or 'token'; found 'word'"),
+    (["objective.clip=[3, 1]"], "clip must be [low, high] with 0 ≤ low < high; found [3.0, 1.0]"),
+    (["optimizer.betas=[0.9]"], "optimizer.betas: list should have at least 2 items"),
+    (["optimizer.lr=-1"], "optimizer.lr: input should be greater than or equal to 0; found -1"),
+    (["optimizer.min_lr=1"], "min_lr 1 is above lr 1e-05"),
+    (["data.epochs=null"], "data: needs epochs or max_steps: the run would have no end"),
+    (["data.quality.mode=thresholds"], "mode thresholds goes with a list of thresholds"),
+    (
+        ["data.quality.mode=thresholds", "data.quality.thresholds=['50']"],
+        "a threshold is a number, or a percentile from 0% to 100%; found '50'",
+    ),
+    (["logging.wandb=null"], "logging.wandb must hold keys (mode, project); found None"),
+    (["model.checkpoint=x"], "needs exactly one of hf, checkpoint and config; found hf, checkpoint"),
+    (["model.hf=null"], "needs exactly one of hf, checkpoint and config; found none"),
+    (["parallel.virtual_pipeline=2"], "virtual_pipeline 2 needs pipeline ≥ 2; it is 1"),
+    (["parallel.virtual_pipeline=1"], "virtual_pipeline is 1; use null"),
+    (["parallel.layers_per_stage=[2]"], "layers_per_stage needs pipeline ≥ 2; it is 1"),
+    (
+        ["optimizer.overlap_param_gather=true"],
+        "overlap_param_gather needs distributed: true and overlap_grad_reduce: true",
+    ),
+    (["evaluation.every=5"], "evaluation: corpus and every (steps, above 0) go together"),
+    (["parallel.sequence=true"], "sequence: true needs tensor ≥ 2; it is 1"),
+    (["run=5"], "run must hold keys (name, dir, seed, device, hang_timeout_s, max_bad_steps, spike); found 5"),
+    (["nonsense"], "override 'nonsense' is not of the form section.key=value"),
+    (["run.name.first=x"], "override 'run.name.first=x': name holds a value, not keys"),
+    (["run.name=[a"], "override 'run.name=[a', line 1 is not valid YAML"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "message"), MISTAKES, ids=[m[0][0] for m in MISTAKES])
+def test_mistakes(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        parse(*overrides)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("run: {name: r}\n", "run.dir is missing"),
+        ("- a\n", "c.yaml must hold sections (run, model, data, …); it holds list"),
+        ("run: {name: r\n", "line 2 is not valid YAML"),
+        (MINIMAL + "run: {name: again, dir: d}\n", "the key 'run' stands twice, again in line 4"),
+    ],
+)
+def test_mistakes_in_the_file(text: str, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        parse(text=text)
+    assert message in str(error.value)
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cannot read the config .*: No such file"):
+        load_config(tmp_path / "none.yaml")
+
+
+def test_world_sizes_that_do_not_fit() -> None:
+    with pytest.raises(ConfigError, match="tensor 2 × pipeline 2 × context 1 = 4 does not divide the world size of 6"):
+        parse("parallel.tensor=2", "parallel.pipeline=2").data_parallel(6)
+    with pytest.raises(
+        ConfigError, match=r"global_batch_size 6 is not a multiple of micro_batch_size 2 × data parallel 2 = 4"
+    ):
+        parse("data.global_batch_size=6", "data.micro_batch_size=2").data_parallel(2)
+    assert parse("parallel.tensor=2", "data.global_batch_size=4").data_parallel(4) == 2

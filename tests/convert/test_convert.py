@@ -1,0 +1,178 @@
+"""Import and export at several layouts, from a running model and from checkpoints; what goes with the weights; parity."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_iwsft.checkpoint import info as checkpoint
+from megatron_iwsft.convert import parity as convert
+from megatron_iwsft.errors import CheckpointError, DataError
+from megatron_iwsft.hf.architecture import Architecture
+from megatron_iwsft.hf.model_card import Companions, Provenance
+from megatron_iwsft.testing import run_distributed
+from tests.convert.test_round_trip import hf_directory
+from tests.support import tiny
+
+LAYOUTS = {
+    "tp2": dict(tensor=2),
+    "pp2": dict(pipeline=2),
+    "vp2": dict(pipeline=2, virtual_pipeline=2),
+    "dp2": dict(),
+}
+PROVENANCE = Provenance(
+    step=12,
+    config={
+        "run": {"name": "worked-sums"},
+        "model": {"hf": "models/base", "checkpoint": None},
+        "data": {"corpus": "corpora/sums"},
+        "objective": {"name": "iw_sft", "level": "sequence", "clip": [0.0, 16.0], "proposal": {"kind": "current"}},
+    },
+    corpus="c0ffee",
+)
+
+
+def model_with_tokenizer(path: Path, **changes) -> Path:
+    """A random model whose base stops at <|endoftext|> alone, though its template ends turns with <|im_end|>."""
+    hf_directory(path, **changes)
+    tiny.hf_tokenizer(path, vocab_size=290)
+    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": 0, "top_k": 20}))
+    return path
+
+
+def export_while_running(platform, source: str, output: str) -> None:
+    from megatron_iwsft.config.schema import Model
+    from megatron_iwsft.model.gpt import ModelSettings, build_model
+    from megatron_iwsft.train.setup import Weights
+
+    weights = Weights(Model(hf=source), seed=0)
+    companions = Companions(weights.tokenizer_files, PROVENANCE)
+    for name, layout in LAYOUTS.items():
+        parallel = platform.parallel(**layout)
+        chunks = build_model(weights.architecture, parallel, platform, ModelSettings())
+        weights.load(chunks, parallel)
+        for dtype in ("fp32", "bf16"):
+            target = Path(output) / f"{name}-{dtype}"
+            for _ in range(2):  # the second finds it there and leaves it
+                convert.export_running(chunks, parallel, target, companions, dtype=convert.DTYPES[dtype])
+
+
+def import_over_two_ranks(platform, source: str, output: str) -> str:
+    written = str(convert.import_directory(source, output, tensor=2))
+    with pytest.raises(CheckpointError, match="already holds checkpoints"):
+        convert.import_directory(source, output, tensor=2)
+    return written
+
+
+@pytest.mark.parallel
+def test_a_running_model_is_exported_bit_for_bit(tmp_path: Path) -> None:
+    source = model_with_tokenizer(tmp_path / "hf", vocab_size=297, num_key_value_heads=1)
+    original = {k: v for f in source.glob("*.safetensors") for k, v in load_file(f).items()}
+    run_distributed(export_while_running, 2, str(source), str(tmp_path / "out"))
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted(
+        f"{n}-{d}" for n in LAYOUTS for d in ("fp32", "bf16")
+    )
+    for directory in (tmp_path / "out").iterdir():
+        dtype = convert.DTYPES[directory.name.split("-")[1]]
+        found = load_file(directory / "model.safetensors")
+        assert found.keys() == original.keys()
+        assert all(torch.equal(found[k], original[k].to(dtype)) for k in original), directory.name
+
+
+@pytest.mark.parallel
+def test_imported_over_ranks_exported_bit_for_bit(tmp_path: Path) -> None:
+    source = model_with_tokenizer(tmp_path / "hf", vocab_size=297)
+    written = Path(run_distributed(import_over_two_ranks, 2, str(source), str(tmp_path / "ck"))[0])
+    output = convert.export_checkpoint(tmp_path / "ck", tmp_path / "out")
+    same_tensors(output, source)
+    assert {p.name for p in output.iterdir()} >= {"tokenizer.json", "generation_config.json", "README.md"}
+
+    # A damaged checkpoint leaves no directory under the export's name, nor under another.
+    shards = sorted(written.glob("*.distcp"))
+    shards[-1].write_bytes(shards[-1].read_bytes()[:-3000])
+    with pytest.raises(CheckpointError, match=r"is truncated: .* bytes of"):
+        convert.export_checkpoint(written, tmp_path / "broken" / "hf")
+    assert list((tmp_path / "broken").iterdir()) == []
+    (written / checkpoint.INFO).unlink()
+    with pytest.raises(CheckpointError, match="holds no complete checkpoint"):
+        convert.export_checkpoint(written, tmp_path / "broken" / "hf")
+
+
+def same_tensors(exported: Path, source: Path) -> None:
+    found = load_file(exported / "model.safetensors")
+    original = {k: v for f in source.glob("*.safetensors") for k, v in load_file(f).items()}
+    assert found.keys() == original.keys()
+    assert [k for k in original if not torch.equal(found[k], original[k])] == []
+
+
+def test_an_import_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    source = model_with_tokenizer(tmp_path / "hf")
+    file = sorted(source.glob("*.safetensors"))[0]
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(CheckpointError, match="cannot be read as safetensors"):
+        convert.import_directory(source, tmp_path / "ck")
+    assert not (tmp_path / "ck").exists()
+
+
+def test_what_goes_with_the_weights(tmp_path: Path) -> None:
+    import transformers
+
+    source = model_with_tokenizer(tmp_path / "hf")
+    architecture = Architecture.from_directory(source)
+    files = [source / name for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json")]
+    out = tmp_path / "out"
+    out.mkdir()
+    Companions(files, PROVENANCE).write(out, architecture)
+    config = json.loads((out / "generation_config.json").read_text())
+    end = transformers.AutoTokenizer.from_pretrained(out).convert_tokens_to_ids("<|im_end|>")
+    assert config == {"eos_token_id": [0, end], "top_k": 20}
+    card = (out / "README.md").read_text()
+    for fact in (
+        "run: worked-sums",
+        "step: 12",
+        "iw_sft (level sequence, clip [0.0, 16.0], proposal current)",
+        "c0ffee",
+        "models/base",
+    ):
+        assert fact in card
+
+    # No generation config of its own: one is made. A template that ends turns with another token brings that one.
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    template = "{% for m in messages %}<|im_start|>{{ m.content }}<|endoftext|>{% endfor %}"
+    Companions(files[:2], PROVENANCE, chat_template=template).write(bare, architecture)
+    assert json.loads((bare / "generation_config.json").read_text()) == {"eos_token_id": [end, 0]}
+    assert transformers.AutoTokenizer.from_pretrained(bare).chat_template == template
+
+
+def verify_twice(platform, source: str, checkpoint_directory: str) -> tuple[list, list]:
+    convert.import_directory(source, checkpoint_directory)
+    text = "What is 12 plus 30?"
+    as_it_is = convert.verify(source, checkpoint_directory, text)
+    with pytest.raises(DataError, match="at least 2 are needed"):
+        convert.verify(source, checkpoint_directory, "a")
+    for file in Path(source).glob("*.safetensors"):
+        tensors = load_file(file)
+        if "model.norm.weight" in tensors:
+            tensors["model.norm.weight"][3] += 0.5
+            save_file(tensors, file, metadata={"format": "pt"})
+    return as_it_is, convert.verify(source, checkpoint_directory, text, lengths=[50])
+
+
+def test_verify_goes_beyond_the_context_and_finds_a_changed_weight(tmp_path: Path) -> None:
+    source = model_with_tokenizer(tmp_path / "hf", max_position_embeddings=96)
+    original = shutil.copytree(source, tmp_path / "original")
+    (short, long), (changed,) = run_distributed(verify_twice, 1, str(source), str(tmp_path / "ck"))[0]
+    assert short.tokens < 96 < long.tokens == 160
+    for parity in (short, long):
+        assert parity.max_difference <= 1e-4
+    assert changed.tokens == 50
+    assert changed.max_difference > 1e-3
+    for parity in (short, long, changed):
+        assert abs(parity.theirs - parity.ours) == pytest.approx(parity.max_difference)
+    same_tensors(convert.export_checkpoint(tmp_path / "ck", tmp_path / "out"), original)

@@ -1,0 +1,225 @@
+"""Curation, each step counted and every dropped record listed with its reason."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_iwsft.data.corpus import Corpus
+from megatron_iwsft.data.prepare.expressions import MissingField, compile_expression
+from megatron_iwsft.data.prepare.filters import Curation
+from megatron_iwsft.data.prepare.records import PRESETS, RecordFormat
+from megatron_iwsft.data.prepare.shard import ShardSettings, shard_corpus
+from megatron_iwsft.errors import DataError
+from tests.support import tiny
+
+
+def shard(
+    tmp_path: Path, records: list, curation: Curation, record: RecordFormat | None = None
+) -> tuple[Corpus, dict[str, tuple[str, str]]]:
+    """The corpus, and (reason, detail) of every dropped record by its id."""
+    tokenizer = tiny.hf_tokenizer(tmp_path / "tokenizer")
+    source = tiny.write_jsonl(tmp_path / "records.jsonl", records)
+    settings = ShardSettings(str(tokenizer), record=record or RecordFormat(), curation=curation)
+    shard_corpus([source], tmp_path / "corpus", settings, show_progress=False)
+    corpus = Corpus.open(tmp_path / "corpus")
+    entries = [json.loads(line) for line in (tmp_path / "corpus" / "dropped.jsonl").read_text().splitlines()]
+    assert len(entries) == corpus.manifest["counts"]["dropped"] == sum(corpus.manifest["dropped"].values())
+    return corpus, {e["id"]: (e["reason"], e.get("detail", "")) for e in entries}
+
+
+def ids(corpus: Corpus) -> list[str]:
+    return corpus.meta(["id"])["id"].to_pylist()
+
+
+RECORD = {"judge": 4, "ok": True, "a": {"b": 2}, "c.d": 7, "names": ["x", "y"], "text": "abc", "6b.ok": 1}
+
+
+@pytest.mark.parametrize(
+    ("expression", "value"),
+    [
+        ("judge", 4),
+        ("a.b", 2),
+        ("c.d", 7),
+        ("6b.ok", 1),
+        ("judge >= 4 and not ok", False),
+        ("0.5 * judge / 5 + 0.5 * ok", 0.9),
+        ("1 < a.b <= 2", True),
+        ("'x' in names and text != 'z'", True),
+        ('field("6b.ok") == 1 or judge', True),
+        ("len(text) % 2 - -1", 2),
+        ("ok == true", True),
+        ("text in ['abc', 'd']", True),
+        ("max(judge, a.b) // 3", 1),
+    ],
+)
+def test_expressions(expression: str, value: object) -> None:
+    assert compile_expression(expression)(RECORD) == value
+
+
+@pytest.mark.parametrize(
+    "expression",
+    ["", "judge >=", "__import__('os')", "a.b()", "judge ** 9", "lambda: 1", "[x for x in names]", "names[0]", "open('x')", "field(a)"],
+)  # fmt: skip
+def test_what_is_no_expression_over_fields_is_refused(expression: str) -> None:
+    with pytest.raises(DataError, match="is not an expression over fields"):
+        compile_expression(expression)
+
+
+def test_a_missing_field_is_named() -> None:
+    with pytest.raises(MissingField, match=r"a\.z"):
+        compile_expression("judge > 3 and a.z")(RECORD)
+
+
+def test_quality_by_expression(tmp_path: Path) -> None:
+    records = [
+        {"id": "good", "prompt": "a", "response": "b", "judge": 5, "truncated": False},
+        {"id": "cut", "prompt": "a", "response": "c", "judge": 5, "truncated": True},
+        {"id": "bad", "prompt": "a", "response": "d", "judge": 1, "truncated": False},
+        {"id": "odd", "prompt": "a", "response": "e", "judge": "five", "truncated": False},
+        {"id": "none", "prompt": "a", "response": "f", "truncated": False},
+    ]
+    corpus, dropped = shard(
+        tmp_path, records, Curation(keep="not truncated", min_score=0.5), RecordFormat(score_fields=("judge / 5",))
+    )
+    assert ids(corpus) == ["good"]
+    assert corpus.scores.tolist() == [1.0]
+    assert {k: v[0] for k, v in dropped.items()} == {
+        "cut": "not to keep",
+        "bad": "score too low",
+        "odd": "score is not a number",
+        "none": "missing field",
+    }
+
+
+def test_sources_have_their_own_scores_and_a_cap(tmp_path: Path) -> None:
+    records = [
+        {"id": str(i), "prompt": f"{i}?", "response": "b", "from": ["web", "human"][i % 2], "stars": i}
+        for i in range(8)
+    ]
+    record = RecordFormat(source_field="from", score_fields=("stars",), source_scores=(("human", "10"),))
+    corpus, dropped = shard(tmp_path, records, Curation(max_per_source=3), record)
+    assert dict(zip(ids(corpus), corpus.scores.tolist(), strict=True)) == {
+        "0": 0, "1": 10, "2": 2, "3": 10, "4": 4, "5": 10
+    }  # fmt: skip
+    assert corpus.manifest["sources"] == {"human": 3, "web": 3}
+    assert dropped == {
+        "6": ("over the cap of its source", "web has 3 already"),
+        "7": ("over the cap of its source", "human has 3 already"),
+    }
+
+
+def test_length_bounds(tmp_path: Path) -> None:
+    records = [{"id": str(n), "prompt": "a", "response": "x" * n} for n in (1, 20, 90)]
+    corpus, dropped = shard(tmp_path, records, Curation(min_tokens=25, max_tokens=80))
+    assert ids(corpus) == ["20"]
+    assert dropped["1"][0] == "too short"
+    assert dropped["90"][0] == "too long"
+
+
+SENTENCE = "the quick brown fox jumps over a lazy dog while seven wizards quietly mix blue potions in old oak barrels"
+WORDS = SENTENCE.split()
+
+
+def test_near_duplicates_are_found_and_named(tmp_path: Path) -> None:
+    base = " ".join(WORDS * 5)
+    changed = base.replace("wizards", "witches", 1)
+    other = " ".join(reversed(WORDS * 5))
+    records = [
+        {"id": "first", "prompt": base, "response": "yes"},
+        {"id": "other", "prompt": other, "response": "yes"},
+        {"id": "changed", "prompt": changed, "response": "yes"},
+        {"id": "same", "prompt": base, "response": "yes"},
+    ]
+    corpus, dropped = shard(tmp_path, records, Curation(near_duplicates=0.6))
+    assert ids(corpus) == ["first", "other"]
+    assert dropped["changed"] == ("near-duplicate", "resembles first")
+    assert dropped["same"][0] == "duplicate"
+
+
+def test_most_pairs_at_the_threshold_are_looked_at() -> None:
+    """Pairs of known similarity: nearly all well above the threshold are found, nearly none well below."""
+    from megatron_iwsft.data.prepare.dedup import NearDuplicates
+    from megatron_iwsft.data.prepare.filters import Signatures
+
+    def text(k: int, shared: int, tail: str) -> str:
+        return " ".join([f"w{k}x{i}" for i in range(shared)] + [f"{tail}{k}x{i}" for i in range(200 - shared)])
+
+    signatures = Signatures()
+    for threshold in (0.5, 0.8):
+        found = {}
+        for shared, name in ((196, "above"), (90, "below")):  # similarity 0.96 and 0.28 of 5-grams
+            index = NearDuplicates(threshold)
+            for k in range(100):
+                assert index.find_or_add(str(k), signatures([text(k, 200, "a")])[0]) is None
+            found[name] = sum(
+                index.find_or_add("x", signatures([text(k, shared, "b")])[0]) is not None for k in range(100)
+            )
+        assert found["above"] >= 95
+        assert found["below"] <= 5
+
+
+def test_leaked_benchmark_problems_are_found_and_named(tmp_path: Path) -> None:
+    problems = [{"problem": "too short"}, {"problem": "Find the number of ways to tile a 2 by 10 board with dominoes."}]
+    benchmark = tiny.write_jsonl(tmp_path / "aime.jsonl", problems)
+    records = [
+        {"id": "leak", "prompt": "Please:  find the\nnumber of WAYS to tile a 2 by 12 board", "response": "x"},
+        {"id": "near", "prompt": "find the number of ways to tile the 2 by 10 floor", "response": "x"},
+        {"id": "answer", "prompt": "say", "response": "find the number of ways to tile a 2 by 10 board"},
+    ]
+    corpus, dropped = shard(tmp_path, records, Curation(benchmarks=(str(benchmark),)))
+    assert ids(corpus) == ["near", "answer"]
+    assert dropped == {"leak": ("in a benchmark", "aime.jsonl:2 has 'find the number of ways to tile a' too")}
+    with pytest.raises(DataError, match="a benchmark problem has one of the fields"):
+        tiny.write_jsonl(tmp_path / "aime.jsonl", [{"x": 1}])
+        (tmp_path / "again").mkdir()
+        shard(tmp_path / "again", records, Curation(benchmarks=(str(benchmark),)))
+
+
+ANSWERS = [
+    ("right", "7 + 8 = 15, so it is 15.", "15", True),
+    ("boxed", r"So we get $\boxed{\frac{1}{2}}$.", "0.5", True),
+    ("gsm", "He has 2 * 3 = 6 left.\n#### 6", "reasoning that says 7\n#### 6", True),
+    ("wrong", "It is 16.", "15", False),
+    ("silent", "I do not know.", "15", False),
+]
+
+
+def test_answers_are_verified(tmp_path: Path) -> None:
+    records = [{"id": i, "prompt": f"{i}?", "response": response, "answer": gold} for i, response, gold, _ in ANSWERS]
+    records.append({"id": "unreadable", "prompt": "p", "response": "1", "answer": "none at all"})
+    records.append({"id": "missing", "prompt": "p", "response": "1"})
+    corpus, dropped = shard(tmp_path, records, Curation(answer_field="answer"))
+    assert ids(corpus) == [i for i, _, _, right in ANSWERS if right]
+    assert {k: v[0] for k, v in dropped.items()} == {
+        "wrong": "wrong answer",
+        "silent": "wrong answer",
+        "unreadable": "reference answer cannot be read",
+        "missing": "no reference answer",
+    }
+    (tmp_path / "scored").mkdir()
+    corpus, _ = shard(tmp_path / "scored", records, Curation(answer_field="answer", wrong_answers="score"))
+    assert corpus.scores.tolist() == [float(right) for *_, right in ANSWERS]
+
+
+def test_s1k_records(tmp_path: Path) -> None:
+    record = {
+        "question": "7 + 8?",
+        "deepseek_thinking_trajectory": "Seven and eight.",
+        "deepseek_attempt": "15",
+        "deepseek_grade": "Yes",
+    }
+    corpus, _ = shard(tmp_path, [record], Curation(keep="deepseek_grade == 'Yes'"), PRESETS["s1k-1.1"])
+    assert corpus.tokenizer().decode(corpus.tokens(0).tolist()) == (
+        "<|im_start|>user\n7 + 8?<|im_end|>\n<|im_start|>assistant\n"
+        "<|im_start|>think\nSeven and eight.\n<|im_start|>answer\n15<|im_end|>\n"
+    )
+
+
+def test_settings_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(DataError, match="near-duplicates are found from a similarity"):
+        Curation(near_duplicates=0.1)
+    with pytest.raises(DataError, match="take none, one or as many reasoning fields, not 3"):
+        RecordFormat(response_fields=("a", "b"), reasoning_fields=("x", "y", "z"))

@@ -1,0 +1,162 @@
+"""The inspector: what it counts, shows, verifies and turns back."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_iwsft.data.corpus import Corpus
+from megatron_iwsft.data.prepare.arithmetic import ArithmeticSettings, arithmetic_records
+from megatron_iwsft.data.prepare.filters import Curation
+from megatron_iwsft.data.prepare.inspect import Histogram, Inspection, Packing, runs, write_jsonl
+from megatron_iwsft.data.prepare.records import RecordFormat
+from megatron_iwsft.data.prepare.shard import ShardSettings, shard_corpus
+from megatron_iwsft.errors import DataError
+from tests.support import ROOT, tiny
+
+TOOL = ROOT / "tools" / "inspect_corpus.py"
+
+
+@pytest.fixture(scope="module", params=["bpe", "sentencepiece"])
+def corpus(request, tmp_path_factory) -> Corpus:
+    directory = tmp_path_factory.mktemp(request.param)
+    records = list(arithmetic_records(300, ArithmeticSettings(), 0))
+    source = tiny.write_jsonl(directory / "sums.jsonl", [*records, {"prompt": "<b>", "response": "</b>"}, records[0]])
+    if request.param == "bpe":
+        tokenizer, template = tiny.hf_tokenizer(directory / "tokenizer"), None
+    else:
+        tokenizer, template = tiny.sentencepiece_model(directory / "spm.model"), "plain"
+    curation = Curation(min_score=0.3)
+    settings = ShardSettings(str(tokenizer), template, RecordFormat(score_fields=("score",)), 5_000, curation)
+    shard_corpus([source], directory / "corpus", settings, show_progress=False)
+    return Corpus.open(directory / "corpus")
+
+
+def test_runs_are_the_text_and_its_mask(corpus: Corpus) -> None:
+    tokenizer = corpus.tokenizer()
+    for i in range(0, len(corpus), 37):
+        found = runs(corpus, i)
+        assert "".join(text for text, _ in found) == tokenizer.decode(corpus.tokens(i).tolist())
+        assert [trained for _, trained in found][:2] == [False, True]
+        assert "The answer is" in found[1][0]
+
+
+def test_the_terminal_and_the_page_say_what_the_manifest_says(corpus: Corpus) -> None:
+    inspection = Inspection(corpus, seq_lengths=[512, 60], samples=3, seed=1)
+    text = inspection.to_terminal(colour=False)
+    page = inspection.to_html()
+    counts = corpus.manifest["counts"]
+    for shown in (text, page):
+        for fact in (
+            f"{counts['tokens']:,}",
+            "score too low",
+            "missing field",
+            "duplicate",
+            "source sums",
+            "real tokens",
+        ):
+            assert fact in shown
+    assert text.count("⟦") == page.count("<mark>") == 3
+    assert "\x1b[42" in inspection.to_terminal(colour=True)
+    assert "http" not in page and "<script" not in page and "src=" not in page, "self-contained"
+    ids = [s.meta["id"] for s in inspection.samples]
+    assert ids == [corpus.meta(["id"])["id"][s.index].as_py() for s in inspection.samples]
+
+
+def test_text_is_escaped_on_the_page(tmp_path: Path) -> None:
+    source = tiny.write_jsonl(tmp_path / "r.jsonl", [{"prompt": "<b>&", "response": "<script>"}])
+    settings = ShardSettings(str(tiny.hf_tokenizer(tmp_path / "tokenizer")))
+    shard_corpus([source], tmp_path / "corpus", settings, show_progress=False)
+    page = Inspection(Corpus.open(tmp_path / "corpus"), seq_lengths=[], samples=1).to_html()
+    assert "&lt;script&gt;" in page and "<script>" not in page and "&lt;b&gt;&amp;" in page
+
+
+def test_histograms_count_everything() -> None:
+    for values in (np.array([5]), np.arange(100), np.array([1.5, 1.5]), np.linspace(0, 1, 33)):
+        histogram = Histogram.of("x", values)
+        assert histogram is not None
+        assert histogram.counts.sum() == len(values)
+        assert all(0 <= share <= 1 for _, _, share in histogram.rows())
+    assert Histogram.of("x", np.zeros(0)) is None
+
+
+def test_packing_leaves_out_what_is_too_long() -> None:
+    packing = Packing.of(np.array([5, 5, 9, 30]), 10)
+    assert (packing.sequences, packing.efficiency, packing.too_long) == (2, 19 / 20, 1)
+
+
+def test_back_to_records_and_forth_again(corpus: Corpus, tmp_path: Path) -> None:
+    path = tmp_path / "back.jsonl"
+    assert write_jsonl(corpus, path) == len(corpus)
+    first = json.loads(path.read_text().splitlines()[0])
+    assert first["text"] == corpus.tokenizer().decode(corpus.tokens(0).tolist())
+    again = ShardSettings(
+        str(corpus.directory / "tokenizer"), record=RecordFormat(score_fields=("score",)), shard_tokens=5_000
+    )
+    shard_corpus([path], tmp_path / "again", again, show_progress=False)
+    second = Corpus.open(tmp_path / "again")
+    assert second.shards == corpus.shards
+    for shard in corpus.shards:
+        for suffix in (".bin", ".idx", ".mask.bin"):
+            assert (corpus.directory / f"{shard}{suffix}").read_bytes() == (
+                second.directory / f"{shard}{suffix}"
+            ).read_bytes()
+    assert np.array_equal(second.scores, corpus.scores)
+    with pytest.raises(DataError, match="exists already"):
+        write_jsonl(corpus, path)
+
+
+def test_the_command_verifies(corpus: Corpus, tmp_path: Path) -> None:
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(corpus.directory, copy)
+    line = [
+        sys.executable,
+        str(TOOL),
+        str(copy),
+        "--verify",
+        "--samples",
+        "1",
+        "--seq-length",
+        "256",
+        "--html",
+        str(tmp_path / "page.html"),
+    ]
+    done = subprocess.run(line, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "every file is as the manifest says" in done.stdout
+    assert (tmp_path / "page.html").read_text().startswith("<!doctype html>")
+    with open(copy / "shard-00001.mask.bin", "r+b") as file:
+        file.write(b"\x07")
+    (copy / "shard-00000.idx").unlink()
+    done = subprocess.run(line, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "shard-00001.mask.bin has changed" in done.stderr and "shard-00000.idx is missing" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "said"),
+    [((), 141, b""), (("--verify", "--seq-length", "0"), 2, b"above 0")],
+)
+@pytest.mark.parametrize("environment", [{"PYTHONUNBUFFERED": "1"}, {"PYTHONUNBUFFERED": ""}])
+def test_a_reader_that_has_seen_enough_ends_it_quietly(
+    corpus: Corpus, arguments: tuple[str, ...], status: int, said: bytes, environment: dict[str, str]
+) -> None:
+    with subprocess.Popen(
+        [sys.executable, str(TOOL), str(corpus.directory), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=os.environ | environment,
+    ) as run:
+        assert run.stdout is not None and run.stderr is not None
+        run.stdout.close()
+        errors = run.stderr.read()
+        assert (run.wait(), b"Traceback" in errors) == (status, False)
+        assert said in errors if said else errors == b""

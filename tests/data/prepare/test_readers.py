@@ -1,0 +1,120 @@
+"""JSONL, gzip, zstd, Parquet: the same records, the same corpus; globs; damage."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from megatron_iwsft.data.corpus import Corpus
+from megatron_iwsft.data.prepare import readers as inputs
+from megatron_iwsft.data.prepare.readers import Block, Input, find_inputs, read_blocks
+from megatron_iwsft.data.prepare.records import RecordFormat
+from megatron_iwsft.data.prepare.shard import ShardSettings, shard_corpus
+from megatron_iwsft.errors import DataError
+from tests.support import tiny
+
+RECORDS = [
+    {"id": f"r{i}", "prompt": f"What is {i} + {i}? 雪", "response": f"{2 * i}\n", "score": i / 7} for i in range(3000)
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory) -> Path:
+    return tiny.hf_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+def write(path: Path, records: list) -> Path:
+    """The records in the format that the name asks for; compressed ones in several members, as tools that append leave them."""
+    text = [json.dumps(r, ensure_ascii=False).encode() + b"\n" for r in records]
+    halves = [b"".join(text[: len(text) // 2]), b"".join(text[len(text) // 2 :])]
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(records), path, row_group_size=700)
+    elif path.suffix == ".gz":
+        path.write_bytes(b"".join(gzip.compress(half) for half in halves))
+    elif path.suffix == ".zst":
+        codec = pa.Codec("zstd")
+        path.write_bytes(b"".join(codec.compress(half, asbytes=True) for half in halves))
+    else:
+        path.write_bytes(b"".join(halves))
+    return path
+
+
+NAMES = ("r.jsonl", "r.jsonl.gz", "r.jsonl.zst", "r.parquet")
+
+
+def test_every_format_gives_the_same_corpus(tmp_path: Path, tokenizer: Path) -> None:
+    shards = []
+    for k, name in enumerate(NAMES):
+        source = write(tmp_path / name, RECORDS)
+        output = tmp_path / f"corpus{k}"
+        settings = ShardSettings(str(tokenizer), record=RecordFormat(score_fields=("score",)))
+        shard_corpus([source], output, settings, workers=1 + k % 2, show_progress=False)
+        corpus = Corpus.open(output)
+        assert len(corpus) == len(RECORDS)
+        assert corpus.meta(["id"])["id"].to_pylist() == [r["id"] for r in RECORDS]
+        assert corpus.meta(["line"])["line"].to_pylist() == list(range(1, len(RECORDS) + 1))
+        shards.append([(output / f"shard-00000{s}").read_bytes() for s in (".bin", ".idx", ".mask.bin")])
+    assert all(shard == shards[0] for shard in shards)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("skip", [0, 1, 699, 700, 2999, 3000])
+def test_reading_from_the_middle(tmp_path: Path, name: str, skip: int, monkeypatch) -> None:
+    monkeypatch.setattr(inputs, "BLOCK_BYTES", 5000)
+    source = Input(write(tmp_path / name, RECORDS), name)
+    blocks = list(read_blocks(source, skip))
+    assert sum(b.count for b in blocks) == len(RECORDS) - skip
+    at = skip
+    for block in blocks:
+        assert block.first == at
+        assert [r["id"] for r in records_of(block)] == [f"r{i}" for i in range(at, at + block.count)]
+        at += block.count
+
+
+def records_of(block: Block) -> list[dict]:
+    content = block.content()
+    return [json.loads(line) for line in content.splitlines()] if isinstance(content, bytes) else content.to_pylist()
+
+
+def test_a_file_that_does_not_end_in_a_line_end(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    path.write_bytes(b'{"a": 1}\n\n{"a": 2}')
+    (block,) = read_blocks(Input(path, "r.jsonl"))
+    assert (block.count, block.content()) == (3, b'{"a": 1}\n\n{"a": 2}')
+
+
+def test_a_line_without_end_does_not_fill_the_memory(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(inputs, "BLOCK_BYTES", 100)
+    monkeypatch.setattr(inputs, "_LONGEST_LINE", 1000)
+    path = tmp_path / "r.jsonl"
+    path.write_bytes(b'{"a": 1}\n' + b"x" * 50_000 + b'\n{"a": 2}\n')
+    blocks = list(read_blocks(Input(path, "r.jsonl")))
+    assert sum(b.count for b in blocks) == 3
+    contents = [bytes(b.content()) for b in blocks]
+    assert max(map(len, contents)) <= 1101
+    assert b"".join(contents).endswith(b'\n{"a": 2}\n')
+
+
+def test_globs_and_names(tmp_path: Path) -> None:
+    for name in ("b/2.jsonl", "b/10.jsonl", "a/1.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    found = find_inputs([tmp_path / "b/*.jsonl", tmp_path / "a/1.jsonl", tmp_path / "b/2.jsonl"])
+    assert [i.name for i in found] == ["b/10.jsonl", "b/2.jsonl", "a/1.jsonl"]
+    with pytest.raises(DataError, match=r"input file .*/c/\*\.jsonl does not exist"):
+        find_inputs([tmp_path / "c/*.jsonl"])
+    with pytest.raises(DataError, match="is a directory"):
+        find_inputs([tmp_path])
+
+
+@pytest.mark.parametrize("name", NAMES[1:])
+def test_damaged_files_are_named(tmp_path: Path, tokenizer: Path, name: str) -> None:
+    source = write(tmp_path / name, RECORDS)
+    source.write_bytes(source.read_bytes()[:-100])
+    with pytest.raises(DataError, match=rf"input file .*{name} (is damaged|cannot be read)"):
+        shard_corpus([source], tmp_path / "corpus", ShardSettings(str(tokenizer)), show_progress=False)

@@ -1,0 +1,86 @@
+"""The doctor's findings, and FP8 refused by name where it cannot run."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_iwsft.config.loader import parse_config
+from megatron_iwsft.data.batch_builder import RowShape
+from megatron_iwsft.distributed.capabilities import fp8_refusal, transformer_engine
+from megatron_iwsft.errors import ConfigError
+from tests.support import ROOT, tiny
+
+
+def test_the_doctor_tells_what_is_here() -> None:
+    found = subprocess.run([sys.executable, ROOT / "tools" / "doctor.py"], capture_output=True, text=True, check=True)
+    assert torch.__version__ in found.stdout
+    assert importlib.metadata.version("megatron-core") in found.stdout
+    engine, why = transformer_engine()
+    line = next(line for line in found.stdout.splitlines() if "Transformer Engine" in line)
+    assert (engine or why) in line and line.startswith("  " if engine else "! ")
+    takes = dict(line.split(maxsplit=1) for line in found.stdout.partition("A run here takes\n")[2].splitlines())
+    assert {"layers", "attention", "log-probs", "optimizer", "FP8"} < set(takes)
+    if not torch.cuda.is_available():
+        assert takes["optimizer"].startswith("torch's AdamW") and takes["FP8"].startswith("none")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize(
+    ("recipe", "generation"),
+    [("delayed", "Ada, Hopper"), ("tensorwise", "Ada, Hopper"), ("blockwise", "Hopper"), ("mxfp8", "Blackwell")],
+)
+def test_fp8_says_what_it_needs(recipe: str, generation: str, tmp_path: Path) -> None:
+    from megatron_iwsft.train.setup import start_job
+
+    assert generation in str(fp8_refusal(recipe)) and "torch sees none" in str(fp8_refusal(recipe))
+    corpus = tiny.token_corpus(tmp_path, [20, 30])
+    text = f"""
+run: {{name: x, dir: {tmp_path}/x}}
+model: {{config: {tiny.model_config()}}}
+data: {{corpus: {corpus.directory}, seq_length: 64, max_steps: 1}}
+precision: {{fp8: {recipe}}}
+"""
+    with pytest.raises(ConfigError, match=f"precision.fp8 {recipe} needs a GPU"):
+        start_job(parse_config(text, [], where="test"))
+
+
+def test_rows_are_aligned_for_fp8() -> None:
+    shape = RowShape.of(tensor=2, context=2, row_length=100, alignment=16)
+    assert shape.fit(90) % (2 * 2 * 2 * 16) == 0
+
+
+def built_with_transformer_engine(platform, recipe: str | None) -> tuple[list[str], dict]:
+    """Class names in the first layer of a Transformer Engine model, and its FP8 settings."""
+    from megatron_iwsft.hf.architecture import Architecture
+    from megatron_iwsft.model.gpt import ModelSettings, _block_spec, _transformer_config
+
+    arch = Architecture.from_hf(tiny.model_config("qwen3", head_dim=16), where="test")
+    settings = ModelSettings(
+        torch.bfloat16, backend="transformer_engine", fp8=recipe, bf16_edges=(1, 0) if recipe else (0, 0)
+    )
+    config = _transformer_config(arch, platform.parallel(), platform, settings)
+    layer = _block_spec(arch, config, settings, None).submodules
+    attention = layer.self_attention.submodules
+    names = [x.__name__ for x in (attention.linear_qkv, attention.core_attention, attention.q_layernorm)]
+    return names, {k: getattr(config, k) for k in ("fp8", "fp8_recipe", "num_layers_at_start_in_bf16")}
+
+
+@pytest.mark.parallel
+@pytest.mark.skipif(transformer_engine()[0] is None, reason=f"Transformer Engine is {transformer_engine()[1]}")
+@pytest.mark.parametrize(
+    ("recipe", "fp8"), [(None, None), ("tensorwise", "hybrid"), ("blockwise", "e4m3"), ("mxfp8", "e4m3")]
+)
+def test_transformer_engine_layers_are_specified_without_a_gpu(recipe: str | None, fp8: str | None) -> None:
+    from megatron_iwsft.testing import run_distributed
+
+    names, settings = run_distributed(built_with_transformer_engine, 1, recipe)[0]
+    assert names == ["TELayerNormColumnParallelLinear", "TEDotProductAttention", "TENorm"]
+    assert settings["fp8"] == fp8
+    if recipe is not None:
+        assert settings["fp8_recipe"] == recipe and settings["num_layers_at_start_in_bf16"] == 1

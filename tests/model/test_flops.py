@@ -1,0 +1,44 @@
+"""Counted operations against torch's own counter on transformers' models."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from megatron_iwsft.hf.architecture import Architecture
+from megatron_iwsft.model.flops import _pairs, forward_flops, training_flops
+from tests.support import tiny
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_forward_and_training_are_what_torch_counts(family: str) -> None:
+    config = tiny.model_config(family)
+    arch, n = Architecture.from_hf(config, where="test"), 48
+    fields = {k: v for k, v in config.items() if k != "model_type"}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **fields), attn_implementation="eager")
+    with FlopCounterMode(display=False) as counter:
+        logits = model(torch.zeros(1, n, dtype=torch.long)).logits
+    forward = counter.get_total_flops()
+    with FlopCounterMode(display=False) as counter:
+        logits.sum().backward()
+    # Eager attention computes, and torch counts, all n² pairs of a layer; n (n + 1) / 2 are attended to.
+    hidden = 4 * arch.num_layers * arch.num_heads * arch.head_dim * (n * n - n * (n + 1) / 2)
+    lengths = np.array([n])
+    assert forward_flops(arch, lengths, n) + hidden == forward
+    assert training_flops(arch, lengths, n) + 3 * hidden == forward + counter.get_total_flops()
+
+
+def test_trajectories_do_not_see_each_other() -> None:
+    arch = Architecture.from_hf(tiny.model_config(), where="test")
+    apart = forward_flops(arch, np.array([30]), 10) + forward_flops(arch, np.array([18]), 5)
+    assert forward_flops(arch, np.array([30, 18]), 15) == apart < forward_flops(arch, np.array([48]), 15)
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 7, 8, 20])
+def test_pairs_within_a_window(window: int | None) -> None:
+    lengths = [1, 7, 8]
+    expected = sum(min(i + 1, window or n) for n in lengths for i in range(n))
+    assert _pairs(np.array(lengths, float), window) == expected

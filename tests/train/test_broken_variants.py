@@ -1,0 +1,93 @@
+"""The layout sweep catches what it is there to catch: four classic mistakes, each put in, found, and taken out again."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from megatron_iwsft.data.batch import IGNORE, Batch
+from megatron_iwsft.data.corpus import Corpus
+from megatron_iwsft.objectives.functions import (
+    SUMS,
+    LossSums,
+    ObjectiveFunction,
+    Settings,
+    Trajectories,
+    local_segment_sum,
+    micro_batch_loss,
+)
+from megatron_iwsft.testing import run_distributed
+from tests.train.test_layouts import TOLERANCE, Layout, Objective, expected, relative_error, run_layouts
+from tests.train.test_layouts import corpus as corpus  # the fixture
+
+SLICE = Batch.slice_for_context_parallel
+
+
+def labels_rolled_after_the_slice(batch: Batch, rank: int, size: int) -> Batch:
+    """The label of a token is the next token of this rank's slice, which need not be the next of the trajectory."""
+    local = SLICE(batch, rank, size)
+    rolled = torch.where(local.labels == IGNORE, IGNORE, local.tokens.roll(-1, dims=1))
+    return replace(local, labels=rolled)
+
+
+def mean_of_local_means(objective: ObjectiveFunction, trajectories: Trajectories, settings: Settings) -> LossSums:
+    """Every micro-batch is divided by its own denominator, and the quotients are averaged."""
+    out = micro_batch_loss(objective, trajectories, settings)
+    local = out.sums[SUMS.index("denominator")].clamp(min=1.0)
+    sums = out.sums / local
+    sums[SUMS.index("denominator")] = 1.0
+    return LossSums(out.loss / local, sums, out.weight_max)
+
+
+def nothing(*args, **kwargs) -> None:
+    """A collective that was forgotten."""
+
+
+def of_this_rank_only(step, batch: Batch):
+    """Trajectories' sums without what other context-parallel ranks hold."""
+    return local_segment_sum(batch.segment, batch.num_segments)
+
+
+# mistake → (what it replaces, the mistake, a layout that shows it)
+VARIANTS = {
+    "labels rolled after the context-parallel slice": (
+        "megatron_iwsft.data.batch.Batch.slice_for_context_parallel",
+        labels_rolled_after_the_slice,
+        Layout(context=2),
+    ),
+    "local mean instead of global": ("megatron_iwsft.train.step.micro_batch_loss", mean_of_local_means, Layout()),
+    "no all-reduce in the operator's backward": ("megatron_iwsft.ops.logprob._all_reduce", nothing, Layout(tensor=2)),
+    "segment sum without context-parallel reduction": (
+        "megatron_iwsft.train.step.TrainStep._segment_sum",
+        of_this_rank_only,
+        Layout(context=2),
+    ),
+}
+OBJECTIVE = Objective(normalize="tokens")
+
+
+def run_variants(platform, corpus_dir: str) -> dict[str, list]:
+    """Of each variant: (loss, gradients) with the mistake, and after it is taken out."""
+    out = {}
+    for name, (target, mistake, layout) in VARIANTS.items():
+        with patch(target, mistake):
+            broken = run_layouts(platform, corpus_dir, [layout], [OBJECTIVE])
+        mended = run_layouts(platform, corpus_dir, [layout], [OBJECTIVE])
+        out[name] = [next(iter((x or {None: None}).values())) for x in (broken, mended)]
+    return out
+
+
+@pytest.mark.parallel
+def test_each_mistake_is_caught(corpus: Corpus) -> None:
+    answers = run_distributed(run_variants, 2, str(corpus.directory))[0]
+    print(f"\n{'mistake':50} {'loss off by':>11} {'worst gradient':>14}   {'taken out':>9}")
+    for name, (broken, mended) in answers.items():
+        want_loss, want = expected(str(corpus.directory), "best_fit", False, False, OBJECTIVE)
+        worst = [max(relative_error(g[n], want[n]) for n in want) for _, g in (broken, mended)]
+        off = abs(broken[0][0] - want_loss[0]) / abs(want_loss[0])
+        print(f"{name:50} {off:11.1e} {worst[0]:14.1e}   {worst[1]:9.1e}")
+        assert worst[0] > 100 * TOLERANCE, name
+        assert worst[1] <= TOLERANCE, name

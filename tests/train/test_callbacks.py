@@ -1,0 +1,23 @@
+"""Warnings about weights, with advice, not at every step."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from megatron_iwsft.config.schema import Logging
+from megatron_iwsft.train.callbacks import Events, StepInfo, weight_warnings
+
+
+def test_weights_that_say_little_are_warned_about(tmp_path: Path, capsys) -> None:
+    hook = weight_warnings(Logging(warn_ess_below=0.3), Events(tmp_path / "events.jsonl"))
+    for step in range(1, 202):
+        hook(StepInfo(step, 500, {"weight_ess": 0.2 if step > 1 else 0.9, "clip_fraction": 0.6 if step == 7 else 0.0}))
+    hook(StepInfo(300, 500, {"loss": 1.0}))  # an objective without weights
+    found = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert [(e["event"], e["step"]) for e in found] == [
+        ("low effective sample size", 2),
+        ("weights at the clip", 7),
+        ("low effective sample size", 102),
+    ]
+    assert "20.0% of the batch" in capsys.readouterr().out

@@ -1,0 +1,180 @@
+"""Lagged proposals and refreshed references through the trainer's own step, against float64 formulas in plain torch."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_iwsft.checkpoint.info import CheckpointInfo, hugging_face_reader
+from megatron_iwsft.config.loader import parse_config
+from megatron_iwsft.config.schema import Config
+from megatron_iwsft.data.corpus import Corpus
+from megatron_iwsft.errors import ConfigError
+from megatron_iwsft.reference.sidecar import WithCompanions
+from megatron_iwsft.testing import run_distributed
+from megatron_iwsft.train.setup import make_sampler
+from tests.support import plain, tiny
+
+pytestmark = pytest.mark.parallel
+
+MODEL = tiny.model_config(num_hidden_layers=4, tie_word_embeddings=True)
+STEPS = 5
+PROPOSALS = {
+    "ema": "objective.proposal={kind: ema, decay: 0.25, update_every: 2}",
+    "snapshot": "objective.proposal={kind: snapshot, update_every: 3}",
+    "refresh": "reference.refresh=2",
+    "refresh-epoch": "reference.refresh=epoch",
+}
+MOE = tiny.model_config(
+    "qwen3_moe", num_hidden_layers=2, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=48
+)
+BFLOAT16 = (PROPOSALS["ema"], "precision.dtype=bf16")
+EXPERTS = (PROPOSALS["ema"], f"model.config={json.dumps(MOE)}", "parallel={expert: 2}", "evaluation.every=2")
+PIPELINE = ("parallel.tensor=1", "parallel.sequence=false", "parallel.pipeline=2", "parallel.virtual_pipeline=2")
+
+
+def config(tmp: Path, name: str, *overrides: str) -> Config:
+    text = f"""
+run: {{name: {name}, dir: {tmp}/{name}, seed: 3}}
+model: {{config: {json.dumps(MODEL)}}}
+data: {{corpus: {tmp}/corpus, seq_length: 96, global_batch_size: 4, max_steps: {STEPS}, quality: {{mode: weight}}}}
+objective: {{name: iw_sft, temperature: 3.0, clip: [0.1, 9.0], normalize: weights}}
+reference: {{source: live}}
+parallel: {{tensor: 2, sequence: true}}
+precision: {{dtype: fp32}}
+optimizer: {{lr: 5.0e-3, schedule: constant, warmup_fraction: 0.0}}
+checkpoint: {{every: 1, keep: 9}}
+"""
+    return parse_config(text, list(overrides), where=name)
+
+
+def all_runs(platform, tmp: Path) -> None:
+    from megatron_iwsft.train.trainer import train
+
+    for name, setting in PROPOSALS.items():
+        train(config(tmp, name, setting))
+    train(config(tmp, "offload", PROPOSALS["ema"], "reference.offload=true"))
+    train(config(tmp, "interleaved", PROPOSALS["ema"], *PIPELINE))
+    train(config(tmp, "bf16", *BFLOAT16))
+    train(config(tmp, "experts", *EXPERTS, f"evaluation.corpus={tmp}/corpus"))
+    for name, (unbroken, overrides) in {
+        "resumed": ("ema", (PROPOSALS["ema"],)),
+        "resumed-interleaved": ("ema", (PROPOSALS["ema"], *PIPELINE)),
+        "resumed-bf16": ("bf16", BFLOAT16),
+        "resumed-experts": ("experts", (*EXPERTS, f"evaluation.corpus={tmp}/corpus")),
+    }.items():
+        if platform.rank == 0:
+            shutil.copytree(tmp / unbroken, tmp / name)
+            for later in sorted((tmp / name / "checkpoints").glob("step-*"))[3:]:
+                shutil.rmtree(later)
+        torch.distributed.barrier()
+        train(config(tmp, name, *overrides))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    tmp = tmp_path_factory.mktemp("lagged")
+    tiny.token_corpus(tmp, [20 + (i * 37) % 70 for i in range(20)], scores=True)
+    run_distributed(all_runs, 2, tmp)
+    return tmp
+
+
+def losses(run: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def policies(tmp: Path, run: str) -> list[dict[str, Tensor]]:
+    """The policy's weights before each step, float64: the initial ones, then every checkpoint's."""
+    from megatron_iwsft.hf.architecture import Architecture
+    from megatron_iwsft.hf.directory import RandomInit
+    from megatron_iwsft.hf.mapping import shapes
+
+    arch = Architecture.from_hf(MODEL, where="test")
+    source = RandomInit(arch, 3)
+    out = [{name: source.read(name, (0, 0, shape[0])).double() for name, shape in shapes(arch).items()}]
+    for directory in sorted((tmp / run / "checkpoints").glob("step-*")):
+        read, names = hugging_face_reader(directory, CheckpointInfo.read(directory).architecture)
+        out.append({name: read(name).double() for name in names})
+    return out
+
+
+def expected_losses(tmp: Path, run: str) -> list[float]:
+    """Every step's loss from the policies of the run, with proposal and reference as the config describes them."""
+    settings, corpus = config(tmp, run, PROPOSALS[run]), Corpus.open(tmp / "corpus")
+    sampler, weights = make_sampler(settings, corpus), policies(tmp, run)
+    steps_in_epoch = sampler.steps_in(0)
+    proposal: dict[str, Tensor] | None = weights[0] if "refresh" not in run else None
+    reference = weights[0]
+    objective = dict(name="iw_sft", level="sequence", temperature=3.0, clip=(0.1, 9.0), normalize="weights")
+    out = []
+    for step in range(STEPS):
+        policy = weights[step]
+        if step and run == "ema" and step % 2 == 0:
+            proposal = {name: 0.25 * old + 0.75 * policy[name] for name, old in proposal.items()}
+        if step and run == "snapshot" and step % 3 == 0:
+            proposal = policy
+        if step and ((run == "refresh" and step % 2 == 0) or (run == "refresh-epoch" and step % steps_in_epoch == 0)):
+            reference = policy
+        batch = []
+        for i in np.concatenate(sampler.packs_at(step)).tolist():
+            tokens = torch.from_numpy(corpus.tokens(i).astype(np.int64))
+            mask = torch.from_numpy(corpus.mask(i)[1:].astype(np.int64))
+            ell, r, q = (plain.logprobs(w, MODEL, tokens) for w in (policy, reference, proposal or policy))
+            batch.append((ell, r, mask, float(np.float32(corpus.scores[i])), q))
+        out.append(float(plain.loss(batch, objective)))
+    return out
+
+
+@pytest.mark.parametrize("run", PROPOSALS)
+def test_proposals_and_refreshed_references_follow_the_formula(run: str, runs: Path) -> None:
+    found, expected = losses(runs / run), expected_losses(runs, run)
+    assert np.allclose(found, expected, rtol=2e-6, atol=0), (found, expected)
+    assert len(set(found)) == STEPS
+
+
+@pytest.mark.parametrize(
+    ("run", "unbroken"), [("resumed", 0.0), ("offload", 0.0), ("resumed-interleaved", 1e-5), ("interleaved", 1e-5)]
+)
+def test_the_same_wherever_the_copies_lie_and_after_a_resume(run: str, unbroken: float, runs: Path) -> None:
+    assert np.allclose(losses(runs / run), losses(runs / "ema"), rtol=unbroken, atol=0)
+
+
+@pytest.mark.parametrize("run", ["bf16", "experts"])
+def test_averages_beside_bfloat16_and_of_experts_are_resumed(run: str, runs: Path) -> None:
+    assert losses(runs / f"resumed-{run}") == losses(runs / run)
+    assert len(set(losses(runs / run))) == STEPS
+
+
+def test_microbatch_marks_reach_every_model() -> None:
+    """Megatron-Core's schedules call the method where a model has it; Transformer Engine would use stale FP8 weights without."""
+    marked = []
+
+    class Stage(torch.nn.Module):
+        def __init__(self, name: str) -> None:
+            super().__init__()
+            self.name, self.config = name, None
+
+        def set_is_first_microbatch(self) -> None:
+            marked.append(self.name)
+
+    WithCompanions(Stage("policy"), [Stage("reference"), Stage("proposal")]).set_is_first_microbatch()
+    assert marked == ["policy", "reference", "proposal"]
+
+
+def test_settings_that_do_not_go_together(tmp_path: Path) -> None:
+    for override, complaint in {
+        "objective.proposal={kind: ema}": "kind ema goes with decay and update_every; found nothing",
+        "objective.proposal={kind: current, decay: 0.5}": "kind current goes with nothing else; found decay",
+        "objective={name: sft, proposal: {kind: snapshot, update_every: 2}}": "proposal.kind snapshot belongs to iw_sft",
+        "reference={source: cached, refresh: 3}": "refresh needs source: live",
+        "reference={source: live, refresh: sometimes}": "refresh",
+        "data.quality={mode: thresholds, thresholds: ['150%']}": "or a percentile from 0% to 100%; found '150%'",
+    }.items():
+        with pytest.raises(ConfigError, match=complaint):
+            config(tmp_path, "x", override)
