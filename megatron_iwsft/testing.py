@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
-import tempfile
-import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
-from megatron_iwsft.distributed import context as platform
-from megatron_iwsft.distributed.context import ParallelContext
+from megatron_iwsft.distributed.context import DeviceChoice, ParallelContext
+from megatron_iwsft.distributed.mcore_compat import quiet_megatron
+from megatron_iwsft.distributed.spawn import run_job
+from megatron_iwsft.errors import UserError
 from megatron_iwsft.objectives.metrics import TIMING
 
 # What the server that CPU processes are forked from imports once: it takes seconds, a fork milliseconds.
@@ -25,64 +23,16 @@ _PRELOADED = ["megatron_iwsft.train.trainer", "megatron_iwsft.train.precompute",
 
 
 def run_distributed(
-    function: Callable[..., Any], world_size: int, *args: Any, device: platform.DeviceChoice = "cpu"
+    function: Callable[..., Any], world_size: int, *args: Any, device: DeviceChoice = "cpu"
 ) -> list[Any]:
-    """Call function(platform, *args) on `world_size` new processes that form one job; returns each rank's answer.
-
-    `function` must be importable (defined at a module's top level). The first rank's failure is raised with its traceback.
-    """
-    # This process keeps the store, so that nobody can take its port before the job's processes start.
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    start_method = "spawn" if device == "cuda" else "forkserver"
-    if start_method == "forkserver":
-        platform.quiet_megatron()
-        multiprocessing.set_forkserver_preload(_PRELOADED)
-    with tempfile.TemporaryDirectory() as directory:
-        context = mp.start_processes(
-            _entry,
-            (world_size, store.port, function, args, device, directory, dict(os.environ)),
-            nprocs=world_size,
-            join=False,
-            start_method=start_method,
-        )
-        try:
-            while not context.join():
-                pass
-        except Exception as error:
-            failures = [path.read_text() for path in sorted(Path(directory).glob("failure-*"))]
-            failures.sort(key=lambda text: "PeerError" in text)  # the echoes of another's come last
-            raise AssertionError(failures[0] if failures else str(error)) from None
-        return [torch.load(Path(directory) / f"answer-{rank}", weights_only=False) for rank in range(world_size)]
-
-
-def _entry(
-    rank: int,
-    world_size: int,
-    port: int,
-    function: Callable[..., Any],
-    args: tuple,
-    device: platform.DeviceChoice,
-    directory: str,
-    environment: dict[str, str],
-) -> None:
-    os.environ.clear()  # a forked process has that of its server's start
-    os.environ |= environment
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is there already: connect to it
-    }
-    torch.set_num_threads(1)
+    """`run_job` from a process server on CPU. Every failure is an AssertionError with the traceback of the rank that failed first."""
+    quiet_megatron()
+    multiprocessing.set_forkserver_preload(_PRELOADED)
+    start_method: Literal["spawn", "forkserver"] = "spawn" if device == "cuda" else "forkserver"
     try:
-        answer = function(platform.start(device, timeout_s=120), *args)
-        torch.save(answer, Path(directory) / f"answer-{rank}")
-        platform.stop()
-    except BaseException:
-        (Path(directory) / f"failure-{rank}").write_text(f"rank {rank} of {world_size}:\n{traceback.format_exc()}")
-        raise
+        return run_job(function, world_size, *args, device=device, start_method=start_method)
+    except (RuntimeError, UserError) as error:
+        raise AssertionError(str(error)) from None
 
 
 def comparable_metrics(run: Path) -> list[dict[str, Any]]:
@@ -118,7 +68,8 @@ def whole_gradients(chunks: list[Any], parallel: ParallelContext) -> dict[str, T
     Reads `main_grad` after reduction, so the data-parallel sharding of a distributed optimizer must be off. Collective.
     """
     from megatron_iwsft.hf.mapping import PerExpert, named_rows
-    from megatron_iwsft.model.gpt import PolicyModel, checkpoint_name
+    from megatron_iwsft.model.gpt import PolicyModel
+    from megatron_iwsft.model.parameters import checkpoint_name
 
     local: dict[tuple[str, int | None], Tensor] = {}
     architecture = None

@@ -45,9 +45,9 @@ PYTHONPATH=$root "${IWSFT_VENV:-$root/.venv}/bin/python" -c 'import sys
 from megatron_iwsft.utils.cli import run_command
 def main():
     from megatron_iwsft.config.loader import load_config
-    from megatron_iwsft.objectives.custom import find_objective, needs_reference
+    from megatron_iwsft.objectives.custom import find_objective
     c = load_config(sys.argv[1], sys.argv[2:])
-    cached = needs_reference(find_objective(c.objective.name)) and c.reference.source == "cached"
+    cached = find_objective(c.objective.name).needs_reference and c.reference.source == "cached"
     print(c.run.dir, c.data.corpus, "cached" if cached else "", sep="\0", end="\0")
 run_command(main)' "$config" "${overrides[@]}" >"$values"
 {

@@ -108,7 +108,8 @@ def test_the_operator_is_right(dtype: torch.dtype) -> None:
 
 def gradients(platform, corpus_dir: str, cases: list[tuple[str, str, str]]):
     """(loss, whole gradients) of one global batch for each (dtype, backend, packing)."""
-    from megatron_iwsft.model.gpt import ModelSettings, build_model, load_weights
+    from megatron_iwsft.model.gpt import ModelSettings, build_model
+    from megatron_iwsft.model.parameters import load_weights
     from megatron_iwsft.train.optim import wrap_for_gradients
     from megatron_iwsft.train.step import TrainStep
 
@@ -178,7 +179,7 @@ PRECISIONS["tensorwise-parameters"] = PRECISIONS["tensorwise"] | {"fp8_parameter
 def all_runs(platform, corpus_dir: str, directory: Path, name: str) -> list[str]:
     """One precision cached, live, interrupted, and a longer run. Returns the modules of the first layer's parts."""
     from megatron_iwsft.train.precompute import precompute_reference
-    from megatron_iwsft.train.setup import start_job
+    from megatron_iwsft.train.setup import check, start
     from megatron_iwsft.train.trainer import train
 
     corpus, precision = Corpus.open(corpus_dir), PRECISIONS[name]
@@ -190,8 +191,8 @@ def all_runs(platform, corpus_dir: str, directory: Path, name: str) -> list[str]
     train(run_config(corpus, directory, "resumed", precision))
     long = ("objective.name=sft", "data.max_steps=200", "checkpoint.every=0", "export.at_end=false")
     train(run_config(corpus, directory, "long", precision, *long))
-    job = start_job(run_config(corpus, directory, "looked-at", precision))
-    return sorted({type(part).__module__ for part in job.build(job.policy)[0].decoder.layers[0].modules()})
+    run = start(check(run_config(corpus, directory, "looked-at", precision), world_size=platform.world_size))
+    return sorted({type(part).__module__ for part in run.build(run.policy)[0].decoder.layers[0].modules()})
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ tools/convert_hf.py verify HF_DIR CKPT [--text FILE] [--length N …]
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
 from megatron_iwsft.errors import CheckpointError
@@ -25,9 +24,7 @@ def main() -> int:
     to_checkpoint.add_argument("--output", required=True, help="directory to write the checkpoint under")
     to_checkpoint.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
     for degree in ("tensor", "pipeline", "expert"):
-        to_checkpoint.add_argument(
-            f"--{degree}", type=positive_int, default=1, help=f"{degree}-parallel degree, under torchrun"
-        )
+        to_checkpoint.add_argument(f"--{degree}", type=positive_int, default=1, help=f"{degree}-parallel degree")
     to_hf = commands.add_parser("export", help="checkpoint → Hugging Face directory")
     to_hf.add_argument("--checkpoint", required=True, help="a checkpoint, or a run directory (its latest)")
     to_hf.add_argument("--output", required=True, help="directory to make")
@@ -49,22 +46,23 @@ def main() -> int:
     from megatron_iwsft.distributed.context import quiet_megatron
 
     quiet_megatron()
-    from megatron_iwsft.convert import parity as convert
+    from megatron_iwsft.convert.export import export_checkpoint
+    from megatron_iwsft.convert.import_hf import import_directory
+    from megatron_iwsft.convert.parity import verify
 
     if args.command == "verify" and any(n < 2 for n in args.length or []):
         parser.error("--length must be at least 2")
     if args.command == "import":
         degrees = dict(tensor=args.tensor, pipeline=args.pipeline, expert=args.expert)
-        written = convert.import_directory(args.hf, args.output, dtype=args.dtype, **degrees)
-        if os.environ.get("RANK", "0") == "0":
-            print(f"wrote {written}")
+        written = import_directory(args.hf, args.output, dtype=args.dtype, **degrees)
+        print(f"wrote {written}")
     elif args.command == "export":
-        print(f"wrote {convert.export_checkpoint(args.checkpoint, args.output, dtype=args.dtype)}")
+        print(f"wrote {export_checkpoint(args.checkpoint, args.output, dtype=args.dtype)}")
     else:
         if args.text and not args.text.is_file():
             raise CheckpointError(f"text file {args.text} does not exist.")
         text = args.text.read_text(encoding="utf-8") if args.text else _TEXT
-        parities = convert.verify(args.hf, args.checkpoint, text, lengths=args.length)
+        parities = verify(args.hf, args.checkpoint, text, lengths=args.length)
         for parity in parities:
             print(
                 f"{parity.tokens:,} tokens: log-probs differ by at most {parity.max_difference:.2e} (mean {parity.mean_difference:.2e}), "

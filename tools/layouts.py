@@ -24,8 +24,9 @@ def main() -> None:
     parser.add_argument("--most", type=positive_int, default=20, help="rows shown")
     args = parser.parse_args()
 
-    from megatron_iwsft.distributed.parallel_layout import cost, valid_layouts
+    from megatron_iwsft.distributed.parallel_layout import valid_layouts
     from megatron_iwsft.hf.architecture import Architecture
+    from megatron_iwsft.model.memory import cost
 
     arch = Architecture.from_directory(args.model)
     rows = []
@@ -33,7 +34,7 @@ def main() -> None:
         if args.global_batch_size % (args.micro_batch_size * layout.data):
             continue
         micro_batches = args.global_batch_size // (args.micro_batch_size * layout.data)
-        if layout.virtual > 1 and micro_batches % layout.pipeline:
+        if layout.virtual_pipeline and micro_batches % layout.pipeline:
             continue
         estimate = cost(
             arch,
@@ -62,7 +63,7 @@ def main() -> None:
             f"{layout.describe():34} {micro_batches:>13} {weights:>9} {gradients:>9} {optimizer:>9} {activations:>11} {total:>7} "
             f"{estimate.bubble:>7.1%}"
         )
-    print(f"{len(rows)} layouts fit. Estimates: arXiv 2205.05198 and 2104.04473, see megatron_iwsft/model/layout.py.")
+    print(f"{len(rows)} layouts fit. Estimates: arXiv 2205.05198 and 2104.04473, see megatron_iwsft/model/memory.py.")
 
 
 if __name__ == "__main__":

@@ -17,12 +17,12 @@ def main() -> None:
         parser.add_argument(f"--{degree}", type=positive_int, default=1, help=f"{degree}-parallel degree")
     args = parser.parse_args()
 
-    from megatron_iwsft.distributed.parallel_layout import Layout, broken_rule
+    from megatron_iwsft.distributed.parallel_layout import ParallelLayout
     from megatron_iwsft.hf.architecture import Architecture
     from megatron_iwsft.reference.cost import reference_costs
 
     arch = Architecture.from_directory(args.model)
-    layout = Layout(
+    layout = ParallelLayout(
         tensor=args.tensor,
         pipeline=args.pipeline,
         expert=args.expert,
@@ -30,7 +30,7 @@ def main() -> None:
         data=args.data,
         sequence=args.tensor > 1,
     )
-    broken = broken_rule(arch, layout)
+    broken = layout.broken_rule_for(arch)
     if broken:
         raise ConfigError(f"{broken}.")
     print(f"{'':20} {'FLOPs':>8} {'GB a GPU':>9} {'GB of host':>11} {'GB on disk':>11}")

@@ -1,90 +1,169 @@
-"""When a run saves, and what becomes of it if that fails: training goes on, it is said, tried again, and at last the run ends."""
+"""`Checkpointer`: a run's checkpoints, from loading the newest complete one to the last save, failures included."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
+import torch.distributed as dist
+
+from megatron_iwsft.checkpoint.info import CheckpointInfo, complete_checkpoints, step_of
+from megatron_iwsft.checkpoint.load import load
+from megatron_iwsft.checkpoint.state import TrainState
 from megatron_iwsft.checkpoint.writer import CheckpointWriter, Saved
 from megatron_iwsft.config.schema import Checkpoint
-from megatron_iwsft.errors import CheckpointError
+from megatron_iwsft.errors import CheckpointError, ConfigError
 
 _LAST_RETRY_S = 10.0
 
 
-class Saver:
-    """Saves after every `settings.every`-th step.
+class Report(Protocol):
+    """Tells people, and the run's event log, what happened."""
 
-    write(writer, step) saves; failed(step, why) tells of a failure. Methods are collective over all ranks.
+    def __call__(self, event: str, text: str, **details: Any) -> None: ...
+
+
+class Checkpointer:
+    """Loads and saves a run's `TrainState`. Every method is collective over all ranks.
+
+    writer  writes the run's checkpoints
+    state   what is loaded and saved; `state.step` is current when a method is called
+    accept  raises ConfigError if a checkpoint belongs to another run than this one
+    report  is told of saves, failures and damaged checkpoints
+
+    A save that fails is reported and retried after `settings.retry_after` steps; `settings.max_failures` failures in a row end the run.
     """
 
     def __init__(
         self,
         writer: CheckpointWriter,
+        state: TrainState,
         settings: Checkpoint,
-        write: Callable[[CheckpointWriter, int], Any],
-        failed: Callable[[int, str], None],
+        *,
+        accept: Callable[[CheckpointInfo], None],
+        report: Report,
     ) -> None:
-        self.writer, self.settings = writer, settings
-        self._write, self._failed = write, failed
+        self._writer, self._state, self._settings = writer, state, settings
+        self._accept, self._report = accept, report
         self._failures = 0
         self._retry_at: int | None = None
-        self.last_good: Saved | None = None
-        announce = writer.on_saved
+        self._last_good: Path | None = None
+        writer.on_saved = self._on_saved
 
-        def on_saved(saved: Saved) -> None:
-            self.last_good, self._failures, self._retry_at = saved, 0, None
-            if announce is not None:
-                announce(saved)
+    @property
+    def directory(self) -> Path:
+        return self._writer.root
 
-        writer.on_saved = on_saved
+    def load_newest(self) -> CheckpointInfo | None:
+        """Load the newest checkpoint that can be loaded; None if the run has none.
 
-    def after(self, step: int) -> None:
-        """Between two steps: complete a background save, and save if `step` is due. Raises CheckpointError after too many failures."""
-        due = bool(self.settings.every) and step % self.settings.every == 0
+        Raises CheckpointError if none of the run's checkpoints can be loaded, ConfigError if they belong to another run.
+        """
+        found = complete_checkpoints(self.directory)
+        if found and self._settings.resume == "never":
+            raise ConfigError(
+                f"checkpoint.resume is never, but {self.directory} holds checkpoints. Choose another run.dir, or remove them."
+            )
+        return self._load_first_of(found)
+
+    def roll_back(self, *, before: int) -> int | None:
+        """Load the newest checkpoint of step `before` or earlier, and remove later ones; returns its step, None if there is none."""
+        self.wait()
+        self._state.before_reading()
+        info = self._load_first_of([d for d in complete_checkpoints(self.directory) if step_of(d) <= before])
+        if info is None:
+            return None
+        self._writer.discard_after(info.step)
+        return info.step
+
+    def _load_first_of(self, candidates: list[Path]) -> CheckpointInfo | None:
+        for directory in candidates:
+            problem = ""
+            try:
+                info = CheckpointInfo.read(directory)
+                self._accept(info)
+                load(info.directory, self._state, random=info.layout == self._writer.layout)
+            except CheckpointError as error:
+                problem = str(error)
+            # All ranks must take the same checkpoint, even if only one of them found the damage.
+            problems: list[str] = [""] * dist.get_world_size()
+            dist.all_gather_object(problems, problem)
+            if not any(problems):
+                self._last_good = directory
+                return info
+            self._report("damaged checkpoint", f"skipping a checkpoint: {next(filter(None, problems))}")
+        if candidates:
+            raise CheckpointError(
+                f"none of the {len(candidates)} checkpoints in {self.directory} can be loaded. Move them away to start over."
+            )
+        return None
+
+    def after_step(self) -> None:
+        """Complete a background save, and save if this step is due. Raises CheckpointError after too many failures."""
+        step, every = self._state.step, self._settings.every
+        due = bool(every) and step % every == 0
         if due or (self._retry_at is not None and step >= self._retry_at):
-            self._attempt(step, lambda: self._write(self.writer, step))
+            self._attempt(lambda: self._writer.save(self._state))
         else:
-            self._attempt(step, self.writer.poll)
+            self._attempt(self._writer.poll)
 
-    def now(self, step: int) -> bool:
-        """Save `step`, unless it is saved already, and wait until it is whole; whether that succeeded."""
-        if not self._attempt(step, self.writer.wait):
+    def save_now(self) -> bool:
+        """Save this step, unless it is saved already, and wait until the checkpoint is complete; returns whether that succeeded."""
+        if not self._attempt(self._writer.wait):
             return False
-        if self.last_good is not None and self.last_good.step == step:
+        if self._last_good is not None and step_of(self._last_good) == self._state.step:
             return True
 
-        def write() -> None:
-            self._write(self.writer, step)
-            self.writer.wait()
+        def save() -> None:
+            self._writer.save(self._state)
+            self._writer.wait()
 
-        return self._attempt(step, write)
+        return self._attempt(save)
 
-    def at_end(self, step: int) -> None:
-        """Save the last step, trying `max_failures` times. Raises CheckpointError."""
-        while not self.now(step):
+    def finish(self) -> None:
+        """Save the last step, retrying until `max_failures` in a row. Raises CheckpointError."""
+        while not self.save_now():
             time.sleep(_LAST_RETRY_S)
 
-    def _attempt(self, step: int, action: Callable[[], Any]) -> bool:
+    def wait(self) -> None:
+        """Wait for a background save."""
+        self._attempt(self._writer.wait)
+
+    @property
+    def standing(self) -> str:
+        """Which checkpoint is the last good one, as a sentence for people."""
+        return f"The last good checkpoint is {self._last_good}." if self._last_good else "There is no checkpoint yet."
+
+    def _attempt(self, action: Callable[[], Any]) -> bool:
+        step = self._state.step
         try:
             action()
         except CheckpointError as error:
             self._failures += 1
-            if self._failures >= self.settings.max_failures:
+            if self._failures >= self._settings.max_failures:
                 raise CheckpointError(
-                    f"{error} This was failure {self._failures} in a row (checkpoint.max_failures), so the run ends; "
-                    f"{self.standing()}"
+                    f"{error} This is failure {self._failures} in a row (checkpoint.max_failures), so the run ends. {self.standing}"
                 ) from None
-            self._retry_at = step + self.settings.retry_after
-            self._failed(step, str(error))
+            self._retry_at = step + self._settings.retry_after
+            self._report(
+                "save failed",
+                f"saving after step {step} failed: {error} Training continues, and the save is retried after "
+                f"{self._settings.retry_after} steps. {self.standing}",
+                step=step,
+            )
             return False
         return True
 
-    def standing(self) -> str:
-        """Which checkpoint stands, for people."""
-        return (
-            f"the last good checkpoint is {self.last_good.directory}."
-            if self.last_good
-            else "there is no checkpoint yet."
+    def _on_saved(self, saved: Saved) -> None:
+        self._last_good, self._failures, self._retry_at = saved.directory, 0, None
+        self._report(
+            "saved",
+            f"saved {saved.directory.name}: {saved.bytes / 1e9:.2f} GB; training waited {saved.stall_s:.2f} s, complete after "
+            f"{saved.total_s:.2f} s",
+            step=saved.step,
+            bytes=saved.bytes,
+            stall_s=saved.stall_s,
+            total_s=saved.total_s,
         )

@@ -1,7 +1,7 @@
-"""Whether a checkpoint's files are the ones that were written, and whose they are; asked before anything is unpickled.
+"""Checks before a checkpoint's files are read: are they undamaged, and does a trusted user own them?
 
-Checksums stand in the checkpoint's own info file: they find damage, not malice. What guards against malice is ownership: only
-files of this user, of root, or of a user named in IWSFT_TRUSTED_USERS are read as pickles.
+Checksums are part of the checkpoint, so they find damage, not malice. Ownership protects against malice: only files of this user, of
+root, or of a user named in IWSFT_TRUSTED_USERS are unpickled.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TypedDict
 
-from megatron_iwsft.data.corpus import file_hash
 from megatron_iwsft.errors import CheckpointError
+from megatron_iwsft.utils.files import sha256_file
 
 TRUSTED_USERS = "IWSFT_TRUSTED_USERS"
 
@@ -26,11 +26,11 @@ class FileSum(TypedDict):
 
 def file_sum(path: Path) -> FileSum:
     """Size and SHA-256 of a file."""
-    return {"bytes": path.stat().st_size, "sha256": file_hash(path)}
+    return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
 
 
 def damage(directory: Path, files: Mapping[str, FileSum], names: Iterable[str], *, contents: bool = True) -> list[str]:
-    """One complaint for each of `names` that is missing, truncated or (with `contents`) changed since it was written."""
+    """One complaint per file of `names` that is missing, truncated or (with `contents`) changed since it was written."""
     out = []
     for name in names:
         path, expected = directory / name, files[name]
@@ -39,7 +39,7 @@ def damage(directory: Path, files: Mapping[str, FileSum], names: Iterable[str], 
             if size != expected["bytes"]:
                 out.append(f"{path} is truncated: {size:,} bytes of {expected['bytes']:,}")
             elif contents and file_sum(path) != expected:
-                out.append(f"{path} is damaged: its checksum is not the one it was written with")
+                out.append(f"{path} is damaged: its checksum does not match")
         except FileNotFoundError:
             out.append(f"{path} is missing")
         except OSError as error:
@@ -48,22 +48,22 @@ def damage(directory: Path, files: Mapping[str, FileSum], names: Iterable[str], 
 
 
 def check_owner(directory: Path, names: Iterable[str]) -> None:
-    """Raise CheckpointError if a file that will be unpickled could have been written by someone who is not trusted."""
+    """Raise CheckpointError if someone who is not trusted could have written a file that will be unpickled."""
     trusted = _trusted_users()
     for path in (directory, *(directory / name for name in names)):
         try:
             status = path.stat()
         except OSError:
-            continue  # missing: the checksums say so
+            continue  # missing: `damage` reports it
         if status.st_uid not in trusted:
             raise CheckpointError(
-                f"{path} belongs to {_name(status.st_uid)}. Megatron-Core's checkpoints hold Python pickles, which can run code when "
-                f"they are read. If you trust that user, set {TRUSTED_USERS}={_name(status.st_uid)}, or make a copy of your own."
+                f"{path} belongs to {_name(status.st_uid)}. Megatron-Core's checkpoints contain Python pickles, which can run code when "
+                f"loaded. If you trust that user, set {TRUSTED_USERS}={_name(status.st_uid)}, or copy the checkpoint."
             )
         if status.st_mode & stat.S_IWOTH and not status.st_mode & stat.S_ISVTX:
             raise CheckpointError(
-                f"{path} can be written by every user, and holds Python pickles, which can run code when they are read. "
-                f"If you know what it holds: chmod -R o-w {directory}"
+                f"{path} can be written by every user. It contains Python pickles, which can run code when loaded. If you trust its "
+                f"content: chmod -R o-w {directory}"
             )
 
 
@@ -73,7 +73,7 @@ def _trusted_users() -> set[int]:
         try:
             out.add(int(user) if user.isdigit() else pwd.getpwnam(user).pw_uid)
         except KeyError:
-            raise CheckpointError(f"{TRUSTED_USERS} names {user}, a user that this machine does not know.") from None
+            raise CheckpointError(f"{TRUSTED_USERS} names {user}, which is not a user of this machine.") from None
     return out
 
 

@@ -1,7 +1,7 @@
-"""The optimizer's part of a checkpoint: every rank saves and loads what it holds, and any layout can load it.
+"""The optimizer's part of a checkpoint: every rank saves and loads its own shard, in a format that any layout can load.
 
-Megatron-Core's distributed optimizer gives a data-parallel rank a range of each parameter's flattened elements. Its own format for
-any layout, `fully_reshardable`, has each state in its parameter's shape, and to give it that, gathers all ranges on every rank. But a
+Megatron-Core's distributed optimizer gives a data-parallel rank a range of each parameter's flattened elements. Its own reshardable
+format, `fully_reshardable`, saves each state in its parameter's shape, and gathers all ranges on every rank to get there. But a
 range of a row-major array is a few boxes of it. Of a parameter of 4 × 5, elements 3 … 16 are
 
     . . . a a        the rest of a row,
@@ -9,65 +9,58 @@ range of a row-major array is a few boxes of it. Of a parameter of 4 × 5, eleme
     b b b b b
     c c . . .        and the start of one.
 
-Each box is a `ShardedTensor` over the rank's own memory, under Megatron-Core's name for the whole tensor. So the checkpoint holds the
-same tensors, and nothing is gathered or copied to make it. An optimizer that is not distributed holds whole parameters: one box each.
+Each box is a `ShardedTensor` over the rank's own memory, under Megatron-Core's name for the full tensor. The checkpoint holds the same
+tensors as Megatron-Core's, and nothing is gathered or copied to write it. An optimizer that is not distributed has one box per parameter.
 
-Beside the states there is the count of updates. Learning rates and the like are not saved: they are the config's.
+Besides the states, the number of updates is saved. Learning rates and other settings are not: they come from the config.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class _Held:
-    """What this rank's optimizer holds of one parameter: the states of its elements start … end − 1, each flat."""
-
-    parameter: Any
-    start: int
-    end: int
-    states: dict[str, Tensor]
-    replicated: bool  # over data-parallel ranks
+from megatron_iwsft.distributed.mcore_compat import OptimizerShard, inner_optimizers, optimizer_shards
 
 
 def sharded_optimizer_state(optimizer: Any, models: Mapping[str, Any]) -> dict[str, Any]:
-    """The sharded state dict of Megatron-Core's `optimizer`, whose parts are those of `chained_optimizers`. Not collective.
+    """The sharded state dict of Megatron-Core's chained `optimizer`. Not collective.
 
-    models: the sharded state dicts of the model chunks, in one.
+    models: the sharded state dicts of all model chunks, merged.
     """
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedBase
 
-    for part in _parts(optimizer):
-        _create_states(part.optimizer)
+    for inner in inner_optimizers(optimizer):
+        _create_states(inner)
     entries = {id(entry.data): entry for entry in nested_values(models) if isinstance(entry, ShardedBase)}
     return {
-        "updates": max((int(c["step"]) for part in _parts(optimizer) for c in _counters(part.optimizer)), default=0),
-        "states": {k: _boxes_of(held, entries[id(held.parameter)]) for k, held in enumerate(_all_held(optimizer))},
+        "updates": max((int(c["step"]) for inner in inner_optimizers(optimizer) for c in _counters(inner)), default=0),
+        "states": {
+            k: _boxes_of(shard, entries[id(shard.parameter)]) for k, shard in enumerate(optimizer_shards(optimizer))
+        },
     }
 
 
 @torch.no_grad()
 def load_optimizer_state(optimizer: Any, state: Mapping[str, Any]) -> None:
-    """Take over what `sharded_optimizer_state` led to."""
-    for k, held in enumerate(_all_held(optimizer)):
-        for name, values in held.states.items():
+    """Take over a loaded `sharded_optimizer_state`."""
+    for k, shard in enumerate(optimizer_shards(optimizer)):
+        for name, values in _states(shard).items():
             for begin, box in state["states"][k][name].items():
-                # The library fills the memory that it was given, though it promises only to answer with what it has read.
+                # The library fills the memory it was given, but promises only to return what it has read.
                 values[begin : begin + box.numel()].copy_(box.flatten())
-    for part in _parts(optimizer):
-        _set_counters(part.optimizer, state["updates"])
+    for inner in inner_optimizers(optimizer):
+        _set_counters(inner, state["updates"])
 
 
 def boxes(shape: Sequence[int], start: int, end: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """(offset, sizes) of a few boxes of a row-major array that are, one after the other, its elements start … end − 1."""
+    """(offset, sizes) of the boxes of a row-major array that together are its elements start … end − 1, in order."""
     row = math.prod(shape[1:])
     while start < end:
         index, within = divmod(start, row)
@@ -82,35 +75,10 @@ def boxes(shape: Sequence[int], start: int, end: int) -> Iterator[tuple[tuple[in
         start = index * row + stop
 
 
-def _parts(optimizer: Any) -> list[Any]:
-    """Of dense parameters and of experts; without those of which this rank has none."""
-    return [part for part in optimizer.chained_optimizers if part.optimizer is not None]
-
-
-def _all_held(optimizer: Any) -> Iterator[_Held]:
-    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-
-    for part in _parts(optimizer):
-        inner = part.optimizer
-        if isinstance(part, DistributedOptimizer):
-            for parameter in part.model_param_gbuf_map:
-                held = part._get_model_param_range_map(parameter)["param"]
-                group, place = part.model_param_group_index_map[parameter]
-                main = inner.param_groups[group]["params"][place]
-                yield _Held(parameter, held.start, held.end, _states(inner, main), replicated=False)
-        else:
-            groups = zip(
-                getattr(part, "float16_groups", ()), getattr(part, "fp32_from_float16_groups", ()), strict=True
-            )
-            parameter_of = {id(main): p for ps, mains in groups for p, main in zip(ps, mains, strict=True)}
-            for main in (main for group in inner.param_groups for main in group["params"]):
-                parameter = parameter_of.get(id(main), main)  # a float32 parameter is its own main parameter
-                yield _Held(parameter, 0, main.numel(), _states(inner, main), replicated=True)
-
-
-def _states(inner: Any, main: Tensor) -> dict[str, Tensor]:
+def _states(shard: OptimizerShard) -> dict[str, Tensor]:
     """The float32 parameter and AdamW's averages, flat; Megatron-Core's names."""
-    states = {"param": main, **{name: inner.state[main][name] for name in ("exp_avg", "exp_avg_sq")}}
+    state = shard.inner.state[shard.main]
+    states = {"param": shard.main, **{name: state[name] for name in ("exp_avg", "exp_avg_sq")}}
     return {name: state.detach().view(-1) for name, state in states.items()}
 
 
@@ -124,14 +92,15 @@ def _set_counters(inner: Any, updates: int) -> None:
         values["step"] = torch.full_like(values["step"], updates) if isinstance(values["step"], Tensor) else updates
 
 
-def _boxes_of(held: _Held, entry: Any) -> dict[str, dict[int, Any]]:
+def _boxes_of(held: OptimizerShard, entry: Any) -> dict[str, dict[int, Any]]:
     """State → where it begins in the flat state → `ShardedTensor`, one for each box. entry: what the parameter is saved as."""
-    found: dict[str, dict[int, Any]] = {name: {} for name in held.states}
+    states = _states(held)
+    found: dict[str, dict[int, Any]] = {name: {} for name in states}
     begin = 0
     for shard, first in _shards(entry):
         start, end = max(held.start, first), min(held.end, first + math.prod(shard.local_shape))
         for offset, sizes in boxes(shard.local_shape, start - first, end - first):
-            for name, values in held.states.items():
+            for name, values in states.items():
                 key = f"optimizer.state.{name}.{shard.key}"
                 found[name][begin] = _sharded(key, values[begin:], shard, offset, sizes, replicated=held.replicated)
             begin += math.prod(sizes)
@@ -140,9 +109,9 @@ def _boxes_of(held: _Held, entry: Any) -> dict[str, dict[int, Any]]:
 
 
 def _shards(entry: Any) -> Iterator[tuple[Any, int]]:
-    """(`ShardedTensor` without data, its first element's place in the flattened parameter) of all that a parameter is saved as.
+    """What a parameter is saved as: (`ShardedTensor` without data, position of its first element in the flattened parameter).
 
-    Usually one; a factory makes two of a gate and an up-projection that are one parameter.
+    Usually one; two where gate and up projection are one parameter.
     """
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
@@ -177,9 +146,9 @@ def _sharded(
 
 
 def _create_states(inner: Any) -> None:
-    """Give AdamW its states, which it makes at its first step, so that there is something to load into or to save.
+    """Create AdamW's states, which it would create at its first step, so that they can be loaded into or saved.
 
-    A step at learning rate 0 over gradients of 0, which changes nothing but the counts of updates; they are set back.
+    A step at learning rate 0 with gradients of 0 changes nothing but the update counts, which are reset.
     """
     if inner.state:
         return

@@ -1,4 +1,4 @@
-"""Writing checkpoints: at once or in the background, whole or not at all, with a checksum of every file."""
+"""Writing checkpoints: synchronously or in the background, complete or not at all, with a checksum of every file."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,24 +17,34 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException  # a BaseException
 
-from megatron_iwsft.checkpoint import info as checkpoint
-from megatron_iwsft.checkpoint.info import INFO, LATEST, TOKENIZER, complete_checkpoints, step_name
+from megatron_iwsft.checkpoint.info import (
+    FORMAT_VERSION,
+    INFO,
+    LATEST,
+    TOKENIZER,
+    complete_checkpoints,
+    info_checksum,
+    one_line,
+    step_name,
+    step_of,
+)
 from megatron_iwsft.checkpoint.integrity import FileSum, file_sum
-from megatron_iwsft.distributed.context import async_save_options, start_results_queue
+from megatron_iwsft.checkpoint.state import TrainState
+from megatron_iwsft.distributed.mcore_compat import async_calls_queue, async_save_options, start_results_queue
+from megatron_iwsft.distributed.parallel_layout import ParallelLayout
 from megatron_iwsft.errors import CheckpointError
 from megatron_iwsft.hf.architecture import Architecture
 from megatron_iwsft.hf.model_card import Companions, Provenance
-from megatron_iwsft.reference.lagged_copy import LaggedCopy
+from megatron_iwsft.utils.files import PARTIAL, gibibytes, publish, remove_directory, write_text
 
-PARTIAL = ".partial"
-# Beyond what the tensors need: the small files, and room for whoever else writes there meanwhile.
+# Free space required beyond the tensors: for the small files, and for others who write there meanwhile.
 _SPARE_BYTES = 64 << 20
 _PROBE_BYTES = 8 << 20
 
 
 @dataclass(frozen=True)
 class Saved:
-    """A save that is complete: bytes of its files, seconds that training stood still for it, seconds until it was whole."""
+    """A completed save: bytes of all its files, seconds that training waited for it, seconds until it was complete."""
 
     directory: Path
     step: int
@@ -47,24 +57,28 @@ class Saved:
 class CheckpointWriter:
     """Writes the checkpoints of one run under `root`.
 
-    chat_template: replaces the tokenizer's own, where the corpus was rendered with a named one.
-    keep: how many of the newest stay, None keeps all; keep_every: a step that is a multiple of it stays whatever `keep` says.
-    asynchronous: tensors are copied, a forked process writes and hashes them, and the checkpoint counts once `poll` or `wait`
-    has found every rank's files written.
-    on_saved: called on every rank with each complete save.
+    layout         the run's, for iwsft.json
+    chat_template  replaces the tokenizer's own, where the corpus was rendered with a named one
+    corpus, objective, template_hash  see `CheckpointInfo`
+    keep           how many of the newest are kept; None keeps all
+    keep_every     steps that are a multiple of it are kept as well
+    asynchronous   tensors are copied, a forked process writes and hashes them, and the checkpoint counts once `poll` or `wait`
+                   has found every rank's files written
+    on_saved       called on every rank with each completed save
 
-    Every method is collective over all ranks, and raises CheckpointError on all of them if a save has failed; what was there
-    before is then as it was, and another save may be tried.
+    Every method is collective over all ranks, and raises CheckpointError on all of them if a save has failed; earlier checkpoints
+    are then unchanged, and saving can be retried.
     """
 
     root: Path
     architecture: Architecture
-    config: dict[str, Any]
-    layout: dict[str, Any]
-    tokenizer_files: list[Path]
+    config: dict[str, Any] = field(default_factory=dict)
+    layout: ParallelLayout = field(default_factory=ParallelLayout)
+    tokenizer_files: list[Path] = field(default_factory=list)
     template_hash: str | None = None
     chat_template: str | None = None
     corpus: str | None = None
+    objective: str | None = None
     keep: int | None = None
     keep_every: int = 0
     asynchronous: bool = False
@@ -73,45 +87,29 @@ class CheckpointWriter:
     _swept: bool = field(default=False, init=False)
 
     def companions(self, step: int) -> Companions:
-        """What goes with the weights of `step` when they are exported."""
+        """The files that go with the weights of `step` when they are exported."""
         provenance = Provenance(step, self.config, self.corpus, self.template_hash)
         return Companions(self.tokenizer_files, provenance, self.chat_template)
 
-    def save(
-        self,
-        step: int,
-        chunks: list[Any],
-        *,
-        optimizer: Any | None = None,
-        schedule: Any | None = None,
-        trainer: dict[str, Any] | None = None,
-        lagged: Sequence[LaggedCopy] = (),
-    ) -> Path:
-        """Write root/step-…, then point `latest` at it and remove what need not be kept. trainer: JSON values."""
+    def save(self, state: TrainState) -> Path:
+        """Write root/step-…, then update `latest` and remove checkpoints that need not be kept."""
         from megatron.core import dist_checkpointing
 
         self.wait()
         start_results_queue()
         started = time.perf_counter()
-        final = self.root / step_name(step)
-        state = checkpoint.sharded_state(
-            chunks,
-            optimizer,
-            schedule,
-            random=optimizer is not None,
-            lagged=lagged,
-        )
-        partial_directory = self._prepare(final, _bytes_to_write(state))
-        pending = _Pending(partial_directory, final, step, trainer or {}, started)
+        state.before_reading()
+        final = self.root / step_name(state.step)
+        sharded = state.sharded(random=state.optimizer is not None)
+        directory = self._prepare(final, _bytes_to_write(sharded))
+        pending = _Pending(directory, final, state.step, state.host_states(), started)
         request = dist_checkpointing.save(
-            state, str(partial_directory), validate_access_integrity=False, **async_save_options()
+            sharded, str(directory), validate_access_integrity=False, **async_save_options()
         )
         request.add_finalize_fn(lambda: self._complete(pending))
         if request.async_fn is not None:
-            request = request._replace(
-                async_fn=partial(_write_and_hash, request.async_fn, partial_directory, dist.get_rank())
-            )
-        # In a forked process also where training waits for it: a writer that a full disk brings down takes no trainer along.
+            request = request._replace(async_fn=partial(_write_and_hash, request.async_fn, directory, dist.get_rank()))
+        # A synchronous save is written by a forked process, too: if a full disk kills the writer, training survives.
         with _as_checkpoint_error(final):
             self._calls().schedule_async_request(request)
             if self.asynchronous:
@@ -121,7 +119,7 @@ class CheckpointWriter:
         return final
 
     def poll(self) -> None:
-        """Complete a background save whose files are written, if there is one."""
+        """Complete a background save if its files are written."""
         if self._queue is not None:
             with _as_checkpoint_error(self.root):
                 self._queue.maybe_finalize_async_calls(blocking=False)
@@ -133,40 +131,36 @@ class CheckpointWriter:
                 self._queue.maybe_finalize_async_calls(blocking=True)
 
     def discard_after(self, step: int) -> None:
-        """Remove this run's checkpoints of later steps than `step`, which a rewind has made obsolete."""
+        """Remove checkpoints of later steps, which rolling back to `step` has made obsolete."""
 
         def discard() -> None:
             left = complete_checkpoints(self.root)
             self._point_at(next(c for c in left if c.name == step_name(step)))
             for later in left:
                 if later.name > step_name(step):
-                    _remove(later)
+                    remove_directory(later)
 
         _on_first_rank(discard, self.root)
 
     def _point_at(self, final: Path) -> None:
-        pointer = self.root / f"{LATEST}{PARTIAL}"
-        _write_durably(pointer, final.name + "\n")
-        os.replace(pointer, self.root / LATEST)
+        write_text(self.root / LATEST, final.name + "\n")
 
     def _calls(self) -> Any:
         if self._queue is None:
-            from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
-
-            self._queue = AsyncCallsQueue()
+            self._queue = async_calls_queue()
         return self._queue
 
     def _prepare(self, final: Path, needed: int) -> Path:
-        """An empty directory to write into, where there is room."""
+        """Create an empty directory to write into. Raises CheckpointError if there is not enough space."""
 
         def prepare() -> str:
             self.root.mkdir(parents=True, exist_ok=True)
-            if not self._swept:  # what a killed run left behind
+            if not self._swept:  # what a killed run has left
                 for left in self.root.glob(f"step-*{PARTIAL}"):
                     shutil.rmtree(left, ignore_errors=True)
                 self._swept = True
             self._check_space(needed)
-            # A name of its own: a writer that outlived a killed run may still be writing into that run's.
+            # A unique name: a writer that has outlived a killed run may still be writing into that run's directory.
             directory = self.root / f"{final.name}.{uuid.uuid4().hex[:8]}{PARTIAL}"
             directory.mkdir()
             _probe(directory / "probe")
@@ -180,13 +174,12 @@ class CheckpointWriter:
             return
         others = complete_checkpoints(self.root)
         raise CheckpointError(
-            f"the next checkpoint needs {_gib(needed + _SPARE_BYTES)}, but {self.root} has {_gib(free)} free. Free "
-            f"{_gib(needed + _SPARE_BYTES - free)} there; its {len(others)} complete checkpoints are "
-            f"{', '.join(c.name for c in others) or 'none'}."
+            f"the next checkpoint needs {gibibytes(needed + _SPARE_BYTES)}, but {self.root} has only {gibibytes(free)} free. Free at least "
+            f"{gibibytes(needed + _SPARE_BYTES - free)} there. Complete checkpoints: {', '.join(c.name for c in others) or 'none'}."
         )
 
     def _complete(self, pending: _Pending) -> None:
-        """Gather the ranks' checksums, write the info file, and give the checkpoint its name."""
+        """Gather the ranks' checksums, write iwsft.json, and rename the checkpoint."""
         sums: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
         dist.gather_object(_take_sums(pending.partial, dist.get_rank()), sums)
         size = _on_first_rank(lambda: self._publish(pending, sums or []), pending.final)
@@ -207,41 +200,42 @@ class CheckpointWriter:
             name = path.relative_to(directory).as_posix()
             if name not in files:
                 if path.suffix == ".distcp":
-                    raise CheckpointError(f"no rank says that it has written {path} whole.")
+                    raise CheckpointError(f"no rank reported a checksum of {path}: its writer did not finish.")
                 files[name] = file_sum(path)
         info = {
-            "format_version": checkpoint.FORMAT_VERSION,
+            "format_version": FORMAT_VERSION,
             "step": pending.step,
             "architecture": self.architecture.hf,
-            "layout": self.layout,
+            "layout": self.layout.to_json(),
             "config": self.config,
             "template_hash": self.template_hash,
             "corpus": self.corpus,
-            "trainer": pending.trainer,
+            "objective": self.objective,
+            "host": pending.host,
             "files": files,
         }
-        info = json.loads(json.dumps(info))  # as it will be read: the checksum is of that
-        text = json.dumps(info | {"checksum": checkpoint.info_checksum(info)}, indent=1, ensure_ascii=False)
-        _write_durably(directory / INFO, text + "\n")
+        info = json.loads(json.dumps(info))  # as it will be read: the checksum covers that
+        text = json.dumps(info | {"checksum": info_checksum(info)}, indent=1, ensure_ascii=False)
+        write_text(directory / INFO, text + "\n")
         if final.exists():
-            _remove(final)
-        os.replace(directory, final)
+            remove_directory(final)
+        publish(directory, final)
         self._point_at(final)
         others = [c for c in complete_checkpoints(self.root) if c != final]
         for old in others[self.keep - 1 :] if self.keep else []:
-            if not self.keep_every or int(old.name.removeprefix("step-")) % self.keep_every:
-                _remove(old)
+            if not self.keep_every or step_of(old) % self.keep_every:
+                remove_directory(old)
         return sum(file["bytes"] for file in files.values())
 
 
 @dataclass
 class _Pending:
-    """A save under way. stall_s stays 0 for one that training waits for."""
+    """A save in progress. stall_s stays 0 if training waits for it."""
 
     partial: Path
     final: Path
     step: int
-    trainer: dict[str, Any]
+    host: dict[str, Any]
     started: float
     stall_s: float = 0.0
 
@@ -253,7 +247,7 @@ def _write_and_hash(write: Callable[..., None], directory: Path, rank: int, *arg
         sums = {path.name: file_sum(path) for path in directory.glob(f"__{rank}_*.distcp")}
         (directory / _sums_name(rank)).write_text(json.dumps(sums), encoding="utf-8")
     except OSError:
-        pass  # the first rank misses the checksums and says so
+        pass  # the first rank finds no checksums and reports it
 
 
 def _take_sums(directory: Path, rank: int) -> dict[str, FileSum]:
@@ -280,26 +274,26 @@ class _as_checkpoint_error:
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, CheckpointException):
-            reason = checkpoint.short(error)
-            if "Worker failure" in reason:  # torch.save and 0.19 leave out what the system said
-                reason += "; most often the disk is full, or there is a quota or a limit on file sizes."
+            reason = one_line(error)
+            if "Worker failure" in reason:  # torch.save and 0.19 leave out the system's error
+                reason += "; usually the disk is full, or a quota or a limit on file sizes is reached."
             raise CheckpointError(f"{self.what} could not be written: {reason}") from None
 
 
 def _on_first_rank(function: Callable[[], Any], what: Path) -> Any:
-    """The answer of `function`, run on the first rank alone; its failure is raised on all. Collective: a broadcast."""
-    answer: list[Any] = [None, None]
+    """Run `function` on the first rank only; its result, or its failure, is that of all ranks. Collective: a broadcast."""
+    outcome: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
-            answer[0] = function()
+            outcome[0] = function()
         except CheckpointError as error:
-            answer[1] = str(error)
+            outcome[1] = str(error)
         except OSError as error:
-            answer[1] = f"{what} could not be written: {error.strerror} ({error.filename or what.parent})."
-    dist.broadcast_object_list(answer, src=0)
-    if answer[1] is not None:
-        raise CheckpointError(answer[1])
-    return answer[0]
+            outcome[1] = f"{what} could not be written: {error.strerror} ({error.filename or what.parent})."
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise CheckpointError(outcome[1])
+    return outcome[0]
 
 
 def _bytes_to_write(state: dict[str, Any]) -> int:
@@ -318,28 +312,9 @@ def _bytes_to_write(state: dict[str, Any]) -> int:
 
 
 def _probe(path: Path) -> None:
-    """Write some bytes for real: quotas, read-only mounts and a lack of inodes do not show in the free space."""
+    """Write some bytes: quotas, read-only mounts and missing inodes do not show in the free space."""
     with open(path, "wb") as file:
         file.write(bytes(_PROBE_BYTES))
         file.flush()
         os.fsync(file.fileno())
     path.unlink()
-
-
-def _write_durably(path: Path, text: str) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _remove(directory: Path) -> None:
-    """Remove a checkpoint: first its name, so that no half of it is ever taken for a whole."""
-    doomed = directory.with_name(f"{directory.name}.removed{PARTIAL}")
-    shutil.rmtree(doomed, ignore_errors=True)
-    os.replace(directory, doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB"

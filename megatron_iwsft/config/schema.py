@@ -9,14 +9,13 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from megatron_iwsft.errors import ConfigError
+from megatron_iwsft.distributed.parallel_layout import ParallelLayout
+from megatron_iwsft.objectives.functions import OBJECTIVES
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
-
-OBJECTIVES = ("sft", "iw_sft", "dft", "psft")
 
 
 class Section(BaseModel):
@@ -161,7 +160,8 @@ class Objective(Section):
 
     @model_validator(mode="after")
     def _has_a_proposal(self) -> Objective:
-        if self.proposal.kind != "current" and self.name in ("sft", "dft", "psft"):
+        built_in = OBJECTIVES.get(self.name)
+        if self.proposal.kind != "current" and built_in is not None and not built_in.uses_proposal:
             raise ValueError(f"proposal.kind {self.proposal.kind} belongs to iw_sft; {self.name} has no proposal")
         return self
 
@@ -175,14 +175,6 @@ class Objective(Section):
                 "passes that the balance loss is part of"
             )
         return self
-
-    @property
-    def clip_range(self) -> tuple[float, float]:
-        if self.clip is not None:
-            return self.clip[0], self.clip[1]
-        if self.name == "psft":
-            return 0.8, 1.28
-        return (0.0, 16.0) if self.level == "sequence" else (0.2, 1.8)
 
 
 class Reference(Section):
@@ -224,15 +216,15 @@ class Parallel(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Parallel:
-        if self.virtual_pipeline == 1:
-            raise ValueError("virtual_pipeline is 1; use null for a pipeline that is not interleaved, or 2 and more")
-        if self.virtual_pipeline is not None and self.pipeline < 2:
-            raise ValueError(f"virtual_pipeline {self.virtual_pipeline} needs pipeline ≥ 2; it is {self.pipeline}")
-        if self.layers_per_stage is not None and self.pipeline < 2:
-            raise ValueError(f"layers_per_stage needs pipeline ≥ 2; it is {self.pipeline}")
-        if self.sequence and self.tensor < 2:
-            raise ValueError(f"sequence: true needs tensor ≥ 2; it is {self.tensor}")
+        broken = ParallelLayout(**self.degrees()).broken_rule()
+        if broken:
+            raise ValueError(broken)
         return self
+
+    def degrees(self) -> dict[str, Any]:
+        """What of it makes a `ParallelLayout`."""
+        degrees = self.model_dump(exclude={"recompute"})
+        return degrees | {"layers_per_stage": tuple(self.layers_per_stage) if self.layers_per_stage else None}
 
 
 class Precision(Section):
@@ -339,6 +331,7 @@ class Logging(Section):
     warn_clipped_above: Share = 0.5
     wandb: Wandb = Wandb()
     tensorboard: bool = False
+    callbacks: list[str] = []
 
 
 class Evaluation(Section):
@@ -376,29 +369,11 @@ class Config(Section):
             raise ValueError("precision.fp8_parameters needs optimizer.distributed: true")
         return self
 
-    def data_parallel(self, world_size: int) -> int:
-        """The data-parallel degree that `world_size` processes leave, checked against the batch sizes."""
-        p = self.parallel
-        product = p.tensor * p.pipeline * p.context
-        if world_size % product:
-            raise ConfigError(
-                f"parallel: tensor {p.tensor} × pipeline {p.pipeline} × context {p.context} = {product} does not divide the "
-                f"world size of {world_size} processes. Start a multiple of {product} processes, or change the degrees."
-            )
-        data = world_size // product
-        step = self.data.micro_batch_size * data
-        if self.data.global_batch_size % step:
-            raise ConfigError(
-                f"data.global_batch_size {self.data.global_batch_size} is not a multiple of micro_batch_size "
-                f"{self.data.micro_batch_size} × data parallel {data} = {step}."
-            )
-        micro_batches = self.data.global_batch_size // step
-        if p.virtual_pipeline is not None and micro_batches % p.pipeline:
-            raise ConfigError(
-                f"parallel.virtual_pipeline needs the {micro_batches} micro-batches of a step to be a multiple of pipeline "
-                f"{p.pipeline}; change data.global_batch_size or micro_batch_size."
-            )
-        return data
+    def layout(self, world_size: int) -> ParallelLayout:
+        """The parallel layout of `world_size` processes. Raises ConfigError if degrees, batch sizes and world do not fit together."""
+        layout = ParallelLayout.for_world(world_size, **self.parallel.degrees())
+        layout.micro_batches(global_batch_size=self.data.global_batch_size, micro_batch_size=self.data.micro_batch_size)
+        return layout
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)

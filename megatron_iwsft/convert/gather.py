@@ -1,4 +1,4 @@
-"""A running model's weights, whole and in Hugging Face's names, on rank 0."""
+"""The weights of a model in training, unsharded and under Hugging Face's names, on rank 0."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from torch import Tensor
 
 from megatron_iwsft.distributed.context import ParallelContext
 from megatron_iwsft.hf.mapping import PerExpert, named_rows
-from megatron_iwsft.model.gpt import PolicyModel, checkpoint_name
+from megatron_iwsft.model.gpt import PolicyModel
+from megatron_iwsft.model.parameters import checkpoint_name
 
 _Key = tuple[str, int | None]  # a parameter's name in checkpoints, and which expert's
 
 
 class RunningWeights:
-    """Hands a sharded model's tensors to rank 0 one by one, while the other ranks `serve` theirs in the same order.
+    """Sends a sharded model's tensors to rank 0 one by one, while the other ranks `serve` theirs in the same order.
 
-    Making one is collective over all ranks (who holds what is exchanged, no tensors). Rank 0 then reads every one of `names` in
-    order; each costs one send for every tensor-parallel shard or expert that lies elsewhere.
+    The constructor is collective over all ranks (they exchange which rank holds what, no tensors). Rank 0 then reads all of `names` in
+    order; each costs one send per tensor-parallel shard or expert that another rank holds.
     """
 
     def __init__(self, chunks: list[PolicyModel], parallel: ParallelContext) -> None:
@@ -33,7 +34,7 @@ class RunningWeights:
         self.names = [hf for row in self._rows.values() for hf in row.hf]
         self._row_of = {hf: name for name, row in self._rows.items() for hf in row.hf}
         self._cached: tuple[str, list[Tensor]] | None = None
-        # What a parameter is put together from: tensor-parallel shards, or whole experts.
+        # What a parameter consists of: tensor-parallel shards, or experts.
         self._pieces: dict[str, list[tuple[_Key, int]]] = {}
         for name, row in self._rows.items():
             if isinstance(row.layout, PerExpert):
@@ -50,7 +51,7 @@ class RunningWeights:
                 self._holders.setdefault((key, tp_rank if key[1] is None else 0), (rank, shape))
 
     def read(self, name: str) -> Tensor:
-        """A whole tensor, on CPU. On rank 0, in the order of `names`."""
+        """A full tensor, on CPU. On rank 0, in the order of `names`."""
         key = self._row_of[name]
         row = self._rows[key]
         if self._cached is None or self._cached[0] != key:
@@ -73,7 +74,7 @@ class RunningWeights:
         return shard.cpu()
 
     def serve(self) -> None:
-        """On every other rank: send this rank's pieces as rank 0 comes to them."""
+        """On every other rank: send this rank's pieces in the order in which rank 0 reads."""
         for pieces in self._pieces.values():
             for piece in pieces:
                 if self._holders[piece][0] == dist.get_rank():
@@ -81,5 +82,5 @@ class RunningWeights:
 
 
 def _plain(parameter: Tensor) -> Tensor:
-    """In its nominal dtype, if it is kept in FP8."""
+    """Dequantised, if it is stored in FP8."""
     return dequantize_fp8_tensor(parameter) if is_float8tensor(parameter) else parameter

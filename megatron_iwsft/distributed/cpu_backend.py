@@ -2,7 +2,7 @@
 
 Megatron-Core asks `torch.cuda` for the current device, streams, events, memory and random state, creates tensors with
 `device="cuda"`, and its optimizer sorts parameters by the name of their CUDA tensor type. `install` answers all three.
-It changes process-wide state, so only `platform.start` calls it, once, when the process is to run on CPU.
+It changes process-wide state, so only `context.start` calls it, once, in a process that runs a job on CPU.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
+
+from megatron_iwsft.distributed.mcore_compat import use_torch_in_place_of_fused_kernels
+from megatron_iwsft.errors import ConfigError
 
 _CPU = torch.device("cpu")
 
@@ -93,31 +96,18 @@ def _with_sizes_as_lists(all_to_all_single: Callable[..., Any]) -> Callable[...,
     return wrapped
 
 
-def _without_fused_kernels() -> None:
-    """Where Transformer Engine or apex can be imported, Megatron-Core takes their kernels, which know no CPU."""
-    from megatron.core import optimizer as optimizers
-    from megatron.core.optimizer import clip_grads, distrib_optimizer, optimizer
-    from megatron.core.transformer.moe import moe_utils
-    from megatron.core.utils import local_multi_tensor_applier, local_multi_tensor_scale
-
-    optimizers.Adam, optimizers.USING_PYTORCH_OPTIMIZER = torch.optim.AdamW, True
-    distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_TE_OPTIMIZER = False
-    distrib_optimizer.USING_APEX_OPTIMIZER = False
-    for module in (clip_grads, optimizer):
-        module.multi_tensor_applier, module.multi_tensor_scale_impl = (
-            local_multi_tensor_applier,
-            local_multi_tensor_scale,
-        )
-    clip_grads.multi_tensor_scale_tensor_impl = None
-    clip_grads.l2_norm_impl = _l2_norm
-    moe_utils.te_general_gemm = None
-
-
 def install() -> None:
-    """Make Megatron-Core run on CPU in this process. Must come before any Megatron-Core module is built; again does nothing."""
+    """Make Megatron-Core run on CPU in this process, for good. Call before any Megatron-Core module is built; again does nothing.
+
+    Raises ConfigError in a process that uses CUDA already.
+    """
     cuda: Any = torch.cuda
     if cuda.Stream is _Stream:
         return
+    if cuda.is_initialized():
+        raise ConfigError(
+            "this process uses CUDA already, and cannot become one of a job on CPU. Start that job in a process of its own."
+        )
     cuda.current_device = lambda: _CPU
     cuda.set_device = lambda *args: None
     cuda.synchronize = lambda *args, **kwargs: None
@@ -139,11 +129,7 @@ def install() -> None:
     cuda.set_rng_state = set_rng_state
     cuda.manual_seed = torch.random.default_generator.manual_seed
 
-    from megatron.core.tensor_parallel import random as megatron_random
-
-    _without_fused_kernels()
-    megatron_random._get_cuda_rng_state = get_rng_state
-    megatron_random._set_cuda_rng_state = set_rng_state
+    use_torch_in_place_of_fused_kernels(_l2_norm, get_rng_state, set_rng_state)
 
     torch.distributed.all_to_all_single = _with_sizes_as_lists(torch.distributed.all_to_all_single)
 

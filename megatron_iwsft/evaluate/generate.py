@@ -12,8 +12,8 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from megatron_iwsft.convert.parity import load_in_transformers, load_tokenizer_in_transformers
 from megatron_iwsft.errors import CheckpointError, ConfigError
+from megatron_iwsft.hf.transformers_models import load_in_transformers, load_tokenizer_in_transformers
 
 Backend = Literal["auto", "vllm", "transformers"]
 

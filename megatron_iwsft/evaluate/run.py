@@ -15,13 +15,13 @@ from typing import Any
 
 from tqdm import tqdm
 
-from megatron_iwsft.checkpoint import info as checkpoint
-from megatron_iwsft.convert.parity import export_checkpoint
+from megatron_iwsft.checkpoint.info import CheckpointInfo
+from megatron_iwsft.convert.export import export_checkpoint
 from megatron_iwsft.errors import CheckpointError, ConfigError, DataError
 from megatron_iwsft.evaluate.benchmark import Problem, is_correct
 from megatron_iwsft.evaluate.generate import Generator
 from megatron_iwsft.evaluate.statistics import Comparison, Estimate, compare, mean_pass_at_k
-from megatron_iwsft.reference.sidecar import weights_fingerprint
+from megatron_iwsft.utils.files import sampled_fingerprint
 
 FORMAT_VERSION = 1
 
@@ -55,7 +55,7 @@ def _find_model(path: Path) -> EvaluatedModel:
         return EvaluatedModel(f"{path.parent.parent.name}-{path.name}" if is_export else path.name, path)
     if not path.is_dir():
         raise CheckpointError(f"there is no model at {path}.")
-    info = checkpoint.CheckpointInfo.read(path)
+    info = CheckpointInfo.read(path)
     root = info.directory.parent
     run = root.parent if root.name == "checkpoints" else root
     exported = run / "hf" / info.directory.name
@@ -97,7 +97,7 @@ def evaluate_model(
     header = {
         "format_version": FORMAT_VERSION,
         "model": str(model.directory),
-        "weights": weights_fingerprint(model.directory, "*.safetensors"),
+        "weights": sampled_fingerprint(model.directory, "*.safetensors"),
         "settings": settings,
     }
     done = _read_results(path, header)

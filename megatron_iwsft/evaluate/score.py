@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from megatron_iwsft.convert.parity import hugging_face_logprobs, load_in_transformers
 from megatron_iwsft.data.corpus import Corpus
 from megatron_iwsft.data.tokenizer import load_tokenizer
 from megatron_iwsft.errors import DataError
+from megatron_iwsft.hf.transformers_models import hugging_face_logprobs, load_in_transformers
 
 
 @dataclass(frozen=True)

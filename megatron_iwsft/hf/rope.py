@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from megatron_iwsft.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # kind → (parameters that must be given, those that may be)
 _PARAMETERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -80,6 +80,8 @@ class Rope:
 
     def inverse_frequencies(self, head_dim: int) -> Tensor:
         """Radians a position advances each pair of dimensions by: float32 [head_dim / 2]."""
+        import torch  # here: a config is read, and a layout searched, without it
+
         plain = 1.0 / (self.theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim))
         if self.kind == "linear":
             return plain / self.parameters["factor"]
@@ -115,6 +117,8 @@ class Rope:
 
     def _yarn(self, head_dim: int) -> Tensor:
         """Dimensions that turn often are kept, those that turn seldom interpolated, a linear ramp between."""
+        import torch
+
         p = self.parameters
 
         def dimension(turns: float) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,34 +16,29 @@ from torch import Tensor
 
 from megatron_iwsft.data.batch import Batch
 from megatron_iwsft.distributed.capabilities import has_gradient_accumulation_fusion
-from megatron_iwsft.distributed.context import ParallelContext, Platform, moe_submodules
-from megatron_iwsft.distributed.parallel_layout import Layout, broken_rule
+from megatron_iwsft.distributed.context import ParallelContext, Platform
+from megatron_iwsft.distributed.mcore_compat import moe_submodules
+from megatron_iwsft.distributed.parallel_layout import ParallelLayout
 from megatron_iwsft.errors import ConfigError
 from megatron_iwsft.hf.architecture import Architecture
-from megatron_iwsft.hf.directory import TensorSource
-from megatron_iwsft.hf.mapping import PerExpert, shapes, table
 from megatron_iwsft.model.moe import Balance, BalancedRouter, ExpertLayer, PackedRow
 from megatron_iwsft.model.packed_attention import PackedAttention
+from megatron_iwsft.model.parameters import ATTENTION_NORM, is_expert
 from megatron_iwsft.ops.logprob import vocab_parallel_logprob
-
-# Names of the local backend's parameters → names in checkpoints, which are Transformer Engine's: it fuses a norm with the
-# projection that follows, but keeps one in front of a router apart.
-_ATTENTION_NORM = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
-_DENSE_NORMS = {**_ATTENTION_NORM, "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
-
-# An expert's parameter in the local backend, and in Transformer Engine's grouped layers.
-_EXPERT = re.compile(r"mlp\.experts\.(?:local_experts\.(\d+)\.(linear_fc.)\.weight|(linear_fc.)\.weight(\d+))$")
 
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """How a model computes: dtype of parameters and activations, what `config.Parallel` says beside degrees, the backend, and what
-    `config.Precision` says about FP8 (bf16_edges: layers at the start and at the end that stay out of it).
+    """How a model computes, beside its parallel layout.
+
+    dtype       of parameters and activations
+    recompute   activations computed again in backward: of the attention core (selective), or of whole layers (full)
+    backend     Megatron-Core's local layers in plain torch, or Transformer Engine's
+    fp8, fp8_parameters  see `config.Precision`
+    bf16_edges  layers at the start and at the end that stay out of FP8
     """
 
     dtype: torch.dtype = torch.float32
-    sequence_parallel: bool = False
-    layers_per_stage: tuple[int, ...] | None = None
     recompute: Literal["none", "selective", "full"] = "none"
     backend: Literal["local", "transformer_engine"] = "local"
     fp8: str | None = None
@@ -73,7 +67,7 @@ class _HiddenStates(ColumnParallelLinear):
 
 
 class PolicyModel(GPTModel):
-    """GPTModel whose loss is the negative log-prob of each label, from `ops.logprob`."""
+    """GPTModel that returns the log-prob of each label, from `ops.logprob`, where Megatron-Core's returns its loss."""
 
     def __init__(self, architecture: Architecture, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -95,7 +89,7 @@ class PolicyModel(GPTModel):
         super().setup_embeddings_and_output_layer()
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
-        """labels [1, T], logits: the hidden states [T (/tp), 1, H] → −log-probs float32 [1, T], 0 where IGNORE."""
+        """labels [1, T], logits: the hidden states [T (/tp), 1, H] → log-probs float32 [1, T], 0 where IGNORE."""
         shared = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if shared else self.output_layer.weight
         logprobs = vocab_parallel_logprob(
@@ -106,11 +100,11 @@ class PolicyModel(GPTModel):
             vocab_size=self.architecture.vocab_size,
             sequence_parallel=self.config.sequence_parallel,
         )
-        return -logprobs.unsqueeze(0)
+        return logprobs.unsqueeze(0)
 
 
 def forward(model: torch.nn.Module, batch: Batch, balance: Balance | None = None) -> Tensor:
-    """Run one stage on a micro-batch: hidden states [T (/tp), 1, H], or on the last stage −log-probs [1, T].
+    """Run one stage on a micro-batch: hidden states [T (/tp), 1, H], or on the last stage log-probs [1, T].
 
     balance: of a mixture of experts whose routers are trained to spread the load, else None.
     """
@@ -129,39 +123,29 @@ def build_model(
     arch: Architecture, parallel: ParallelContext, platform: Platform, settings: ModelSettings
 ) -> list[PolicyModel]:
     """This rank's model chunks (one, or one per virtual stage), with uninitialised parameters: see `load_weights`."""
-    layout = Layout(
-        tensor=parallel.tp.size(),
-        pipeline=parallel.pp.size(),
-        virtual=parallel.virtual_pipeline or 1,
-        sequence=settings.sequence_parallel,
-        layers_per_stage=settings.layers_per_stage,
-        expert=parallel.ep.size(),
-        context=parallel.cp.size(),
-        data=parallel.dp.size(),
-    )
-    broken = broken_rule(arch, layout)
+    layout = parallel.layout
+    broken = layout.broken_rule_for(arch)
     if broken:
         raise ConfigError(f"parallel: {broken}.")
-    config = _transformer_config(arch, parallel, platform, settings)
-    virtual = parallel.virtual_pipeline or 1
+    config = _transformer_config(arch, layout, platform, settings)
     chunks = []
-    for stage in range(virtual):
-        vp_stage = stage if parallel.virtual_pipeline else None
+    for stage in range(layout.chunks_per_stage):
+        vp_stage = stage if layout.virtual_pipeline else None
         model = PolicyModel(
             arch,
             config=config,
             transformer_layer_spec=_block_spec(arch, config, settings, vp_stage),
-            vocab_size=arch.padded_vocab(parallel.tp.size()),
+            vocab_size=arch.padded_vocab(layout.tensor),
             max_sequence_length=arch.max_positions,
             pre_process=parallel.is_first_stage and stage == 0,
-            post_process=parallel.is_last_stage and stage == virtual - 1,
+            post_process=parallel.is_last_stage and stage == layout.chunks_per_stage - 1,
             share_embeddings_and_output_weights=arch.tied,
             position_embedding_type="rope",
             vp_stage=vp_stage,
         )
         model.rotary_pos_emb.inv_freq = arch.rope.inverse_frequencies(arch.head_dim).to(platform.device)
         for name, parameter in model.named_parameters():
-            if _EXPERT.search(name):
+            if is_expert(name):
                 # Reduced over the ranks that hold the same expert. Megatron-Core says so only with expert parallelism, but
                 # without it too those are others than a dense parameter's where tensor parallelism cuts only the latter.
                 parameter.allreduce = False
@@ -170,7 +154,7 @@ def build_model(
 
 
 def _transformer_config(
-    arch: Architecture, parallel: ParallelContext, platform: Platform, settings: ModelSettings
+    arch: Architecture, layout: ParallelLayout, platform: Platform, settings: ModelSettings
 ) -> TransformerConfig:
     window = next((w for w in arch.windows if w is not None), None)
     return TransformerConfig(
@@ -195,20 +179,20 @@ def _transformer_config(
         **_fp8_settings(settings),
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        tensor_model_parallel_size=parallel.tp.size(),
-        pipeline_model_parallel_size=parallel.pp.size(),
-        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
-        context_parallel_size=parallel.cp.size(),
-        expert_model_parallel_size=parallel.ep.size(),
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline,
+        context_parallel_size=layout.context,
+        expert_model_parallel_size=layout.expert,
         expert_tensor_parallel_size=1,
-        sequence_parallel=settings.sequence_parallel,
+        sequence_parallel=layout.sequence,
         params_dtype=settings.dtype,
         pipeline_dtype=settings.dtype,
         bf16=settings.dtype == torch.bfloat16,
         # With two stages a stage's neighbours before and behind are one rank: interleaved messages sent in one batch would
         # be taken for each other. Sent one by one they travel over two groups.
-        overlap_p2p_comm=parallel.virtual_pipeline is not None,
-        batch_p2p_comm=parallel.virtual_pipeline is None,
+        overlap_p2p_comm=layout.virtual_pipeline is not None,
+        batch_p2p_comm=layout.virtual_pipeline is None,
         calculate_per_token_loss=True,  # sums in the loss, one global denominator: see step.py
         # Every parameter is loaded. Initialisation must still run: it marks the tensor-parallel parameters, without which the
         # gradient norm leaves out all but the first rank's.
@@ -224,7 +208,7 @@ def _transformer_config(
         recompute_granularity=None if settings.recompute == "none" else settings.recompute,
         recompute_method="uniform" if settings.recompute == "full" else None,
         recompute_num_layers=1 if settings.recompute == "full" else None,
-        pipeline_model_parallel_layout=_pipeline_layout(settings.layers_per_stage),
+        pipeline_model_parallel_layout=_pipeline_layout(layout.layers_per_stage),
     )
 
 
@@ -290,52 +274,8 @@ def _block_spec(
         layer.module = ExpertLayer
         moe_submodules(layer).router = BalancedRouter
         if settings.backend == "local":
-            layer.submodules.sharded_state_dict_keys_map = _ATTENTION_NORM
+            layer.submodules.sharded_state_dict_keys_map = ATTENTION_NORM
     if settings.backend == "transformer_engine":
         return layer
     count = get_num_layers_to_build(config, vp_stage=vp_stage)
     return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=LocalRMSNorm)
-
-
-def checkpoint_name(model: PolicyModel, name: str) -> tuple[str, int | None]:
-    """Where a parameter lies in checkpoints: (name with the global layer number, global expert number or None).
-
-    Names are Transformer Engine's, whatever the backend. Every expert of a layer has the same name.
-    """
-    if name.startswith("decoder.layers."):
-        _, _, local, rest = name.split(".", 3)
-        name = f"decoder.layers.{model.decoder.layers[int(local)].layer_number - 1}.{rest}"
-    experts = model.architecture.experts
-    for ours, theirs in (_ATTENTION_NORM if experts else _DENSE_NORMS).items():
-        name = name.replace(ours, theirs)
-    found = _EXPERT.search(name)
-    if found is None or experts is None:
-        return name, None
-    number, kind = int(found[1] or found[4]), found[2] or found[3]
-    group = model.pg_collection.ep
-    number += group.rank() * (experts.count // group.size())
-    return f"{name[: found.start()]}mlp.experts.experts.{kind}.weight", number
-
-
-@torch.no_grad()
-def load_weights(chunks: list[PolicyModel], source: TensorSource, parallel: ParallelContext) -> None:
-    """Fill every parameter of this rank from `source`, reading only this rank's slices."""
-    arch = source.architecture
-    rank, size = parallel.tp.rank(), parallel.tp.size()
-    rows = {row.megatron: row for row in table(arch, tensor_parallel=size)}
-    all_shapes = shapes(arch)
-    for model in chunks:
-        for name, parameter in model.named_parameters():
-            target, expert = checkpoint_name(model, name)
-            layer = target.split(".")[2] if target.startswith("decoder.layers.") else ""
-            pattern = target.replace(f"layers.{layer}.", "layers.{}.") if layer else target
-            if pattern == "output_layer.weight" and arch.tied:
-                pattern = "embedding.word_embeddings.weight"
-            row = rows[pattern]
-            if isinstance(row.layout, PerExpert) and expert is not None:
-                row = row.layout.one(row, expert)
-            names = [hf.format(layer) for hf in row.hf]
-            cut = (0, 1) if expert is not None else (rank, size)  # tensor parallelism does not cut experts
-            spans = row.layout.spans([all_shapes[n] for n in names], *cut)
-            parts = [source.read(n, span) for n, span in zip(names, spans, strict=True)]
-            parameter.copy_(row.layout.join(parts, *cut))

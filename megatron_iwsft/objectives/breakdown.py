@@ -1,4 +1,4 @@
-"""Loss by quality and by source: which group each trajectory of a corpus belongs to."""
+"""Loss by score and by source: which groups each trajectory of a corpus belongs to."""
 
 from __future__ import annotations
 
@@ -17,15 +17,24 @@ _MOST_SOURCES = 20
 
 
 @dataclass(frozen=True)
-class Groups:
-    """names: of all groups, G of them; of: int64 [kinds, trajectories], the group of each trajectory for each kind of grouping."""
+class Breakdown:
+    """Groups of trajectories. names: of all G groups; of: int64 [groupings, trajectories], each trajectory's group in each grouping."""
 
     names: list[str]
     of: Tensor
 
+    def to(self, device: torch.device) -> Breakdown:
+        return Breakdown(self.names, self.of.to(device))
+
+    def zero_sums(self, device: torch.device) -> Tensor:
+        return torch.zeros(len(self.names), 2, dtype=torch.float64, device=device)
+
     def sums(self, batch: Batch, logprobs: Tensor) -> Tensor:
-        """float64 [G, 2]: Σ −ℓ_t and the number of trained tokens of each group, in this rank's part of a micro-batch."""
-        out = torch.zeros(len(self.names), 2, dtype=torch.float64, device=logprobs.device)
+        """float64 [G, 2]: Σ −ℓ_t and the number of trained tokens of each group, over this rank's part of a micro-batch.
+
+        logprobs  float32 [T] of the policy
+        """
+        out = self.zero_sums(logprobs.device)
         trajectory = batch.trajectory[batch.segment]  # filler, −1, has no trained tokens
         values = torch.stack([-logprobs * batch.mask, batch.mask], dim=1).double()
         for kind in self.of:
@@ -37,15 +46,15 @@ class Groups:
         return {name: nll / tokens for name, (nll, tokens) in zip(self.names, sums.tolist(), strict=True) if tokens}
 
 
-def group(scores: np.ndarray, sources: Sequence[str]) -> Groups | None:
-    """Groups by score (each value where there are few, else quartiles) and by source file; None if neither tells them apart."""
+def break_down(scores: np.ndarray, sources: Sequence[str]) -> Breakdown | None:
+    """Group by score (each value if there are few, else quartiles) and by source; None if neither distinguishes trajectories."""
     names: list[str] = []
     kinds = []
     for labels, numbers in (_by_score(scores), _by_source(sources)):
         if len(labels) > 1:
             kinds.append(torch.from_numpy(numbers.astype(np.int64) + len(names)))
             names += labels
-    return Groups(names, torch.stack(kinds)) if kinds else None
+    return Breakdown(names, torch.stack(kinds)) if kinds else None
 
 
 def _by_score(scores: np.ndarray) -> tuple[list[str], np.ndarray]:
@@ -60,7 +69,7 @@ def _by_score(scores: np.ndarray) -> tuple[list[str], np.ndarray]:
 
 
 def _shortest(values: np.ndarray) -> list[str]:
-    """With as few digits, six at least, as tell the values apart."""
+    """With as few digits, at least six, as distinguish the values."""
     texts = ([f"{v:.{digits}g}" for v in values] for digits in range(6, 18))
     return next(found for found in texts if len(set(found)) == len(values))
 

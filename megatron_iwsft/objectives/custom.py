@@ -1,81 +1,66 @@
-"""A user's own objective, from a Python file: loaded, and checked before a run starts."""
+"""Custom objectives: loaded from a user's Python file, and checked before a run starts."""
 
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from megatron_iwsft.errors import ConfigError
-from megatron_iwsft.objectives.functions import (
-    NEEDS_REFERENCE,
-    OBJECTIVES,
-    ObjectiveFunction,
-    Settings,
-    Trajectories,
-    local_segment_sum,
-)
+from megatron_iwsft.objectives.functions import OBJECTIVES, Objective, Settings, Trajectories, local_segment_sum
+from megatron_iwsft.objectives.loss import own_sums
+from megatron_iwsft.utils.user_code import load_from_file
 
 # Two made-up trajectories, end to end.
 _LENGTHS = (5, 7)
 _MASK = torch.tensor([0.0, 0, 1, 1, 1, 0, 1, 0, 1, 1, 1, 1])
 
 
-def find_objective(name: str) -> ObjectiveFunction:
-    """One of OBJECTIVES, or `path/to/file.py:function`, checked by `check_objective`. Raises ConfigError."""
+def find_objective(name: str) -> Objective:
+    """One of OBJECTIVES, or what `path/to/file.py:name` defines: an `Objective`, or a function, which gets the defaults of one.
+
+    Raises ConfigError if there is none, or if it fails `check_objective`.
+    """
     if name in OBJECTIVES:
         return OBJECTIVES[name]
-    path, _, function = name.rpartition(":")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path) if Path(path).is_file() else None
-    if spec is None or spec.loader is None:
-        raise ConfigError(f"objective.name: {path} is not a Python file.")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:  # whatever a user's file raises
-        raise ConfigError(f"objective.name: {path} cannot be loaded: {type(error).__name__}: {error}.") from error
-    found = getattr(module, function, None)
-    if not callable(found):
-        raise ConfigError(f"objective.name: {path} defines no function {function}.")
-    check_objective(found, name)
-    return found
+    found = load_from_file(name, "objective.name")
+    objective = found if isinstance(found, Objective) else Objective(name, found)
+    check_objective(objective, name)
+    return objective
 
 
 def source_hash(name: str) -> str | None:
-    """SHA-256 of the file that an objective of one's own stands in; None for one of OBJECTIVES."""
+    """SHA-256 of a custom objective's file; None for one of OBJECTIVES."""
     return None if name in OBJECTIVES else hashlib.sha256(Path(name.rpartition(":")[0]).read_bytes()).hexdigest()
 
 
-def needs_reference(objective: ObjectiveFunction) -> bool:
-    """A user's function says so by an attribute `needs_reference`, True unless it sets it."""
-    return objective in NEEDS_REFERENCE or getattr(objective, "needs_reference", objective not in OBJECTIVES.values())
+def check_objective(objective: Objective, name: str) -> None:
+    """Try a custom objective on two made-up trajectories. Raises ConfigError naming the rule that it breaks.
 
-
-def check_objective(objective: ObjectiveFunction, name: str) -> None:
-    """Try a user's objective on two made-up trajectories. Raises ConfigError saying what it must do and does not.
-
-    Its loss and weights must be float32 [T], finite, and 0 where not trained on; the loss must have a finite gradient that is
-    not 0 everywhere and is 0 where not trained on; and a trajectory's loss must not depend on the other one, or layouts would.
+    Loss, weights and extra sums must be float32 [T], finite, and 0 where not trained on. The loss must have a finite gradient that is
+    not 0 everywhere and is 0 where not trained on. A trajectory's loss must not depend on other trajectories: which ones share a
+    micro-batch depends on the layout.
     """
     together = _evaluate(objective, name, [0, 1])
     for i, part in enumerate(_parts()):
         for alone, among in zip(_evaluate(objective, name, [i]), together, strict=True):
             if not torch.allclose(alone, among[part], rtol=1e-5, atol=1e-7):
                 raise ConfigError(
-                    f"objective.name: {name} must not let one trajectory's loss depend on another: return sums, no means over a batch."
+                    f"objective.name: {name} must not let one trajectory's loss depend on another. Return per-token values, without means "
+                    "over the batch."
                 )
 
 
-def _evaluate(objective: ObjectiveFunction, name: str, which: list[int]) -> tuple[Tensor, Tensor]:
+def _evaluate(objective: Objective, name: str, which: list[int]) -> tuple[Tensor, Tensor]:
     """(loss, its gradient), each [T], of some of the trajectories."""
     t = _trajectories(which)
     try:
-        out = objective(t, Settings())
+        out = objective.function(t, Settings(clip=objective.default_clip["sequence"]))
         fields = {"loss": out.loss, "weight": out.weight, "clipped": out.clipped}
-    except Exception as error:  # whatever a user's function raises
+        fields |= {f"extra[{sum_!r}]": out.extra[sum_] for sum_ in own_sums(objective)}
+    except Exception as error:  # a user's function can raise anything
         raise ConfigError(f"objective.name: {name} fails: {type(error).__name__}: {error}.") from error
 
     def require(condition: bool, what: str) -> None:

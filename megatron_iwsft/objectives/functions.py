@@ -1,29 +1,33 @@
-"""The objectives: log-probs in, a per-token loss and summed metrics out.
+"""The objectives: SFT, iw-SFT, DFT and PSFT, as pure functions of log-probs. `OBJECTIVES` is the table of them.
 
-Source: Qin & Springenberg, arXiv 2507.12856. With policy log-probs ℓ_t (gradient), reference r_t and proposal q_t,
+Source: Qin & Springenberg, arXiv 2507.12856. With the policy's log-probs ℓ_t (with gradient), the reference's r_t and the proposal's q_t,
 
     L = −(1/N) Σ_i s_i Σ_{t∈M_i} sg[w_t] · ℓ_t
 
-(PSFT, arXiv 2508.17784, is not of this form; DFT, arXiv 2508.05629, is with w_t = π_θ(a_t).)
+(PSFT, arXiv 2508.17784, is not of this form; DFT, arXiv 2508.05629, is, with w_t = π_θ(a_t).)
 
-Pure functions of tensors: no Megatron-Core, no collectives. A trajectory may be spread over context-parallel ranks; the one
-sum that must see all of it comes in as `Trajectories.segment_sum`. Every function here returns *sums*; the division by
-the one global denominator N happens once, after all micro-batches and ranks are added up (`step.py`).
+No Megatron-Core, no collectives. A trajectory may be split over context-parallel ranks: the sum over all of it comes in as
+`Trajectories.segment_sum`. The division by N happens once, after all micro-batches and ranks are summed (`train/step.py`).
+This module imports no torch, so that a config is checked against the table before torch is loaded.
 
 Shapes: T tokens of this rank in this micro-batch, S trajectories (segments) in it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import Tensor
+from megatron_iwsft.objectives.metrics import Metric
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Normalize = Literal["tokens", "weights", "sequences"]
 Level = Literal["sequence", "token"]
+Clip = tuple[float, float]
 
 # exp of more than this overflows float32; a ratio that large is far above every sensible clip.
 _MAX_LOG_RATIO = 80.0
@@ -36,10 +40,9 @@ class Trajectories:
     logprobs   float32 [T]  ℓ_t, with gradient; 0 where not trained
     proposal   float32 [T]  q_t, without gradient
     reference  float32 [T]  r_t, without gradient (equal to `proposal` where the objective needs no reference)
-               Where q_t − r_t is not a number it counts as 0, where infinite as ±80: see `log_ratio`
     mask       float32 [T]  1 where trained on
     segment    int64   [T]  index of the token's trajectory, 0 … S−1
-    lengths    float32 [S]  |M_i|, over all of the trajectory wherever it lies; 0 for filler
+    lengths    float32 [S]  |M_i|, over the whole trajectory on all ranks; 0 for filler
     quality    float32 [S]  s_i
     segment_sum  [T] → [S]  sum over every token of each trajectory, on all ranks that hold a part of it
     """
@@ -53,6 +56,15 @@ class Trajectories:
     quality: Tensor
     segment_sum: Callable[[Tensor], Tensor]
 
+    @cached_property
+    def log_ratio(self) -> Tensor:
+        """q_t − r_t, float32 [T], 0 where not trained.
+
+        Low precision can give a token probability 0 on one side, which makes the difference infinite: it counts as ±80, which every
+        clip cuts. Where both sides give 0 the difference counts as 0. `loss.py` counts such tokens as `not_finite_tokens`.
+        """
+        return _finite(self.proposal - self.reference) * self.mask
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -60,161 +72,112 @@ class Settings:
 
     level: Level = "sequence"
     temperature: float = 1.0
-    clip: tuple[float, float] = (0.0, 16.0)
+    clip: Clip = (0.0, 16.0)
     normalize: Normalize = "tokens"
 
 
 @dataclass(frozen=True)
 class Weighted:
-    """An objective's answer, per token.
+    """An objective's result, per token.
 
     loss    float32 [T]  with gradient, before quality and normalisation; 0 where not trained
     weight  float32 [T]  w_t, without gradient; 0 where not trained
     clipped float32 [T]  1 where the clip changed the weight
+    extra   float32 [T] each, 0 where not trained: summed under its name for the objective's own `metrics`
     """
 
     loss: Tensor
     weight: Tensor
     clipped: Tensor
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+ObjectiveFunction = Callable[[Trajectories, Settings], Weighted]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """An objective, built in or custom, with everything the trainer needs to know about it.
+
+    name             in configs and logs
+    function         computes the loss and weights of a micro-batch
+    needs_reference  whether it reads `reference`; if not, none is loaded or computed
+    weighted         whether its weights say anything; metrics of weights are left out if not
+    per_token        whether a weight belongs to a token at every level
+    uses_proposal    whether it can follow a lagged proposal
+    default_clip     for each level
+    metrics          its own, of sums of `Weighted.extra`
+    """
+
+    name: str
+    function: ObjectiveFunction
+    needs_reference: bool = True
+    weighted: bool = True
+    per_token: bool = False
+    uses_proposal: bool = True
+    default_clip: Mapping[Level, Clip] = field(default_factory=lambda: {"sequence": (0.0, 16.0), "token": (0.2, 1.8)})
+    metrics: tuple[Metric, ...] = ()
+
+    def reports(self, metric: Metric) -> bool:
+        """Whether `metric` says anything under this objective."""
+        return (metric.needs != "reference" or self.needs_reference) and (metric.needs != "weights" or self.weighted)
 
 
 def local_segment_sum(segment: Tensor, num_segments: int) -> Callable[[Tensor], Tensor]:
-    """The `segment_sum` for trajectories that lie wholly on this rank. Sums in float64, returns float32 [S]."""
+    """The `segment_sum` for trajectories that are entirely on this rank. Sums in float64, returns float32 [S]."""
 
     def segment_sum(values: Tensor) -> Tensor:
-        out = torch.zeros(num_segments, dtype=torch.float64, device=values.device)
-        return out.index_add_(0, segment, values.double()).float()
+        values = values.double()
+        return values.new_zeros(num_segments).index_add_(0, segment, values).float()
 
     return segment_sum
 
 
-def log_ratio(t: Trajectories) -> Tensor:
-    """q_t − r_t, float32 [T], 0 where not trained.
-
-    A token that one side gave no probability at all, in low precision, makes it infinite: ±80 then, which every clip cuts. One
-    that both did is no evidence: 0. `micro_batch_loss` counts them (`not_finite`).
-    """
-    return torch.nan_to_num(t.proposal - t.reference, nan=0.0, posinf=_MAX_LOG_RATIO, neginf=-_MAX_LOG_RATIO) * t.mask
+def _finite(log_ratio: Tensor) -> Tensor:
+    return log_ratio.nan_to_num(nan=0.0, posinf=_MAX_LOG_RATIO, neginf=-_MAX_LOG_RATIO)
 
 
-def sft(t: Trajectories, s: Settings) -> Weighted:
+def _sft(t: Trajectories, s: Settings) -> Weighted:
     """Supervised fine-tuning: w_t = 1."""
-    return Weighted(loss=-t.logprobs * t.mask, weight=t.mask, clipped=torch.zeros_like(t.mask))
+    return Weighted(loss=-t.logprobs * t.mask, weight=t.mask, clipped=t.mask.new_zeros(t.mask.shape))
 
 
-def iw_sft(t: Trajectories, s: Settings) -> Weighted:
+def _iw_sft(t: Trajectories, s: Settings) -> Weighted:
     """Importance-weighted SFT: w = clip(exp(τ·(q − r))), of a trajectory's mean log-ratio or of each token's."""
-    evidence = log_ratio(t)
+    log_ratio = t.log_ratio
     if s.level == "sequence":
-        evidence = (t.segment_sum(evidence) / t.lengths.clamp(min=1.0))[t.segment]
-    ratio = torch.exp((s.temperature * evidence).clamp(max=_MAX_LOG_RATIO))
+        log_ratio = (t.segment_sum(log_ratio) / t.lengths.clamp(min=1.0))[t.segment]
+    ratio = (s.temperature * log_ratio).clamp(max=_MAX_LOG_RATIO).exp()
     low, high = s.clip
     weight = ratio.clamp(low, high) * t.mask
     clipped = ((ratio < low) | (ratio > high)).to(t.mask.dtype) * t.mask
     return Weighted(loss=-weight * t.logprobs, weight=weight, clipped=clipped)
 
 
-def dft(t: Trajectories, s: Settings) -> Weighted:
+def _dft(t: Trajectories, s: Settings) -> Weighted:
     """Dynamic fine-tuning (arXiv 2508.05629): w_t = π_θ(a_t)."""
-    weight = torch.exp(t.logprobs.detach()) * t.mask
-    return Weighted(loss=-weight * t.logprobs, weight=weight, clipped=torch.zeros_like(t.mask))
+    weight = t.logprobs.detach().exp() * t.mask
+    return Weighted(loss=-weight * t.logprobs, weight=weight, clipped=t.mask.new_zeros(t.mask.shape))
 
 
-def psft(t: Trajectories, s: Settings) -> Weighted:
-    """Proximal SFT (arXiv 2508.17784): −min(ρ, clip(ρ, lo, hi)), ρ = π_θ(a_t)/π_ref(a_t). A token's weight is its gradient's."""
+def _psft(t: Trajectories, s: Settings) -> Weighted:
+    """Proximal SFT (arXiv 2508.17784): −min(ρ, clip(ρ, lo, hi)), ρ = π_θ(a_t)/π_ref(a_t). The weight is the gradient's factor."""
     low, high = s.clip
-    change = torch.nan_to_num(t.logprobs - t.reference, nan=0.0, posinf=_MAX_LOG_RATIO, neginf=-_MAX_LOG_RATIO)
-    ratio = torch.exp(change.clamp(max=_MAX_LOG_RATIO))
-    loss = -torch.minimum(ratio, ratio.clamp(low, high)) * t.mask
+    ratio = _finite(t.logprobs - t.reference).clamp(max=_MAX_LOG_RATIO).exp()
+    loss = -ratio.minimum(ratio.clamp(low, high)) * t.mask
     clipped = (ratio.detach() > high).to(t.mask.dtype) * t.mask
     return Weighted(loss=loss, weight=ratio.detach() * (1.0 - clipped) * t.mask, clipped=clipped)
 
 
-ObjectiveFunction = Callable[[Trajectories, Settings], Weighted]
-OBJECTIVES: dict[str, ObjectiveFunction] = {"sft": sft, "iw_sft": iw_sft, "dft": dft, "psft": psft}
-NEEDS_REFERENCE = frozenset({iw_sft, psft})
-PER_TOKEN = frozenset({dft, psft})  # a weight belongs to a token, whatever the level
-
-
-# Edges of the histogram of weights.
-WEIGHT_BINS = (0.125, 0.25, 0.5, 0.8, 1.0, 1.25, 2.0, 4.0, 8.0)
-
-# The sums that every micro-batch contributes, in the order in which they are reduced. `metrics.summarize` divides them.
-SUMS = (
-    "loss",  # Σ s_i · loss, as normalised below
-    "denominator",  # N
-    "tokens",  # Σ |M_i|
-    "sequences",  # trajectories with at least one trained token
-    "nll",  # Σ −ℓ_t over tokens
-    "units",  # what a weight belongs to: trajectories at sequence level, tokens at token level
-    "weight",  # Σ w over units
-    "weight_squared",  # Σ w² over units
-    "clipped",  # units whose weight the clip changed
-    "log_ratio",  # Σ (q_t − r_t) over tokens
-    "abs_log_ratio",  # Σ |q_t − r_t| over tokens
-    "token_weight",  # Σ w_t over tokens
-    "weighted_log_ratio",  # Σ w_t (q_t − r_t) over tokens
-    "bound_sft",  # Σ 1 + x over trajectories, x the mean of ℓ − r
-    "bound_iw",  # Σ w (1 + mean of ℓ − q) over trajectories
-    "not_finite",  # tokens whose log-ratio was not finite
-    *(
-        f"weight_bin_{i}" for i in range(len(WEIGHT_BINS) + 1)
-    ),  # units whose weight lies below WEIGHT_BINS[i], the last: above all
+sft = Objective("sft", _sft, needs_reference=False, weighted=False, uses_proposal=False)
+iw_sft = Objective("iw_sft", _iw_sft)
+dft = Objective("dft", _dft, needs_reference=False, per_token=True, uses_proposal=False)
+psft = Objective(
+    "psft",
+    _psft,
+    per_token=True,
+    uses_proposal=False,
+    default_clip={"sequence": (0.8, 1.28), "token": (0.8, 1.28)},
 )
 
-
-@dataclass(frozen=True)
-class LossSums:
-    """One micro-batch's contribution. `loss` carries the gradient; `sums` is float64 [len(SUMS)] without one."""
-
-    loss: Tensor
-    sums: Tensor
-    weight_max: Tensor
-
-
-def micro_batch_loss(objective: ObjectiveFunction, t: Trajectories, s: Settings) -> LossSums:
-    """Evaluate an objective on one micro-batch.
-
-    Sums over a trajectory are written as sums over its tokens of value/|M_i|, so that they add up over
-    context-parallel ranks, each of which holds some of the tokens, without counting a trajectory twice.
-    """
-    out = objective(t, s)
-    quality = t.quality[t.segment]
-    share = t.mask / t.lengths.clamp(min=1.0)[t.segment]
-    per_token = quality * (share if s.normalize == "sequences" else 1.0)
-    loss = (per_token * out.loss).sum()
-
-    with torch.no_grad():
-        unit = t.mask if s.level == "token" or objective in PER_TOKEN else share
-        ratio = log_ratio(t)
-        weight = out.weight.double()
-        denominator = {
-            "tokens": t.mask,
-            "weights": quality * out.weight,
-            "sequences": share,
-        }[s.normalize]
-        logprobs = t.logprobs.detach()
-        values = {
-            "loss": loss.detach(),
-            "denominator": denominator,
-            "tokens": t.mask,
-            "sequences": share,
-            "nll": -logprobs * t.mask,
-            "units": unit,
-            "weight": unit * weight,
-            "weight_squared": unit * weight * weight,
-            "clipped": unit * out.clipped,
-            "log_ratio": ratio,
-            "abs_log_ratio": ratio.abs(),
-            "token_weight": weight,
-            "weighted_log_ratio": weight * ratio,
-            "bound_sft": share * torch.nan_to_num(1.0 + logprobs - t.reference),
-            "bound_iw": share * weight * torch.nan_to_num(1.0 + logprobs - t.proposal),
-            "not_finite": t.mask * ~(t.proposal - t.reference).isfinite(),
-        }
-        bins = torch.bucketize(out.weight, out.weight.new_tensor(WEIGHT_BINS), right=True)
-        histogram = unit.new_zeros(len(WEIGHT_BINS) + 1, dtype=torch.float64).index_add_(0, bins, unit.double())
-        sums = torch.stack([value.double().sum() for value in values.values()])
-        sums = torch.cat([sums, histogram])
-        weight_max = out.weight.max().double() if out.weight.numel() else sums.new_zeros(())
-    return LossSums(loss=loss, sums=sums, weight_max=weight_max)
+OBJECTIVES: dict[str, Objective] = {objective.name: objective for objective in (sft, iw_sft, dft, psft)}

@@ -1,51 +1,115 @@
-"""Named metrics from summed ones. Each divides by its own declared denominator, once, after everything is added up."""
+"""The metrics of a training step: one table, read by the loss, the log, the report and the documentation.
+
+A metric of the loss is a ratio of two sums over the global batch, or derived from several; each sum is added up over micro-batches
+and ranks first, and divided once. The other metrics are measured by the trainer. This module imports no torch.
+"""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
 
-from torch import Tensor
+# Edges of the histogram of weights.
+WEIGHT_BINS = (0.125, 0.25, 0.5, 0.8, 1.0, 1.25, 2.0, 4.0, 8.0)
+HISTOGRAM = tuple(f"weight_bin_{i}" for i in range(len(WEIGHT_BINS) + 1))  # the last: above all edges
 
-from megatron_iwsft.objectives.functions import SUMS
-
-# metric → (numerator, denominator), names of `objectives.SUMS`
-RATIOS = {
-    "loss": ("loss", "denominator"),
-    "nll": ("nll", "tokens"),
-    "weight_mean": ("weight", "units"),
-    "clip_fraction": ("clipped", "units"),
-    "log_ratio": ("log_ratio", "tokens"),
-    "abs_log_ratio": ("abs_log_ratio", "tokens"),
-    # KL(q‖π_ref) = E_q[log q/π_ref], by self-normalised importance sampling with the objective's own (clipped) weights: the
-    # unclipped ones have so heavy a tail that one surprising token would be all of the estimate.
-    "kl_to_reference": ("weighted_log_ratio", "token_weight"),
-    "bound_sft": ("bound_sft", "sequences"),
-    "bound_iw": ("bound_iw", "sequences"),
-}
-# Metrics in which two runs of the same numbers differ.
-TIMING = frozenset({"step_time_s", "tokens_per_s", "tflops_per_gpu", "peak_memory_bytes"})
-
-_BINS = [name for name in SUMS if name.startswith("weight_bin_")]
+Sums = Mapping[str, float]
 
 
-def summarize(sums: Tensor, weight_max: Tensor) -> dict[str, Any]:
-    """Metrics of one global batch.
+@dataclass(frozen=True)
+class Metric:
+    """One row of the table.
 
-    sums is float64 [len(SUMS)] after reduction over micro-batches, data- and context-parallel ranks. The effective sample
-    size is (Σw)²/(nΣw²), a share of the units between 1/n and 1. weight_histogram: shares of the units between
-    `objectives.WEIGHT_BINS`. A batch without trained tokens gives NaN.
+    name         in metrics.jsonl
+    title        for people
+    numerator, denominator  names of sums (`loss.SUMS`, or an objective's own); a numerator alone is a count
+    derived      a function of all sums, in place of numerator and denominator; nan where it is undefined
+    needs        logged only for objectives with a reference, or with weights
+    measured     by the trainer, not from sums
+    timing       differs between two runs that compute the same numbers
     """
-    total = dict(zip(SUMS, sums.tolist(), strict=True))
-    out: dict[str, Any] = {
-        name: total[top] / total[bottom] if total[bottom] else math.nan for name, (top, bottom) in RATIOS.items()
-    }
-    squares = total["units"] * total["weight_squared"]
-    out["weight_ess"] = total["weight"] ** 2 / squares if squares else math.nan
-    out["bound_gap"] = out["bound_iw"] - out["bound_sft"]
-    out["weight_histogram"] = [total[name] / total["units"] for name in _BINS] if total["units"] else []
-    out["not_finite_tokens"] = round(total["not_finite"])
-    out["weight_max"] = float(weight_max)
-    out["trained_tokens"] = round(total["tokens"])
-    out["sequences"] = round(total["sequences"])
-    return out
+
+    name: str
+    title: str
+    numerator: str | None = None
+    denominator: str | None = None
+    derived: Callable[[Sums], Any] | None = None
+    needs: Literal["reference", "weights"] | None = None
+    measured: bool = False
+    timing: bool = False
+
+    def value(self, sums: Sums) -> Any:
+        """Of one global batch, from sums over all of it. Not for a measured metric."""
+        if self.derived is not None:
+            return self.derived(sums)
+        assert self.numerator is not None
+        if self.denominator is None:
+            return round(sums[self.numerator])
+        return _ratio(sums[self.numerator], sums[self.denominator])
+
+
+def _ratio(numerator: float, denominator: float) -> float:
+    return numerator / denominator if denominator else math.nan
+
+
+def _effective_sample_size(sums: Sums) -> float:
+    """(Σw)²/(nΣw²): a share of the n units, between 1/n and 1."""
+    return _ratio(sums["weight"] ** 2, sums["units"] * sums["weight_squared"])
+
+
+def _bound_gap(sums: Sums) -> float:
+    # Each bound is divided first: a run's log must not depend on how this row is written.
+    return _ratio(sums["bound_iw"], sums["sequences"]) - _ratio(sums["bound_sft"], sums["sequences"])
+
+
+def _histogram(sums: Sums) -> list[float]:
+    """Shares of the units whose weight is below each of `WEIGHT_BINS`, and above the last."""
+    return [sums[name] / sums["units"] for name in HISTOGRAM] if sums["units"] else []
+
+
+METRICS = (
+    Metric("step", "finished steps", measured=True),
+    Metric("epoch", "epoch, from 0", measured=True),
+    Metric("loss", "loss", "loss", "denominator"),
+    Metric("nll", "negative log-likelihood per trained token", "nll", "tokens"),
+    Metric("eval_nll", "held-out negative log-likelihood per trained token", measured=True),
+    Metric("grad_norm", "gradient norm, before clipping", measured=True),
+    Metric("lr", "learning rate", measured=True),
+    Metric("weight_mean", "mean importance weight", "weight", "units", needs="weights"),
+    Metric("weight_max", "largest importance weight", derived=lambda sums: sums["weight_max"], needs="weights"),
+    Metric("weight_ess", "effective sample size, share of the batch", derived=_effective_sample_size, needs="weights"),
+    Metric("clip_fraction", "share of weights changed by the clip", "clipped", "units", needs="weights"),
+    Metric("weight_histogram", f"shares of weights between {WEIGHT_BINS}", derived=_histogram, needs="weights"),
+    Metric("log_ratio", "mean log-ratio q − r per token", "log_ratio", "tokens", needs="reference"),
+    Metric("abs_log_ratio", "mean absolute log-ratio per token", "abs_log_ratio", "tokens", needs="reference"),
+    # KL(q‖π_ref) = E_q[log q/π_ref], by self-normalised importance sampling with the objective's own (clipped) weights: the
+    # unclipped ones have so heavy a tail that one surprising token would dominate the estimate.
+    Metric(
+        "kl_to_reference",
+        "estimated KL to the reference, nats per token",
+        "weighted_log_ratio",
+        "token_weight",
+        needs="reference",
+    ),
+    Metric("bound_sft", "SFT bound", "bound_sft", "sequences", needs="reference"),
+    Metric("bound_iw", "iw-SFT bound", "bound_iw", "sequences", needs="reference"),
+    Metric("bound_gap", "iw-SFT bound − SFT bound", derived=_bound_gap, needs="reference"),
+    Metric("not_finite_tokens", "tokens whose log-ratio is not finite", "not_finite", needs="reference"),
+    Metric("router_balance", "load-balance loss of the routers, per layer", measured=True),
+    Metric("trained_tokens", "trained tokens", "tokens"),
+    Metric("sequences", "trajectories with at least one trained token", "sequences"),
+    Metric("tokens", "tokens, trained or not", measured=True),
+    Metric("skipped_steps", "steps skipped so far because a number was not finite", measured=True),
+    Metric("step_time_s", "seconds per step", measured=True, timing=True),
+    Metric("tokens_per_s", "tokens per second", measured=True, timing=True),
+    Metric("tflops_per_gpu", "model TFLOP/s per GPU", measured=True, timing=True),
+    Metric("peak_memory_bytes", "peak memory, bytes", measured=True, timing=True),
+)
+TIMING = frozenset(metric.name for metric in METRICS if metric.timing)
+
+
+def summarize(sums: Sums, metrics: Iterable[Metric] = METRICS) -> dict[str, Any]:
+    """The metrics of one global batch that come from its sums; nan where a batch has no trained tokens."""
+    return {metric.name: metric.value(sums) for metric in metrics if not metric.measured}

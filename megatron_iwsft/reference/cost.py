@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_iwsft.distributed.parallel_layout import Layout, stage_parameters
+from megatron_iwsft.distributed.parallel_layout import ParallelLayout
 from megatron_iwsft.hf.architecture import Architecture
+from megatron_iwsft.model.memory import stage_parameters
 
 _BF16, _FP32 = 2, 4
 
@@ -23,7 +24,7 @@ class ReferenceCost:
     disk: int = 0
 
 
-def reference_costs(arch: Architecture, layout: Layout, *, tokens: int, epochs: int) -> list[ReferenceCost]:
+def reference_costs(arch: Architecture, layout: ParallelLayout, *, tokens: int, epochs: int) -> list[ReferenceCost]:
     """For a corpus of `tokens` tokens, in bf16.
 
     A forward pass costs 2 operations a parameter and token, training 6 (arXiv 2001.08361, section 2.1); attention costs the same in

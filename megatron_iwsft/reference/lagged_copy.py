@@ -1,7 +1,7 @@
-"""Frozen copies of the policy that follow it at a distance: the lagged proposal, and a reference that is refreshed.
+"""Frozen copies of the policy that are updated from it every few steps: the lagged proposal, and a refreshed reference.
 
-A copy is sharded like the model, has no gradients and no optimizer, and is part of every checkpoint. Memory: the parameters once
-more, in the run's dtype, and for an average of bfloat16 parameters a float32 one beside (its small steps would be rounded away).
+A copy is sharded like the model, has no gradients and no optimizer, and is part of every checkpoint. Memory: the parameters again, in
+the run's dtype, and for an average of bfloat16 parameters a float32 one as well (bfloat16 would round its small updates away).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 @dataclass
 class LaggedCopy:
-    """name: in checkpoints; chunks: this rank's model chunks; due: whether to follow after a step, counted from 1.
+    """name: in checkpoints; chunks: this rank's model chunks; due: whether to update after a step, counted from 1.
 
     decay: the copy becomes decay · copy + (1 − decay) · policy; 0 makes it a snapshot.
     """
@@ -35,7 +35,7 @@ class LaggedCopy:
 
     @torch.no_grad()
     def after_step(self, step: int, policy: list[Any]) -> None:
-        """Follow the policy's chunks, if this step is one to follow after."""
+        """Update from the policy's chunks, if it is due."""
         if not self.due(step):
             return
         for chunk, averages, newest in zip(self.chunks, self._averages, policy, strict=True):
@@ -66,7 +66,7 @@ class LaggedCopy:
 
     @torch.no_grad()
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Take over what `sharded_state` led to."""
+        """Take over a loaded `sharded_state`."""
         for i, (chunk, averages) in enumerate(zip(self.chunks, self._averages, strict=True)):
             for name, parameter in chunk.named_parameters():
                 if f"{i}.{name}" in state:

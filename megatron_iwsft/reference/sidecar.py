@@ -15,17 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from megatron_iwsft.data.batch import Batch
-from megatron_iwsft.data.corpus import MANIFEST, Corpus, file_hash, write_manifest
+from megatron_iwsft.data.corpus import MANIFEST, Corpus, write_manifest
 from megatron_iwsft.data.indexed import IndexedReader, write_index
 from megatron_iwsft.errors import DataError
+from megatron_iwsft.utils.files import sha256_file
 
 FORMAT_VERSION = 1
-_SAMPLES = 64
-_SAMPLE_BYTES = 65536
 
 
 @dataclass(frozen=True)
@@ -41,22 +39,6 @@ class ReferenceIdentity:
     def fingerprint(self) -> str:
         text = json.dumps([self.weights, self.tokenizer, self.template, self.dtype])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def weights_fingerprint(directory: Path, pattern: str) -> str:
-    """Identity of the weight files in a directory: name, size, both ends and 64 evenly spaced blocks of 64 KiB of each.
-
-    Reading all of a 64 GB model at every start would take minutes; training changes every block, so a sample tells.
-    """
-    digest = hashlib.sha256()
-    for path in sorted(directory.glob(pattern)):
-        size = path.stat().st_size
-        digest.update(f"{path.name}\0{size}\0".encode())
-        with open(path, "rb") as file:
-            for at in sorted({int(x) for x in np.linspace(0, max(0, size - _SAMPLE_BYTES), _SAMPLES)}):
-                file.seek(at)
-                digest.update(file.read(_SAMPLE_BYTES))
-    return digest.hexdigest()
 
 
 def sidecar_directory(corpus: Corpus, identity: ReferenceIdentity) -> Path:
@@ -106,7 +88,7 @@ class Sidecar:
         return [
             f"{self.directory / name} is damaged: its checksum is not the one it was written with. {again}"
             for name in sorted(self._hashes)[rank::size]
-            if file_hash(self.directory / name) != self._hashes[name]
+            if sha256_file(self.directory / name) != self._hashes[name]
         ]
 
     def __call__(self, i: int) -> np.ndarray:
@@ -204,7 +186,7 @@ class SidecarWriter:
         for k, name in enumerate(self.corpus.shards):
             os.replace(self._partial(name), self.directory / f"{name}.bin")
             write_index(self.directory / name, self.corpus.shard_lengths(k), np.dtype(np.float32))
-            files |= {f"{name}{s}": file_hash(self.directory / f"{name}{s}") for s in (".bin", ".idx")}
+            files |= {f"{name}{s}": sha256_file(self.directory / f"{name}{s}") for s in (".bin", ".idx")}
         write_manifest(
             self.directory,
             {
@@ -214,64 +196,3 @@ class SidecarWriter:
                 "files": files,
             },
         )
-
-
-class WithCompanions(torch.nn.Module):
-    """A policy stage and frozen models' same stages (reference, lagged proposal), run in one pipeline pass.
-
-    Between stages the k + 1 models' hidden states [T (/tp), 1, H] travel side by side as [T (/tp), k + 1, H]; the last stage
-    returns −log-probs [k + 1, T], policy first. `module` is the policy: Megatron-Core's schedules unwrap through it.
-    `offload`: companions' weights lie in pinned host memory and come to the device for the time of each micro-batch's forward.
-    """
-
-    def __init__(self, policy: torch.nn.Module, companions: list[torch.nn.Module], *, offload: bool = False) -> None:
-        super().__init__()
-        self.module = policy
-        self.companions = torch.nn.ModuleList(companion.requires_grad_(False).eval() for companion in companions)
-        self.config = policy.config
-        self._hosts = [_HostWeights(companion) for companion in companions] if offload else [None] * len(companions)
-
-    def set_input_tensor(self, tensors: list[Tensor | None]) -> None:
-        (tensor,) = tensors
-        policy = self.module.module if hasattr(self.module, "module") else self.module
-        for i, stage in enumerate((policy, *self.companions)):
-            part = None if tensor is None else tensor[:, i : i + 1]
-            stage.set_input_tensor([None if part is None else (part if i == 0 else part.detach()).contiguous()])
-
-    def set_is_first_microbatch(self) -> None:
-        """Megatron-Core's schedules call it where it is: Transformer Engine then converts weights to FP8 anew."""
-        for model in (self.module, *self.companions):
-            if hasattr(model, "set_is_first_microbatch"):
-                model.set_is_first_microbatch()
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        outs = [self.module(*args, **kwargs)]
-        with torch.no_grad():
-            for companion, host in zip(self.companions, self._hosts, strict=True):
-                if host is None:
-                    outs.append(companion(*args, **kwargs))
-                else:
-                    with host:
-                        outs.append(companion(*args, **kwargs))
-        return torch.cat(outs, dim=0 if outs[0].dim() == 2 else 1)
-
-
-class _HostWeights:
-    """Keeps a frozen module's weights on the host; within the context they are on their device."""
-
-    def __init__(self, module: torch.nn.Module) -> None:
-        self._parameters = list(module.parameters())
-        self._device = self._parameters[0].device
-        for parameter in self._parameters:
-            on_host = parameter.data.to("cpu")
-            parameter.data = on_host.pin_memory() if self._device.type == "cuda" else on_host
-        self._on_host: list[Tensor] = []
-
-    def __enter__(self) -> None:
-        self._on_host = [parameter.data for parameter in self._parameters]
-        for parameter in self._parameters:
-            parameter.data = parameter.data.to(self._device, non_blocking=True, copy=True)
-
-    def __exit__(self, *exception: object) -> None:
-        for parameter, host in zip(self._parameters, self._on_host, strict=True):
-            parameter.data = host

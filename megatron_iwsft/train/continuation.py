@@ -1,4 +1,4 @@
-"""Where a run continues: its newest checkpoint that is whole, from the same data, config and corpus."""
+"""Continuing a run: what may differ from the run that wrote a checkpoint, and the lock on the run directory."""
 
 from __future__ import annotations
 
@@ -6,20 +6,17 @@ import fcntl
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
-from megatron_iwsft.checkpoint import info as checkpoint
 from megatron_iwsft.checkpoint.info import CheckpointInfo
 from megatron_iwsft.config.schema import Config, Section
-from megatron_iwsft.errors import CheckpointError, ConfigError
-from megatron_iwsft.train.setup import Job
+from megatron_iwsft.errors import ConfigError
+from megatron_iwsft.train.setup import CheckedRun
 
-# What may differ between a run and its continuation; anything else would make it another run.
+# What may differ between a run and its continuation. Anything else would make it another run.
 _MAY_CHANGE = {
     "run": {"name", "dir", "device", "hang_timeout_s", "max_bad_steps", "spike"},
     "data": {"corpus", "micro_batch_size", "epochs", "max_steps"},
@@ -31,67 +28,25 @@ _OF_THE_RATE = {
     "data.max_steps",
     *(f"optimizer.{k}" for k in ("lr", "min_lr", "schedule", "warmup_fraction")),
 }
-# A killed run's lock goes with the last of its processes.
+# A killed run's lock is released with the last of its processes.
 _LOCK_PATIENCE_S = 15.0
 
 
-def resume(
-    job: Job,
-    load: Callable[[CheckpointInfo], None],
-    say: Callable[[str], None],
-    *,
-    before: int | None = None,
-) -> CheckpointInfo | None:
-    """Load the newest checkpoint of this run that can be loaded, of step `before` at the latest; None if there is none.
-
-    Collective over all ranks. Raises CheckpointError if there are some but none is whole, ConfigError if the run was another.
-    """
-    root = job.run_directory / "checkpoints"
-    found = [d for d in checkpoint.complete_checkpoints(root) if before is None or _step(d) <= before]
-    if found and job.config.checkpoint.resume == "never" and before is None:
-        raise ConfigError(
-            f"checkpoint.resume is never, but {root} holds checkpoints. Choose another run.dir, or remove them."
-        )
-    for directory in found:
-        problem = ""
-        try:
-            info = CheckpointInfo.read(directory)
-            _check_same_run(job, info)
-            load(info)
-        except CheckpointError as error:
-            problem = str(error)
-        # Every rank must take the same checkpoint, also where only one of them met the damage.
-        problems: list[str] = [""] * job.platform.world_size
-        dist.all_gather_object(problems, problem)
-        if not any(problems):
-            return info
-        say(f"skipping a checkpoint: {next(filter(None, problems))}")
-    if found:
-        raise CheckpointError(
-            f"none of the {len(found)} checkpoints in {root} can be loaded. Move them away to start afresh."
-        )
-    return None
-
-
-def _step(directory: Path) -> int:
-    return int(directory.name.removeprefix("step-"))
-
-
-def changes(config: Config, earlier: dict[str, Any]) -> str:
-    """What `config` has differently from the one that a checkpoint was saved with, for the log; empty if nothing."""
+def described_changes(config: Config, earlier: dict[str, Any]) -> str:
+    """How `config` differs from the one that a checkpoint was saved with, for the log; empty if it does not."""
     found = {".".join(path): (value, before) for path, value, before in _differences(config, earlier)}
     text = ", ".join(
         f"{key} {now!r} (was {before!r})" for key, (now, before) in found.items() if key not in _OF_NO_EFFECT
     )
     if found.keys() & _OF_THE_RATE:
-        text += "; the learning rate goes on from where the schedule that these settings make has this step"
+        text += "; the learning-rate schedule was recomputed from the new settings"
     return text
 
 
 def _differences(
     settings: Section, earlier: Any, path: tuple[str, ...] = ()
 ) -> Iterator[tuple[tuple[str, ...], Any, Any]]:
-    """(key, value, earlier value) of every setting that differs; one that the earlier config does not know does not."""
+    """(key, value, earlier value) of every setting that differs. One that is missing in the earlier config does not count."""
     for name in type(settings).model_fields:
         value = getattr(settings, name)
         before = earlier.get(name, value) if isinstance(earlier, dict) else value
@@ -101,31 +56,30 @@ def _differences(
             yield (*path, name), value, before
 
 
-def _check_same_run(job: Job, info: CheckpointInfo) -> None:
-    """Raise ConfigError naming the first thing that a continued run may not change."""
-    for path, value, earlier in _differences(job.config, info.config):
+def check_same_run(run: CheckedRun, info: CheckpointInfo) -> None:
+    """Raise ConfigError naming the first thing that differs and may not."""
+    for path, value, earlier in _differences(run.config, info.config):
         if path[0] in _MUST_STAY and path[1] not in _MAY_CHANGE.get(path[0], ()):
             raise ConfigError(
-                f"{'.'.join(path)} is {value!r}, but {info.directory} was trained with {earlier!r}. Set it back to continue that "
-                "run, or choose another run.dir for a new one."
+                f"{'.'.join(path)} is {value!r}, but {info.directory} was trained with {earlier!r}. Set it back to continue that run, or "
+                "choose another run.dir for a new one."
             )
-    if info.trainer.get("objective", job.objective_source) != job.objective_source:
+    if info.objective != run.objective_source:
         raise ConfigError(
-            f"the file of objective.name {job.config.objective.name} has changed since {info.directory} was written: the steps behind "
-            "and those ahead would follow different objectives. Bring the earlier file back, or choose another run.dir for a new run."
+            f"the file of objective.name {run.config.objective.name} has changed since {info.directory} was written, so earlier and later "
+            "steps would use different objectives. Restore the earlier file, or choose another run.dir for a new run."
         )
-    if info.corpus is not None and info.corpus != job.corpus.fingerprint:
+    if info.corpus is not None and info.corpus != run.corpus.fingerprint:
         raise ConfigError(
-            f"data.corpus {job.corpus.directory} is not the corpus that {info.directory} was trained on: its fingerprint is "
-            f"{job.corpus.fingerprint[:12]}, not {info.corpus[:12]}. The steps behind and those ahead would be of different "
-            "epochs. Bring the earlier corpus back, or choose another run.dir for a new run."
+            f"data.corpus {run.corpus.directory} is not the corpus that {info.directory} was trained on: its fingerprint is "
+            f"{run.corpus.fingerprint[:12]}, not {info.corpus[:12]}. Restore the earlier corpus, or choose another run.dir for a new run."
         )
 
 
 def lock_run(run_dir: Path, at_exit: ExitStack) -> None:
-    """Hold the run directory for this process. Raises ConfigError if another job writes to it.
+    """Lock the run directory for this process. Raises ConfigError if another job writes to it.
 
-    An advisory lock, which goes with the process; a file system that has none goes without.
+    The lock is advisory and released when the process ends; on a file system without locks there is none.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     file = at_exit.enter_context((run_dir / "lock").open("a+", encoding="utf-8"))
@@ -138,8 +92,7 @@ def lock_run(run_dir: Path, at_exit: ExitStack) -> None:
             if time.monotonic() > until:
                 file.seek(0)
                 raise ConfigError(
-                    f"{run_dir} is being written to by another job ({file.read().strip()}). Wait for it, end it, or choose another "
-                    "run.dir."
+                    f"{run_dir} is in use by another job ({file.read().strip()}). Wait for it, stop it, or choose another run.dir."
                 ) from None
             time.sleep(1)
         except OSError:

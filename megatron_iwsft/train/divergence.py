@@ -1,4 +1,4 @@
-"""What to do with a step whose numbers have gone bad. Pure bookkeeping: the same on every rank, and part of every checkpoint."""
+"""Divergence: steps whose loss or gradient is not finite, and loss spikes. Pure bookkeeping, the same on every rank."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron_iwsft.config.schema import Spike
 
 
 class Verdict(IntEnum):
-    """Ordered, so that the worst one of all ranks is the largest."""
+    """Ordered: the maximum over ranks is the worst."""
 
     GOOD = 0
     SPIKE = 1
@@ -19,9 +19,14 @@ class Verdict(IntEnum):
 
 
 @dataclass
-class Guard:
-    """skipped: steps without an update so far; in_a_row: the last so many of them; passed_over: steps (counted from 1) whose
-    batches are not trained on, since a rewind; losses: of the last `window` good steps, oldest first.
+class DivergenceMonitor:
+    """Judges each step before its update, and counts. Part of every checkpoint.
+
+    skipped      steps without an update so far
+    in_a_row     how many of the last steps were skipped
+    rewinds      so far
+    passed_over  steps (counted from 1) that are not trained on, after a rewind
+    losses       of the last `window` good steps, oldest first
     """
 
     spike: Spike
@@ -32,7 +37,7 @@ class Guard:
     losses: list[float] = field(default_factory=list)
 
     def judge(self, loss: float, gradient_norm: float, trained_tokens: float) -> Verdict:
-        """Before the update. A batch without trained tokens has no loss, which is no fault."""
+        """Before the update. A batch without trained tokens has no loss, which is not an error."""
         if not math.isfinite(gradient_norm) or (trained_tokens and not math.isfinite(loss)):
             return Verdict.NOT_FINITE
         if self.spike.deviations and len(self.losses) == self.spike.window:
@@ -49,7 +54,7 @@ class Guard:
             self.losses = [*self.losses, loss][-self.spike.window :]
 
     def skip(self) -> None:
-        """After a step without an update because its numbers were not finite."""
+        """After a step that was not updated because its numbers were not finite."""
         self.skipped += 1
         self.in_a_row += 1
 

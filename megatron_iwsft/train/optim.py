@@ -54,15 +54,6 @@ def build_optimizer(chunks: list[DistributedDataParallel], settings: config.Opti
     )
 
 
-def gradient_norm(optimizer: Any) -> float:
-    """The global norm of the reduced gradients, before clipping and without an update. Collective over all ranks.
-
-    Megatron-Core's optimizers skip an update by themselves only where a gradient scaler (fp16) looks for infinities.
-    """
-    optimizer.prepare_grads()
-    return float(optimizer.get_grad_norm())
-
-
 def build_schedule(optimizer: Any, settings: config.Optimizer, total_steps: int) -> OptimizerParamScheduler:
     """Linear warm-up from 0, then cosine, linear or no decay to min_lr at `total_steps`."""
     return OptimizerParamScheduler(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
@@ -12,63 +14,63 @@ from megatron_iwsft.distributed.watchdog import Watchdog
 from megatron_iwsft.errors import RequeueError
 from megatron_iwsft.model.gpt import forward
 from megatron_iwsft.reference.sidecar import SidecarWriter
-from megatron_iwsft.train.setup import Job, all_packs, start_job
+from megatron_iwsft.train.setup import StartedRun, all_packs, check, start
 from megatron_iwsft.train.step import run_schedule
 
 
 def precompute_reference(config: Config) -> str:
     """Write the sidecar that `reference.source: cached` reads; returns its directory. Collective over all ranks.
 
-    Uses the config's own layout, packing and batch sizes, so that r_t goes through the arithmetic that the policy's log-probs
-    will. An interrupted run continues: finished global batches are skipped. A complete sidecar is left as it is.
+    Uses the config's own layout, packing and batch sizes, so that reference and policy log-probs go through the same arithmetic. An
+    interrupted run continues: finished global batches are skipped. A complete sidecar is left unchanged.
 
-    Raises RequeueError when told to stop (SIGUSR1, SIGTERM) before the end.
+    Raises RequeueError when asked to stop (SIGUSR1, SIGTERM) before the end.
     """
     with StopSignals() as stop:
-        job = start_job(config)
-        with job.watchdog() as watch:
-            return _precompute(job, watch, stop)
+        run = start(check(config, world_size=int(os.environ.get("WORLD_SIZE", "1"))))
+        with run.watchdog() as watch:
+            return _precompute(run, watch, stop)
 
 
-def _precompute(job: Job, watch: Watchdog, stop: StopSignals) -> str:
-    writer = SidecarWriter(job.corpus, job.identity)
+def _precompute(run: StartedRun, watch: Watchdog, stop: StopSignals) -> str:
+    writer = SidecarWriter(run.corpus, run.identity)
     if writer.complete:
-        if job.is_main:
-            print(f"{writer.directory} is complete already.", flush=True)
+        if run.is_main:
+            print(f"{writer.directory} is already complete.", flush=True)
         return str(writer.directory)
-    if job.is_main:
+    if run.is_main:
         writer.prepare()
     dist.barrier()
     writer.open()
 
     watch.at(0, "building the reference")
-    chunks = job.build(job.reference)
+    chunks = run.build(run.reference)
     for chunk in chunks:
         chunk.eval()
-    builder = job.batches(job.corpus, job.sampler)
-    # One rank of each tensor-parallel group writes; every context-parallel rank has positions of its own.
-    writes = job.parallel.tp.rank() == 0
+    builder = run.batches(run.corpus, run.sampler)
+    # One rank of each tensor-parallel group writes; context-parallel ranks hold different positions.
+    writes = run.parallel.tp.rank() == 0
 
     def forward_step(batches, model):
         batch = next(batches)
 
-        def keep(nll: torch.Tensor):
+        def keep(logprobs: torch.Tensor):
             if writes:
-                writer.write(batch, -nll[0])
-            return nll.sum(), torch.ones((), dtype=torch.int), {}
+                writer.write(batch, logprobs[0])
+            return logprobs.sum(), torch.ones((), dtype=torch.int), {}
 
-        return forward(model, batch.to(job.platform.device)), keep
+        return forward(model, batch.to(run.platform.device)), keep
 
-    steps = list(all_packs(job))
-    shown = tqdm(steps, desc="reference log-probs", unit="batch", disable=None if job.is_main else True)
+    steps = list(all_packs(run))
+    shown = tqdm(steps, desc="reference log-probs", unit="batch", disable=None if run.is_main else True)
     for number, packs in enumerate(shown, start=1):
         watch.at(number, "forward")
         unfinished = not all(writer.done(i) for pack in packs for i in pack.tolist())
-        # Ranks look at shared files, and hear of signals, at slightly different times; they must agree.
-        needed, told_to_stop = job.platform.largest(unfinished, stop.requested)
+        # Ranks see shared files and signals at slightly different times; they must agree.
+        needed, told_to_stop = run.platform.largest(unfinished, stop.requested)
         if told_to_stop:
             writer.flush()
-            if job.is_main:
+            if run.is_main:
                 print(f"stopped after batch {number - 1} of {len(steps)}; start it again to continue.", flush=True)
             dist.barrier()
             raise RequeueError
@@ -76,13 +78,13 @@ def _precompute(job: Job, watch: Watchdog, stop: StopSignals) -> str:
             continue
         batches = builder.from_packs(packs)
         with torch.no_grad():
-            run_schedule(chunks, batches, forward_step, job.parallel, forward_only=True)
+            run_schedule(chunks, batches, forward_step, run.parallel, forward_only=True)
     writer.flush()
     dist.barrier()
-    if job.is_main:
-        writer.finish({"model": job.reference.described, "layout": job.parallel.describe()})
+    if run.is_main:
+        writer.finish({"model": run.reference.described, "layout": run.layout.describe()})
         print(
-            f"{writer.directory}: log-probs of {len(job.corpus):,} trajectories by {job.reference.described}",
+            f"{writer.directory}: log-probs of {len(run.corpus):,} trajectories by {run.reference.described}",
             flush=True,
         )
     dist.barrier()

@@ -11,14 +11,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_iwsft.checkpoint.info import CheckpointInfo, CheckpointTensors, load
+from megatron_iwsft.checkpoint.info import CheckpointInfo
 from megatron_iwsft.checkpoint.integrity import TRUSTED_USERS
+from megatron_iwsft.checkpoint.load import load
+from megatron_iwsft.checkpoint.state import TrainState
 from megatron_iwsft.checkpoint.summary import describe
+from megatron_iwsft.checkpoint.tensors import CheckpointTensors
 from megatron_iwsft.checkpoint.writer import CheckpointWriter, Saved
 from megatron_iwsft.errors import CheckpointError
 from megatron_iwsft.hf.architecture import Architecture
 from megatron_iwsft.hf.directory import RandomInit
-from megatron_iwsft.model.gpt import ModelSettings, build_model, load_weights
+from megatron_iwsft.model.gpt import ModelSettings, build_model
+from megatron_iwsft.model.parameters import load_weights
 from megatron_iwsft.testing import run_distributed
 from tests.support import ROOT, tiny
 
@@ -38,6 +42,19 @@ def damage(path: Path, kind: str) -> None:
         path.write_bytes(data)
 
 
+class Counter:
+    """Host state of one number."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def state(self) -> dict:
+        return {"step": self.step}
+
+    def load_state(self, state: dict) -> None:
+        self.step = state["step"]
+
+
 def write_and_load(platform, tmp: Path) -> dict[str, str]:
     """Checkpoints of steps 1 to 6, and what loading copies of the last says, each damaged in one way."""
     parallel = platform.parallel(tensor=2)
@@ -46,11 +63,11 @@ def write_and_load(platform, tmp: Path) -> dict[str, str]:
     load_weights(chunks, RandomInit(architecture, 0), parallel)
     saved: list[Saved] = []
     writer = CheckpointWriter(
-        tmp / "run" / "checkpoints", architecture, {}, {"tensor": 2}, [], keep=2, keep_every=3, on_saved=saved.append
+        tmp / "run" / "checkpoints", architecture, layout=parallel.layout, keep=2, keep_every=3, on_saved=saved.append
     )
     for step in range(1, 7):
         writer.asynchronous = step % 2 == 0
-        writer.save(step, chunks, trainer={"step": step})
+        writer.save(TrainState(chunks, host={"counter": Counter(step)}, step=step))
         writer.wait()
     assert [s.step for s in saved] == [1, 2, 3, 4, 5, 6]
     last = tmp / "run" / "checkpoints" / "step-00000006"
@@ -63,11 +80,11 @@ def write_and_load(platform, tmp: Path) -> dict[str, str]:
                 damage(copy / file, kind)
             torch.distributed.barrier()
             try:
-                load(copy, chunks)
+                load(copy, TrainState(chunks))
                 said[f"{file} {kind}"] = "loaded"
             except CheckpointError as error:
                 said[f"{file} {kind}"] = str(error)
-    load(last, chunks)
+    load(last, TrainState(chunks))
     return said
 
 
@@ -94,7 +111,7 @@ def test_the_newest_and_every_so_many_stay(written) -> None:
     root = written[0] / "run" / "checkpoints"
     assert sorted(p.name for p in root.iterdir()) == ["latest", "step-00000003", "step-00000005", "step-00000006"]
     assert CheckpointInfo.read(root).step == 6
-    assert CheckpointInfo.read(root).trainer == {"step": 6}
+    assert CheckpointInfo.read(root).host == {"counter": {"step": 6}}
 
 
 def test_the_info_file_vouches_for_itself(written, tmp_path: Path) -> None:
@@ -142,7 +159,7 @@ def test_inspection_tells_whole_from_damaged(written, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(written[0] / "run", tmp_path / "run"))
     text, healthy = describe(copy, verify=True)
     assert healthy
-    assert "step          6" in text and "tensor 2" in text and "every file has its checksum" in text
+    assert "step          6" in text and "TP 2" in text and "all checksums match" in text
     damage(next((copy / "checkpoints" / "step-00000005").glob("*.distcp")), "bit-flipped")
     assert describe(copy, verify=False)[1], "sizes are as they were"
     text, healthy = describe(copy, verify=True)

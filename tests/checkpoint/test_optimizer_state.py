@@ -13,13 +13,16 @@ import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemReader
 
-from megatron_iwsft.checkpoint.info import CheckpointTensors, load
+from megatron_iwsft.checkpoint.load import load
 from megatron_iwsft.checkpoint.optimizer_state import boxes
+from megatron_iwsft.checkpoint.state import TrainState
+from megatron_iwsft.checkpoint.tensors import CheckpointTensors
 from megatron_iwsft.checkpoint.writer import CheckpointWriter
 from megatron_iwsft.config.schema import Optimizer
 from megatron_iwsft.hf.architecture import Architecture
 from megatron_iwsft.hf.directory import RandomInit
-from megatron_iwsft.model.gpt import ModelSettings, build_model, load_weights
+from megatron_iwsft.model.gpt import ModelSettings, build_model
+from megatron_iwsft.model.parameters import load_weights
 from megatron_iwsft.testing import run_distributed
 from megatron_iwsft.train.optim import build_optimizer, wrap_for_gradients
 from tests.support import tiny
@@ -116,37 +119,38 @@ def save_and_load(platform: Any, tmp: Path) -> dict[str, Any]:
         more = EXPERTS if family == "qwen3_moe" else dict(tie_word_embeddings=True)
         config = tiny.model_config(family, hidden_size=72, num_attention_heads=4, head_dim=18, **more)
         architecture = Architecture.from_hf(config, where="test")
-        writer = CheckpointWriter(tmp / family, architecture, {}, {}, [])
+        writer = CheckpointWriter(tmp / family, architecture)
 
         def build(layout: dict[str, int], settings: Optimizer, architecture: Architecture = architecture):
-            parallel = platform.parallel(**layout)
-            chunks = build_model(architecture, parallel, platform, ModelSettings(sequence_parallel="tensor" in layout))
+            parallel = platform.parallel(**layout, sequence="tensor" in layout)
+            chunks = build_model(architecture, parallel, platform, ModelSettings())
             load_weights(chunks, RandomInit(architecture, 0), parallel)
             chunks = wrap_for_gradients(chunks, settings)
             return parallel, chunks, build_optimizer(chunks, settings, torch.float32)
 
         parallel, chunks, optimizer = build(layouts[0], SAVED)
-        fresh = writer.save(0, chunks, optimizer=optimizer)  # which gives it its states
+        fresh = writer.save(TrainState(chunks, optimizer, step=0))  # which gives it its states
         distinct_states(optimizer, parallel.tp.rank())
-        first = writer.save(1, chunks, optimizer=optimizer)
+        first = writer.save(TrainState(chunks, optimizer, step=1))
         found[f"{family} saved"] = wrong_states(optimizer, chunks, first)
         for layout in layouts[1:]:
             _, chunks, optimizer = build(layout, LOADED)
-            load(first, chunks, optimizer=optimizer)
+            load(first, TrainState(chunks, optimizer))
             found[f"{family} {layout} loaded"] = wrong_states(optimizer, chunks, first)
             found[f"{family} {layout} not states"] = settings_and_counts(optimizer) ^ {(5e-2, 0.5, 0.6), UPDATES}
-            again = writer.save(2, chunks, optimizer=optimizer)
+            again = writer.save(TrainState(chunks, optimizer, step=2))
             found[f"{family} {layout} saved"] = different(first, again)
         # An optimizer that is not distributed has the same states, whole.
         _, chunks, optimizer = build(layouts[-1], LOADED.model_copy(update={"distributed": False}))
-        load(first, chunks, optimizer=optimizer)
-        found[f"{family} not distributed"] = different(first, writer.save(2, chunks, optimizer=optimizer))
-        load(fresh, chunks, optimizer=optimizer)  # from before the first update
+        load(first, TrainState(chunks, optimizer))
+        found[f"{family} not distributed"] = different(first, writer.save(TrainState(chunks, optimizer, step=2)))
+        load(fresh, TrainState(chunks, optimizer))  # from before the first update
         found[f"{family} fresh"] = settings_and_counts(optimizer) ^ {(5e-2, 0.5, 0.6), 0}
     return found
 
 
 @pytest.mark.parallel
+@pytest.mark.slow
 def test_states_are_those_that_megatron_gathers(tmp_path: Path) -> None:
     ranks = run_distributed(save_and_load, 4, tmp_path)
     assert len(ranks[0]) == sum(3 * len(layouts) for layouts in LAYOUTS.values())

@@ -10,10 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_iwsft.checkpoint import info as checkpoint
-from megatron_iwsft.convert import parity as convert
+from megatron_iwsft.checkpoint.info import INFO
+from megatron_iwsft.convert.export import export_checkpoint, export_running
+from megatron_iwsft.convert.import_hf import import_directory
+from megatron_iwsft.convert.parity import verify
 from megatron_iwsft.errors import CheckpointError, DataError
 from megatron_iwsft.hf.architecture import Architecture
+from megatron_iwsft.hf.directory import DTYPES
 from megatron_iwsft.hf.model_card import Companions, Provenance
 from megatron_iwsft.testing import run_distributed
 from tests.convert.test_round_trip import hf_directory
@@ -46,11 +49,11 @@ def model_with_tokenizer(path: Path, **changes) -> Path:
 
 
 def export_while_running(platform, source: str, output: str) -> None:
+    from megatron_iwsft.checkpoint.initial_weights import InitialWeights
     from megatron_iwsft.config.schema import Model
     from megatron_iwsft.model.gpt import ModelSettings, build_model
-    from megatron_iwsft.train.setup import Weights
 
-    weights = Weights(Model(hf=source), seed=0)
+    weights = InitialWeights(Model(hf=source), seed=0)
     companions = Companions(weights.tokenizer_files, PROVENANCE)
     for name, layout in LAYOUTS.items():
         parallel = platform.parallel(**layout)
@@ -59,14 +62,7 @@ def export_while_running(platform, source: str, output: str) -> None:
         for dtype in ("fp32", "bf16"):
             target = Path(output) / f"{name}-{dtype}"
             for _ in range(2):  # the second finds it there and leaves it
-                convert.export_running(chunks, parallel, target, companions, dtype=convert.DTYPES[dtype])
-
-
-def import_over_two_ranks(platform, source: str, output: str) -> str:
-    written = str(convert.import_directory(source, output, tensor=2))
-    with pytest.raises(CheckpointError, match="already holds checkpoints"):
-        convert.import_directory(source, output, tensor=2)
-    return written
+                export_running(chunks, parallel, target, companions, dtype=DTYPES[dtype])
 
 
 @pytest.mark.parallel
@@ -78,7 +74,7 @@ def test_a_running_model_is_exported_bit_for_bit(tmp_path: Path) -> None:
         f"{n}-{d}" for n in LAYOUTS for d in ("fp32", "bf16")
     )
     for directory in (tmp_path / "out").iterdir():
-        dtype = convert.DTYPES[directory.name.split("-")[1]]
+        dtype = DTYPES[directory.name.split("-")[1]]
         found = load_file(directory / "model.safetensors")
         assert found.keys() == original.keys()
         assert all(torch.equal(found[k], original[k].to(dtype)) for k in original), directory.name
@@ -87,8 +83,10 @@ def test_a_running_model_is_exported_bit_for_bit(tmp_path: Path) -> None:
 @pytest.mark.parallel
 def test_imported_over_ranks_exported_bit_for_bit(tmp_path: Path) -> None:
     source = model_with_tokenizer(tmp_path / "hf", vocab_size=297)
-    written = Path(run_distributed(import_over_two_ranks, 2, str(source), str(tmp_path / "ck"))[0])
-    output = convert.export_checkpoint(tmp_path / "ck", tmp_path / "out")
+    written = import_directory(source, tmp_path / "ck", tensor=2)
+    with pytest.raises(CheckpointError, match="already holds checkpoints"):
+        import_directory(source, tmp_path / "ck", tensor=2)
+    output = export_checkpoint(tmp_path / "ck", tmp_path / "out")
     same_tensors(output, source)
     assert {p.name for p in output.iterdir()} >= {"tokenizer.json", "generation_config.json", "README.md"}
 
@@ -96,11 +94,11 @@ def test_imported_over_ranks_exported_bit_for_bit(tmp_path: Path) -> None:
     shards = sorted(written.glob("*.distcp"))
     shards[-1].write_bytes(shards[-1].read_bytes()[:-3000])
     with pytest.raises(CheckpointError, match=r"is truncated: .* bytes of"):
-        convert.export_checkpoint(written, tmp_path / "broken" / "hf")
+        export_checkpoint(written, tmp_path / "broken" / "hf")
     assert list((tmp_path / "broken").iterdir()) == []
-    (written / checkpoint.INFO).unlink()
+    (written / INFO).unlink()
     with pytest.raises(CheckpointError, match="holds no complete checkpoint"):
-        convert.export_checkpoint(written, tmp_path / "broken" / "hf")
+        export_checkpoint(written, tmp_path / "broken" / "hf")
 
 
 def same_tensors(exported: Path, source: Path) -> None:
@@ -115,7 +113,7 @@ def test_an_import_that_fails_leaves_nothing(tmp_path: Path) -> None:
     file = sorted(source.glob("*.safetensors"))[0]
     file.write_bytes(file.read_bytes()[:-10])
     with pytest.raises(CheckpointError, match="cannot be read as safetensors"):
-        convert.import_directory(source, tmp_path / "ck")
+        import_directory(source, tmp_path / "ck")
     assert not (tmp_path / "ck").exists()
 
 
@@ -150,24 +148,21 @@ def test_what_goes_with_the_weights(tmp_path: Path) -> None:
     assert transformers.AutoTokenizer.from_pretrained(bare).chat_template == template
 
 
-def verify_twice(platform, source: str, checkpoint_directory: str) -> tuple[list, list]:
-    convert.import_directory(source, checkpoint_directory)
+@pytest.mark.parallel
+def test_verify_goes_beyond_the_context_and_finds_a_changed_weight(tmp_path: Path) -> None:
+    source = model_with_tokenizer(tmp_path / "hf", max_position_embeddings=96)
+    original = shutil.copytree(source, tmp_path / "original")
+    import_directory(source, tmp_path / "ck")
     text = "What is 12 plus 30?"
-    as_it_is = convert.verify(source, checkpoint_directory, text)
+    short, long = verify(source, tmp_path / "ck", text)
     with pytest.raises(DataError, match="at least 2 are needed"):
-        convert.verify(source, checkpoint_directory, "a")
-    for file in Path(source).glob("*.safetensors"):
+        verify(source, tmp_path / "ck", "a")
+    for file in source.glob("*.safetensors"):
         tensors = load_file(file)
         if "model.norm.weight" in tensors:
             tensors["model.norm.weight"][3] += 0.5
             save_file(tensors, file, metadata={"format": "pt"})
-    return as_it_is, convert.verify(source, checkpoint_directory, text, lengths=[50])
-
-
-def test_verify_goes_beyond_the_context_and_finds_a_changed_weight(tmp_path: Path) -> None:
-    source = model_with_tokenizer(tmp_path / "hf", max_position_embeddings=96)
-    original = shutil.copytree(source, tmp_path / "original")
-    (short, long), (changed,) = run_distributed(verify_twice, 1, str(source), str(tmp_path / "ck"))[0]
+    (changed,) = verify(source, tmp_path / "ck", text, lengths=[50])
     assert short.tokens < 96 < long.tokens == 160
     for parity in (short, long):
         assert parity.max_difference <= 1e-4
@@ -175,4 +170,4 @@ def test_verify_goes_beyond_the_context_and_finds_a_changed_weight(tmp_path: Pat
     assert changed.max_difference > 1e-3
     for parity in (short, long, changed):
         assert abs(parity.theirs - parity.ours) == pytest.approx(parity.max_difference)
-    same_tensors(convert.export_checkpoint(tmp_path / "ck", tmp_path / "out"), original)
+    same_tensors(export_checkpoint(tmp_path / "ck", tmp_path / "out"), original)

@@ -9,12 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_iwsft.checkpoint.state import TrainState
 from megatron_iwsft.checkpoint.writer import CheckpointWriter
-from megatron_iwsft.convert import parity as convert
+from megatron_iwsft.convert.export import export_checkpoint, export_running
+from megatron_iwsft.convert.parity import checkpoint_logprobs
 from megatron_iwsft.errors import CheckpointError
 from megatron_iwsft.hf.architecture import Architecture
 from megatron_iwsft.hf.directory import SafetensorsDirectory
 from megatron_iwsft.hf.mapping import shapes
+from megatron_iwsft.hf.transformers_models import hugging_face_logprobs
 from megatron_iwsft.testing import run_distributed
 from tests.support import tiny
 
@@ -64,7 +67,8 @@ def hf_directory(path: Path, **changes) -> Path:
 
 def roundtrip(platform, directories: dict[str, str], layouts: list[dict], out: str):
     """Import each model at each layout; its log-probs where one process holds it, a checkpoint, and an export as it stands."""
-    from megatron_iwsft.model.gpt import ModelSettings, build_model, load_weights
+    from megatron_iwsft.model.gpt import ModelSettings, build_model
+    from megatron_iwsft.model.parameters import load_weights
 
     found = {}
     for name, directory in directories.items():
@@ -72,17 +76,16 @@ def roundtrip(platform, directories: dict[str, str], layouts: list[dict], out: s
         for layout in layouts:
             if "expert" in layout and source.architecture.experts is None:
                 continue
-            parallel = platform.parallel(**layout)
-            settings = ModelSettings(sequence_parallel=layout.get("tensor", 1) > 1)
-            chunks = build_model(source.architecture, parallel, platform, settings)
+            parallel = platform.parallel(**layout, sequence="tensor" in layout)
+            chunks = build_model(source.architecture, parallel, platform, ModelSettings())
             load_weights(chunks, source, parallel)
             if parallel.pp.size() == 1 and parallel.ep.size() == 1:
-                found[name, str(layout)] = convert.checkpoint_logprobs(chunks[0], IDS)
+                found[name, str(layout)] = checkpoint_logprobs(chunks[0], IDS)
             label = "-".join(f"{k}{v}" for k, v in layout.items()) or "one"
             root = Path(out) / f"{name}@{label}"
-            writer = CheckpointWriter(root, source.architecture, {}, {}, [])
-            writer.save(0, chunks)
-            convert.export_running(chunks, parallel, Path(f"{root}-running"), writer.companions(0), dtype=torch.float32)
+            writer = CheckpointWriter(root, source.architecture, layout=parallel.layout)
+            writer.save(TrainState(chunks))
+            export_running(chunks, parallel, Path(f"{root}-running"), writer.companions(0), dtype=torch.float32)
     return found
 
 
@@ -99,20 +102,20 @@ def test_logprobs_and_bit_exact_roundtrip(world_size: int, tmp_path: Path) -> No
     for name, directory in directories.items():
         theirs = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
         with torch.no_grad():
-            expected = convert.hugging_face_logprobs(theirs, IDS)
+            expected = hugging_face_logprobs(theirs, IDS)
         for (model, layout), logprobs in found.items():
             if model == name:
                 assert (logprobs - expected).abs().max() <= 1e-4, (name, layout)
         original = {k: v for f in directory.glob("*.safetensors") for k, v in load_file(f).items()}
         for source in sorted((tmp_path / "ck").glob(f"{name}@*")):
             running = source.name.endswith("-running")
-            output = source if running else convert.export_checkpoint(source, tmp_path / "out" / source.name)
+            output = source if running else export_checkpoint(source, tmp_path / "out" / source.name)
             exported = load_file(output / "model.safetensors")
             assert exported.keys() == original.keys()
             assert all(torch.equal(exported[k], original[k]) for k in original), source.name
         again = transformers.AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
         with torch.no_grad():
-            assert torch.equal(convert.hugging_face_logprobs(again, IDS), expected)
+            assert torch.equal(hugging_face_logprobs(again, IDS), expected)
 
 
 def test_export_is_sharded_and_leaves_nothing_half_done(tmp_path: Path) -> None:

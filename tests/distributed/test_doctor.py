@@ -36,7 +36,7 @@ def test_the_doctor_tells_what_is_here() -> None:
     [("delayed", "Ada, Hopper"), ("tensorwise", "Ada, Hopper"), ("blockwise", "Hopper"), ("mxfp8", "Blackwell")],
 )
 def test_fp8_says_what_it_needs(recipe: str, generation: str, tmp_path: Path) -> None:
-    from megatron_iwsft.train.setup import start_job
+    from megatron_iwsft.train.setup import check, start
 
     assert generation in str(fp8_refusal(recipe)) and "torch sees none" in str(fp8_refusal(recipe))
     corpus = tiny.token_corpus(tmp_path, [20, 30])
@@ -47,7 +47,7 @@ data: {{corpus: {corpus.directory}, seq_length: 64, max_steps: 1}}
 precision: {{fp8: {recipe}}}
 """
     with pytest.raises(ConfigError, match=f"precision.fp8 {recipe} needs a GPU"):
-        start_job(parse_config(text, [], where="test"))
+        start(check(parse_config(text, [], where="test"), world_size=1))
 
 
 def test_rows_are_aligned_for_fp8() -> None:
@@ -64,7 +64,7 @@ def built_with_transformer_engine(platform, recipe: str | None) -> tuple[list[st
     settings = ModelSettings(
         torch.bfloat16, backend="transformer_engine", fp8=recipe, bf16_edges=(1, 0) if recipe else (0, 0)
     )
-    config = _transformer_config(arch, platform.parallel(), platform, settings)
+    config = _transformer_config(arch, platform.parallel().layout, platform, settings)
     layer = _block_spec(arch, config, settings, None).submodules
     attention = layer.self_attention.submodules
     names = [x.__name__ for x in (attention.linear_qkv, attention.core_attention, attention.q_layernorm)]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_iwsft.distributed.parallel_layout import Layout, broken_rule, cost, stage_parameters, valid_layouts
+from megatron_iwsft.distributed.parallel_layout import ParallelLayout, valid_layouts
 from megatron_iwsft.hf.architecture import Architecture
+from megatron_iwsft.model.memory import cost, stage_parameters
 from megatron_iwsft.testing import run_distributed
 from tests.support import tiny
 
@@ -17,18 +18,18 @@ def arch(**changes) -> Architecture:
 @pytest.mark.parametrize(
     ("layout", "rule"),
     [
-        (Layout(pipeline=3), "4 layers do not divide into 3 pipeline stages"),
-        (Layout(pipeline=2, layers_per_stage=(2, 1, 1)), "layers_per_stage names 3 stages"),
-        (Layout(pipeline=2, layers_per_stage=(2, 3)), "layers_per_stage adds up to 5 layers; the model has 4"),
-        (Layout(tensor=3), "tensor 3 does not divide the model's 8 attention heads"),
-        (Layout(tensor=4), "tensor 4 and the model's 6 key-value heads: one must divide the other"),
-        (Layout(sequence=True), "sequence parallelism needs tensor ≥ 2"),
-        (Layout(data=2, expert=2), "expert 2, but the qwen2 family has no experts"),
+        (ParallelLayout(pipeline=3), "4 layers do not divide into 3 pipeline stages"),
+        (ParallelLayout(pipeline=2, layers_per_stage=(2, 1, 1)), "layers_per_stage names 3 stages"),
+        (ParallelLayout(pipeline=2, layers_per_stage=(2, 3)), "layers_per_stage adds up to 5 layers; the model has 4"),
+        (ParallelLayout(tensor=3), "tensor 3 does not divide the model's 8 attention heads"),
+        (ParallelLayout(tensor=4), "tensor 4 and the model's 6 key-value heads: one must divide the other"),
+        (ParallelLayout(sequence=True), "sequence: true needs tensor ≥ 2; it is 1"),
+        (ParallelLayout(data=2, expert=2), "expert 2, but the qwen2 family has no experts"),
     ],
 )
-def test_rules_are_named(layout: Layout, rule: str) -> None:
+def test_rules_are_named(layout: ParallelLayout, rule: str) -> None:
     changes = dict(num_attention_heads=12, num_key_value_heads=6, head_dim=8) if "key-value" in rule else {}
-    assert rule in str(broken_rule(arch(**changes), layout))
+    assert rule in str(layout.broken_rule_for(arch(**changes)))
 
 
 MOE = dict(family="qwen3_moe", head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=48)
@@ -37,13 +38,13 @@ MOE = dict(family="qwen3_moe", head_dim=16, num_experts=4, num_experts_per_tok=2
 @pytest.mark.parametrize(
     ("layout", "rule"),
     [
-        (Layout(data=3, expert=3), "expert 3 does not divide the model's 4 experts"),
-        (Layout(pipeline=2, data=2, expert=4), "expert 4 does not divide the 2 ranks of a pipeline stage"),
-        (Layout(tensor=2, expert=2), "a mixture of experts with tensor ≥ 2 needs sequence parallelism"),
+        (ParallelLayout(data=3, expert=3), "expert 3 does not divide the model's 4 experts"),
+        (ParallelLayout(pipeline=2, data=2, expert=4), "expert 4 does not divide the 2 ranks of a pipeline stage"),
+        (ParallelLayout(tensor=2, expert=2), "a mixture of experts with tensor ≥ 2 needs sequence: true"),
     ],
 )
-def test_rules_of_experts_are_named(layout: Layout, rule: str) -> None:
-    assert rule in str(broken_rule(arch(**MOE), layout))
+def test_rules_of_experts_are_named(layout: ParallelLayout, rule: str) -> None:
+    assert rule in str(layout.broken_rule_for(arch(**MOE)))
 
 
 def test_every_offered_layout_is_valid_and_uses_all_gpus() -> None:
@@ -54,52 +55,46 @@ def test_every_offered_layout_is_valid_and_uses_all_gpus() -> None:
         (2, 2, 2, 1),
         (1, 1, 1, 8),
     }
-    assert all(x.world_size == 8 and broken_rule(arch(), x) is None for x in found)
+    assert all(x.world_size == 8 and x.broken_rule_for(arch()) is None for x in found)
 
 
 def test_cost_follows_the_published_formulas() -> None:
     a = arch(num_hidden_layers=8)
     step = dict(seq_length=1024, micro_batch_size=1, micro_batches=8)
-    flat, deep = cost(a, Layout(), **step), cost(a, Layout(pipeline=4), **step)
-    interleaved = cost(a, Layout(pipeline=4, virtual=2), **step)
+    flat, deep = cost(a, ParallelLayout(), **step), cost(a, ParallelLayout(pipeline=4), **step)
+    interleaved = cost(a, ParallelLayout(pipeline=4, virtual_pipeline=2), **step)
     assert flat.bubble == 0
     assert deep.bubble == pytest.approx(3 / (8 + 3))  # (p−1)/(m+p−1)
     assert interleaved.bubble == pytest.approx(3 / (2 * 8 + 3))
     assert deep.activations == flat.activations  # a quarter of the layers, four micro-batches in flight
     assert interleaved.activations == pytest.approx(flat.activations * (1 + 3 / 8))  # 1 + (p−1)/(p·v)
-    assert cost(a, Layout(context=2, data=2), **step).optimizer * 4 == flat.optimizer
-    assert cost(a, Layout(), **step, recompute="full").activations < flat.activations / 4
+    assert cost(a, ParallelLayout(context=2, data=2), **step).optimizer * 4 == flat.optimizer
+    assert cost(a, ParallelLayout(), **step, recompute="full").activations < flat.activations / 4
 
 
 COUNTED = [
-    Layout(data=2),
-    Layout(tensor=2, sequence=True),
-    Layout(pipeline=2),
-    Layout(pipeline=2, virtual=2),
-    Layout(data=2, expert=2),
+    ParallelLayout(data=2),
+    ParallelLayout(tensor=2, sequence=True),
+    ParallelLayout(pipeline=2),
+    ParallelLayout(pipeline=2, virtual_pipeline=2),
+    ParallelLayout(data=2, expert=2),
 ]
 COUNTED_MODELS = {"untied": {}, "tied": dict(tie_word_embeddings=True), "experts": MOE}
 
 
-def built_parameters(platform) -> dict[tuple[str, Layout], int]:
+def built_parameters(platform) -> dict[tuple[str, ParallelLayout], int]:
     from megatron_iwsft.model.gpt import ModelSettings, build_model
 
     out = {}
     for name, layout in counted():
-        parallel = platform.parallel(
-            tensor=layout.tensor,
-            pipeline=layout.pipeline,
-            expert=layout.expert,
-            virtual_pipeline=layout.virtual if layout.virtual > 1 else None,
-        )
-        settings = ModelSettings(sequence_parallel=layout.sequence)
-        chunks = build_model(arch(**COUNTED_MODELS[name]), parallel, platform, settings)
+        parallel = platform.parallel(layout)
+        chunks = build_model(arch(**COUNTED_MODELS[name]), parallel, platform, ModelSettings())
         out[name, layout] = sum(p.numel() for chunk in chunks for p in chunk.parameters())
     return out
 
 
-def counted() -> list[tuple[str, Layout]]:
-    return [(n, x) for n, c in COUNTED_MODELS.items() for x in COUNTED if broken_rule(arch(**c), x) is None]
+def counted() -> list[tuple[str, ParallelLayout]]:
+    return [(n, x) for n, c in COUNTED_MODELS.items() for x in COUNTED if x.broken_rule_for(arch(**c)) is None]
 
 
 def test_parameters_are_counted_as_they_are_built() -> None:

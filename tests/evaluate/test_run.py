@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_iwsft.convert.parity import load_in_transformers
 from megatron_iwsft.errors import CheckpointError, ConfigError, DataError
 from megatron_iwsft.evaluate.benchmark import read_benchmark
 from megatron_iwsft.evaluate.generate import PromptFormat, Sampling, TransformersGenerator, make_generator
 from megatron_iwsft.evaluate.run import EvaluatedModel, evaluate_model, find_models, table, write_summary
+from megatron_iwsft.hf.transformers_models import load_in_transformers
 from tests.convert.test_round_trip import hf_directory
 from tests.support import tiny
 

@@ -9,7 +9,7 @@ import torch
 from megatron_iwsft.data.batch import IGNORE, Batch
 from megatron_iwsft.data.scores import normalized_by_source, thresholds_in_scores
 from megatron_iwsft.errors import DataError
-from megatron_iwsft.objectives.breakdown import group
+from megatron_iwsft.objectives.breakdown import break_down
 
 
 def batch(trajectory: list[int], labels: list[int], segment: list[int]) -> Batch:
@@ -29,7 +29,7 @@ def batch(trajectory: list[int], labels: list[int], segment: list[int]) -> Batch
 
 
 def test_each_token_counts_for_its_score_and_its_source() -> None:
-    groups = group(np.array([0.0, 1.0, 1.0]), ["math/train.jsonl", "code/train.jsonl", "math/train.jsonl"])
+    groups = break_down(np.array([0.0, 1.0, 1.0]), ["math/train.jsonl", "code/train.jsonl", "math/train.jsonl"])
     assert groups is not None
     row = batch([2, 0, -1], [5, 6, IGNORE, 7, IGNORE], [0, 0, 1, 1, 2])  # the last segment is filler
     sums = groups.sums(row, torch.tensor([-1.0, -2.0, -9.0, -4.0, -9.0]))
@@ -41,8 +41,8 @@ def test_each_token_counts_for_its_score_and_its_source() -> None:
 
 
 def test_groups_where_nothing_tells_trajectories_apart() -> None:
-    assert group(np.full(3, np.nan), ["a"] * 3) is None
-    many = group(np.arange(100) / 1e6, ["a"] * 100)
+    assert break_down(np.full(3, np.nan), ["a"] * 3) is None
+    many = break_down(np.arange(100) / 1e6, ["a"] * 100)
     assert many is not None and len(set(many.names)) == 4
     assert np.bincount(many.of[0].numpy()).tolist() == [25, 25, 25, 25]
 

@@ -8,10 +8,13 @@ import pytest
 import torch
 
 from megatron_iwsft.errors import ConfigError
-from megatron_iwsft.objectives.custom import find_objective, needs_reference
+from megatron_iwsft.objectives.custom import find_objective
 from megatron_iwsft.objectives.functions import OBJECTIVES, iw_sft, sft
 
-HEAD = "import torch\nfrom megatron_iwsft.objectives.functions import Weighted\n\ndef mine(t, s):\n"
+HEAD = (
+    "import torch\nfrom megatron_iwsft.objectives.functions import Objective, Weighted\n"
+    "from megatron_iwsft.objectives.metrics import Metric\n\ndef mine(t, s):\n"
+)
 WEIGHT = "    w = torch.sigmoid(t.proposal - t.reference) * t.mask\n"
 RETURN = "    return Weighted(loss=-w * t.logprobs, weight=w, clipped=torch.zeros_like(w))\n"
 
@@ -19,10 +22,17 @@ RETURN = "    return Weighted(loss=-w * t.logprobs, weight=w, clipped=torch.zero
 def test_a_sound_objective_is_taken(tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text(HEAD + WEIGHT + RETURN)
     found = find_objective(f"{tmp_path}/own.py:mine")
-    assert needs_reference(found)
-    (tmp_path / "free.py").write_text(HEAD + WEIGHT + RETURN + "mine.needs_reference = False\n")
-    assert not needs_reference(find_objective(f"{tmp_path}/free.py:mine"))
-    assert [needs_reference(OBJECTIVES[n]) for n in ("sft", "iw_sft", "dft", "psft")] == [False, True, False, True]
+    assert found.needs_reference and found.weighted and found.name.endswith("own.py:mine")
+    (tmp_path / "free.py").write_text(
+        HEAD
+        + WEIGHT
+        + RETURN.replace("zeros_like(w)", "zeros_like(w), extra={'squares': w * w}")
+        + "own = Objective('own', mine, needs_reference=False,\n"
+        + "    metrics=(Metric('weight_square', 'mean squared weight', 'squares', 'tokens'),))\n"
+    )
+    found = find_objective(f"{tmp_path}/free.py:own")
+    assert not found.needs_reference and found.name == "own"
+    assert [OBJECTIVES[n].needs_reference for n in ("sft", "iw_sft", "dft", "psft")] == [False, True, False, True]
     assert find_objective("sft") is sft and find_objective("iw_sft") is iw_sft
 
 
@@ -54,7 +64,7 @@ def test_files_that_lead_nowhere(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nowhere.py is not a Python file"):
         find_objective("nowhere.py:f")
     (tmp_path / "own.py").write_text("x = 1\n")
-    with pytest.raises(ConfigError, match="defines no function mine"):
+    with pytest.raises(ConfigError, match="does not define mine"):
         find_objective(f"{tmp_path}/own.py:mine")
     (tmp_path / "own.py").write_text("import does_not_exist\n")
     with pytest.raises(ConfigError, match="cannot be loaded: ModuleNotFoundError"):

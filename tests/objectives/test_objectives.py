@@ -8,15 +8,14 @@ import torch
 
 from megatron_iwsft.objectives.functions import (
     OBJECTIVES,
-    SUMS,
-    WEIGHT_BINS,
+    Objective,
     Settings,
     Trajectories,
     iw_sft,
     local_segment_sum,
-    micro_batch_loss,
 )
-from megatron_iwsft.objectives.metrics import summarize
+from megatron_iwsft.objectives.loss import LossSums, micro_batch_loss, reported_metrics, sum_names
+from megatron_iwsft.objectives.metrics import WEIGHT_BINS, summarize
 
 LENGTHS = [5, 1, 9, 3]
 
@@ -82,6 +81,11 @@ def written_formula(name, settings: Settings, ell, r, mask, segment, quality):
     return loss, gradient, weight
 
 
+def metrics_of(objective: Objective, out: LossSums) -> dict:
+    sums = dict(zip(sum_names(objective), out.sums.tolist(), strict=True))
+    return summarize(sums | {"weight_max": float(out.weight_max)}, reported_metrics(objective))
+
+
 CASES = [
     *((name, Settings(normalize=n)) for name in ("sft", "dft") for n in ("tokens", "weights", "sequences")),
     *(("psft", Settings(clip=(0.8, 1.28), normalize=n)) for n in ("tokens", "sequences")),
@@ -98,7 +102,7 @@ def test_loss_and_gradient(name: str, settings: Settings) -> None:
     values = data()
     t = trajectories(*values)
     out = micro_batch_loss(OBJECTIVES[name], t, settings)
-    denominator = out.sums[SUMS.index("denominator")]
+    denominator = out.sums[sum_names(OBJECTIVES[name]).index("denominator")]
     (out.loss / denominator).backward()
     loss, gradient, weight = written_formula(name, settings, *values)
     assert out.loss.item() / denominator.item() == pytest.approx(loss, rel=1e-6)
@@ -111,7 +115,7 @@ def test_metrics(level: str) -> None:
     ell, r, mask, segment, _quality = values = data()
     settings = Settings(level=level, temperature=1.0, clip=(0.6, 1.4))
     out = micro_batch_loss(iw_sft, trajectories(*values), settings)
-    metrics = summarize(out.sums, out.weight_max)
+    metrics = metrics_of(iw_sft, out)
     _, _, weight = written_formula("iw_sft", settings, *values)
     at = mask == 1
     units = weight[at] if level == "token" else np.array([weight[(segment == i) & at][0] for i in range(len(LENGTHS))])
@@ -142,11 +146,11 @@ def test_bounds_are_ordered_and_meet_at_the_reference() -> None:
     """1 + log x ≤ x: the iw-SFT bound is the tighter one, and both are equal where the policy is the reference."""
     settings = Settings(clip=(0.0, 1e9))
     apart = micro_batch_loss(iw_sft, trajectories(*data()), settings)
-    metrics = summarize(apart.sums, apart.weight_max)
+    metrics = metrics_of(iw_sft, apart)
     assert metrics["bound_iw"] > metrics["bound_sft"]
     ell, _, mask, segment, quality = data()
     same = micro_batch_loss(iw_sft, trajectories(ell, ell, mask, segment, quality), settings)
-    metrics = summarize(same.sums, same.weight_max)
+    metrics = metrics_of(iw_sft, same)
     assert metrics["bound_iw"] == pytest.approx(metrics["bound_sft"], abs=1e-7)
     assert metrics["weight_max"] == metrics["weight_mean"] == 1.0
 
@@ -167,8 +171,8 @@ def test_infinite_ratios_are_clipped_counted_and_kept_from_the_loss() -> None:
         out = micro_batch_loss(iw_sft, t, settings)
         out.loss.backward()
         assert torch.isfinite(out.loss) and torch.isfinite(t.logprobs.grad).all() and torch.isfinite(out.sums).all()
-        metrics = summarize(out.sums, out.weight_max)
+        metrics = metrics_of(iw_sft, out)
         assert metrics["not_finite_tokens"] == 2
         assert metrics["weight_max"] == pytest.approx(settings.clip[1])
-    token = iw_sft(trajectories(*values), Settings(level="token", clip=(0.2, 1.8)))
+    token = iw_sft.function(trajectories(*values), Settings(level="token", clip=(0.2, 1.8)))
     assert token.weight[trained[0]] == pytest.approx(1.8) and token.weight[trained[7]] == 1.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_iwsft.distributed.parallel_layout import Layout
+from megatron_iwsft.distributed.parallel_layout import ParallelLayout
 from megatron_iwsft.hf.architecture import Architecture
 from megatron_iwsft.hf.mapping import shapes
 from megatron_iwsft.reference.cost import reference_costs
@@ -19,11 +19,11 @@ def test_costs_are_those_of_the_parameters() -> None:
         for n in shape:
             size *= n
         parameters += size
-    costs = {c.kind: c for c in reference_costs(arch, Layout(), tokens=1000, epochs=5)}
+    costs = {c.kind: c for c in reference_costs(arch, ParallelLayout(), tokens=1000, epochs=5)}
     assert costs["live"].memory == 2 * parameters and costs["live"].flops == pytest.approx(2 / 6)
     assert costs["cached"].flops == pytest.approx(2 / 30) and costs["cached"].disk == 4000
     assert costs["cached"].memory == 0
     assert costs["proposal ema"].memory == 6 * parameters
     assert costs["live, offload"].host == 2 * parameters
-    halves = {c.kind: c for c in reference_costs(arch, Layout(pipeline=2), tokens=1000, epochs=5)}
+    halves = {c.kind: c for c in reference_costs(arch, ParallelLayout(pipeline=2), tokens=1000, epochs=5)}
     assert halves["live"].memory < costs["live"].memory

@@ -10,17 +10,10 @@ import torch
 
 from megatron_iwsft.data.batch import IGNORE, Batch
 from megatron_iwsft.data.corpus import Corpus
-from megatron_iwsft.objectives.functions import (
-    SUMS,
-    LossSums,
-    ObjectiveFunction,
-    Settings,
-    Trajectories,
-    local_segment_sum,
-    micro_batch_loss,
-)
+from megatron_iwsft.objectives.functions import Objective, Settings, Trajectories, local_segment_sum
+from megatron_iwsft.objectives.loss import LossSums, micro_batch_loss, sum_names
 from megatron_iwsft.testing import run_distributed
-from tests.train.test_layouts import TOLERANCE, Layout, Objective, expected, relative_error, run_layouts
+from tests.train.test_layouts import TOLERANCE, Case, Loss, expected, relative_error, run_cases
 from tests.train.test_layouts import corpus as corpus  # the fixture
 
 SLICE = Batch.slice_for_context_parallel
@@ -33,12 +26,12 @@ def labels_rolled_after_the_slice(batch: Batch, rank: int, size: int) -> Batch:
     return replace(local, labels=rolled)
 
 
-def mean_of_local_means(objective: ObjectiveFunction, trajectories: Trajectories, settings: Settings) -> LossSums:
+def mean_of_local_means(objective: Objective, trajectories: Trajectories, settings: Settings) -> LossSums:
     """Every micro-batch is divided by its own denominator, and the quotients are averaged."""
     out = micro_batch_loss(objective, trajectories, settings)
-    local = out.sums[SUMS.index("denominator")].clamp(min=1.0)
+    local = out.sums[sum_names(objective).index("denominator")].clamp(min=1.0)
     sums = out.sums / local
-    sums[SUMS.index("denominator")] = 1.0
+    sums[sum_names(objective).index("denominator")] = 1.0
     return LossSums(out.loss / local, sums, out.weight_max)
 
 
@@ -56,26 +49,26 @@ VARIANTS = {
     "labels rolled after the context-parallel slice": (
         "megatron_iwsft.data.batch.Batch.slice_for_context_parallel",
         labels_rolled_after_the_slice,
-        Layout(context=2),
+        Case(context=2),
     ),
-    "local mean instead of global": ("megatron_iwsft.train.step.micro_batch_loss", mean_of_local_means, Layout()),
-    "no all-reduce in the operator's backward": ("megatron_iwsft.ops.logprob._all_reduce", nothing, Layout(tensor=2)),
+    "local mean instead of global": ("megatron_iwsft.train.step.micro_batch_loss", mean_of_local_means, Case()),
+    "no all-reduce in the operator's backward": ("megatron_iwsft.ops.logprob._all_reduce", nothing, Case(tensor=2)),
     "segment sum without context-parallel reduction": (
         "megatron_iwsft.train.step.TrainStep._segment_sum",
         of_this_rank_only,
-        Layout(context=2),
+        Case(context=2),
     ),
 }
-OBJECTIVE = Objective(normalize="tokens")
+LOSS = Loss("iw_sft", Settings(clip=(0.2, 3.0)))
 
 
 def run_variants(platform, corpus_dir: str) -> dict[str, list]:
     """Of each variant: (loss, gradients) with the mistake, and after it is taken out."""
     out = {}
-    for name, (target, mistake, layout) in VARIANTS.items():
+    for name, (target, mistake, case) in VARIANTS.items():
         with patch(target, mistake):
-            broken = run_layouts(platform, corpus_dir, [layout], [OBJECTIVE])
-        mended = run_layouts(platform, corpus_dir, [layout], [OBJECTIVE])
+            broken = run_cases(platform, corpus_dir, [case], [LOSS])
+        mended = run_cases(platform, corpus_dir, [case], [LOSS])
         out[name] = [next(iter((x or {None: None}).values())) for x in (broken, mended)]
     return out
 
@@ -85,7 +78,7 @@ def test_each_mistake_is_caught(corpus: Corpus) -> None:
     answers = run_distributed(run_variants, 2, str(corpus.directory))[0]
     print(f"\n{'mistake':50} {'loss off by':>11} {'worst gradient':>14}   {'taken out':>9}")
     for name, (broken, mended) in answers.items():
-        want_loss, want = expected(str(corpus.directory), "best_fit", False, False, OBJECTIVE)
+        want_loss, want = expected(str(corpus.directory), "best_fit", False, False, LOSS)
         worst = [max(relative_error(g[n], want[n]) for n in want) for _, g in (broken, mended)]
         off = abs(broken[0][0] - want_loss[0]) / abs(want_loss[0])
         print(f"{name:50} {off:11.1e} {worst[0]:14.1e}   {worst[1]:9.1e}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatron_iwsft.config.loader import parse_config
-from megatron_iwsft.train.continuation import changes
+from megatron_iwsft.train.continuation import described_changes
 
 CONFIG = """
 run: {name: r, dir: runs/r}
@@ -18,16 +18,16 @@ def config(*overrides: str):
 
 def test_what_changed_is_said() -> None:
     earlier = config().model_dump()
-    assert changes(config("run.dir=elsewhere"), earlier) == ""
-    assert changes(config("parallel.tensor=2", "logging.wandb.mode=offline"), earlier) == (
+    assert described_changes(config("run.dir=elsewhere"), earlier) == ""
+    assert described_changes(config("parallel.tensor=2", "logging.wandb.mode=offline"), earlier) == (
         "parallel.tensor 2 (was 1), logging.wandb.mode 'offline' (was 'disabled')"
     )
     for change in ("optimizer.lr=1e-4", "data.epochs=2", "optimizer.schedule=constant"):
-        assert "; the learning rate goes on from where" in changes(config(change), earlier)
+        assert "; the learning-rate schedule was recomputed" in described_changes(config(change), earlier)
 
 
 def test_a_setting_that_the_checkpoint_does_not_know_has_not_changed() -> None:
     earlier = config().model_dump()
     del earlier["checkpoint"]["keep_every"], earlier["data"]["quality"]["normalize"], earlier["export"]
     new = config("checkpoint.keep_every=5", "data.quality.normalize=true", "export.at_end=true")
-    assert changes(new, earlier) == ""
+    assert described_changes(new, earlier) == ""

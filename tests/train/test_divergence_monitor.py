@@ -5,43 +5,43 @@ from __future__ import annotations
 import math
 
 from megatron_iwsft.config.schema import Spike
-from megatron_iwsft.train.divergence import Guard, Verdict
+from megatron_iwsft.train.divergence import DivergenceMonitor, Verdict
 
 
 def test_numbers_that_are_not_finite() -> None:
-    guard = Guard(Spike())
-    assert guard.judge(math.nan, 1.0, 10) == Verdict.NOT_FINITE
-    assert guard.judge(1.0, math.inf, 10) == Verdict.NOT_FINITE
-    assert guard.judge(math.nan, 0.0, 0) == Verdict.GOOD, "a batch without trained tokens has no loss"
-    assert guard.judge(1e30, 1.0, 10) == Verdict.GOOD, "spikes are not looked for unless asked"
+    monitor = DivergenceMonitor(Spike())
+    assert monitor.judge(math.nan, 1.0, 10) == Verdict.NOT_FINITE
+    assert monitor.judge(1.0, math.inf, 10) == Verdict.NOT_FINITE
+    assert monitor.judge(math.nan, 0.0, 0) == Verdict.GOOD, "a batch without trained tokens has no loss"
+    assert monitor.judge(1e30, 1.0, 10) == Verdict.GOOD, "spikes are not looked for unless asked"
 
 
 def test_bad_steps_in_a_row() -> None:
-    guard = Guard(Spike())
-    guard.skip()
-    guard.skip()
-    assert (guard.skipped, guard.in_a_row) == (2, 2)
-    guard.updated(1.0)
-    assert (guard.skipped, guard.in_a_row) == (2, 0)
+    monitor = DivergenceMonitor(Spike())
+    monitor.skip()
+    monitor.skip()
+    assert (monitor.skipped, monitor.in_a_row) == (2, 2)
+    monitor.updated(1.0)
+    assert (monitor.skipped, monitor.in_a_row) == (2, 0)
 
 
 def test_a_spike_is_measured_against_the_window_before_it() -> None:
-    guard = Guard(Spike(deviations=3.0, window=4))
+    monitor = DivergenceMonitor(Spike(deviations=3.0, window=4))
     for loss in (9.0, 1.0, 1.1, 0.9):
-        assert guard.judge(50.0, 1.0, 10) == Verdict.GOOD, "the window is not full"
-        guard.updated(loss)
-    assert guard.judge(9.0, 1.0, 10) == Verdict.GOOD, "9 lies in the window"
-    guard.updated(1.0)
-    assert guard.losses == [1.0, 1.1, 0.9, 1.0]
+        assert monitor.judge(50.0, 1.0, 10) == Verdict.GOOD, "the window is not full"
+        monitor.updated(loss)
+    assert monitor.judge(9.0, 1.0, 10) == Verdict.GOOD, "9 lies in the window"
+    monitor.updated(1.0)
+    assert monitor.losses == [1.0, 1.1, 0.9, 1.0]
     deviation = math.sqrt((0.1**2 + 0.1**2) / 4)
-    assert guard.judge(1.0 + 2.99 * deviation, 1.0, 10) == Verdict.GOOD
-    assert guard.judge(1.0 + 3.01 * deviation, 1.0, 10) == Verdict.SPIKE
+    assert monitor.judge(1.0 + 2.99 * deviation, 1.0, 10) == Verdict.GOOD
+    assert monitor.judge(1.0 + 3.01 * deviation, 1.0, 10) == Verdict.SPIKE
 
 
 def test_state_survives_a_checkpoint() -> None:
-    guard = Guard(
+    monitor = DivergenceMonitor(
         Spike(deviations=1.0, window=2), skipped=3, in_a_row=1, rewinds=1, passed_over=[4, 5], losses=[0.1, 0.2]
     )
-    other = Guard(guard.spike)
-    other.load_state(guard.state())
-    assert other == guard
+    other = DivergenceMonitor(monitor.spike)
+    other.load_state(monitor.state())
+    assert other == monitor

@@ -138,7 +138,7 @@ def test_two_jobs_do_not_write_to_one_run(config: Path, tmp_path: Path) -> None:
     first = Run(config, tmp_path / "run", *long).steps(1)
     second = Run(config, tmp_path / "run", *long)
     assert second.finish() == EXIT_USER_ERROR, second.output
-    assert "is being written to by another job" in second.output
+    assert "is in use by another job" in second.output
     first.process.send_signal(signal.SIGUSR1)
     assert first.finish() == EXIT_REQUEUE
 
@@ -162,7 +162,7 @@ def test_a_full_disk(config: Path, unbroken: list[dict], tmp_path: Path) -> None
     assert found["status"] == 0
     assert found["metrics"] == unbroken
     assert "the next checkpoint needs" in found["failures"][0]
-    assert "Free" in found["failures"][0] and "Training goes on" in found["failures"][0]
+    assert "Free" in found["failures"][0] and "Training continues" in found["failures"][0]
     assert found["whole_while_full"] == ["step-00000010"]
 
 
@@ -180,8 +180,8 @@ def test_a_failed_write_leaves_the_last_checkpoint(config: Path, tmp_path: Path)
     assert run.finish() == EXIT_USER_ERROR, run.output
     assert "could not be written" in run.output
     assert re.search("File too large|a limit on file sizes", run.output)  # by where in the file the limit lies
-    assert "This was failure 2 in a row (checkpoint.max_failures)" in run.output
-    (good,) = set(re.findall(r"the last good checkpoint is (\S+)\.", run.output))
+    assert "This is failure 2 in a row (checkpoint.max_failures)" in run.output
+    (good,) = set(re.findall(r"The last good checkpoint is (\S+)\.", run.output))
     assert Path(good).name == (tmp_path / "run" / "checkpoints" / "latest").read_text().strip()
     failed = events(tmp_path / "run", "save failed")
     assert len(failed) == 1

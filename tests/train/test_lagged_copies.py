@@ -11,12 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_iwsft.checkpoint.info import CheckpointInfo, hugging_face_reader
+from megatron_iwsft.checkpoint.info import CheckpointInfo
+from megatron_iwsft.checkpoint.tensors import hugging_face_reader
 from megatron_iwsft.config.loader import parse_config
 from megatron_iwsft.config.schema import Config
 from megatron_iwsft.data.corpus import Corpus
 from megatron_iwsft.errors import ConfigError
-from megatron_iwsft.reference.sidecar import WithCompanions
+from megatron_iwsft.reference.frozen_stage import StageWithFrozenModels
 from megatron_iwsft.testing import run_distributed
 from megatron_iwsft.train.setup import make_sampler
 from tests.support import plain, tiny
@@ -163,7 +164,7 @@ def test_microbatch_marks_reach_every_model() -> None:
         def set_is_first_microbatch(self) -> None:
             marked.append(self.name)
 
-    WithCompanions(Stage("policy"), [Stage("reference"), Stage("proposal")]).set_is_first_microbatch()
+    StageWithFrozenModels(Stage("policy"), [Stage("reference"), Stage("proposal")]).set_is_first_microbatch()
     assert marked == ["policy", "reference", "proposal"]
 
 

@@ -19,8 +19,7 @@ from megatron_iwsft.data.sampler import Quality, Sampler
 from megatron_iwsft.hf.architecture import Architecture
 from megatron_iwsft.hf.directory import RandomInit
 from megatron_iwsft.hf.mapping import shapes
-from megatron_iwsft.objectives.functions import OBJECTIVES as FUNCTIONS
-from megatron_iwsft.objectives.functions import Settings
+from megatron_iwsft.objectives.functions import OBJECTIVES, Settings
 from megatron_iwsft.testing import run_distributed, whole_gradients
 from tests.support import plain, tiny
 
@@ -30,19 +29,26 @@ SEQ_LENGTH = 64
 
 
 @dataclass(frozen=True)
-class Layout:
+class Case:
+    """Parallel degrees, and what else may not change a number. expert None: a dense model."""
+
     tensor: int = 1
     pipeline: int = 1
-    virtual: int | None = None
+    virtual_pipeline: int | None = None
     context: int = 1
+    expert: int | None = None
     sequence: bool = False
+    layers_per_stage: tuple[int, ...] | None = None
     packing: str = "best_fit"
     micro_batch_size: int = 1
     tied: bool = False
-    layers_per_stage: tuple[int, ...] | None = None
     recompute: str = "none"
     overlap: bool = False
-    expert: int | None = None  # None: a dense model
+
+    @property
+    def degrees(self) -> dict:
+        names = ("tensor", "pipeline", "virtual_pipeline", "context", "sequence", "layers_per_stage")
+        return {name: getattr(self, name) for name in names} | {"expert": self.expert or 1}
 
     def __str__(self) -> str:
         names = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
@@ -50,87 +56,87 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Objective:
-    name: str = "iw_sft"
-    level: str = "sequence"
-    normalize: str = "tokens"
-    temperature: float = 1.0
-    clip: tuple[float, float] = (0.2, 3.0)
+class Loss:
+    """A built-in objective with settings."""
+
+    name: str
+    settings: Settings
 
     def __str__(self) -> str:
-        return f"{self.name}/{self.level}/{self.normalize}"
+        return f"{self.name}/{self.settings.level}/{self.settings.normalize}"
 
 
-LAYOUTS = {
+CASES = {
     1: [
-        Layout(),
-        Layout(packing="none", micro_batch_size=2),
-        Layout(micro_batch_size=4, tied=True),
-        Layout(recompute="selective"),
-        Layout(recompute="full"),
-        Layout(overlap=True),
-        Layout(expert=1, micro_batch_size=2),
-        Layout(expert=1, packing="none", tied=True, recompute="full"),
+        Case(),
+        Case(packing="none", micro_batch_size=2),
+        Case(micro_batch_size=4, tied=True),
+        Case(recompute="selective"),
+        Case(recompute="full"),
+        Case(overlap=True),
+        Case(expert=1, micro_batch_size=2),
+        Case(expert=1, packing="none", tied=True, recompute="full"),
     ],
     2: [
-        Layout(tensor=2),
-        Layout(tensor=2, sequence=True, tied=True, recompute="full"),
-        Layout(pipeline=2, tied=True),
-        Layout(pipeline=2, virtual=2, tied=True),
-        Layout(pipeline=2, layers_per_stage=(5, 3)),
-        Layout(pipeline=2, virtual=2, layers_per_stage=(1, 2, 4, 1), recompute="selective"),
-        Layout(context=2),
-        Layout(context=2, packing="none", micro_batch_size=2, recompute="full"),
-        Layout(),  # data parallel 2
-        Layout(packing="none", overlap=True),
-        Layout(expert=2),
-        Layout(expert=1, tensor=2, sequence=True, packing="none"),
-        Layout(expert=1, pipeline=2, virtual=2, recompute="full"),
+        Case(tensor=2),
+        Case(tensor=2, sequence=True, tied=True, recompute="full"),
+        Case(pipeline=2, tied=True),
+        Case(pipeline=2, virtual_pipeline=2, tied=True),
+        Case(pipeline=2, layers_per_stage=(5, 3)),
+        Case(pipeline=2, virtual_pipeline=2, layers_per_stage=(1, 2, 4, 1), recompute="selective"),
+        Case(context=2),
+        Case(context=2, packing="none", micro_batch_size=2, recompute="full"),
+        Case(),  # data parallel 2
+        Case(packing="none", overlap=True),
+        Case(expert=2),
+        Case(expert=1, tensor=2, sequence=True, packing="none"),
+        Case(expert=1, pipeline=2, virtual_pipeline=2, recompute="full"),
     ],
     4: [
-        Layout(tensor=4),  # two key-value heads over four ranks
-        Layout(tensor=4, sequence=True, tied=True),
-        Layout(tensor=2, sequence=True, pipeline=2),
-        Layout(tensor=2, pipeline=2, virtual=2, tied=True),
-        Layout(tensor=2, sequence=True, context=2),
-        Layout(tensor=2, overlap=True),  # data parallel 2
-        Layout(pipeline=4, tied=True),
-        Layout(pipeline=4, virtual=2),
-        Layout(pipeline=2, context=2, tied=True),
-        Layout(pipeline=2, micro_batch_size=2),  # data parallel 2
-        Layout(context=4),
-        Layout(context=2, packing="none"),  # data parallel 2
-        Layout(micro_batch_size=2),  # data parallel 4
-        Layout(expert=2, tensor=2, sequence=True, pipeline=2, tied=True),
-        Layout(expert=4, tensor=2, sequence=True, context=2),
-        Layout(expert=2, micro_batch_size=2),  # data parallel 4
+        Case(tensor=4),  # two key-value heads over four ranks
+        Case(tensor=4, sequence=True, tied=True),
+        Case(tensor=2, sequence=True, pipeline=2),
+        Case(tensor=2, pipeline=2, virtual_pipeline=2, tied=True),
+        Case(tensor=2, sequence=True, context=2),
+        Case(tensor=2, overlap=True),  # data parallel 2
+        Case(pipeline=4, tied=True),
+        Case(pipeline=4, virtual_pipeline=2),
+        Case(pipeline=2, context=2, tied=True),
+        Case(pipeline=2, micro_batch_size=2),  # data parallel 2
+        Case(context=4),
+        Case(context=2, packing="none"),  # data parallel 2
+        Case(micro_batch_size=2),  # data parallel 4
+        Case(expert=2, tensor=2, sequence=True, pipeline=2, tied=True),
+        Case(expert=4, tensor=2, sequence=True, context=2),
+        Case(expert=2, micro_batch_size=2),  # data parallel 4
     ],
     8: [
-        Layout(tensor=4, sequence=True, pipeline=2, virtual=2, tied=True),
-        Layout(tensor=2, sequence=True, pipeline=2, context=2, packing="none"),
-        Layout(expert=4, tensor=2, sequence=True, pipeline=2, micro_batch_size=2),  # data parallel 2
+        Case(tensor=4, sequence=True, pipeline=2, virtual_pipeline=2, tied=True),
+        Case(tensor=2, sequence=True, pipeline=2, context=2, packing="none"),
+        Case(expert=4, tensor=2, sequence=True, pipeline=2, micro_batch_size=2),  # data parallel 2
     ],
 }
-OBJECTIVES = [
-    Objective("sft"),
-    Objective(normalize="weights"),
-    Objective(level="token", normalize="sequences"),
-    Objective("dft"),
-    Objective("psft", level="token", clip=(0.8, 1.28)),
+CLIP = (0.2, 3.0)
+LOSSES = [
+    Loss("sft", Settings(clip=CLIP)),
+    Loss("iw_sft", Settings(clip=CLIP, normalize="weights")),
+    Loss("iw_sft", Settings("token", clip=CLIP, normalize="sequences")),
+    Loss("dft", Settings(clip=CLIP)),
+    Loss("psft", Settings("token", clip=(0.8, 1.28))),
 ]
 ROUTER_BALANCE = 0.1  # where there are experts and a denominator known beforehand
 
 
-def model(layout: Layout) -> dict:
+def model(case: Case) -> dict:
     changes = dict(num_hidden_layers=8, hidden_size=32, num_attention_heads=8, num_key_value_heads=2)
-    if layout.expert is None:
-        return tiny.model_config(**changes, intermediate_size=64, tie_word_embeddings=layout.tied)
+    if case.expert is None:
+        return tiny.model_config(**changes, intermediate_size=64, tie_word_embeddings=case.tied)
     moe = dict(moe_intermediate_size=24, num_experts=4, num_experts_per_tok=2, norm_topk_prob=True, head_dim=8)
-    return tiny.model_config("qwen3_moe", **changes | dict(num_hidden_layers=4) | moe, tie_word_embeddings=layout.tied)
+    return tiny.model_config("qwen3_moe", **changes | dict(num_hidden_layers=4) | moe, tie_word_embeddings=case.tied)
 
 
-def router_balance(layout: Layout, objective: Objective) -> float:
-    return 0.0 if layout.expert is None or objective.normalize == "weights" else ROUTER_BALANCE
+def router_balance(case: Case, loss: Loss) -> float:
+    return 0.0 if case.expert is None or loss.settings.normalize == "weights" else ROUTER_BALANCE
 
 
 def reference_logprobs(corpus: Corpus):
@@ -162,66 +168,57 @@ def sampler(corpus: Corpus, packing: str) -> Sampler:
     )
 
 
-def batches(corpus: Corpus, layout: Layout, data_rank: int, data_size: int, context_rank: int = 0) -> BatchBuilder:
-    row = layout.micro_batch_size * SEQ_LENGTH if layout.packing == "best_fit" else None
+def batches(corpus: Corpus, case: Case, data_rank: int, data_size: int, context_rank: int = 0) -> BatchBuilder:
+    row = case.micro_batch_size * SEQ_LENGTH if case.packing == "best_fit" else None
     return BatchBuilder(
         corpus,
-        sampler(corpus, layout.packing),
-        RowShape.of(tensor=layout.tensor, context=layout.context, row_length=row),
-        micro_batch_size=layout.micro_batch_size,
+        sampler(corpus, case.packing),
+        RowShape.of(tensor=case.tensor, context=case.context, row_length=row),
+        micro_batch_size=case.micro_batch_size,
         data_rank=data_rank,
         data_size=data_size,
         context_rank=context_rank,
-        context_size=layout.context,
+        context_size=case.context,
         reference=reference_logprobs(corpus),
     )
 
 
-def run_layouts(platform, corpus_dir: str, layouts: list[Layout], objectives: list[Objective]):
+def run_cases(platform, corpus_dir: str, cases: list[Case], losses: list[Loss]):
     """In every process: loss and whole gradients of step 0 for each layout and objective."""
-    from megatron_iwsft.model.gpt import ModelSettings, build_model, load_weights
+    from megatron_iwsft.model.gpt import ModelSettings, build_model
+    from megatron_iwsft.model.parameters import load_weights
     from megatron_iwsft.train.optim import wrap_for_gradients
     from megatron_iwsft.train.step import TrainStep
 
     corpus = Corpus.open(corpus_dir)
     out = {}
-    for layout in layouts:
-        parallel = platform.parallel(
-            tensor=layout.tensor,
-            pipeline=layout.pipeline,
-            context=layout.context,
-            expert=layout.expert or 1,
-            virtual_pipeline=layout.virtual,
-        )
-        arch = Architecture.from_hf(model(layout), where="test")
-        settings = ModelSettings(
-            sequence_parallel=layout.sequence, layers_per_stage=layout.layers_per_stage, recompute=layout.recompute
-        )
-        policy = build_model(arch, parallel, platform, settings)
+    for case in cases:
+        parallel = platform.parallel(**case.degrees)
+        arch = Architecture.from_hf(model(case), where="test")
+        policy = build_model(arch, parallel, platform, ModelSettings(recompute=case.recompute))
         load_weights(policy, RandomInit(arch, 5), parallel)
-        chunks = wrap_for_gradients(policy, Optimizer(distributed=False, overlap_grad_reduce=layout.overlap))
-        builder = batches(corpus, layout, parallel.dp.rank(), parallel.dp.size(), parallel.cp.rank())
-        for objective in objectives:
-            settings = Settings(objective.level, objective.temperature, objective.clip, objective.normalize)
+        chunks = wrap_for_gradients(policy, Optimizer(distributed=False, overlap_grad_reduce=case.overlap))
+        builder = batches(corpus, case, parallel.dp.rank(), parallel.dp.size(), parallel.cp.rank())
+        for loss in losses:
             step = TrainStep(
                 chunks,
                 parallel,
                 platform.device,
-                FUNCTIONS[objective.name],
-                settings,
-                router_balance=router_balance(layout, objective),
+                OBJECTIVES[loss.name],
+                loss.settings,
+                router_balance=router_balance(case, loss),
             )
-            metrics = step.forward_backward(builder.at_step(compared_step(layout.packing)))
+            metrics = step.forward_backward(builder.at_step(compared_step(case.packing)))
             found = (metrics["loss"], metrics.get("router_balance", 0.0))
-            out[layout, objective] = (found, whole_gradients(chunks, parallel))
+            out[case, loss] = (found, whole_gradients(chunks, parallel))
     return out if platform.rank == 0 else None
 
 
 @lru_cache
-def expected(corpus_dir: str, packing: str, tied: bool, has_experts: bool, objective: Objective):
+def expected(corpus_dir: str, packing: str, tied: bool, has_experts: bool, loss: Loss):
     """Loss, routers' balance loss and gradients of the same global batch from the plain model, in float64."""
-    layout = Layout(packing=packing, tied=tied, expert=1 if has_experts else None)
-    corpus, config = Corpus.open(corpus_dir), model(layout)
+    case = Case(packing=packing, tied=tied, expert=1 if has_experts else None)
+    corpus, config = Corpus.open(corpus_dir), model(case)
     arch = Architecture.from_hf(config, where="test")
     source = RandomInit(arch, 5)
     weights = {n: source.read(n, (0, 0, s[0])).double().requires_grad_() for n, s in shapes(arch).items()}
@@ -233,13 +230,13 @@ def expected(corpus_dir: str, packing: str, tied: bool, has_experts: bool, objec
         routed: list = []
         logprobs = plain.logprobs(weights, config, tokens, routed)
         batch.append((logprobs, torch.from_numpy(reference(i)[1:]), mask, float(np.float32(corpus.scores[i]))))
-        unit = int(mask.sum()) if objective.normalize == "tokens" else 1
+        unit = int(mask.sum()) if loss.settings.normalize == "tokens" else 1
         balance = balance + unit * plain.router_balance(routed, config, torch.cat([mask, mask.new_zeros(1)]))
         units += unit
-    loss, coefficient = plain.loss(batch, vars(objective)), router_balance(layout, objective)
-    gradients = torch.autograd.grad(loss + coefficient * balance / units, list(weights.values()))
+    value, coefficient = plain.loss(batch, {"name": loss.name, **vars(loss.settings)}), router_balance(case, loss)
+    gradients = torch.autograd.grad(value + coefficient * balance / units, list(weights.values()))
     balance = balance / (units * config["num_hidden_layers"]) if coefficient else 0.0
-    return (loss.item(), float(balance)), dict(zip(weights, gradients, strict=True))
+    return (value.item(), float(balance)), dict(zip(weights, gradients, strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -247,25 +244,27 @@ def corpus(tmp_path_factory) -> Corpus:
     return tiny.token_corpus(tmp_path_factory.mktemp("layouts"), LENGTHS, scores=True)
 
 
+WORLD_SIZES = [1, 2, *(pytest.param(n, marks=pytest.mark.slow) for n in (4, 8))]
+
+
 @pytest.mark.parallel
-@pytest.mark.parametrize("world_size", LAYOUTS)
+@pytest.mark.numerics
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_layouts_agree_with_plain_torch(world_size: int, corpus: Corpus) -> None:
-    found = run_distributed(run_layouts, world_size, str(corpus.directory), LAYOUTS[world_size], OBJECTIVES)[0]
+    found = run_distributed(run_cases, world_size, str(corpus.directory), CASES[world_size], LOSSES)[0]
     print(
         f"\n{'layout, of ' + str(world_size) + ' processes':64} {'objective':26} {'loss off by':>11} {'worst gradient':>14}"
     )
     complaints = []
-    for (layout, objective), (losses, gradients) in found.items():
-        want_losses, want = expected(
-            str(corpus.directory), layout.packing, layout.tied, layout.expert is not None, objective
-        )
+    for (case, loss), (losses, gradients) in found.items():
+        want_losses, want = expected(str(corpus.directory), case.packing, case.tied, case.expert is not None, loss)
         loss_error = max(abs(x - y) / abs(y) if y else abs(x) for x, y in zip(losses, want_losses, strict=True))
         errors = {name: relative_error(gradients[name], gradient) for name, gradient in want.items()}
-        print(f"{layout!s:64} {objective!s:26} {loss_error:11.1e} {max(errors.values()):14.1e}")
+        print(f"{case!s:64} {loss!s:26} {loss_error:11.1e} {max(errors.values()):14.1e}")
         if not loss_error <= TOLERANCE:
-            complaints.append(f"[{layout}] {objective}: loss, router balance {losses}, expected {want_losses}")
+            complaints.append(f"[{case}] {loss}: loss, router balance {losses}, expected {want_losses}")
         complaints += [
-            f"[{layout}] {objective}: {name} off by {error:.2e}; norms {gradients[name].norm():.6g}, expected {want[name].norm():.6g}"
+            f"[{case}] {loss}: {name} off by {error:.2e}; norms {gradients[name].norm():.6g}, expected {want[name].norm():.6g}"
             for name, error in errors.items()
             if not error <= TOLERANCE
         ]
@@ -274,13 +273,11 @@ def test_layouts_agree_with_plain_torch(world_size: int, corpus: Corpus) -> None
 
 @pytest.mark.parametrize("packing", ["best_fit", "none"])
 def test_the_compared_batch_is_partial_and_uneven(packing: str, corpus: Corpus) -> None:
-    layout, step = Layout(packing=packing), compared_step(packing)
-    trained = [
-        [float(batch.mask.sum()) for batch in batches(corpus, layout, rank, 2).at_step(step)] for rank in range(2)
-    ]
+    case, step = Case(packing=packing), compared_step(packing)
+    trained = [[float(batch.mask.sum()) for batch in batches(corpus, case, rank, 2).at_step(step)] for rank in range(2)]
     assert 0.0 in trained[0] + trained[1], "no micro-batch is all padding"
     assert sum(trained[0]) != sum(trained[1])
-    alone = [[float(b.mask.sum()) for b in batches(corpus, layout, rank, 8).at_step(step)] for rank in range(8)]
+    alone = [[float(b.mask.sum()) for b in batches(corpus, case, rank, 8).at_step(step)] for rank in range(8)]
     assert [0.0] in alone, "no rank has padding only"
 
 

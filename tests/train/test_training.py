@@ -12,7 +12,8 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from megatron_iwsft.checkpoint.info import CheckpointInfo, CheckpointTensors
+from megatron_iwsft.checkpoint.info import CheckpointInfo
+from megatron_iwsft.checkpoint.tensors import CheckpointTensors
 from megatron_iwsft.config.loader import parse_config
 from megatron_iwsft.config.schema import Config
 from megatron_iwsft.data.corpus import Corpus, file_hash
@@ -217,7 +218,7 @@ def test_checkpoints_are_kept_as_configured(runs: Path) -> None:
 
 
 def test_the_exported_model_gives_the_log_probs_that_training_reported(runs: Path, tmp_path: Path) -> None:
-    from megatron_iwsft.convert.parity import export_checkpoint
+    from megatron_iwsft.convert.export import export_checkpoint
     from megatron_iwsft.evaluate.score import score_corpus
 
     reported = metrics(runs / "unpacked")[-1]["eval_nll"]
@@ -227,7 +228,7 @@ def test_the_exported_model_gives_the_log_probs_that_training_reported(runs: Pat
 
 
 def test_a_running_job_exports_what_its_checkpoints_hold(runs: Path, tmp_path: Path) -> None:
-    from megatron_iwsft.convert.parity import export_checkpoint
+    from megatron_iwsft.convert.export import export_checkpoint
 
     exports = runs / "overlap" / "hf"
     assert sorted(p.name for p in exports.iterdir()) == ["step-00000007", "step-00000014"]
@@ -326,7 +327,7 @@ def test_mistakes_are_told(runs: Path) -> None:
     expected = {
         "an edited objective": (ConfigError, "own.py:mine has changed since"),
         "no sidecar": (DataError, "has no reference log-probs of this reference model"),
-        "live reference of another size": (ConfigError, "needs a reference of the policy's hidden size"),
+        "live reference of another size": (ConfigError, "needs a reference with the policy's hidden size"),
         "never resumes": (ConfigError, "checkpoint.resume is never, but"),
         "another objective": (ConfigError, "objective.temperature is 1.0, but"),
         "another corpus": (ConfigError, "is not the corpus that"),
@@ -337,7 +338,7 @@ def test_mistakes_are_told(runs: Path) -> None:
         "truncated sidecar": (DataError, "where its index announces"),
         "flipped sidecar": (DataError, "shard-00000.bin is damaged: its checksum"),
         "wrong values": (DataError, "policy and reference are the same model, yet their log-probs differ by"),
-        "other tokenizer": (DataError, "was made with another tokenizer than"),
+        "other tokenizer": (DataError, "was made with a different tokenizer than"),
         "too many layers": (ConfigError, "4 layers do not divide into 8 pipeline stages"),
         "too many ranks": (ConfigError, "does not divide the world size of 2 processes"),
         "no checkpoint": (CheckpointError, "holds no complete checkpoint"),

@@ -97,7 +97,8 @@ def state_dicts(platform: Any, model: dict[str, Any]) -> dict[str, tuple[float, 
     from megatron_iwsft.config.schema import Optimizer
     from megatron_iwsft.hf.architecture import Architecture
     from megatron_iwsft.hf.directory import RandomInit
-    from megatron_iwsft.model.gpt import ModelSettings, build_model, load_weights
+    from megatron_iwsft.model.gpt import ModelSettings, build_model
+    from megatron_iwsft.model.parameters import load_weights
     from megatron_iwsft.train.optim import build_optimizer, wrap_for_gradients
 
     architecture = Architecture.from_hf(model, where="the bench")

@@ -210,14 +210,14 @@ def train_and_export(run: dict[str, Any]) -> Path:
     import yaml
 
     from megatron_iwsft.config.loader import parse_config
-    from megatron_iwsft.objectives.custom import find_objective, needs_reference
+    from megatron_iwsft.objectives.custom import find_objective
     from megatron_iwsft.train.precompute import precompute_reference
     from megatron_iwsft.train.trainer import train
 
     exported = Path(run["run"]["dir"]) / "hf" / f"step-{run['data']['max_steps']:08d}"
     if not exported.exists():
         config = parse_config(yaml.safe_dump(run, allow_unicode=True), [], where=run["run"]["name"])
-        if needs_reference(find_objective(config.objective.name)):
+        if find_objective(config.objective.name).needs_reference:
             precompute_reference(config)
         train(config)
     return exported

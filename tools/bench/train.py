@@ -286,17 +286,17 @@ def trainer_steps(config: Any, steps: int) -> Iterator[dict[str, Any]]:
 
     from megatron_iwsft.distributed.context import stop
     from megatron_iwsft.distributed.stop_signals import StopSignals
-    from megatron_iwsft.train.setup import start_job
+    from megatron_iwsft.train.setup import check, start
     from megatron_iwsft.train.trainer import Trainer
 
     with StopSignals() as signals:
-        job = start_job(config)
-        with job.watchdog() as watch, ExitStack() as at_exit:
-            trainer = Trainer(job, watch, signals, at_exit)
+        run = start(check(config, world_size=int(os.environ.get("WORLD_SIZE", "1"))))
+        with run.watchdog() as watch, ExitStack() as at_exit:
+            trainer = Trainer(run, watch, signals, at_exit)
             for number in range(1, steps + 1):
-                stepped = trainer.train_step(number)
-                assert stepped is not None, "no spike is looked for"
-                yield stepped[0]
+                result = trainer.train_step(number)
+                assert result is not None, "no spike is looked for"
+                yield result.metrics
     stop()
 
 

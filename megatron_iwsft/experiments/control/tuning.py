@@ -13,7 +13,8 @@ from megatron_iwsft.errors import DivergenceError
 from megatron_iwsft.experiments.control.config import Objective, Training
 from megatron_iwsft.experiments.control.policy import AveragedPolicy, GaussianPolicy
 from megatron_iwsft.experiments.control.replay import Replay
-from megatron_iwsft.objectives.functions import OBJECTIVES, SUMS, Trajectories, local_segment_sum, micro_batch_loss
+from megatron_iwsft.objectives.functions import OBJECTIVES, Trajectories, local_segment_sum
+from megatron_iwsft.objectives.loss import micro_batch_loss, sum_names
 
 
 @dataclass(frozen=True)
@@ -89,12 +90,14 @@ def tune(
         else None
     )
     optimizer = torch.optim.Adam(policy.parameters(), lr=settings.lr)
-    totals = torch.zeros(len(SUMS), dtype=torch.float64)
+    function = OBJECTIVES[objective.name]
+    names = sum_names(function)
+    totals = torch.zeros(len(names), dtype=torch.float64)
     for step in range(settings.steps):
         episodes = curated[torch.randint(len(curated), (settings.batch_size,), generator=generator)]
         batch = batch_of(policy, replay, episodes, average.average if average else None, reference)
-        out = micro_batch_loss(OBJECTIVES[objective.name], batch, objective.settings)
-        denominator = float(out.sums[SUMS.index("denominator")])
+        out = micro_batch_loss(function, batch, objective.settings)
+        denominator = float(out.sums[names.index("denominator")])
         if not math.isfinite(denominator) or denominator <= 0 or not bool(torch.isfinite(out.loss)):
             raise DivergenceError(
                 f"the loss of update {step + 1} is {float(out.loss)} over {denominator}; lower the learning rate."
@@ -108,7 +111,7 @@ def tune(
             average.after_step(step + 1, policy)
         if step >= settings.steps - max(1, settings.steps // 10):
             totals += out.sums
-    last = dict(zip(SUMS, totals.tolist(), strict=True))
+    last = dict(zip(names, totals.tolist(), strict=True))
     return Tuned(
         policy=policy,
         nll=last["nll"] / last["tokens"],

@@ -14,7 +14,8 @@ from megatron_iwsft.experiments.control.config import Objective, Training
 from megatron_iwsft.experiments.control.policy import GaussianPolicy
 from megatron_iwsft.experiments.control.replay import Episode, Replay
 from megatron_iwsft.experiments.control.tuning import batch_of, learning_rate, log_probs, tune
-from megatron_iwsft.objectives.functions import SUMS, iw_sft, micro_batch_loss
+from megatron_iwsft.objectives.functions import iw_sft
+from megatron_iwsft.objectives.loss import micro_batch_loss, sum_names
 
 LENGTHS = [40, 7, 1000, 25, 1, 60]
 
@@ -66,7 +67,7 @@ def test_loss_and_gradient_are_the_formulas(replay: Replay, level: str, spread: 
     episodes = torch.tensor([2, 0, 4, 5, 2])
     batch = batch_of(current, replay, episodes, proposal, log_probs(reference, replay))
     out = micro_batch_loss(iw_sft, batch, objective.settings)
-    denominator = out.sums[SUMS.index("denominator")]
+    denominator = out.sums[sum_names(iw_sft).index("denominator")]
     gradients = torch.autograd.grad(out.loss / denominator, list(current.parameters()))
 
     wide = [copy.deepcopy(p).double() for p in (current, proposal, reference)]
@@ -85,7 +86,7 @@ def test_loss_and_gradient_are_the_formulas(replay: Replay, level: str, spread: 
         assert float((a.double() - b).norm() / b.norm()) < 1e-4
     assert all(np.isfinite(weights))
     if spread > 1:
-        assert float(out.sums[SUMS.index("clipped")]) > 0 or min(weights) < 1e-3
+        assert float(out.sums[sum_names(iw_sft).index("clipped")]) > 0 or min(weights) < 1e-3
 
 
 def test_until_the_proposal_moves_iw_sft_is_sft(replay: Replay) -> None:

@@ -1,0 +1,66 @@
+"""Where a model's weights come from: a Hugging Face directory, a checkpoint, or a seed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from contextlib import closing
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_iwsft.checkpoint.info import TOKENIZER, CheckpointInfo
+from megatron_iwsft.checkpoint.load import load
+from megatron_iwsft.checkpoint.state import TrainState
+from megatron_iwsft.config.schema import Model
+from megatron_iwsft.distributed.context import ParallelContext
+from megatron_iwsft.hf.architecture import Architecture
+from megatron_iwsft.hf.directory import RandomInit, ReadingProgress, SafetensorsDirectory, tokenizer_files
+from megatron_iwsft.model.gpt import PolicyModel
+from megatron_iwsft.model.parameters import load_weights
+from megatron_iwsft.utils.files import sampled_fingerprint
+
+
+class InitialWeights:
+    """The weights that a config's `model` section names, not yet read.
+
+    architecture     the model they are for
+    fingerprint      SHA-256 that changes with the weights or the architecture
+    described        for people
+    tokenizer_files  that come with them
+    """
+
+    architecture: Architecture
+
+    def __init__(self, model: Model, seed: int) -> None:
+        self._source: SafetensorsDirectory | RandomInit | None = None
+        self.tokenizer_files: list[Path] = []
+        if model.hf is not None:
+            self._source = SafetensorsDirectory(model.hf)
+            self.architecture = self._source.architecture
+            contents = sampled_fingerprint(Path(model.hf), "*.safetensors")
+            self.described = model.hf
+            self.tokenizer_files = tokenizer_files(Path(model.hf))
+        elif model.checkpoint is not None:
+            self._info = CheckpointInfo.read(model.checkpoint)
+            self.architecture = self._info.architecture
+            contents = sampled_fingerprint(self._info.directory, "*.distcp")
+            self.described = str(self._info.directory)
+            self.tokenizer_files = sorted((self._info.directory / TOKENIZER).glob("*"))
+        else:
+            assert model.config is not None
+            self.architecture = Architecture.from_hf(model.config, where="model.config")
+            self._source = RandomInit(self.architecture, seed)
+            contents = f"seed {seed}"
+            self.described = f"random initialisation with seed {seed}"
+        identity = json.dumps([self.architecture.hf, contents], sort_keys=True)
+        self.fingerprint = hashlib.sha256(identity.encode()).hexdigest()
+
+    def load(self, chunks: list[PolicyModel], parallel: ParallelContext) -> None:
+        """Fill this rank's chunks. Collective over all ranks for a checkpoint."""
+        if self._source is not None:
+            total = sum(p.numel() for chunk in chunks for p in chunk.parameters())
+            with closing(ReadingProgress(self._source, total, shown=dist.get_rank() == 0)) as source:
+                load_weights(chunks, source, parallel)
+        else:
+            load(self._info.directory, TrainState(chunks))

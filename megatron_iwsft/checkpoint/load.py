@@ -1,0 +1,46 @@
+"""Loading a checkpoint made at any layout into a model, or a whole run's state, at this one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException  # a BaseException
+
+from megatron_iwsft.checkpoint import integrity
+from megatron_iwsft.checkpoint.info import CheckpointInfo, one_line
+from megatron_iwsft.checkpoint.state import TrainState
+from megatron_iwsft.errors import CheckpointError
+
+
+def load(directory: Path, state: TrainState, *, random: bool = False) -> None:
+    """Load what `state` has parts for; `random` states only at the layout that the checkpoint was saved at.
+
+    Collective over all ranks, which share the work of checking its files. Raises CheckpointError on all of them if it is damaged
+    or not to be trusted.
+    """
+    from megatron.core import dist_checkpointing
+
+    info = CheckpointInfo.read(directory)
+    verify(info)
+    wanted = state.sharded(random=random)
+    try:
+        # Megatron-Core's access check gathers every rank's requests on every rank, and ignores pieces of parameters.
+        loaded = dist_checkpointing.load(wanted, str(directory), validate_access_integrity=False)
+    except (Exception, CheckpointException) as error:  # a damaged file raises many kinds
+        raise CheckpointError(f"{directory} cannot be loaded: {one_line(error)}") from error
+    state.load_sharded(loaded)
+    state.load_host_states(info.host)
+    state.step = info.step
+
+
+def verify(info: CheckpointInfo) -> None:
+    """Check owner and checksum of every file; each rank checks some. Collective; raises CheckpointError on all ranks."""
+    integrity.check_owner(info.directory, info.files)
+    names = sorted(info.files)[dist.get_rank() :: dist.get_world_size()]
+    complaints: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(complaints, integrity.damage(info.directory, info.files, names))
+    found = [text for rank in complaints for text in rank]
+    if found:
+        raise CheckpointError("; ".join(found) + ".")

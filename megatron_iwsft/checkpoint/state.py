@@ -1,0 +1,90 @@
+"""`TrainState`: everything of a run that a checkpoint holds, as Megatron-Core's sharded state dict."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch.distributed as dist
+
+from megatron_iwsft.checkpoint.optimizer_state import load_optimizer_state, sharded_optimizer_state
+from megatron_iwsft.distributed.mcore_compat import random_states, set_random_states
+from megatron_iwsft.reference.lagged_copy import LaggedCopy
+
+
+class HostState(Protocol):
+    """Small state kept on the host, the same on every rank, saved as JSON."""
+
+    def state(self) -> dict[str, Any]: ...
+
+    def load_state(self, state: dict[str, Any]) -> None: ...
+
+
+def _nothing() -> None:
+    return None
+
+
+@dataclass
+class TrainState:
+    """A run's state.
+
+    policy     this rank's model chunks, without DistributedDataParallel
+    optimizer, schedule  Megatron-Core's; None for weights alone
+    lagged     copies that follow the policy
+    host       name → small state, such as the divergence monitor
+    before_reading  called before parameters are saved or exported: overlapped gathering may not have delivered them yet
+    step       finished steps
+    """
+
+    policy: list[Any]
+    optimizer: Any | None = None
+    schedule: Any | None = None
+    lagged: Sequence[LaggedCopy] = ()
+    host: dict[str, HostState] = field(default_factory=dict)
+    before_reading: Callable[[], None] = _nothing
+    step: int = 0
+
+    def sharded(self, *, random: bool) -> dict[str, Any]:
+        """Megatron-Core's sharded state dict; with `random`, of this rank's random states too. Not collective."""
+        from megatron.core.dist_checkpointing import ShardedObject
+
+        # One key per layer, so that any pipeline split and the exporter find it. Megatron-Core adds this layout's process groups.
+        metadata: dict[str, Any] = {"non_homogeneous_layers": True}
+        state: dict[str, Any] = {
+            f"model{i}": chunk.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(self.policy)
+        }
+        if self.optimizer is not None:
+            # Chunks of an interleaved pipeline number their layers alike: the optimizer looks tensors up, not keys.
+            models = {f"{part}.{name}": tensor for part, tensors in state.items() for name, tensor in tensors.items()}
+            state["optimizer"] = sharded_optimizer_state(self.optimizer, models)
+        if self.schedule is not None:
+            state["schedule"] = self.schedule.state_dict()
+        for copy in self.lagged:
+            state[copy.name] = copy.sharded_state(metadata)
+        if random:
+            state["random"] = ShardedObject("random", random_states(), (dist.get_world_size(),), (dist.get_rank(),))
+        return state
+
+    def load_sharded(self, state: dict[str, Any]) -> None:
+        """Take over a loaded `sharded` state dict."""
+        for i, chunk in enumerate(self.policy):
+            chunk.load_state_dict(state[f"model{i}"], strict=False)
+        if self.optimizer is not None:
+            load_optimizer_state(self.optimizer, state["optimizer"])
+        if self.schedule is not None:
+            self.schedule.load_state_dict(state["schedule"])
+        for copy in self.lagged:
+            copy.load_state(state[copy.name])
+        if "random" in state:
+            set_random_states(state["random"])
+
+    def host_states(self) -> dict[str, Any]:
+        """JSON values."""
+        return {name: part.state() for name, part in self.host.items()}
+
+    def load_host_states(self, states: dict[str, Any]) -> None:
+        """A state that the checkpoint does not have stays as it is."""
+        for name, part in self.host.items():
+            if name in states:
+                part.load_state(states[name])

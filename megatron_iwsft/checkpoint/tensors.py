@@ -1,0 +1,126 @@
+"""Single tensors of a checkpoint made at any layout, read in one process without Megatron-Core or a process group."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException  # a BaseException
+
+from megatron_iwsft.checkpoint import integrity
+from megatron_iwsft.checkpoint.info import CheckpointInfo, one_line
+from megatron_iwsft.errors import CheckpointError
+from megatron_iwsft.hf.architecture import Architecture
+from megatron_iwsft.hf.mapping import named_rows
+
+
+class CheckpointTensors:
+    """Reads single, whole model tensors of a checkpoint in one process, without Megatron-Core or a process group."""
+
+    def __init__(self, directory: Path) -> None:
+        from torch.distributed.checkpoint import FileSystemReader
+
+        self.directory = directory
+        self._files = CheckpointInfo.read(directory).files
+        self._checked: set[str] = set()
+        integrity.check_owner(directory, self._files)
+        self._check(".metadata")
+        self._reader = FileSystemReader(str(directory))
+        try:
+            self._metadata = self._reader.read_metadata()
+        except Exception as error:  # an unreadable pickle raises anything
+            raise CheckpointError(f"{directory / '.metadata'} cannot be read: {one_line(error)}") from None
+        self._where: dict[str, set[str]] = {}
+        for index, stored in self._metadata.storage_data.items():
+            self._where.setdefault(index.fqn, set()).add(stored.relative_path)
+
+    def _check(self, file: str) -> None:
+        """Hash a file before its first use."""
+        if file not in self._checked:
+            if file not in self._files:
+                raise CheckpointError(f"{self.directory / file} is not a file that this checkpoint was written with.")
+            complaints = integrity.damage(self.directory, self._files, [file])
+            if complaints:
+                raise CheckpointError(f"{complaints[0]}.")
+            self._checked.add(file)
+
+    def read(self, name: str) -> Tensor:
+        """The whole tensor `name`. Raises CheckpointError if the checkpoint has none or its file is damaged.
+
+        Peak memory: the tensor, and one rank's shard of it where there are several.
+        """
+        entry = self._metadata.state_dict_metadata.get(name)
+        if entry is None:
+            raise CheckpointError(f"{self.directory} holds no tensor {name}.")
+        out = None
+        for file in sorted(self._where.get(name, ())):
+            self._check(file)
+        for chunk in entry.chunks:
+            try:
+                shard = self._shard(name, chunk.offsets).view(chunk.sizes)
+            except (Exception, CheckpointException) as error:
+                raise CheckpointError(f"{self.directory}: tensor {name} cannot be read: {one_line(error)}") from None
+            if shard.shape == entry.size:
+                return shard
+            if out is None:
+                out = torch.empty(entry.size, dtype=entry.properties.dtype)
+            place = tuple(slice(at, at + n) for at, n in zip(chunk.offsets, chunk.sizes, strict=True))
+            out[place] = shard
+        assert out is not None
+        return out
+
+    def _shard(self, name: str, offsets: torch.Size) -> Tensor:
+        """One stored shard. `torch.distributed.checkpoint.load` would copy it from a second tensor of its size."""
+        from torch.distributed.checkpoint.metadata import MetadataIndex
+
+        place = self._metadata.storage_data[MetadataIndex(name, offsets)]
+        with open(self.directory / place.relative_path, "rb") as file:
+            part: Any = _Part(file, place.offset, place.length)
+            return torch.load(part, map_location="cpu", weights_only=True)
+
+
+class _Part(io.RawIOBase):
+    """A part of an open file, as a file."""
+
+    def __init__(self, file: BinaryIO, start: int, length: int) -> None:
+        self._file, self._start, self._length, self._at = file, start, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        self._file.seek(self._start + self._at)
+        view = memoryview(buffer)[: max(0, self._length - self._at)]
+        got = self._file.readinto(view)  # type: ignore[attr-defined]
+        self._at += got
+        return got
+
+
+def hugging_face_reader(directory: Path, architecture: Architecture) -> tuple[Callable[[str], Tensor], list[str]]:
+    """A function from Hugging Face tensor name to tensor, and the names in the order that reads each parameter once."""
+    tensors = CheckpointTensors(directory)
+    owner = {hf: (name, row) for name, row in named_rows(architecture) for hf in row.hf}
+    cache: dict[str, list[Tensor]] = {}
+
+    def read(hf: str) -> Tensor:
+        name, row = owner[hf]
+        if name not in cache:
+            cache.clear()
+            cache[name] = row.layout.split(tensors.read(name))
+        return cache[name][row.hf.index(hf)]
+
+    return read, list(owner)

@@ -1,0 +1,87 @@
+"""Import: a Hugging Face directory as a checkpoint."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_iwsft.checkpoint.info import LATEST
+from megatron_iwsft.checkpoint.initial_weights import InitialWeights
+from megatron_iwsft.checkpoint.state import TrainState
+from megatron_iwsft.checkpoint.writer import CheckpointWriter
+from megatron_iwsft.config.schema import Model
+from megatron_iwsft.distributed.context import Platform
+from megatron_iwsft.distributed.spawn import run_job
+from megatron_iwsft.errors import CheckpointError, ConfigError
+from megatron_iwsft.hf.directory import DTYPES
+from megatron_iwsft.model.gpt import ModelSettings, build_model
+
+
+def import_directory(
+    source: str | Path,
+    output: str | Path,
+    *,
+    dtype: str = "fp32",
+    tensor: int = 1,
+    pipeline: int = 1,
+    expert: int = 1,
+) -> Path:
+    """Write a Hugging Face directory as a checkpoint (step 0, weights only) under `output`; returns the checkpoint.
+
+    Starts tensor × pipeline processes (or as many as experts are spread over), each of which reads, holds and writes its own part of
+    the model; the calling process stays as it is. Raises CheckpointError or ConfigError, and then leaves nothing.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("an import starts its own processes. Run it without torchrun.")
+    degrees = {"tensor": tensor, "pipeline": pipeline, "expert": expert, "sequence": tensor > 1}
+    world_size = pipeline * math.lcm(tensor, expert)
+    return Path(run_job(_import, world_size, str(source), str(output), dtype, degrees)[0])
+
+
+def _import(platform: Platform, source: str, output: str, dtype: str, degrees: dict[str, Any]) -> str:
+    """On every rank."""
+    if (Path(output) / LATEST).exists():
+        raise CheckpointError(f"{output} already holds checkpoints. Choose another --output.")
+    weights = InitialWeights(Model(hf=source), seed=0)
+    parallel = platform.parallel(**degrees)
+    chunks = build_model(weights.architecture, parallel, platform, ModelSettings(dtype=DTYPES[dtype]))
+    weights.load(chunks, parallel)
+    writer = CheckpointWriter(
+        Path(output),
+        architecture=weights.architecture,
+        config={"model": {"hf": source}, "precision": {"dtype": dtype}},
+        layout=parallel.layout,
+        tokenizer_files=weights.tokenizer_files,
+    )
+    return str(writer.save(TrainState([_Movable(chunk) for chunk in chunks])))
+
+
+class _Movable:
+    """A model that is saved for the last time: its state dict takes the parameters' memory over.
+
+    Megatron-Core stores a fused parameter as its parts, and its writer copies parts that are views, all of them before it writes
+    the first: for the fused gate and up projections alone a third of a model. Here each is copied and freed in turn.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._model = model
+
+    def sharded_state_dict(self, *, metadata: dict[str, Any]) -> dict[str, Any]:
+        from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory, apply_factories
+
+        parameters = {p.data_ptr(): p for p in self._model.parameters()}
+        state = self._model.sharded_state_dict(metadata=metadata)
+        for name, entry in state.items():
+            fused = parameters.get(entry.data.data_ptr()) if isinstance(entry, ShardedTensorFactory) else None
+            if fused is not None:
+                parts = {name: entry}
+                apply_factories(parts)
+                for part in parts[name] if isinstance(parts[name], list) else parts[name].values():
+                    part.data = part.data.clone()
+                fused.data = torch.empty(0)
+                state[name] = parts[name]
+        return state

@@ -1,0 +1,220 @@
+"""What Megatron-Core keeps private, or does differently in each of its lines (0.16, 0.18, 0.19): nothing else here reaches for it.
+
+tests/distributed/test_mcore_compat.py has a canary for every name, which fails on the line where the name or its contract moved.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import multiprocessing
+import os
+import signal
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from multiprocessing import resource_tracker
+from multiprocessing.managers import SyncManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_iwsft.distributed.stop_signals import STOP_SIGNALS, die_with_spawner
+
+
+def quiet_megatron() -> None:
+    """Silence warnings about optional packages, in this process and its children. Call before Megatron-Core is first imported."""
+    os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning,ignore::FutureWarning")
+    for category in (UserWarning, FutureWarning):
+        warnings.filterwarnings("ignore", category=category, module=r"(megatron|torch|transformer_engine)\..*")
+    # The optimizer asks slices of a parameter for their .grad before it has set one.
+    warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
+    for name in ("megatron", "torch.distributed.checkpoint"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def define_missing_names() -> None:
+    """0.16 without Transformer Engine asks in the router whether its matrix product is None, but never defined the name."""
+    from megatron.core.transformer.moe import moe_utils
+
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
+
+
+def moe_submodules(layer: Any) -> Any:
+    """The mixture of experts' submodules in a layer spec: 0.16 nests specs there, 0.19 a partially called constructor."""
+    mlp = layer.submodules.mlp
+    return mlp.keywords["submodules"] if hasattr(mlp, "keywords") else mlp.submodules
+
+
+# Saving
+
+
+def async_save_options() -> dict[str, Any]:
+    """Arguments of `dist_checkpointing.save` for a request that Megatron-Core's own writer carries out.
+
+    0.19 has a second writer, of another package, and takes it by default; 0.16 has one and no argument.
+    """
+    from megatron.core.dist_checkpointing import save
+
+    known = inspect.signature(save).parameters
+    return {"async_sharded_save": True} | ({"async_strategy": "mcore"} if "async_strategy" in known else {})
+
+
+def async_calls_queue() -> Any:
+    """Where Megatron-Core keeps save requests that are being carried out."""
+    from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+
+    return AsyncCallsQueue()
+
+
+def start_results_queue() -> None:
+    """Start the process that Megatron-Core's checkpoint writers report to, such that it ends with this one.
+
+    Megatron-Core starts it at the first save. It would outlive a killed trainer and hold its output open, or die of the stop
+    signals that Slurm sends to all processes of a job, and the save with it.
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    if filesystem_async._results_queue is None:
+        manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
+        resource_tracker.ensure_running()  # otherwise it starts within the manager's start, and unblocks SIGTERM
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # which a new process inherits
+        try:
+            manager.start(initializer=die_with_spawner)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        filesystem_async._results_queue = manager.Queue()  # keeps the manager alive
+
+
+# The optimizer
+
+
+@dataclass(frozen=True)
+class OptimizerShard:
+    """What this rank's optimizer holds of one model parameter.
+
+    start, end  its elements start … end − 1, of the flattened parameter
+    main        float32 [end − start] (flat) or of the parameter's shape: what the optimizer updates
+    inner       torch's or Transformer Engine's optimizer, which keeps the states of `main`
+    replicated  over data-parallel ranks
+    """
+
+    parameter: Any
+    start: int
+    end: int
+    main: Tensor
+    inner: Any
+    replicated: bool
+
+
+def inner_optimizers(optimizer: Any) -> list[Any]:
+    """torch's or Transformer Engine's optimizers of dense parameters and of experts, without those that this rank has none of."""
+    return [part.optimizer for part in optimizer.chained_optimizers if part.optimizer is not None]
+
+
+def optimizer_shards(optimizer: Any) -> Iterator[OptimizerShard]:
+    """Every shard of Megatron-Core's chained optimizer on this rank, in a fixed order. Not collective."""
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    for part in optimizer.chained_optimizers:
+        inner = part.optimizer
+        if inner is None:
+            continue
+        if isinstance(part, DistributedOptimizer):
+            for parameter in part.model_param_gbuf_map:
+                held = part._get_model_param_range_map(parameter)["param"]
+                group, place = part.model_param_group_index_map[parameter]
+                main = inner.param_groups[group]["params"][place]
+                yield OptimizerShard(parameter, held.start, held.end, main, inner, replicated=False)
+        else:
+            groups = zip(
+                getattr(part, "float16_groups", ()), getattr(part, "fp32_from_float16_groups", ()), strict=True
+            )
+            parameter_of = {id(main): p for ps, mains in groups for p, main in zip(ps, mains, strict=True)}
+            for main in (main for group in inner.param_groups for main in group["params"]):
+                parameter = parameter_of.get(id(main), main)  # a float32 parameter is its own main parameter
+                yield OptimizerShard(parameter, 0, main.numel(), main, inner, replicated=True)
+
+
+def prepare_gradients(optimizer: Any) -> float:
+    """Make the reduced gradients ready for an update; returns their global norm before clipping. Collective over all ranks.
+
+    Megatron-Core's optimizers skip an update by themselves only where a gradient scaler (fp16) looks for infinities.
+    """
+    optimizer.prepare_grads()
+    return float(optimizer.get_grad_norm())
+
+
+def update_parameters(optimizer: Any, norm: float) -> None:
+    """Clip by the norm that `prepare_gradients` returned and update: `optimizer.step()`, which would compute the norm again."""
+    from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+
+    for part in optimizer.chained_optimizers:
+        parameters = part.get_parameters()
+        if part.config.clip_grad > 0.0 and parameters:
+            clip_grad_by_total_norm_fp32(
+                parameters,
+                max_norm=part.config.clip_grad,
+                total_norm=norm,
+                use_decoupled_grad=part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
+            )
+    optimizer.step_with_ready_grads()
+
+
+def gather_parameters(chunks: list[Any]) -> None:
+    """Have every rank hold the updated parameters now; with overlapped gathering they arrive no sooner than the next forward pass."""
+    for chunk in chunks:
+        chunk.start_param_sync(force_sync=True)
+
+
+# Random states
+
+
+def random_states() -> dict[str, Any]:
+    """This rank's states of torch's and Megatron-Core's random generators."""
+    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+    return {
+        "torch": torch.get_rng_state(),
+        "device": torch.cuda.get_rng_state(),
+        "megatron": get_cuda_rng_tracker().get_states(),
+    }
+
+
+def set_random_states(states: dict[str, Any]) -> None:
+    """Continue from what `random_states` returned."""
+    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+    torch.set_rng_state(states["torch"])
+    torch.cuda.set_rng_state(states["device"])
+    get_cuda_rng_tracker().set_states(states["megatron"])
+
+
+# Without CUDA: see cpu_backend.py
+
+
+def use_torch_in_place_of_fused_kernels(l2_norm: Any, get_rng_state: Any, set_rng_state: Any) -> None:
+    """Have Megatron-Core take torch's optimizer and kernels: where Transformer Engine or apex can be imported, it takes theirs,
+    which need CUDA. Process-wide.
+    """
+    from megatron.core import optimizer as optimizers
+    from megatron.core.optimizer import clip_grads, distrib_optimizer, optimizer
+    from megatron.core.tensor_parallel import random as megatron_random
+    from megatron.core.transformer.moe import moe_utils
+    from megatron.core.utils import local_multi_tensor_applier, local_multi_tensor_scale
+
+    optimizers.Adam, optimizers.USING_PYTORCH_OPTIMIZER = torch.optim.AdamW, True
+    distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_TE_OPTIMIZER = False
+    distrib_optimizer.USING_APEX_OPTIMIZER = False
+    for module in (clip_grads, optimizer):
+        module.multi_tensor_applier, module.multi_tensor_scale_impl = (
+            local_multi_tensor_applier,
+            local_multi_tensor_scale,
+        )
+    clip_grads.multi_tensor_scale_tensor_impl = None
+    clip_grads.l2_norm_impl = l2_norm
+    moe_utils.te_general_gemm = None
+    megatron_random._get_cuda_rng_state = get_rng_state
+    megatron_random._set_cuda_rng_state = set_rng_state

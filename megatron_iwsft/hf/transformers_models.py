@@ -1,0 +1,53 @@
+"""Hugging Face directories in `transformers`: loading them safely, and their log-probs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from megatron_iwsft.errors import CheckpointError
+
+
+def load_in_transformers(directory: str | Path, *, dtype: torch.dtype | str = torch.float32) -> tuple[Any, Any]:
+    """(model, tokenizer) of a Hugging Face directory. Raises CheckpointError if `transformers` cannot load it.
+
+    Only safetensors are read and no code of the directory is run. dtype "auto" is the one that the weights are stored in.
+    """
+    import transformers
+
+    tokenizer = load_tokenizer_in_transformers(directory)
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            directory, dtype=dtype, local_files_only=True, use_safetensors=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"{directory} cannot be loaded by transformers: {error}") from None
+    return model.eval(), tokenizer
+
+
+def load_tokenizer_in_transformers(directory: str | Path) -> Any:
+    """The tokenizer of a Hugging Face directory. Raises CheckpointError if `transformers` cannot load it."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    if not (Path(directory) / "config.json").exists():
+        raise CheckpointError(f"{directory} is not a Hugging Face model directory: it has no config.json.")
+    try:
+        return transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{directory} has no tokenizer that transformers can load: {error}") from None
+
+
+def hugging_face_logprobs(model: Any, ids: list[int]) -> torch.Tensor:
+    """log π(token t | before) for t = 1 …, float32 [n−1], from a `transformers` model; at most 1,024 rows of logits at once."""
+    tokens = torch.tensor([ids])
+    hidden = model.get_decoder()(tokens).last_hidden_state[0, :-1]
+    parts = []
+    for part, targets in zip(hidden.split(1024), tokens[0, 1:].split(1024), strict=True):
+        logits = model.get_output_embeddings()(part).float()
+        parts.append(torch.log_softmax(logits, -1).gather(1, targets[:, None])[:, 0])
+    return torch.cat(parts)

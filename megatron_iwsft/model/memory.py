@@ -1,0 +1,109 @@
+"""What a model costs under a parallel layout: memory per GPU, and the pipeline's idle share. Pure arithmetic.
+
+Memory counts what Megatron-Core keeps: bf16 parameters, float32 gradients, and the distributed optimizer's float32 master
+weights and two moments split over data- and context-parallel ranks. Activations follow Korthikanti et al. 2022
+(arXiv 2205.05198, section 4), recounted tensor by tensor for SwiGLU, grouped-query attention, flash attention and no dropout; the
+number of micro-batches in flight and the pipeline bubble follow Narayanan et al. 2021 (arXiv 2104.04473, section 2.2).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_iwsft.distributed.parallel_layout import ParallelLayout
+from megatron_iwsft.hf.architecture import Architecture
+
+_BF16, _FP32 = 2, 4
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Bytes on the fullest rank, and the share of a step that the pipeline idles."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    activations: int
+    bubble: float
+
+    @property
+    def total(self) -> int:
+        return self.parameters + self.gradients + self.optimizer + self.activations
+
+
+def cost(
+    arch: Architecture,
+    layout: ParallelLayout,
+    *,
+    seq_length: int,
+    micro_batch_size: int,
+    micro_batches: int,
+    recompute: str = "none",
+) -> Cost:
+    """Cost of training in bf16 with the distributed optimizer. seq_length in tokens; micro_batches per step and pipeline.
+
+    The log-prob operator's chunk of logits and the trained rows it saves are left out: they do not grow with the layout.
+    """
+    # The first stage holds most activations, and the first or the last most parameters.
+    dense, expert = max(stage_parameters(arch, layout), key=sum)
+    replicas = layout.context * layout.data
+    optimizer = dense // replicas + expert // (layout.tensor * replicas // layout.expert)
+    tokens = seq_length * micro_batch_size // layout.context
+    layers = max(_layers(arch, layout)) * layout.chunks_per_stage
+    in_flight = float(min(layout.pipeline, micro_batches))
+    if layout.chunks_per_stage > 1:
+        in_flight = min(
+            micro_batches, layout.pipeline * (1 + (layout.pipeline - 1) / (layout.pipeline * layout.chunks_per_stage))
+        )
+    per_layer = _activation_bytes(arch, layout)
+    if recompute == "full":
+        kept = _BF16 * arch.hidden_size // (layout.tensor if layout.sequence else 1)
+        activations = tokens * (kept * layers * in_flight + per_layer)
+    else:
+        activations = tokens * per_layer * layers * in_flight
+    return Cost(
+        parameters=_BF16 * (dense + expert),
+        gradients=_FP32 * (dense + expert),
+        optimizer=3 * _FP32 * optimizer,
+        activations=int(activations),
+        bubble=(layout.pipeline - 1) / (layout.chunks_per_stage * micro_batches + layout.pipeline - 1),
+    )
+
+
+def _layers(arch: Architecture, layout: ParallelLayout) -> list[int]:
+    """Layers of each virtual stage."""
+    return list(layout.layers_per_stage or [arch.num_layers // layout.stages] * layout.stages)
+
+
+def stage_parameters(arch: Architecture, layout: ParallelLayout) -> list[tuple[int, int]]:
+    """(dense, experts') parameters on one rank of each pipeline stage."""
+    query, kv, h = arch.num_heads * arch.head_dim, arch.num_groups * arch.head_dim, arch.hidden_size
+    cut = h * (query + 2 * kv) + query * h + (query + 2 * kv if arch.qkv_bias else 0)
+    whole = 2 * h + (2 * arch.head_dim if arch.qk_norm else 0)
+    per_expert = 0
+    if arch.experts is None:
+        cut += 3 * h * arch.ffn_size
+    else:
+        whole += h * arch.experts.count  # the router
+        per_expert = 3 * h * arch.experts.ffn_size * arch.experts.count // layout.expert
+    dense, experts = [0] * layout.pipeline, [0] * layout.pipeline
+    for stage, layers in enumerate(_layers(arch, layout)):
+        dense[stage % layout.pipeline] += layers * (cut // layout.tensor + whole)
+        experts[stage % layout.pipeline] += layers * per_expert
+    vocabulary = arch.padded_vocab(layout.tensor) // layout.tensor * h
+    dense[0] += vocabulary
+    dense[-1] += h
+    if not arch.tied or layout.pipeline > 1:  # a tied output layer on another stage is a copy
+        dense[-1] += vocabulary
+    return list(zip(dense, experts, strict=True))
+
+
+def _activation_bytes(arch: Architecture, layout: ParallelLayout) -> int:
+    """Bytes that one layer keeps for backward, per token of this rank, in bf16. Experts: as if their load were balanced."""
+    whole = 4 * arch.hidden_size  # inputs of both norms, of the QKV and of the first feed-forward projection
+    attention = 2 * (arch.num_heads + arch.num_groups) * arch.head_dim  # query, key, value, attention's output
+    feed_forward = 3 * arch.ffn_size  # gate, up, their product
+    if arch.experts is not None:  # and the tokens' copies before and after their experts
+        feed_forward = arch.experts.per_token * (3 * arch.experts.ffn_size + 2 * arch.hidden_size)
+    split = attention + feed_forward
+    return _BF16 * (whole // (layout.tensor if layout.sequence else 1) + split // layout.tensor)

@@ -1,0 +1,69 @@
+"""A policy stage and the same stages of frozen models (reference, lagged proposal) in one pipeline pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class StageWithFrozenModels(torch.nn.Module):
+    """A policy stage and frozen models' same stages (reference, lagged proposal), run in one pipeline pass.
+
+    Between stages the k + 1 models' hidden states [T (/tp), 1, H] travel side by side as [T (/tp), k + 1, H]; the last stage
+    returns log-probs [k + 1, T], policy first. `module` is the policy: Megatron-Core's schedules unwrap through it.
+    `offload`: the frozen models' weights stay in pinned host memory and are on the device only during each micro-batch's forward pass.
+    """
+
+    def __init__(self, policy: torch.nn.Module, frozen: list[torch.nn.Module], *, offload: bool = False) -> None:
+        super().__init__()
+        self.module = policy
+        self.frozen = torch.nn.ModuleList(model.requires_grad_(False).eval() for model in frozen)
+        self.config = policy.config
+        self._hosts = [_HostWeights(model) for model in frozen] if offload else [None] * len(frozen)
+
+    def set_input_tensor(self, tensors: list[Tensor | None]) -> None:
+        (tensor,) = tensors
+        policy = self.module.module if hasattr(self.module, "module") else self.module
+        for i, stage in enumerate((policy, *self.frozen)):
+            part = None if tensor is None else tensor[:, i : i + 1]
+            stage.set_input_tensor([None if part is None else (part if i == 0 else part.detach()).contiguous()])
+
+    def set_is_first_microbatch(self) -> None:
+        """Megatron-Core's schedules call it where it is: Transformer Engine then converts weights to FP8 anew."""
+        for model in (self.module, *self.frozen):
+            if hasattr(model, "set_is_first_microbatch"):
+                model.set_is_first_microbatch()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        outs = [self.module(*args, **kwargs)]
+        with torch.no_grad():
+            for model, host in zip(self.frozen, self._hosts, strict=True):
+                if host is None:
+                    outs.append(model(*args, **kwargs))
+                else:
+                    with host:
+                        outs.append(model(*args, **kwargs))
+        return torch.cat(outs, dim=0 if outs[0].dim() == 2 else 1)
+
+
+class _HostWeights:
+    """Keeps a frozen module's weights on the host; within the context they are on their device."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self._parameters = list(module.parameters())
+        self._device = self._parameters[0].device
+        for parameter in self._parameters:
+            on_host = parameter.data.to("cpu")
+            parameter.data = on_host.pin_memory() if self._device.type == "cuda" else on_host
+        self._on_host: list[Tensor] = []
+
+    def __enter__(self) -> None:
+        self._on_host = [parameter.data for parameter in self._parameters]
+        for parameter in self._parameters:
+            parameter.data = parameter.data.to(self._device, non_blocking=True, copy=True)
+
+    def __exit__(self, *exception: object) -> None:
+        for parameter, host in zip(self._parameters, self._on_host, strict=True):
+            parameter.data = host

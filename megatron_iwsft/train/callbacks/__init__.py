@@ -1,0 +1,50 @@
+"""Callbacks: functions that are called after steps with their results. Logging, evaluation, export and saving are callbacks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_iwsft.config.schema import Config
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """A finished step.
+
+    step, total_steps  finished steps so far, and of the whole run
+    metrics      as in metrics.jsonl; what a callback returns is added for those called after it
+    stopping     whether the run was asked to stop, and will save and leave after this step
+    config       the run's
+    """
+
+    step: int
+    total_steps: int
+    metrics: dict[str, Any]
+    stopping: bool
+    config: Config
+
+    @property
+    def is_last(self) -> bool:
+        return self.step == self.total_steps
+
+
+CallbackFunction = Callable[[StepResult], dict[str, Any] | None]
+
+
+@dataclass(frozen=True)
+class Callback:
+    """`function` after every `every`-th step (0 for none), and after the last one with `at_end`.
+
+    collective: called on every rank, else on the main rank only. phase: what the watchdog calls it, for a collective one.
+    """
+
+    function: CallbackFunction
+    every: int = 1
+    at_end: bool = False
+    collective: bool = False
+    phase: str = "callback"
+
+    def due(self, result: StepResult) -> bool:
+        return (self.every > 0 and result.step % self.every == 0) or (self.at_end and result.is_last)

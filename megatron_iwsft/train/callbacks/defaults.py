@@ -1,0 +1,61 @@
+"""The callbacks that a config asks for, in the order in which they are called."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+from megatron_iwsft.checkpoint.writer import CheckpointWriter
+from megatron_iwsft.train.callbacks.console import progress_line
+from megatron_iwsft.train.callbacks.custom import custom_callback
+from megatron_iwsft.train.callbacks.evaluation import evaluation
+from megatron_iwsft.train.callbacks.export import export
+from megatron_iwsft.train.callbacks.metrics_file import MetricsFile
+from megatron_iwsft.train.callbacks.trackers import tensorboard_logger, wandb_logger
+from megatron_iwsft.train.callbacks.weight_warnings import WeightWarnings
+from megatron_iwsft.train.setup import StartedRun
+from megatron_iwsft.utils.files import write_text
+
+if TYPE_CHECKING:
+    from megatron_iwsft.train.trainer import Trainer
+
+
+def add_configured_callbacks(trainer: Trainer, writer: CheckpointWriter, at_exit: ExitStack) -> None:
+    """Evaluation first, so that its metrics are logged; saving last. `at_exit` closes loggers."""
+    run, config = trainer.run, trainer.run.config
+    if run.evaluation is not None:
+        trainer.add_callback(
+            evaluation(run, trainer.chunks), every=config.evaluation.every, collective=True, phase="evaluation"
+        )
+    if run.is_main:
+        _start_run_directory(run)
+        trainer.add_callback(MetricsFile(run.run_directory / "metrics.jsonl", trainer.state.step))
+        trainer.add_callback(progress_line, every=config.logging.every, at_end=True)
+        trainer.add_callback(WeightWarnings(config.logging, trainer.events))
+        if config.logging.wandb.mode != "disabled":
+            trainer.add_callback(wandb_logger(config, at_exit))
+        if config.logging.tensorboard:
+            trainer.add_callback(tensorboard_logger(run.run_directory / "logs"))
+    trainer.callbacks += [custom_callback(name, trainer.events) for name in config.logging.callbacks]
+    trainer.add_callback(
+        export(run, trainer.state, writer),
+        every=config.export.every,
+        at_end=config.export.at_end,
+        collective=True,
+        phase="exporting",
+    )
+    trainer.add_callback(lambda result: trainer.checkpointer.after_step(), collective=True, phase="saving")
+
+
+def _start_run_directory(run: StartedRun) -> None:
+    """Create it, write config.yaml, and print what will be trained."""
+    for name in ("logs", "checkpoints"):
+        (run.run_directory / name).mkdir(parents=True, exist_ok=True)
+    write_text(run.run_directory / "config.yaml", run.config.to_yaml())
+    counts, config = run.corpus.manifest["counts"], run.config
+    print(
+        f"{config.run.name}: {config.objective.name} on {len(run.corpus)} trajectories ({counts['trained_tokens']:,} of "
+        f"{counts['tokens']:,} tokens trained), {run.total_steps} steps of {config.data.global_batch_size} sequences; "
+        f"{run.platform.device.type}, {run.layout.describe()}",
+        flush=True,
+    )

@@ -1,0 +1,27 @@
+"""Hugging Face directories of the policy while it trains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from megatron_iwsft.checkpoint.info import step_name
+from megatron_iwsft.checkpoint.state import TrainState
+from megatron_iwsft.checkpoint.writer import CheckpointWriter
+from megatron_iwsft.convert.export import export_running
+from megatron_iwsft.hf.directory import DTYPES
+from megatron_iwsft.train.callbacks import StepResult
+from megatron_iwsft.train.setup import StartedRun
+
+
+def export(run: StartedRun, state: TrainState, writer: CheckpointWriter) -> Callable[[StepResult], None]:
+    """A collective callback that writes run.dir/hf/step-…; not on the way out of a run that was asked to stop."""
+    dtype = DTYPES[run.config.export.dtype or run.config.precision.dtype]
+
+    def write(result: StepResult) -> None:
+        if result.stopping and not result.is_last:
+            return
+        state.before_reading()
+        output = run.run_directory / "hf" / step_name(result.step)
+        export_running(state.policy, run.parallel, output, writer.companions(result.step), dtype=dtype)
+
+    return write

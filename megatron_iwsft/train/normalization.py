@@ -1,0 +1,85 @@
+"""One global denominator: a batch's sums over micro-batches and ranks, and the division of its gradients.
+
+Why Megatron-Core's own division does not serve: its schedule counts tokens in an integer, which `finalize_model_grads` clamps to at least
+1, but a denominator may be fractional (`normalize: weights`). So losses are sums (three-tuples, `calculate_per_token_loss`), gradients are
+summed over ranks unscaled, and `LossTotals.finalize` divides them once, by the sum that all ranks contributed to.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_iwsft.objectives.functions import Objective
+from megatron_iwsft.objectives.loss import LossSums, reported_metrics, sum_names
+from megatron_iwsft.objectives.metrics import summarize
+
+
+class LossTotals:
+    """The sums of one global batch under one objective.
+
+    dp_cp      group of the data- and context-parallel ranks, which hold different micro-batches or parts of them
+    pp         group of the pipeline's stages, of which the last one has the loss; None without pipeline parallelism
+
+    sums       float64 [len(sum_names(objective))]
+    weight_max float64 []
+    extra      float64, any shape, summed in the same way as `sums`: for sums that are not the objective's
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        device: torch.device,
+        *,
+        dp_cp: dist.ProcessGroup,
+        pp: dist.ProcessGroup | None = None,
+        extra: Tensor | None = None,
+    ) -> None:
+        self.objective, self._dp_cp, self._pp = objective, dp_cp, pp
+        self.sums = torch.zeros(len(sum_names(objective)), dtype=torch.float64, device=device)
+        self.weight_max = torch.zeros((), dtype=torch.float64, device=device)
+        self.extra = extra
+
+    def add(self, loss: LossSums) -> None:
+        """Add a micro-batch."""
+        self.sums += loss.sums
+        self.weight_max = torch.maximum(self.weight_max, loss.weight_max)
+
+    def reduce(self) -> None:
+        """Sum over ranks; every rank then has the same. Collectives: two or three all-reduces over `dp_cp`, and with a pipeline as
+        many broadcasts from its last stage.
+        """
+        sums = [self.sums] if self.extra is None else [self.sums, self.extra]
+        for value in sums:
+            dist.all_reduce(value, group=self._dp_cp)
+        dist.all_reduce(self.weight_max, op=dist.ReduceOp.MAX, group=self._dp_cp)
+        if self._pp is not None and self._pp.size() > 1:
+            last_stage = dist.get_process_group_ranks(self._pp)[-1]
+            for value in (*sums, self.weight_max):
+                dist.broadcast(value, src=last_stage, group=self._pp)
+
+    def finalize(self, chunks: list[Any], num_tokens: Tensor | None = None, **options: Any) -> None:
+        """Reduce the gradients of `chunks` (Megatron-Core's DistributedDataParallel) and divide them by the global denominator.
+
+        To be set as `TransformerConfig.finalize_model_grads_func`, which the schedule calls after the last backward pass. Collective:
+        Megatron-Core's gradient reduction, and `reduce`.
+        """
+        from megatron.core.distributed import finalize_model_grads
+
+        finalize_model_grads(chunks, None, **options)
+        self.reduce()
+        if self["denominator"] > 0:
+            for chunk in chunks:
+                chunk.scale_gradients(1.0 / self["denominator"])
+
+    def __getitem__(self, name: str) -> float:
+        """A sum by its name."""
+        return self.sums[sum_names(self.objective).index(name)].item()
+
+    def metrics(self) -> dict[str, Any]:
+        """The objective's metrics, after `reduce`: the same on every rank."""
+        sums = dict(zip(sum_names(self.objective), self.sums.tolist(), strict=True))
+        return summarize(sums | {"weight_max": float(self.weight_max)}, reported_metrics(self.objective))
