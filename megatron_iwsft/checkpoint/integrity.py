@@ -13,8 +13,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TypedDict
 
-from megatron_iwsft.data.corpus import file_hash
 from megatron_iwsft.errors import CheckpointError
+from megatron_iwsft.utils.files import sha256_file
 
 TRUSTED_USERS = "IWSFT_TRUSTED_USERS"
 
@@ -26,7 +26,7 @@ class FileSum(TypedDict):
 
 def file_sum(path: Path) -> FileSum:
     """Size and SHA-256 of a file."""
-    return {"bytes": path.stat().st_size, "sha256": file_hash(path)}
+    return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
 
 
 def damage(directory: Path, files: Mapping[str, FileSum], names: Iterable[str], *, contents: bool = True) -> list[str]:

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from megatron_iwsft.data.batch import Batch
-from megatron_iwsft.data.corpus import MANIFEST, Corpus, file_hash, write_manifest
+from megatron_iwsft.data.corpus import MANIFEST, Corpus, write_manifest
 from megatron_iwsft.data.indexed import IndexedReader, write_index
 from megatron_iwsft.errors import DataError
+from megatron_iwsft.utils.files import sha256_file
 
 FORMAT_VERSION = 1
 _SAMPLES = 64
@@ -106,7 +107,7 @@ class Sidecar:
         return [
             f"{self.directory / name} is damaged: its checksum is not the one it was written with. {again}"
             for name in sorted(self._hashes)[rank::size]
-            if file_hash(self.directory / name) != self._hashes[name]
+            if sha256_file(self.directory / name) != self._hashes[name]
         ]
 
     def __call__(self, i: int) -> np.ndarray:
@@ -204,7 +205,7 @@ class SidecarWriter:
         for k, name in enumerate(self.corpus.shards):
             os.replace(self._partial(name), self.directory / f"{name}.bin")
             write_index(self.directory / name, self.corpus.shard_lengths(k), np.dtype(np.float32))
-            files |= {f"{name}{s}": file_hash(self.directory / f"{name}{s}") for s in (".bin", ".idx")}
+            files |= {f"{name}{s}": sha256_file(self.directory / f"{name}{s}") for s in (".bin", ".idx")}
         write_manifest(
             self.directory,
             {

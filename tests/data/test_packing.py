@@ -42,7 +42,7 @@ def test_short_trajectories_fill_sequences() -> None:
 
 
 def test_too_long_an_item_is_refused() -> None:
-    with pytest.raises(DataError, match="9 tokens does not fit a sequence of 8"):
+    with pytest.raises(DataError, match="9 tokens does not fit in a sequence of 8"):
         best_fit(np.array([3, 9]), 8)
 
 

@@ -69,7 +69,7 @@ def test_a_difference_is_never_silent(tokenizer: Tokenizer, monkeypatch) -> None
     with monkeypatch.context() as patch:
         patch.setattr(fast_tokenizer, "gigatoken_encoder", lambda _: wrong)
         fast, why = choose_encoder(tokenizer, texts, counts)
-        assert not fast and "gives other ids, for example for" in why
+        assert not fast and "gives different ids, for example for" in why
     monkeypatch.setattr(fast_tokenizer, "_CHECK_EVERY", 1)
     CheckedEncoder(tokenizer, encoder)(texts, counts)
     with pytest.raises(DataError, match="run again with --encoder own"):

@@ -64,7 +64,7 @@ def test_expressions(expression: str, value: object) -> None:
     ["", "judge >=", "__import__('os')", "a.b()", "judge ** 9", "lambda: 1", "[x for x in names]", "names[0]", "open('x')", "field(a)"],
 )  # fmt: skip
 def test_what_is_no_expression_over_fields_is_refused(expression: str) -> None:
-    with pytest.raises(DataError, match="is not an expression over fields"):
+    with pytest.raises(DataError, match="is not a valid expression over fields"):
         compile_expression(expression)
 
 
@@ -106,8 +106,8 @@ def test_sources_have_their_own_scores_and_a_cap(tmp_path: Path) -> None:
     }  # fmt: skip
     assert corpus.manifest["sources"] == {"human": 3, "web": 3}
     assert dropped == {
-        "6": ("over the cap of its source", "web has 3 already"),
-        "7": ("over the cap of its source", "human has 3 already"),
+        "6": ("over the cap of its source", "web already has 3"),
+        "7": ("over the cap of its source", "human already has 3"),
     }
 
 
@@ -135,7 +135,7 @@ def test_near_duplicates_are_found_and_named(tmp_path: Path) -> None:
     ]
     corpus, dropped = shard(tmp_path, records, Curation(near_duplicates=0.6))
     assert ids(corpus) == ["first", "other"]
-    assert dropped["changed"] == ("near-duplicate", "resembles first")
+    assert dropped["changed"] == ("near-duplicate", "similar to first")
     assert dropped["same"][0] == "duplicate"
 
 
@@ -171,8 +171,8 @@ def test_leaked_benchmark_problems_are_found_and_named(tmp_path: Path) -> None:
     ]
     corpus, dropped = shard(tmp_path, records, Curation(benchmarks=(str(benchmark),)))
     assert ids(corpus) == ["near", "answer"]
-    assert dropped == {"leak": ("in a benchmark", "aime.jsonl:2 has 'find the number of ways to tile a' too")}
-    with pytest.raises(DataError, match="a benchmark problem has one of the fields"):
+    assert dropped == {"leak": ("in a benchmark", "aime.jsonl:2 also has 'find the number of ways to tile a'")}
+    with pytest.raises(DataError, match="a benchmark problem needs one of the fields"):
         tiny.write_jsonl(tmp_path / "aime.jsonl", [{"x": 1}])
         (tmp_path / "again").mkdir()
         shard(tmp_path / "again", records, Curation(benchmarks=(str(benchmark),)))
@@ -219,7 +219,7 @@ def test_s1k_records(tmp_path: Path) -> None:
 
 
 def test_settings_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(DataError, match="near-duplicates are found from a similarity"):
+    with pytest.raises(DataError, match=r"near-duplicates must be between 0\.3 and 1; found 0\.1"):
         Curation(near_duplicates=0.1)
-    with pytest.raises(DataError, match="take none, one or as many reasoning fields, not 3"):
+    with pytest.raises(DataError, match="for 2 response fields, give no reasoning field, one, or 2; found 3"):
         RecordFormat(response_fields=("a", "b"), reasoning_fields=("x", "y", "z"))

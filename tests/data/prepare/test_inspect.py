@@ -108,7 +108,7 @@ def test_back_to_records_and_forth_again(corpus: Corpus, tmp_path: Path) -> None
                 second.directory / f"{shard}{suffix}"
             ).read_bytes()
     assert np.array_equal(second.scores, corpus.scores)
-    with pytest.raises(DataError, match="exists already"):
+    with pytest.raises(DataError, match="already exists"):
         write_jsonl(corpus, path)
 
 

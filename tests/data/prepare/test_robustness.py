@@ -109,7 +109,7 @@ def test_parts_that_do_not_fit_are_refused(tmp_path: Path, tokenizer: Path) -> N
     inputs = [tiny.write_jsonl(tmp_path / "0.jsonl", records(50, 0))]
     make_parts(inputs, tmp_path / "out", settings(tokenizer), task=0, tasks=1, show_progress=False)
     other = ShardSettings(str(tokenizer), curation=Curation(max_tokens=99))
-    with pytest.raises(DataError, match="was made from other inputs or settings"):
+    with pytest.raises(DataError, match="was created from other inputs or settings"):
         merge_parts(inputs, tmp_path / "out", other, show_progress=False)
     with pytest.raises(DataError, match=r"tasks are numbered 0 … 1"):
         make_parts(inputs, tmp_path / "out", other, task=2, tasks=2, show_progress=False)

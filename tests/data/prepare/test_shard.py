@@ -138,7 +138,7 @@ def test_a_template_that_rewrites_history_drops_the_record(tmp_path: Path) -> No
     tokenizer = tiny.hf_tokenizer(tmp_path / "tokenizer", template=template)
     corpus = shard(tmp_path, [chat("Hi", "Hello", "Bye", "See you"), chat("Hi", "Hello")], tokenizer)
     assert len(corpus) == 1
-    assert dropped(corpus)[0]["detail"] == "the template rewrites turn 1 once later turns follow"
+    assert dropped(corpus)[0]["detail"] == "the template rewrites turn 1 when later turns follow"
 
 
 BAD_RECORDS = {
@@ -262,7 +262,7 @@ def test_damaged_corpora_are_refused_by_name(tmp_path: Path, bpe: Path) -> None:
     with pytest.raises(DataError, match="there is no corpus at"):
         Corpus.open(tmp_path / "nowhere")
     for name, damage, message in [
-        ("shard-00000.bin", lambda p: p.write_bytes(p.read_bytes()[:-2]), "where its index announces"),
+        ("shard-00000.bin", lambda p: p.write_bytes(p.read_bytes()[:-2]), "but its index says"),
         ("shard-00000.idx", lambda p: p.write_bytes(p.read_bytes()[:20]), "is truncated"),
         ("shard-00000.mask.bin", lambda p: p.unlink(), "is missing"),
         ("shard-00000.meta.parquet", lambda p: p.write_bytes(b"PAR1"), "is damaged"),
@@ -285,7 +285,7 @@ def test_mistakes_of_a_run_are_told(tmp_path: Path, bpe: Path) -> None:
         shard(tmp_path, records, tmp_path / "nothing")
     with pytest.raises(DataError, match="the tokenizer has no chat template"):
         shard(tmp_path, records, tiny.hf_tokenizer(tmp_path / "bare", template=None))
-    with pytest.raises(DataError, match="no template is called 'x'"):
+    with pytest.raises(DataError, match="there is no template 'x'"):
         shard(tmp_path, records, bpe, template="x")
     with pytest.raises(DataError, match="not valid Jinja"):
         shard(tmp_path, records, tiny.hf_tokenizer(tmp_path / "broken", template="{% for %}"))
@@ -297,18 +297,18 @@ def test_mistakes_of_a_run_are_told(tmp_path: Path, bpe: Path) -> None:
         )
     with pytest.raises(
         DataError,
-        match=r"(?s)no trajectory was taken \(empty response: 1\)\. The first in .*\"reason\": ?\"empty response\"",
+        match=r"(?s)no record was kept \(empty response: 1\)\. First entry of .*\"reason\": ?\"empty response\"",
     ):
         shard(tmp_path, [{"prompt": "a", "response": ""}], bpe)
     shutil.rmtree(tmp_path / "corpus")
     shard(tmp_path, records, bpe)
-    with pytest.raises(DataError, match="already holds a corpus made from other inputs or settings"):
+    with pytest.raises(DataError, match="already contains a corpus created from other inputs or settings"):
         shard(tmp_path, records, bpe, shard_tokens=5)
-    with pytest.raises(DataError, match="already holds a corpus made from other inputs or settings"):
+    with pytest.raises(DataError, match="already contains a corpus created from other inputs or settings"):
         shard(tmp_path, [{"prompt": "a", "response": "c"}], bpe)  # the same size, other content
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "file").touch()
-    with pytest.raises(DataError, match="is not empty and no corpus was begun there"):
+    with pytest.raises(DataError, match="is not empty and has no unfinished corpus"):
         shard_corpus([tmp_path / "records.jsonl"], tmp_path / "used", ShardSettings(str(bpe)), show_progress=False)
 
 
