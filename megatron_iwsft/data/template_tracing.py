@@ -16,7 +16,7 @@ from typing import Any
 import jinja2
 from jinja2 import nodes
 
-# Syntax that turns a text into another string without the probe noticing, and the filters that do not.
+# Syntax that can turn a text into another string without the probe noticing, and filters that cannot.
 _UNTRACEABLE_NODES = (nodes.Concat, nodes.Mod, nodes.AssignBlock, nodes.FilterBlock, nodes.Macro, nodes.CallBlock)
 _TRACEABLE_FILTERS = frozenset(
     {"trim", "string", "tojson", "length", "list", "default", "selectattr", "rejectattr", "items"}
@@ -105,16 +105,8 @@ _DIGITS = "2718281828459045"
 _PROBE_TEXT = f'\ue001"\\<e\u0301\t  Aa%s{_DIGITS}'
 
 # Methods that every Python object needs. All other methods of `str` would inspect the text.
-_ALLOWED_METHODS = frozenset(dir(object)) - {
-    "__eq__",
-    "__ne__",
-    "__lt__",
-    "__le__",
-    "__gt__",
-    "__ge__",
-    "__hash__",
-    "__format__",
-}
+_INSPECTING = "__eq__ __ne__ __lt__ __le__ __gt__ __ge__ __hash__ __format__"
+_ALLOWED_METHODS = frozenset(dir(object)) - set(_INSPECTING.split())
 
 
 def _raise_untraceable(self: Any, *_: Any, **__: Any) -> Any:

@@ -31,7 +31,7 @@ _SIGNATURES = ".signatures"
 
 @dataclass
 class Progress:
-    """State of a run after its last finished shard: done are all inputs before number `source`, and `lines` lines of that one.
+    """State of a run after its last finished shard: it has read all inputs before number `source`, and `lines` lines of that one.
 
     Its fields are the keys of the progress file.
     """

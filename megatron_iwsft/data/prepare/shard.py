@@ -165,7 +165,7 @@ def write_corpus(
 
 
 def finished_manifest(output: Path, run: str) -> dict[str, Any] | None:
-    """The manifest of run `run` if it is finished, else None. Raises DataError if `output` has the manifest of another run."""
+    """The manifest of run `run` if it is finished, else None. Raises DataError if `output` is the corpus of another run."""
     path = output / MANIFEST
     if not path.exists():
         return None
@@ -228,7 +228,7 @@ def worker_pool(
 def _start_worker() -> None:
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     gc.freeze()
-    # Collect rarely: a block's many small objects live until the block is done, and form no cycles.
+    # Collect rarely: a block's many small objects live until the block is done, so scanning them earlier is wasted.
     gc.set_threshold(100_000, 50, 50)
 
 
