@@ -1,1 +1,1 @@
-"""What training reads: the corpus directory, its tokenizer and template, sampling, packing, batches."""
+"""The training data: corpus directory, tokenizer, chat template, sampling, packing and batches."""

@@ -1,4 +1,4 @@
-"""`Batch`: one micro-batch on one rank. Its docstring is the shape legend of the package."""
+"""`Batch`: one micro-batch on one rank. Its docstring defines the shape symbols used throughout the package."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ IGNORE = -100  # the label of a position that is not trained on
 class Batch:
     """One micro-batch: trajectories laid end to end in one packed row.
 
-    T tokens (of this rank, after context-parallel slicing), S segments. A segment is one trajectory, padded to the
-    multiple that slicing needs; the last one may be filler without trained tokens. H is the hidden size, V the
-    vocabulary (padded), tp/pp/cp/dp the parallel sizes.
+    T is the number of tokens on this rank (after context-parallel slicing), S the number of segments. A segment is one
+    trajectory, padded to the multiple that slicing needs; the last segment may be filler without trained tokens. H is the
+    hidden size, V the padded vocabulary size, tp/pp/cp/dp the parallel sizes.
 
     tokens        int64   [1, T]
-    labels        int64   [1, T]   the next token of the same segment, IGNORE where it is not trained on
-    position_ids  int64   [1, T]   restart at 0 in each segment
+    labels        int64   [1, T]   next token of the same segment, IGNORE where not trained on
+    position_ids  int64   [1, T]   restarts at 0 in each segment
     segment       int64   [T]      0 … S−1
     reference     float32 [T]      r_t of the label, 0 where not trained on; None without a cached reference
-    cu_seqlens    int32   [S+1]    segment boundaries of the whole row, before context-parallel slicing
-    max_seqlen    int              the longest segment
-    lengths       float32 [S]      |M_i|, trained tokens of the whole trajectory
-    quality       float32 [S]      s_i
+    cu_seqlens    int32   [S+1]    segment boundaries of the full row, before context-parallel slicing
+    max_seqlen    int              length of the longest segment
+    lengths       float32 [S]      |M_i|, number of trained tokens of the full trajectory
+    quality       float32 [S]      trajectory weight s_i
     trajectory    int64   [S]      index in the corpus, −1 for filler
     """
 
@@ -57,10 +57,10 @@ class Batch:
         return Batch(**{k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in moved.items()})
 
     def slice_for_context_parallel(self, rank: int, size: int) -> Batch:
-        """This rank's share of every segment: its `rank`-th chunk of 2·size from the front and from the back.
+        """This rank's part of every segment: of its 2·size chunks, number `rank` from the front and from the back.
 
-        The pairing gives every rank the same causal-attention work (the layout of Transformer Engine's packed sequences).
-        Labels were shifted before, so no label is lost at a slice's edge.
+        The pairing balances causal-attention work across ranks (Transformer Engine's layout for packed sequences).
+        Labels are shifted before slicing, so no label is lost at a chunk boundary.
         """
         if size == 1:
             return self
@@ -77,7 +77,7 @@ class Batch:
 
 
 def zigzag_index(cu_seqlens: np.ndarray, rank: int, size: int) -> np.ndarray:
-    """Positions in the whole row that context-parallel rank `rank` of `size` holds, int64 [T/size], in its local order."""
+    """Positions in the full row held by context-parallel rank `rank` of `size`, int64 [T/size], in local order."""
     parts = []
     for start, stop in itertools.pairwise(cu_seqlens):
         chunk = (stop - start) // (2 * size)

@@ -1,4 +1,4 @@
-"""Packs of trajectories → `Batch`es. Every rank builds its own from the memory-mapped corpus: nothing is broadcast."""
+"""Build `Batch`es from packs of trajectories. Every rank reads the memory-mapped corpus itself; nothing is broadcast."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ ReferenceLogprobs = Callable[[int], np.ndarray]
 
 @dataclass(frozen=True)
 class RowShape:
-    """What slicing asks of a packed row.
+    """Padding rules of a packed row. All values are in tokens.
 
-    segment_multiple  each segment is padded to it: 2·cp for the context-parallel zigzag
-    row_multiple      and the whole row to it, so that sequence parallelism can cut it over tp ranks, each part a multiple of
-                      `alignment`, which FP8 matrix products ask for
-    row_length        tokens of every row, or None to fit each global batch's longest
+    segment_multiple  each segment is padded to a multiple of this: 2·cp for the context-parallel zigzag layout
+    row_multiple      the row is padded to a multiple of this, so that sequence parallelism can split it over tp ranks into
+                      parts that are multiples of `alignment`, as FP8 matmuls require
+    row_length        length of every row, or None to fit the longest row of each global batch
     """
 
     segment_multiple: int
@@ -39,7 +39,7 @@ class RowShape:
         return -(-lengths // self.segment_multiple) * self.segment_multiple
 
     def fit(self, needed: int) -> int:
-        """Row length for rows that need up to `needed` tokens."""
+        """Row length in tokens for rows that need up to `needed` tokens."""
         wanted = max(needed, self.row_length or 0, 1)
         return -(-wanted // self.row_multiple) * self.row_multiple
 
@@ -47,8 +47,8 @@ class RowShape:
 class BatchBuilder:
     """Builds this rank's micro-batches of a global step.
 
-    The global batch and its packs are the same at every layout; only who gets which pack differs. Micro-batch m of
-    data-parallel rank d holds packs (m·dp + d)·b … of the global batch, b the micro-batch size.
+    The global batch and its packs are the same for every parallel layout; only their assignment to ranks differs. Micro-batch m
+    of data-parallel rank d holds packs (m·dp + d)·b … (m·dp + d + 1)·b − 1 of the global batch, with b the micro-batch size.
     """
 
     def __init__(
@@ -70,11 +70,11 @@ class BatchBuilder:
         self.context_rank, self.context_size = context_rank, context_size
 
     def at_step(self, step: int) -> list[Batch]:
-        """This rank's micro-batches of global step `step`, all of one row length."""
+        """This rank's micro-batches of global step `step`, all with the same row length."""
         return self.from_packs(self.sampler.packs_at(step))
 
     def from_packs(self, packs: list[np.ndarray]) -> list[Batch]:
-        """This rank's micro-batches of a global batch given as packs of trajectory indices."""
+        """This rank's micro-batches of a global batch, given as packs of trajectory indices."""
         size = self.micro_batch_size
         rows = [np.concatenate(packs[i : i + size]) for i in range(0, len(packs), size)]
         needed = max(int(self.shape.padded(self.corpus.lengths[row]).sum()) for row in rows)
@@ -101,7 +101,7 @@ class BatchBuilder:
             if reference is not None and self.reference is not None:
                 reference[start : start + n - 1] = self.reference(i)[1:]
         pad = 1 if filler else 0
-        # The first token of a trajectory is nobody's label, so a mask that starts at it trains one token less.
+        # The first token of a trajectory is never a label, so a mask that includes it trains one token less.
         trained = [int((self.corpus.mask(i)[1:] == 1).sum()) for i in ids.tolist()]
         return Batch(
             tokens=torch.from_numpy(tokens)[None],

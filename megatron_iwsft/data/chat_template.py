@@ -1,10 +1,10 @@
-"""Chat templates: a conversation → pieces of text, each either trained on or not.
+"""Chat templates: render a conversation into pieces of text, each either trained on or not.
 
-What is trained on is decided by position while rendering: an assistant turn starts where the template's generation prompt
-ends (exactly what the model will see when it has to answer) and ends after its end-of-turn token.
+The loss mask follows from positions in the rendered text: an assistant turn starts where the template's generation prompt
+ends (exactly what the model sees when it has to answer) and ends after its end-of-turn token.
 
-Reasoning (`reasoning_content` of an assistant message) is rendered by the template where it knows how to, otherwise put before
-the content between thinking tags.
+Reasoning (`reasoning_content` of an assistant message) is rendered by the template if it supports that; otherwise it is put
+between thinking tags before the content.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ import jinja2
 import jinja2.ext
 import jinja2.sandbox
 
-from megatron_iwsft.data.template_tracing import Plan, trace, traceable
+from megatron_iwsft.data.template_tracing import TracedFrame, trace, traceable
 from megatron_iwsft.data.tokenizer import Tokenizer
 from megatron_iwsft.errors import DataError
 
 Messages = Sequence[Mapping[str, Any]]
 
-# Private-use code point: marks where an assistant's content starts under a template without a generation prompt.
+# Private-use code point that marks where an assistant's content starts in templates without a generation prompt.
 _MARK = "\ue000"
 
-# Shapes of conversation whose plan is kept; further ones are rendered each time.
-_MAX_PLANS = 4096
+# Conversation shapes whose traced frames are cached. Conversations of further shapes are rendered by Jinja.
+_MAX_FRAMES = 4096
 
 PRESETS = {
     # The format of Qwen and many others.
@@ -38,7 +38,7 @@ PRESETS = {
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     ),
-    # For tokenizers with no chat tokens: only a beginning- and an end-of-text token are needed.
+    # For tokenizers without chat tokens: needs only a beginning- and an end-of-text token.
     "plain": (
         "{{ bos_token or '' }}{% for m in messages %}"
         "{% if m.role == 'system' %}{{ m.content }}\n\n"
@@ -52,17 +52,23 @@ PRESETS = {
 
 @dataclass(slots=True)
 class Conversation:
-    """A conversation of texts alone: `shape` is one role a turn, followed by "content" where the turn's text is its reasoning and
-    its content comes as another; `texts` go with it. What else messages may hold (tool calls, names) needs them whole."""
+    """A conversation.
+
+    shape          what each of `texts` is: the role of its turn, or "content". If a turn has reasoning, the text under its role
+                   is the reasoning and the next text, under "content", is its content.
+    texts          the texts, one per entry of `shape`
+    full_messages  the original messages if they have more than role, content and reasoning (tool calls, names), else None
+    tools          tool definitions for the template
+    """
 
     shape: tuple[str, ...]
     texts: list[str]
-    whole: Messages | None = None
+    full_messages: Messages | None = None
     tools: Any = None
 
     @property
     def messages(self) -> Messages:
-        return self.whole if self.whole is not None else _messages(self.shape, self.texts)
+        return self.full_messages if self.full_messages is not None else _messages(self.shape, self.texts)
 
 
 def _messages(shape: Sequence[str], texts: Sequence[str]) -> Messages:
@@ -76,7 +82,7 @@ def _messages(shape: Sequence[str], texts: Sequence[str]) -> Messages:
 
 
 class TemplateError(ValueError):
-    """A conversation that the template cannot render; the record is dropped with this `reason`."""
+    """The template cannot render this conversation. The record is dropped with this `reason`."""
 
     def __init__(self, detail: str, reason: str = "template cannot render it") -> None:
         super().__init__(detail)
@@ -85,11 +91,11 @@ class TemplateError(ValueError):
 
 @dataclass(frozen=True)
 class Rendering:
-    """How conversations become text.
+    """How conversations are rendered and which turns are trained on.
 
-    roles     of the turns that are trained on: assistant, user or both; system, developer and tool turns never are
-    turns     all of them, or only the last of the conversation
-    thinking  what stands before and after an assistant's reasoning under a template that does not render it itself
+    roles     roles whose turns are trained on: assistant, user or both; never system, developer or tool
+    turns     train on all turns of these roles, or only on the last
+    thinking  tags before and after an assistant's reasoning, for templates that do not render reasoning themselves
     """
 
     roles: tuple[str, ...] = ("assistant",)
@@ -99,24 +105,25 @@ class Rendering:
     def __post_init__(self) -> None:
         if not self.roles or not set(self.roles) <= {"assistant", "user"}:
             raise DataError(
-                f"turns of the roles {', '.join(self.roles) or '(none)'} cannot be trained on: --train-role takes assistant and user."
+                f"cannot train on turns of the roles {', '.join(self.roles) or '(none)'}: --train-role takes assistant and user."
             )
 
 
 class ChatTemplate:
     """A Jinja chat template bound to a tokenizer.
 
-    Raises DataError if the tokenizer has no template and none is named, or if the template is not valid Jinja or leaves an
-    assistant turn without an end-of-turn token (the model would never learn to stop).
+    `name` selects one of PRESETS instead of the tokenizer's own template. Raises DataError if the tokenizer has no template and
+    no name is given, if the name is unknown, or if the template is not valid Jinja or does not end an assistant turn with an
+    end-of-turn token (the model would never learn to stop).
     """
 
     def __init__(self, tokenizer: Tokenizer, name: str | None = None, rendering: Rendering = Rendering()) -> None:
         source = PRESETS.get(name) if name else tokenizer.chat_template
         if source is None and name:
-            raise DataError(f"no template is called {name!r}; there are: {', '.join(PRESETS)}.")
+            raise DataError(f"there is no template {name!r}; choose one of: {', '.join(PRESETS)}.")
         if source is None:
             raise DataError(
-                f"the tokenizer has no chat template. Name one with --template ({', '.join(PRESETS)}), or add "
+                f"the tokenizer has no chat template. Choose one with --template ({', '.join(PRESETS)}), or add "
                 "chat_template.jinja to the tokenizer's directory."
             )
         self.hash = hashlib.sha256(source.encode()).hexdigest()
@@ -129,7 +136,7 @@ class ChatTemplate:
         except jinja2.TemplateSyntaxError as error:
             raise DataError(f"the chat template is not valid Jinja: {error}") from None
         self._variables = {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token}
-        self._plans: dict[tuple[str, ...], Plan | None] = {}
+        self._frames: dict[tuple[str, ...], TracedFrame | None] = {}
         self._check_end_of_turn()
         self.renders_reasoning = self._probe_reasoning()
 
@@ -141,7 +148,7 @@ class ChatTemplate:
             raise DataError(f"the chat template cannot render a question and an answer: {error}") from None
         if self._tokenizer.ends_with_special(rendered) is None:
             raise DataError(
-                "the template does not end an assistant turn with a special token of this tokenizer, so that the model would "
+                "the template does not end an assistant turn with a special token of this tokenizer, so the model would "
                 f"never learn to stop. It renders {rendered!r}; the special tokens are "
                 f"{', '.join(sorted(self._tokenizer.special)) or 'none'}. Choose another template with --template."
             )
@@ -154,53 +161,53 @@ class ChatTemplate:
             return False
 
     def render(self, messages: Messages, *, tools: Any = None, add_generation_prompt: bool = False) -> str:
-        """The conversation as text. Raises TemplateError with the template's own complaint."""
+        """The conversation as text. Raises TemplateError with the template's own message."""
         try:
             return self._template.render(
                 messages=messages, add_generation_prompt=add_generation_prompt, tools=tools, **self._variables
             )
         except jinja2.TemplateError as error:
-            raise TemplateError(f"the template refuses it: {error}") from None
+            raise TemplateError(f"the template raised an error: {error}") from None
         except (TypeError, AttributeError, KeyError) as error:
-            raise TemplateError(f"the template fails on it: {error}") from None
+            raise TemplateError(f"the template failed: {error}") from None
 
-    def pieces(self, conversation: Conversation) -> tuple[list[str], Plan | None, tuple[bool, ...]]:
-        """(texts, plan, trained): pieces that concatenate to the rendered conversation, by which plan if by one, and which of them
-        are trained on.
+    def pieces(self, conversation: Conversation) -> tuple[list[str], TracedFrame | None, tuple[bool, ...]]:
+        """(texts, frame, trained): the pieces, which concatenate to the rendered conversation; the traced frame they were rendered
+        by, or None if by Jinja; and for each piece whether it is trained on.
 
         Raises TemplateError if no turn of the conversation is trained on, or if the template rewrites earlier turns, so that
-        what precedes an answer in the whole is not what the model would see when giving it.
+        the text before an answer is not what the model would see when it generates that answer.
         """
-        if conversation.whole is None and self._traceable:
-            plan = self._plan(conversation.shape)
-            filled = plan.fill(conversation.texts) if plan is not None else None
-            if plan is not None and filled is not None:
-                return filled, plan, plan.trained
+        if conversation.full_messages is None and self._traceable:
+            frame = self._frame_of(conversation.shape)
+            filled = frame.fill(conversation.texts) if frame is not None else None
+            if frame is not None and filled is not None:
+                return filled, frame, frame.trained
         pieces = self.render_pieces(conversation.messages, conversation.tools)
         return [text for text, _ in pieces], None, tuple(trained for _, trained in pieces)
 
-    def _plan(self, shape: tuple[str, ...]) -> Plan | None:
-        if shape in self._plans:
-            return self._plans[shape]
-        if len(self._plans) == _MAX_PLANS:
+    def _frame_of(self, shape: tuple[str, ...]) -> TracedFrame | None:
+        if shape in self._frames:
+            return self._frames[shape]
+        if len(self._frames) == _MAX_FRAMES:
             return None
-        plan = self._plans[shape] = trace(len(shape), lambda probes: self.render_pieces(_messages(shape, probes)))
-        return plan
+        frame = self._frames[shape] = trace(len(shape), lambda probes: self.render_pieces(_messages(shape, probes)))
+        return frame
 
     def render_pieces(self, messages: Messages, tools: Any = None) -> list[tuple[str, bool]]:
-        """As `pieces`, always by rendering the template: [(text, trained)] that concatenate to `render(messages)`."""
+        """`pieces`, always rendered by Jinja: [(text, trained)] whose texts concatenate to `render(messages)`."""
         if not self.renders_reasoning:
             messages = [self._inline_reasoning(m) for m in messages]
         full = self.render(messages, tools=tools)
         chosen = [i for i, m in enumerate(messages) if m.get("role") in self.rendering.roles]
         if not chosen:
-            raise TemplateError(f"there is none of {' or '.join(self.rendering.roles)}", "no turn to train on")
+            raise TemplateError(f"there is no turn of {' or '.join(self.rendering.roles)}", "no turn to train on")
         out: list[tuple[str, bool]] = []
         at = 0
         for i in chosen if self.rendering.turns == "all" else chosen[-1:]:
             start, end = self._turn(messages, i, tools)
             if start < at or not full.startswith(self.render(messages[: i + 1], tools=tools)[:end]):
-                raise TemplateError(f"the template rewrites turn {i} once later turns follow")
+                raise TemplateError(f"the template rewrites turn {i} when later turns follow")
             out += [(full[at:start], False), (full[start:end], True)]
             at = end
         out.append((full[at:], False))
@@ -215,17 +222,17 @@ class ChatTemplate:
         return rest | {"content": before + reasoning + after + (message.get("content") or "")}
 
     def _turn(self, messages: Messages, i: int, tools: Any) -> tuple[int, int]:
-        """Where turn i starts and ends in the rendering of the messages up to it."""
+        """Start and end of turn i in the rendering of the messages up to and including it."""
         through = self.render(messages[: i + 1], tools=tools)
         before = self.render(messages[:i], tools=tools) if i else ""
         assistant = messages[i]["role"] == "assistant"
         prompt = self.render(messages[:i], tools=tools, add_generation_prompt=True) if assistant and i else before
-        if prompt == before:  # no generation prompt: the turn starts where its content does
+        if prompt == before:  # no generation prompt: the turn starts with its content
             start = self._content_start(messages, i, tools, through)
         elif through.startswith(prompt):
             start = len(prompt)
         else:
-            raise TemplateError(f"the generation prompt before turn {i} is not what the template puts there")
+            raise TemplateError(f"the generation prompt differs from what the template renders before turn {i}")
         end = self._tokenizer.ends_with_special(through[start:])
         if end is None:
             raise TemplateError(f"turn {i} does not end with an end-of-turn token")
@@ -235,7 +242,9 @@ class ChatTemplate:
         field = "reasoning_content" if messages[i].get("reasoning_content") is not None else "content"
         text = messages[i].get(field)
         if text is None:
-            raise TemplateError(f"turn {i} has no text, and the template no generation prompt, to tell where it starts")
+            raise TemplateError(
+                f"cannot find the start of turn {i}: it has no text, and the template has no generation prompt"
+            )
         marked = self.render([*messages[:i], {**messages[i], field: _MARK + text}], tools=tools)
         start = marked.find(_MARK)
         if start < 0 or marked.replace(_MARK, "", 1) != through:
@@ -244,7 +253,7 @@ class ChatTemplate:
 
 
 def _environment() -> jinja2.Environment:
-    """The environment that `transformers` renders chat templates in."""
+    """The Jinja environment that `transformers` uses for chat templates."""
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
     )

@@ -1,19 +1,18 @@
 """The corpus directory: curated, tokenized, scored trajectories, memory-mapped.
 
-manifest.json                            what it is and how it was made; SHA-256 of every file; written last
-shard-00000.bin, .idx                    tokens: a Megatron IndexedDataset, one sequence a trajectory
+manifest.json                            settings, statistics and the SHA-256 of every file; written last
+shard-00000.bin, .idx                    tokens: a Megatron IndexedDataset, one sequence per trajectory
 shard-00000.mask.bin, .idx               uint8, 1 where trained on
 shard-00000.meta.parquet                 id, score, num_tokens, num_trained, source, file, line, content_hash
-tokenizer/                               the tokenizer's files, so that the corpus stands alone
+tokenizer/                               copy of the tokenizer's files, so that the corpus is self-contained
 dropped.jsonl                            every rejected record: file, line, id, reason, detail
-reference-<fingerprint>/                 sidecars of reference log-probs (`reference.py`)
+reference-<fingerprint>/                 sidecars of reference log-probs (`reference/sidecar.py`)
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,12 +24,13 @@ import pyarrow.parquet as pq
 from megatron_iwsft.data.indexed import IndexedReader, IndexedWriter
 from megatron_iwsft.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_iwsft.errors import DataError
+from megatron_iwsft.utils.files import partial_path, publish, sha256_file, write_json
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 DROPPED = "dropped.jsonl"
 TOKENIZER = "tokenizer"
-_META_ROWS = 1 << 16  # of a row group
+_ROW_GROUP = 1 << 16  # rows
 
 _META = pa.schema(
     [
@@ -45,9 +45,8 @@ _META = pa.schema(
     ]
 )
 
-_COMPRESSION = {
-    name: "none" if name == "content_hash" else "zstd" for name in _META.names
-}  # a hash does not get smaller
+# Hashes do not compress.
+_COMPRESSION = {name: "none" if name == "content_hash" else "zstd" for name in _META.names}
 
 
 def shard_name(index: int) -> str:
@@ -55,22 +54,21 @@ def shard_name(index: int) -> str:
 
 
 class ShardWriter:
-    """Writes one shard; its files appear under their names on `close`, the metadata last."""
+    """Writes one shard. Its files get their final names on `close`, the metadata last."""
 
     def __init__(self, directory: Path, index: int, token_dtype: np.dtype) -> None:
         self.name = shard_name(index)
-        self._directory = directory
         self._tokens = IndexedWriter(directory / self.name, token_dtype)
         self._masks = IndexedWriter(directory / f"{self.name}.mask", np.dtype(np.uint8))
         self._meta_path = directory / f"{self.name}.meta.parquet"
         self._meta_file = pq.ParquetWriter(
-            f"{self._meta_path}.partial", _META, compression=_COMPRESSION, use_dictionary=["source", "file"]
+            partial_path(self._meta_path), _META, compression=_COMPRESSION, use_dictionary=["source", "file"]
         )
         self._meta: list[pa.RecordBatch] = []
         self.num_tokens = 0
 
     def append(self, rows: pa.RecordBatch, file: str) -> None:
-        """Add trajectories: rows as `encode.row_schema` has them, none of them dropped."""
+        """Add trajectories: rows with the columns of `encode.row_schema`, none of them dropped."""
         lengths = rows["tokens"].value_lengths().to_numpy()
         self._tokens.append_many(rows["tokens"].flatten().to_numpy(), lengths)
         self._masks.append_many(rows["mask"].flatten().to_numpy(), lengths)
@@ -78,64 +76,41 @@ class ShardWriter:
         columns["num_tokens"] = pa.array(lengths.astype(np.int32))
         columns["file"] = pa.repeat(pa.scalar(file, pa.string()), rows.num_rows)
         self._meta.append(pa.record_batch([columns[name] for name in _META.names], schema=_META))
-        self._write_meta(_META_ROWS)
+        self._write_meta(_ROW_GROUP)
         self.num_tokens += int(lengths.sum())
 
     def _write_meta(self, group: int) -> None:
-        """Write row groups of `group` rows, as many as are there: where they end must not depend on how the rows arrived."""
-        waiting = sum(batch.num_rows for batch in self._meta)
-        if waiting < group:
+        """Write all complete row groups of `group` rows, so that their boundaries do not depend on how the rows arrive."""
+        buffered = sum(batch.num_rows for batch in self._meta)
+        if buffered < group:
             return
         table = pa.Table.from_batches(self._meta, _META).combine_chunks()
-        for start in range(0, waiting - group + 1, group):
+        for start in range(0, buffered - group + 1, group):
             self._meta_file.write_table(table.slice(start, group))
-        self._meta = table.slice(waiting - waiting % group).to_batches()
+        self._meta = table.slice(buffered - buffered % group).to_batches()
 
     def close(self) -> dict[str, str]:
-        """Finish the shard; returns its files with their SHA-256."""
+        """Finish the shard. Returns file name → SHA-256."""
         hashes = self._tokens.close() | self._masks.close()
         self._write_meta(max(1, sum(batch.num_rows for batch in self._meta)))
         self._meta_file.close()
-        partial = Path(f"{self._meta_path}.partial")
-        sync(partial)
-        os.replace(partial, self._meta_path)
-        return hashes | {self._meta_path.name: file_hash(self._meta_path)}
+        publish(partial_path(self._meta_path), self._meta_path)
+        return hashes | {self._meta_path.name: sha256_file(self._meta_path)}
 
     def abandon(self) -> None:
-        """Close the files without giving them their names."""
+        """Close the files, leaving them under their temporary names."""
         self._tokens.abandon()
         self._masks.abandon()
         self._meta_file.close()
 
 
-def shard_files(name: str) -> list[str]:
-    return [f"{name}{s}" for s in (".bin", ".idx", ".mask.bin", ".mask.idx", ".meta.parquet")]
-
-
 def write_manifest(directory: Path, manifest: dict[str, Any]) -> None:
-    partial = directory / f"{MANIFEST}.partial"
-    partial.write_text(json.dumps(manifest, indent=1, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
-    sync(partial)
-    os.replace(partial, directory / MANIFEST)
-
-
-def sync(path: Path) -> None:
-    """Wait until a file's content is on disk, so that renaming it cannot come first."""
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file, hex."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
+    """Write the manifest of a corpus or of a sidecar, atomically."""
+    write_json(directory / MANIFEST, manifest, sort_keys=True, single_writer=True)
 
 
 def distribution(values: np.ndarray) -> dict[str, Any] | None:
-    """Minimum, quantiles, maximum and mean of `values`, for the manifest; None if there are none."""
+    """Mean and percentiles (0 and 100 are minimum and maximum) of `values`, for the manifest; None if `values` is empty."""
     if not len(values):
         return None
     quantiles = (0, 5, 25, 50, 75, 95, 100)
@@ -147,12 +122,12 @@ def distribution(values: np.ndarray) -> dict[str, Any] | None:
 
 @dataclass(frozen=True)
 class Corpus:
-    """An open corpus. Trajectory i of `len(corpus)` is numbered across all shards in order.
+    """An open corpus. Its n = len(corpus) trajectories are numbered across all shards, in order.
 
-    lengths      int32   [n]  tokens
-    num_trained  int32   [n]  |M_i|
-    scores       float64 [n]  NaN where there is none
-    fingerprint  SHA-256 of the manifest, which holds that of every file
+    lengths      int32   [n]  tokens per trajectory
+    num_trained  int32   [n]  |M_i|, trained tokens per trajectory
+    scores       float64 [n]  NaN where a trajectory has no score
+    fingerprint  SHA-256 of the manifest, which contains that of every file
     """
 
     directory: Path
@@ -167,7 +142,7 @@ class Corpus:
 
     @staticmethod
     def open(directory: str | Path) -> Corpus:
-        """Open a corpus directory. Raises DataError if it is missing, unfinished, of another version or damaged."""
+        """Open a corpus directory. Raises DataError if it is missing, unfinished, damaged or of an unsupported format version."""
         directory = Path(directory)
         manifest, fingerprint = _read_manifest(directory)
         names = [shard["name"] for shard in manifest["shards"]]
@@ -176,11 +151,11 @@ class Corpus:
         meta = read_meta(directory, names, ["score", "num_tokens", "num_trained"])
         for name, t, m in zip(names, tokens, masks, strict=True):
             if not np.array_equal(t.lengths, m.lengths):
-                raise DataError(f"{directory / name}: tokens and masks differ in length. Make the corpus again.")
+                raise DataError(f"{directory / name}: tokens and masks differ in length. Shard the records again.")
         sizes = [len(t) for t in tokens]
         if sum(sizes) != meta.num_rows:
             raise DataError(
-                f"{directory}: {sum(sizes)} sequences but {meta.num_rows} rows of metadata. Make the corpus again."
+                f"{directory}: {sum(sizes)} sequences but {meta.num_rows} rows of metadata. Shard the records again."
             )
         return Corpus(
             directory=directory,
@@ -202,20 +177,22 @@ class Corpus:
         return [shard["name"] for shard in self.manifest["shards"]]
 
     def locate(self, i: int) -> tuple[int, int]:
-        """(shard, index within it) of trajectory i."""
+        """(shard, index within the shard) of trajectory i."""
         shard = int(np.searchsorted(self._starts, i, side="right")) - 1
         return shard, i - int(self._starts[shard])
 
     def tokens(self, i: int) -> np.ndarray:
+        """Token ids of trajectory i, uint16 or int32 [lengths[i]], a read-only view of the file."""
         shard, k = self.locate(i)
         return self._tokens[shard][k]
 
     def mask(self, i: int) -> np.ndarray:
+        """Loss mask of trajectory i, uint8 [lengths[i]], 1 where trained on; a read-only view of the file."""
         shard, k = self.locate(i)
         return self._masks[shard][k]
 
     def shard_lengths(self, shard: int) -> np.ndarray:
-        """int32 [sequences in the shard]."""
+        """Tokens per trajectory of a shard, int32 [sequences in the shard]."""
         return self._tokens[shard].lengths
 
     def meta(self, columns: list[str] | None = None) -> pa.Table:
@@ -228,19 +205,19 @@ class Corpus:
         return read_meta(self.directory, [shard], columns)
 
     def verify(self) -> list[str]:
-        """As `verify_files`."""
+        """See `verify_files`."""
         return verify_files(self.directory)
 
 
 def verify_files(directory: Path) -> list[str]:
-    """Hash every file of a corpus again; returns one complaint per file that is missing or changed."""
+    """Recompute the SHA-256 of every file of a corpus. Returns one message per file that is missing or has changed."""
     out = []
     manifest, _ = _read_manifest(directory)
     for name, expected in sorted(manifest["files"].items()):
         path = directory / name
         if not path.exists():
             out.append(f"{path} is missing")
-        elif file_hash(path) != expected:
+        elif sha256_file(path) != expected:
             out.append(f"{path} has changed since the manifest was written")
     return out
 
@@ -249,34 +226,35 @@ def _read_manifest(directory: Path) -> tuple[dict[str, Any], str]:
     """(manifest, SHA-256 of its file)."""
     path = directory / MANIFEST
     if not directory.is_dir():
-        raise DataError(f"there is no corpus at {directory}. Make one with tools/shard_corpus.py.")
+        raise DataError(f"there is no corpus at {directory}. Create one with tools/shard_corpus.py.")
     if not path.exists():
         raise DataError(
-            f"{directory} has no {MANIFEST}: sharding was interrupted. Run tools/shard_corpus.py again to finish it."
+            f"{directory} has no {MANIFEST}: sharding was interrupted. Run the same tools/shard_corpus.py command again to finish it."
         )
     content = path.read_bytes()
     try:
         manifest = json.loads(content)
         version = manifest["format_version"]
     except (ValueError, KeyError, TypeError):
-        raise DataError(f"{path} is damaged. Make the corpus again.") from None
+        raise DataError(f"{path} is damaged. Shard the records again.") from None
     if version != FORMAT_VERSION:
         raise DataError(
-            f"{path} has format version {version}; this program reads version {FORMAT_VERSION}. Shard the records again."
+            f"{path} has format version {version}; this version of iwsft reads only version {FORMAT_VERSION}. Shard the records again."
         )
     return manifest, hashlib.sha256(content).hexdigest()
 
 
 def read_meta(directory: Path, names: list[str], columns: list[str] | None) -> pa.Table:
+    """The metadata of shards `names`, concatenated. Raises DataError if a file is missing or damaged."""
     tables = []
     for name in names:
         path = directory / f"{name}.meta.parquet"
         try:
             tables.append(pq.read_table(path, columns=columns))
         except FileNotFoundError:
-            raise DataError(f"{path} is missing. Make the corpus again.") from None
+            raise DataError(f"{path} is missing. Shard the records again.") from None
         except (pa.ArrowInvalid, OSError) as error:
-            raise DataError(f"{path} is damaged: {error}. Make the corpus again.") from None
+            raise DataError(f"{path} is damaged: {error}. Shard the records again.") from None
     if not tables:
         return _META.empty_table().select(columns or _META.names)
     return pa.concat_tables(tables)

@@ -1,7 +1,7 @@
-"""Packing: which trajectories share a sequence. Index arrays only; no token is touched.
+"""Packing: which trajectories share a sequence. Works on index arrays only, not on tokens.
 
-`best_fit` is best-fit decreasing over lengths. Because lengths are small integers, all trajectories of one length are placed
-together: the work grows with the number of distinct (length, free space) pairs, not with the number of trajectories.
+`best_fit` is best-fit decreasing over lengths. Lengths are small integers, so all trajectories of one length are placed
+together: the cost grows with the number of distinct (length, free space) pairs, not with the number of trajectories.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from megatron_iwsft.errors import DataError
 
 @dataclass(frozen=True)
 class Packs:
-    """Pack p holds items[offsets[p]:offsets[p+1]]; items are positions in the `lengths` that were packed.
+    """Pack p holds items[offsets[p]:offsets[p+1]]; items are indices into the `lengths` that were packed.
 
     offsets int64 [P+1], items int64 [n].
     """
@@ -32,26 +32,26 @@ class Packs:
 
 
 def one_per_pack(n: int) -> Packs:
-    """Every trajectory a sequence of its own, as the paper's authors trained."""
+    """One trajectory per sequence, as in the paper's experiments."""
     return Packs(offsets=np.arange(n + 1, dtype=np.int64), items=np.arange(n, dtype=np.int64))
 
 
 def best_fit(lengths: np.ndarray, capacity: int) -> Packs:
-    """Pack items of `lengths` (int [n], each ≤ capacity) into as few sequences of `capacity` as best fit manages.
+    """Pack items of `lengths` (int [n], in tokens, each ≤ capacity) into sequences of `capacity` by best-fit decreasing.
 
-    Deterministic. Items of equal length are taken in the order given, so shuffling before packing shuffles the company.
-    Raises DataError if an item is longer than the capacity.
+    Deterministic. Items of equal length are placed in the order given, so shuffling before packing changes which
+    trajectories share a sequence. Raises DataError if an item is longer than the capacity.
     """
     n = len(lengths)
     if n == 0:
         return Packs(np.zeros(1, np.int64), np.zeros(0, np.int64))
     if int(lengths.max()) > capacity:
-        raise DataError(f"a trajectory of {int(lengths.max())} tokens does not fit a sequence of {capacity}.")
+        raise DataError(f"a trajectory of {int(lengths.max())} tokens does not fit in a sequence of {capacity}.")
     order = np.argsort(-lengths, kind="stable").astype(np.int64)
     distinct, counts = np.unique(-lengths, return_counts=True)
 
     pack_of = np.empty(n, dtype=np.int64)  # for each item of `order`
-    open_packs: dict[int, list[np.ndarray]] = {}  # free space → packs with exactly that much
+    open_packs: dict[int, list[np.ndarray]] = {}  # free space → packs with exactly that much left
     free_spaces: list[int] = []  # sorted keys of open_packs
 
     def put(packs: np.ndarray, free: int) -> None:
@@ -79,10 +79,10 @@ def best_fit(lengths: np.ndarray, capacity: int) -> Packs:
                 free = capacity
                 packs = np.arange(num_packs, num_packs + max(1, -(-left // max(1, capacity // length))))
                 num_packs += len(packs)
-            taken = len(packs)
-            pack_of[at : at + taken] = packs
-            at += taken
-            left -= taken
+            placed = len(packs)
+            pack_of[at : at + placed] = packs
+            at += placed
+            left -= placed
             put(packs, free - length)
 
     by_pack = np.argsort(pack_of, kind="stable")
@@ -92,5 +92,5 @@ def best_fit(lengths: np.ndarray, capacity: int) -> Packs:
 
 
 def efficiency(lengths: np.ndarray, packs: Packs, capacity: int) -> float:
-    """Share of the packed positions that hold real tokens, 0 … 1."""
+    """Fraction of the packed positions that hold real tokens, 0 … 1."""
     return float(lengths[packs.items].sum()) / (len(packs) * capacity) if len(packs) else 1.0

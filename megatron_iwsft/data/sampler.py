@@ -1,7 +1,7 @@
-"""Sampling: which trajectories an epoch holds, in which order and company, as a pure function of what it is given.
+"""Sampling: which trajectories an epoch contains, their order and their packing.
 
-(lengths, scores, settings, seed, epoch) → index arrays. Every rank computes the same plan; nothing is broadcast, and a
-resumed run needs nothing but its step number.
+A pure function (lengths, scores, settings, seed, epoch) → index arrays. Every rank computes the same plan, so nothing is
+broadcast and a resumed run needs only its step number.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ QualityMode = Literal["none", "sample", "weight", "thresholds"]
 
 @dataclass(frozen=True)
 class Quality:
-    """How scores enter (the paper's SFT(Q) and iw-SFT(Q)).
+    """How quality scores are used (the paper's SFT(Q) and iw-SFT(Q)).
 
-    none: every trajectory once; sample: drawn in proportion to score, with replacement; weight: s_i = score;
-    thresholds: once for every threshold that the score reaches.
+    none: each trajectory once; sample: drawn with replacement in proportion to score; weight: loss weight s_i = score;
+    thresholds: each trajectory once per threshold that its score reaches.
     """
 
     mode: QualityMode = "none"
@@ -32,7 +32,7 @@ class Quality:
 
 @dataclass(frozen=True)
 class EpochPlan:
-    """One epoch: `packs` of trajectory indices into the corpus, in training order."""
+    """One epoch: `packs` of corpus trajectory indices, in training order."""
 
     packs: Packs
     global_batch_size: int
@@ -42,7 +42,7 @@ class EpochPlan:
         return -(-len(self.packs) // self.global_batch_size)
 
     def step(self, index: int) -> list[np.ndarray]:
-        """The packs of global batch `index`, always `global_batch_size` of them: the last may end in empty ones."""
+        """The packs of global batch `index`, always `global_batch_size` of them; the last batch is filled up with empty packs."""
         start = index * self.global_batch_size
         stop = min(start + self.global_batch_size, len(self.packs))
         packs = [self.packs[p] for p in range(start, stop)]
@@ -50,9 +50,10 @@ class EpochPlan:
 
 
 class Sampler:
-    """Epoch plans over a corpus.
+    """Plans the epochs over a corpus.
 
-    lengths int [n] in tokens; scores float [n] (NaN where a trajectory has none); seq_length in tokens.
+    lengths int [n] in tokens; scores float [n] (NaN where a trajectory has none); seq_length in tokens. Raises ConfigError if
+    a trajectory is longer than seq_length, DataError if the scores do not suit the quality mode.
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class Sampler:
         seed: int,
     ) -> None:
         if len(lengths) == 0:
-            raise DataError("the corpus holds no trajectory.")
+            raise DataError("the corpus contains no trajectories.")
         longest = int(lengths.max())
         if longest > seq_length:
             raise ConfigError(
@@ -102,10 +103,10 @@ class Sampler:
             packs = one_per_pack(len(ids))
         else:
             packed = best_fit(self.lengths[ids], self.seq_length)
-            order = rng.permutation(len(packed))  # best fit puts the longest first
+            order = rng.permutation(len(packed))  # best fit places the longest first
             sizes = np.diff(packed.offsets)[order]
             offsets = np.concatenate([[0], np.cumsum(sizes)])
-            # Gathers pack by pack in the new order: start of each pack, plus 0 … size−1 within it.
+            # Gather the packs in the new order: start of each pack plus 0 … size−1 within it.
             items = np.repeat(packed.offsets[:-1][order] - offsets[:-1], sizes) + np.arange(len(ids))
             packs = Packs(offsets, packed.items[items])
         return EpochPlan(Packs(packs.offsets, ids[packs.items]), self.global_batch_size)
@@ -120,20 +121,20 @@ class Sampler:
         return np.arange(n)
 
     def trajectory_weights(self, ids: np.ndarray) -> np.ndarray:
-        """s_i of trajectories `ids`, float32."""
+        """Loss weights s_i of trajectories `ids`, float32 [len(ids)]."""
         if self.quality.mode == "weight":
             return self.scores[ids].astype(np.float32)
         return np.ones(len(ids), dtype=np.float32)
 
     def steps_in(self, epoch: int) -> int:
-        # Best fit needs the same number of packs for the same lengths in any order; only drawing changes the lengths.
+        # Best fit needs the same number of packs for the same lengths in any order; only sampling changes the lengths.
         planned = epoch if self.quality.mode == "sample" else 0
         if planned not in self._steps:
             self._steps[planned] = self.epoch(planned).num_steps
         return self._steps[planned]
 
     def total_steps(self, epochs: int | None, max_steps: int | None) -> int:
-        """Steps of a run that ends after `epochs` or `max_steps`, whichever comes first."""
+        """Number of steps of a run that ends after `epochs` or `max_steps`, whichever comes first."""
         if epochs is None:
             assert max_steps is not None
             return max_steps
@@ -145,7 +146,7 @@ class Sampler:
         return total
 
     def locate(self, step: int) -> tuple[int, int]:
-        """(epoch, index within it) of global step `step`, counted from 0."""
+        """(epoch, step within the epoch) of global step `step`, all counted from 0."""
         epoch = 0
         while step >= self.steps_in(epoch):
             step -= self.steps_in(epoch)

@@ -1,4 +1,4 @@
-"""From a corpus's scores to what the sampler weighs by: normalised per source, thresholds in scores."""
+"""Preprocessing of quality scores for the sampler: normalisation per source, percentile thresholds."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megatron_iwsft.errors import DataError
 
 
 def normalized_by_source(scores: np.ndarray, sources: Sequence[str]) -> np.ndarray:
-    """Scores of each source scaled to 0 … 1 (1 where all of a source's are equal). Raises DataError if a score is missing."""
+    """Scores scaled to 0 … 1 within each source (1 if all scores of a source are equal). Raises DataError if a score is missing."""
     if np.isnan(scores).any():
         raise DataError(
             f"data.quality.normalize needs a score for every trajectory; {int(np.isnan(scores).sum())} have none. Shard the corpus "
@@ -27,7 +27,7 @@ def normalized_by_source(scores: np.ndarray, sources: Sequence[str]) -> np.ndarr
 
 
 def thresholds_in_scores(given: Sequence[float | str], scores: np.ndarray) -> tuple[float, ...]:
-    """Percentiles ("90%") become the scores that they stand for; numbers stay."""
+    """Thresholds as scores: a percentile such as "90%" is replaced by its score, a number is kept."""
     known = scores[~np.isnan(scores)]
     if len(known) == 0:
         return tuple(float(x) for x in given if not isinstance(x, str))

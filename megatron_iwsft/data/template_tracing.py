@@ -1,8 +1,9 @@
-"""Plans: what a chat template does to conversations of one shape, found once by rendering probes instead of texts.
+"""Trace a chat template once per conversation shape, so that most conversations are rendered without running Jinja.
 
-Rendering Jinja takes longer than tokenizing. A template that only copies the messages' texts into its frame, though, renders
-every conversation of one shape (the roles of its turns) alike. `trace` renders probes that note what the template asks of a
-text; a text that gives the same answers can then be put into the frame directly. Whatever a probe cannot follow has no plan.
+Rendering Jinja takes longer than tokenizing. But a template that only copies the messages' texts renders all conversations of
+one shape (the roles of the turns) in the same way: a fixed frame with slots for the texts. `trace` renders probe strings, which
+record what the template asks about a text. A text that gives the same answers as the probe can be put into the frame
+directly. If the template does anything that a probe cannot record, the shape has no frame and is rendered by Jinja.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from typing import Any
 import jinja2
 from jinja2 import nodes
 
-# Nodes and filters that turn a text into another string behind a probe's back.
-_HIDING_NODES = (nodes.Concat, nodes.Mod, nodes.AssignBlock, nodes.FilterBlock, nodes.Macro, nodes.CallBlock)
-_OPEN_FILTERS = frozenset(
+# Syntax that can turn a text into another string without the probe noticing, and filters that cannot.
+_UNTRACEABLE_NODES = (nodes.Concat, nodes.Mod, nodes.AssignBlock, nodes.FilterBlock, nodes.Macro, nodes.CallBlock)
+_TRACEABLE_FILTERS = frozenset(
     {"trim", "string", "tojson", "length", "list", "default", "selectattr", "rejectattr", "items"}
 )
 
@@ -25,17 +26,17 @@ Pieces = list[tuple[str, bool]]
 
 
 class Untraceable(Exception):
-    """The template looks into a text in a way that a probe cannot follow."""
+    """The template inspects a text in a way that a probe cannot record."""
 
 
 @dataclass(frozen=True)
-class Plan:
-    """The frame of one shape of conversation.
+class TracedFrame:
+    """The rendering of all conversations of one shape: fixed text with slots for the messages' texts.
 
-    pieces     of each, its text with one %s for each slot, and the numbers of the slots
-    trained    of each piece, whether it is trained on
-    stripped   slots whose text must not begin or end in whitespace, since the template strips it
-    forbidden  (slot, string) pairs: the slot's text must not contain the string, since the template looks for it
+    pieces     for each piece, its format string with one %s per slot, and the slots' indices
+    trained    for each piece, whether it is trained on
+    stripped   slots that the template strips: their text must not begin or end with whitespace
+    forbidden  (slot, string) pairs: the template searches the slot's text for the string, so the text must not contain it
     """
 
     pieces: tuple[tuple[str, tuple[int, ...]], ...]
@@ -44,7 +45,7 @@ class Plan:
     forbidden: tuple[tuple[int, str], ...]
 
     def fill(self, texts: list[str]) -> list[str] | None:
-        """The rendered pieces with `texts` in their slots; None if the template has to see these texts itself."""
+        """The rendered pieces with `texts` in their slots; None if these texts have to be rendered by the template itself."""
         for slot in self.stripped:
             if texts[slot].strip() != texts[slot]:
                 return None
@@ -54,25 +55,25 @@ class Plan:
         if "" in texts:
             return None
         return [
-            frame % texts[slots[0]] if len(slots) == 1 else frame % tuple([texts[s] for s in slots])
-            for frame, slots in self.pieces
+            piece % texts[slots[0]] if len(slots) == 1 else piece % tuple([texts[s] for s in slots])
+            for piece, slots in self.pieces
         ]
 
 
 def traceable(environment: jinja2.Environment, source: str) -> bool:
-    """Whether a template hands texts on only in ways that a probe notices."""
+    """Whether a template uses only syntax and filters whose effect on a text a probe can record."""
     tree = environment.parse(source)
-    if next(tree.find_all(_HIDING_NODES), None) is not None:
+    if next(tree.find_all(_UNTRACEABLE_NODES), None) is not None:
         return False
-    return all(f.name in _OPEN_FILTERS for f in tree.find_all(nodes.Filter))
+    return all(f.name in _TRACEABLE_FILTERS for f in tree.find_all(nodes.Filter))
 
 
-def trace(slots: int, render: Callable[[list[Any]], Pieces]) -> Plan | None:
-    """The plan of `render`, which takes as many texts as there are slots; None if it has none.
+def trace(slots: int, render: Callable[[list[Any]], Pieces]) -> TracedFrame | None:
+    """The frame of `render`, a function of `slots` texts; None if it cannot be traced.
 
-    `render`'s own complaints about the shape are passed on.
+    Exceptions of `render` other than Untraceable are passed on.
     """
-    probes = [_Probe.make(i) for i in range(slots)]
+    probes = [_Probe.for_slot(i) for i in range(slots)]
     try:
         rendered = render(probes)
     except Untraceable:
@@ -88,10 +89,10 @@ def trace(slots: int, render: Callable[[list[Any]], Pieces]) -> Plan | None:
     for text, _ in rendered:
         parts = cut.split(text)
         if any(_DIGITS in part for part in parts[::2]):
-            return None  # a text was changed on its way
-        frame = "%s".join(part.replace("%", "%%") for part in parts[::2])
-        pieces.append((frame, tuple(by_text[part] for part in parts[1::2])))
-    return Plan(
+            return None  # the template changed a text
+        piece = "%s".join(part.replace("%", "%%") for part in parts[::2])
+        pieces.append((piece, tuple(by_text[part] for part in parts[1::2])))
+    return TracedFrame(
         pieces=tuple(pieces),
         trained=tuple(trained for _, trained in rendered),
         stripped=tuple(i for i, p in enumerate(probes) if p.stripped),
@@ -99,22 +100,23 @@ def trace(slots: int, render: Callable[[list[Any]], Pieces]) -> Plan | None:
     )
 
 
-# Digits, which survive escaping and folding, and beside them what does not.
+# A probe's text contains digits, which escaping and case folding leave unchanged, and characters that they change.
 _DIGITS = "2718281828459045"
-_CORE = f'\ue001"\\<e\u0301\t  Aa%s{_DIGITS}'
+_PROBE_TEXT = f'\ue001"\\<e\u0301\t  Aa%s{_DIGITS}'
 
-# What Python itself needs of an object; everything else that `str` offers would look into the text.
-_BLIND = frozenset(dir(object)) - {"__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__", "__hash__", "__format__"}
+# Methods that every Python object needs. All other methods of `str` would inspect the text.
+_INSPECTING = "__eq__ __ne__ __lt__ __le__ __gt__ __ge__ __hash__ __format__"
+_ALLOWED_METHODS = frozenset(dir(object)) - set(_INSPECTING.split())
 
 
-def _refuse(self: Any, *_: Any, **__: Any) -> Any:
+def _raise_untraceable(self: Any, *_: Any, **__: Any) -> Any:
     raise Untraceable
 
 
 class _Opaque(str):
-    """A text that can only be joined to others and written out; it is not empty."""
+    """A non-empty text that can only be concatenated and written out."""
 
-    locals().update({name: _refuse for name in dir(str) if name not in _BLIND})
+    locals().update({name: _raise_untraceable for name in dir(str) if name not in _ALLOWED_METHODS})
 
     def __bool__(self) -> bool:
         return True
@@ -127,47 +129,47 @@ class _Opaque(str):
 
 
 class _Probe(_Opaque):
-    """Stands for a message's text and notes what it was asked. Begins and ends in whitespace, so that stripping shows."""
+    """Placeholder for a message's text that records what it was asked. Has whitespace at both ends, to detect stripping."""
 
     stripped: bool
     forbidden: set[str]
 
     @staticmethod
-    def make(slot: int) -> _Probe:
-        probe = _Probe(f" \n{_CORE}{slot}\ue002\n ")
+    def for_slot(slot: int) -> _Probe:
+        probe = _Probe(f" \n{_PROBE_TEXT}{slot}\ue002\n ")
         probe.stripped, probe.forbidden = False, set()
         return probe
 
-    def _without(self, cut: Callable[[str, str | None], str], chars: str | None) -> _Probe:
+    def _strip(self, strip: Callable[[str, str | None], str], chars: str | None) -> _Probe:
         if chars is not None and chars.strip():
             raise Untraceable
         self.stripped = True
-        probe = _Probe(cut(self, chars))
+        probe = _Probe(strip(self, chars))
         probe.stripped, probe.forbidden = True, self.forbidden
         return probe
 
     def strip(self, chars: str | None = None) -> _Probe:
-        return self._without(str.strip, chars)
+        return self._strip(str.strip, chars)
 
     def lstrip(self, chars: str | None = None) -> _Probe:
-        return self._without(str.lstrip, chars)
+        return self._strip(str.lstrip, chars)
 
     def rstrip(self, chars: str | None = None) -> _Probe:
-        return self._without(str.rstrip, chars)
+        return self._strip(str.rstrip, chars)
 
-    def _lacks(self, strings: Any, *_: Any) -> bool:
+    def _record_search(self, strings: Any, *_: Any) -> bool:
         for string in strings if isinstance(strings, tuple) else (strings,):
             if type(string) is not str or not string:
                 raise Untraceable
             self.forbidden.add(string)
         return False
 
-    __contains__ = startswith = endswith = _lacks
+    __contains__ = startswith = endswith = _record_search
 
     def __eq__(self, other: object) -> bool:
-        return other != "" and isinstance(other, str) and self._lacks(other)
+        return other != "" and isinstance(other, str) and self._record_search(other)
 
     def __ne__(self, other: object) -> bool:
         return not self == other
 
-    __hash__ = _refuse
+    __hash__ = _raise_untraceable

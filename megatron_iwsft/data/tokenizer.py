@@ -1,7 +1,7 @@
-"""Tokenizers: a Hugging Face `tokenizer.json` directory, or a SentencePiece `.model` file, behind one small interface.
+"""Tokenizers: one small interface over a Hugging Face `tokenizer.json` directory or a SentencePiece `.model` file.
 
-Text is encoded piece by piece (prompt, response, prompt, …), each on its own, as inference does: it tokenizes the prompt
-alone and generates from there. So a token never straddles the boundary of prompt and response.
+Each piece of text (prompt, response, prompt, …) is encoded separately, because inference tokenizes the prompt alone and
+generates from there. So no token spans the boundary between prompt and response.
 """
 
 from __future__ import annotations
@@ -20,18 +20,19 @@ import numpy as np
 
 from megatron_iwsft.errors import DataError
 
-# Copied beside the corpus and into exports, where they exist.
-_COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+# The files beside tokenizer.json, all optional. They are copied into corpora and exports.
+_CONFIG_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 
 
 class Tokenizer(ABC):
-    """What sharding and inspection need of a tokenizer.
+    """The interface that sharding and inspection use.
 
-    fingerprint  SHA-256 of what decides the ids (not of the chat template, which has a hash of its own)
-    vocab_size   largest id + 1
-    special      texts of the special tokens, which content must never smuggle in
-    special_ids  their ids, but for that of unknown text
-    special_pattern  finds any of them in a text
+    fingerprint      SHA-256 of the file that determines the token ids (the chat template has a separate hash)
+    vocab_size       largest id + 1
+    special          texts of the special tokens; the content of a message must not contain them
+    special_ids      their ids, without that of the unknown token
+    special_pattern  matches any of them in a text
+    files            the tokenizer's files, for `copy_to`
     """
 
     fingerprint: str
@@ -46,30 +47,30 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode_pieces(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each piece of one rendered text; special tokens are recognised, none are added."""
+        """Token ids of each piece of one rendered text. Special tokens are recognised; none are added."""
 
     def encode_batch(self, texts: Sequence[str], counts: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """As `encode_pieces` for many rendered texts at once: the next counts[i] of `texts` are the pieces of text i.
+        """`encode_pieces` for many rendered texts: `texts` holds the pieces of all of them, counts[i] pieces for text i.
 
-        Returns ids int32 [total] and the number of ids of each piece, int64 [len(texts)].
+        Returns the ids, int32 [total], and the number of ids of each piece, int64 [len(texts)].
         """
         ids, at = [], 0
         for count in counts:
             ids += self.encode_pieces(texts[at : at + count])
             at += count
-        return _flat(ids)
+        return _flatten(ids)
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of `ids`, special tokens included."""
+        """The text of `ids`, including special tokens."""
 
     def copy_to(self, directory: Path) -> None:
-        """Copy the tokenizer's files into `directory`. Raises DataError if one is no longer there."""
+        """Copy the tokenizer's files into `directory`. Raises DataError if one no longer exists."""
         directory.mkdir(parents=True, exist_ok=True)
         for file in self.files:
             if not file.exists():
                 raise DataError(
-                    f"the tokenizer's file {file} has vanished. Put it back and run the same command again."
+                    f"the tokenizer's file {file} no longer exists. Restore it and run the same command again."
                 )
             shutil.copyfile(file, directory / ("tokenizer.model" if file.suffix == ".model" else file.name))
 
@@ -78,7 +79,7 @@ class Tokenizer(ABC):
         self.special_pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
     def ends_with_special(self, text: str) -> int | None:
-        """Length of `text` up to and including its last special token, if only whitespace follows; None otherwise."""
+        """Length of `text` up to and including its last special token if only whitespace follows it, else None."""
         ends = [match.end() for match in self.special_pattern.finditer(text)]
         return ends[-1] if ends and not text[ends[-1] :].strip() else None
 
@@ -113,28 +114,28 @@ class HuggingFaceTokenizer(Tokenizer):
         self.bos_token = _token_text(config.get("bos_token"))
         self.eos_token = _token_text(config.get("eos_token"))
         self.chat_template = _chat_template(directory, config)
-        self.files = [path, *(directory / name for name in _COMPANIONS if (directory / name).exists())]
+        self.files = [path, *(directory / name for name in _CONFIG_FILES if (directory / name).exists())]
         self._compile_special()
 
     def encode_pieces(self, texts: Sequence[str]) -> list[list[int]]:
         if not self.adds_space:
             return [e.ids for e in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
-        # Such a tokenizer puts a space before every text it is given; only the first piece begins one. So the whole is encoded
-        # and cut where a token's first character lies.
-        whole = self._tokenizer.encode("".join(texts), add_special_tokens=False)
+        # This tokenizer adds a space before every text it encodes, but only the first piece begins a text. So the full text
+        # is encoded, and each token belongs to the piece that contains its first character.
+        full = self._tokenizer.encode("".join(texts), add_special_tokens=False)
         ends = np.cumsum([len(text) for text in texts])
-        piece = np.searchsorted(ends, [min(start, ends[-1] - 1) for start, _ in whole.offsets], side="right")
-        return [np.asarray(whole.ids)[piece == k].tolist() for k in range(len(texts))]
+        piece = np.searchsorted(ends, [min(start, ends[-1] - 1) for start, _ in full.offsets], side="right")
+        return [np.asarray(full.ids)[piece == k].tolist() for k in range(len(texts))]
 
     def encode_batch(self, texts: Sequence[str], counts: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        return super().encode_batch(texts, counts) if self.adds_space else _flat(self.encode_pieces(texts))
+        return super().encode_batch(texts, counts) if self.adds_space else _flatten(self.encode_pieces(texts))
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=False)
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A `.model` file. Its control pieces (such as <s> and </s>) are the special tokens."""
+    """A SentencePiece `.model` file. Its control pieces (such as <s> and </s>) are the special tokens."""
 
     def __init__(self, path: Path) -> None:
         import sentencepiece
@@ -144,7 +145,7 @@ class SentencePieceTokenizer(Tokenizer):
         content = path.read_bytes()
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=content)
-            # Later pieces continue a text: the space that SentencePiece puts before a text belongs to the first one only.
+            # SentencePiece adds a space before a text. Later pieces continue the text, so they are encoded without it.
             model = ModelProto.FromString(content)
             self.adds_space = model.normalizer_spec.add_dummy_prefix
             model.normalizer_spec.add_dummy_prefix = False
@@ -197,13 +198,13 @@ class SentencePieceTokenizer(Tokenizer):
         return "".join(out)
 
 
-def _flat(ids: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+def _flatten(ids: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
     lengths = np.fromiter(map(len, ids), np.int64, len(ids))
     return np.fromiter(chain.from_iterable(ids), np.int32, int(lengths.sum())), lengths
 
 
 def _adds_space(part: Any) -> bool:
-    """Whether any normalizer or pre-tokenizer of a tokenizer.json puts a space before the text."""
+    """Whether any normalizer or pre-tokenizer of a tokenizer.json adds a space before the text."""
     if isinstance(part, dict):
         kind = part.get("type")
         if kind == "Prepend" or (kind == "ByteLevel" and part.get("add_prefix_space") and "use_regex" in part):
@@ -221,7 +222,7 @@ def _adds_space(part: Any) -> bool:
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Open a Hugging Face directory, a `tokenizer.json`, a SentencePiece `.model` file, or a directory with `tokenizer.model`.
 
-    Raises DataError if there is none of these at `path`.
+    Raises DataError if `path` is none of these.
     """
     path = Path(path)
     if path.name == "tokenizer.json":
@@ -233,7 +234,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if path.is_file() and path.suffix == ".model":
         return SentencePieceTokenizer(path)
     raise DataError(
-        f"no tokenizer at {path}: expected a directory with tokenizer.json, or a SentencePiece .model file."
+        f"no tokenizer at {path}: expected a directory with tokenizer.json or tokenizer.model, or a SentencePiece .model file."
     )
 
 
@@ -254,6 +255,6 @@ def _chat_template(directory: Path, config: dict[str, Any]) -> str | None:
     if (directory / "chat_template.jinja").exists():
         return (directory / "chat_template.jinja").read_text(encoding="utf-8")
     template = config.get("chat_template")
-    if isinstance(template, list):  # several named templates
+    if isinstance(template, list):  # a list of named templates
         template = next((t["template"] for t in template if t.get("name") == "default"), None)
     return template

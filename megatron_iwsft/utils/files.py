@@ -37,13 +37,15 @@ def flush_to_disk(path: Path) -> None:
 
 
 @contextmanager
-def atomic_write(path: Path, mode: Literal["w", "wb"] = "w") -> Iterator[IO[Any]]:
+def atomic_write(path: Path, mode: Literal["w", "wb"] = "w", *, single_writer: bool = False) -> Iterator[IO[Any]]:
     """Open a file for writing that appears under its name only if the block ends without an exception.
 
-    Text is UTF-8. Raises OSError; then no file is left behind, and one of that name is as it was.
+    Text is UTF-8. `single_writer`: only one process writes this file, so it is written at `partial_path`, which the next run
+    overwrites if this process is killed. Otherwise the temporary name is random: two processes may write the same file at
+    once, and the last rename wins. Raises OSError; then no file is left behind, and an existing file is unchanged.
     """
-    # A name of its own: two processes may write the same file at once, and the last rename wins.
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}{PARTIAL}")
+    random_name = f".{path.name}.{uuid.uuid4().hex[:8]}{PARTIAL}"
+    partial = partial_path(path) if single_writer else path.with_name(random_name)
     try:
         with open(partial, mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
@@ -53,15 +55,18 @@ def atomic_write(path: Path, mode: Literal["w", "wb"] = "w") -> Iterator[IO[Any]
         raise
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str, *, single_writer: bool = False) -> None:
     """Write a text file atomically."""
-    with atomic_write(path) as file:
+    with atomic_write(path, single_writer=single_writer) as file:
         file.write(text)
 
 
-def write_json(path: Path, value: object, *, indent: int | None = 1, sort_keys: bool = False) -> None:
+def write_json(
+    path: Path, value: object, *, indent: int | None = 1, sort_keys: bool = False, single_writer: bool = False
+) -> None:
     """Write a JSON file atomically."""
-    write_text(path, json.dumps(value, indent=indent, ensure_ascii=False, sort_keys=sort_keys) + "\n")
+    text = json.dumps(value, indent=indent, ensure_ascii=False, sort_keys=sort_keys) + "\n"
+    write_text(path, text, single_writer=single_writer)
 
 
 def remove_directory(directory: Path) -> None:

@@ -1,4 +1,4 @@
-"""What is trained on, by position, against golden renderings; plans against the template itself."""
+"""Loss masks compared with golden renderings, and traced frames with the template itself."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from megatron_iwsft.data.tokenizer import load_tokenizer
 from megatron_iwsft.errors import DataError
 from tests.support import tiny
 
-# Templates in the manner of public ones: what they look at decides whether a plan can stand in for them.
+# Templates modelled on public ones. They differ in what they inspect, and so in whether they can be traced.
 NO_PROMPT = "{% for m in messages %}[{{ m.role }}] {{ m.content }}<|im_end|>{% endfor %}"
 TRIMMING = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n\n' + m['content'] | trim + '<|im_end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n\n' }}{% endif %}"
 )
-# Renders reasoning itself, also where the content holds it; drops that of earlier turns.
+# Renders reasoning itself, also if it is inside the content; drops the reasoning of earlier turns.
 THINKING = (
     "{% set ns = namespace(last=0) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
@@ -51,7 +51,7 @@ GOLDEN = json.loads((Path(__file__).parent / "golden" / "masks.json").read_text(
 
 
 def marked(corpus: Corpus, i: int = 0) -> str:
-    """The text of a trajectory with ⟦ ⟧ around what is trained on."""
+    """The text of a trajectory with ⟦ ⟧ around the trained parts."""
     return "".join(f"⟦{text}⟧" if trained else text for text, trained in runs(corpus, i))
 
 
@@ -64,15 +64,15 @@ def shard_one(tmp_path: Path, record: dict, template: str, rendering: Rendering,
 
 
 @pytest.mark.parametrize("case", GOLDEN, ids=[case["name"] for case in GOLDEN])
-def test_masks_are_as_in_the_golden_file(tmp_path: Path, case: dict) -> None:
+def test_masks_equal_the_golden_file(tmp_path: Path, case: dict) -> None:
     options = {k: tuple(v) if isinstance(v, list) else v for k, v in case.get("rendering", {}).items()}
     fields = {k: tuple(v) if isinstance(v, list) else v for k, v in case.get("fields", {}).items()}
     corpus = shard_one(tmp_path, case["record"], TEMPLATES[case["template"]], Rendering(**options), **fields)
     assert marked(corpus) == case["expected"]
 
 
-def test_no_token_straddles_prompt_and_response(tmp_path: Path) -> None:
-    """Text whose parts would merge into one token: a combining accent, a zero-width joiner, half of an emoji sequence."""
+def test_no_token_spans_prompt_and_response(tmp_path: Path) -> None:
+    """Tries text that would merge into one token: a combining accent, a zero-width joiner, half of an emoji sequence."""
     from tokenizers import Tokenizer
 
     for k, (prompt, response) in enumerate(
@@ -93,10 +93,10 @@ TEXTS = [" padded ", "plain", "two\nlines\n", "100 %s of {{ x }}", "", "<think>\
 
 
 @pytest.mark.parametrize("name", ["chatml", "no_prompt", "trimming", "thinking"])
-def test_a_plan_renders_as_the_template_does(tmp_path: Path, name: str) -> None:
+def test_a_traced_frame_renders_the_same_as_the_template(tmp_path: Path, name: str) -> None:
     template = ChatTemplate(load_tokenizer(tiny.hf_tokenizer(tmp_path, template=TEMPLATES[name])))
     rng = np.random.default_rng(0)
-    by_plan = 0
+    by_frame = 0
     for _ in range(300):
         turns = int(rng.integers(1, 3))
         shape = tuple(["system"][: rng.integers(0, 2)]) + ("user", "assistant") * turns
@@ -108,13 +108,13 @@ def test_a_plan_renders_as_the_template_does(tmp_path: Path, name: str) -> None:
         except TemplateError as error:
             expected = str(error)
         try:
-            texts, plan, trained = template.pieces(conversation)
+            texts, frame, trained = template.pieces(conversation)
             found = [(t, flag) for t, flag in zip(texts, trained, strict=True) if t]
-            by_plan += plan is not None
+            by_frame += frame is not None
         except TemplateError as error:
             found = str(error)
         assert found == expected
-    assert by_plan > 20
+    assert by_frame > 20
 
 
 @pytest.mark.parametrize(
@@ -133,16 +133,16 @@ def test_a_plan_renders_as_the_template_does(tmp_path: Path, name: str) -> None:
         "{% for m in messages %}{{ {'a': 1}.get(m.content, m.content) }}<|im_end|>{% endfor %}",
     ],
 )
-def test_a_template_that_looks_into_the_texts_has_no_plan(tmp_path: Path, template: str) -> None:
+def test_a_template_that_inspects_the_texts_is_not_traced(tmp_path: Path, template: str) -> None:
     t = ChatTemplate(load_tokenizer(tiny.hf_tokenizer(tmp_path, template=template)))
     try:
-        _, plan, _ = t.pieces(Conversation(("user", "assistant"), ["a question", "an answer"]))
+        _, frame, _ = t.pieces(Conversation(("user", "assistant"), ["a question", "an answer"]))
     except TemplateError:
-        return  # the template changes the answer: it has no position at all
-    assert plan is None
+        return  # the template changes the answer, so it has no position in the rendered text
+    assert frame is None
 
 
-def test_reasoning_of_earlier_turns_can_be_left_out_by_training_on_the_last(tmp_path: Path) -> None:
+def test_templates_that_drop_earlier_reasoning_need_training_on_the_last_turn(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(tiny.hf_tokenizer(tmp_path, template=THINKING))
     messages = Conversation(("user", "assistant", "content") * 2, ["Q", "hm", "A", "Q2", "hmm", "A2"])
     with pytest.raises(TemplateError, match="rewrites turn 1"):

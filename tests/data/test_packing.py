@@ -1,3 +1,5 @@
+"""Packing and sampling: every trajectory in its place, few and full sequences, quality modes."""
+
 import numpy as np
 import pytest
 
@@ -11,7 +13,7 @@ def lengths(n: int, high: int, seed: int = 0) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("n", "high", "capacity"), [(1, 5, 8), (1000, 300, 2048), (500, 64, 64), (300, 3, 7)])
-def test_every_item_once_and_no_pack_overfull(n: int, high: int, capacity: int) -> None:
+def test_best_fit_places_every_item_once_and_overfills_no_pack(n: int, high: int, capacity: int) -> None:
     sizes = lengths(n, high)
     packs = best_fit(sizes, capacity)
     assert sorted(packs.items.tolist()) == list(range(n))
@@ -31,18 +33,18 @@ def naive_best_fit(sizes: np.ndarray, capacity: int) -> int:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_as_few_packs_as_the_textbook(seed: int) -> None:
+def test_best_fit_needs_as_few_packs_as_the_textbook_algorithm(seed: int) -> None:
     sizes = lengths(200, 100, seed)
     assert len(best_fit(sizes, 128)) == naive_best_fit(sizes, 128)
 
 
-def test_short_trajectories_fill_sequences() -> None:
+def test_short_trajectories_fill_98_percent_of_the_sequences() -> None:
     sizes = np.random.default_rng(1).gamma(4, 45, 7000).astype(int).clip(20, 600)
     assert efficiency(sizes, best_fit(sizes, 2048), 2048) >= 0.98
 
 
-def test_too_long_an_item_is_refused() -> None:
-    with pytest.raises(DataError, match="9 tokens does not fit a sequence of 8"):
+def test_best_fit_rejects_an_item_longer_than_the_capacity() -> None:
+    with pytest.raises(DataError, match="9 tokens does not fit in a sequence of 8"):
         best_fit(np.array([3, 9]), 8)
 
 
@@ -56,13 +58,15 @@ def sampler(scores=None, *, n=50, quality=NO_QUALITY, packing="best_fit", seed=0
 
 
 @pytest.mark.parametrize("packing", ["best_fit", "none"])
-def test_an_epoch_holds_every_trajectory_once_in_a_new_order(packing: str) -> None:
+def test_each_epoch_contains_every_trajectory_once_in_a_new_order(packing: str) -> None:
     s = sampler(packing=packing)
     seen = [np.concatenate([np.concatenate(s.epoch(e).step(i)) for i in range(s.epoch(e).num_steps)]) for e in (0, 1)]
     assert all(sorted(ids.tolist()) == list(range(50)) for ids in seen)
     assert not np.array_equal(*seen)
     again = sampler(packing=packing).epoch(1)
-    assert np.array_equal(again.packs.items, s.epoch(1).packs.items), "the plan is a pure function of its inputs"
+    assert np.array_equal(again.packs.items, s.epoch(1).packs.items), (
+        "the epoch plan must be a pure function of its inputs"
+    )
 
 
 def test_the_last_batch_is_filled_up_with_empty_packs() -> None:
@@ -71,7 +75,7 @@ def test_the_last_batch_is_filled_up_with_empty_packs() -> None:
     assert [len(pack) for pack in last] == [1, 1, 0, 0, 0, 0, 0, 0]
 
 
-def test_steps_are_located_across_epochs() -> None:
+def test_locate_finds_the_epoch_of_a_step() -> None:
     s = sampler(packing="none")
     assert s.steps_in(0) == 13
     assert [s.locate(i) for i in (0, 12, 13, 27)] == [(0, 0), (0, 12), (1, 0), (2, 1)]
@@ -80,14 +84,14 @@ def test_steps_are_located_across_epochs() -> None:
     assert s.total_steps(None, 100) == 100
 
 
-def test_quality_thresholds_repeat_trajectories() -> None:
+def test_quality_thresholds_repeats_trajectories_once_per_threshold() -> None:
     scores = np.linspace(0, 1, 50)
     s = sampler(scores, quality=Quality("thresholds", (0.5, 0.9)))
     counts = np.bincount(s.epoch(0).packs.items, minlength=50)
     assert np.array_equal(counts, (scores >= 0.5).astype(int) + (scores >= 0.9))
 
 
-def test_quality_sample_draws_in_proportion() -> None:
+def test_quality_sample_draws_in_proportion_to_score() -> None:
     scores = np.zeros(50)
     scores[:10] = 1.0
     s = sampler(scores, quality=Quality("sample"))
@@ -96,13 +100,13 @@ def test_quality_sample_draws_in_proportion() -> None:
     assert np.bincount(drawn).min() > 60  # of 100 expected
 
 
-def test_quality_weight_is_the_score() -> None:
+def test_quality_weight_uses_the_score_as_weight() -> None:
     scores = np.linspace(0, 1, 50)
     s = sampler(scores, quality=Quality("weight"))
     assert np.array_equal(s.trajectory_weights(np.array([3, 7])), scores[[3, 7]].astype(np.float32))
 
 
-def test_scores_that_do_not_serve_are_refused() -> None:
+def test_scores_that_do_not_suit_the_quality_mode_are_rejected() -> None:
     with pytest.raises(DataError, match="50 of 50 trajectories have no score"):
         sampler(quality=Quality("weight"))
     with pytest.raises(DataError, match="needs scores ≥ 0"):
@@ -111,7 +115,7 @@ def test_scores_that_do_not_serve_are_refused() -> None:
         sampler(np.linspace(0, 1, 50), quality=Quality("thresholds", (2.0, 3.0)))
 
 
-def test_trajectories_longer_than_a_sequence_are_refused() -> None:
+def test_trajectories_longer_than_a_sequence_are_rejected() -> None:
     with pytest.raises(
         ConfigError, match=r"data.seq_length is 16, but 1 of 2 trajectories are longer \(up to 30 tokens\)"
     ):

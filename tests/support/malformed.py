@@ -94,7 +94,7 @@ def cases(directory: Path) -> dict[str, tuple[list[str], str]]:
         ),
         "bounds the wrong way round": (
             [*SHARD, "--min-tokens", "9", "--max-tokens", "3"],
-            "no trajectory has at least 9 tokens and at most 3",
+            "min_tokens (9) is above max_tokens (3)",
         ),
         "scores from two places": (
             [*SHARD, "--answer-field", "a", "--wrong-answers", "score", "--score-field", "s"],
@@ -102,7 +102,7 @@ def cases(directory: Path) -> dict[str, tuple[list[str], str]]:
         ),
         "scored answers without an answer": (
             [*SHARD, "--wrong-answers", "score"],
-            "only where the field of the reference answer",
+            "needs the field of the reference answer",
         ),
         "a share that merges": ([*SHARD, "--task", "0/2", "--merge"], "not allowed with"),
         "no workers": ([*SHARD, "--workers", "0"], "must be a whole number above 0; found '0'"),

@@ -16,10 +16,11 @@ from megatron_iwsft.checkpoint.info import CheckpointInfo
 from megatron_iwsft.checkpoint.tensors import CheckpointTensors
 from megatron_iwsft.config.loader import parse_config
 from megatron_iwsft.config.schema import Config
-from megatron_iwsft.data.corpus import Corpus, file_hash
+from megatron_iwsft.data.corpus import Corpus
 from megatron_iwsft.errors import CheckpointError, ConfigError, DataError, UserError
 from megatron_iwsft.testing import comparable_metrics as metrics
 from megatron_iwsft.testing import run_distributed
+from megatron_iwsft.utils.files import sha256_file
 from tests.support import tiny
 
 pytestmark = pytest.mark.parallel
@@ -307,7 +308,7 @@ def test_mistakes_are_told(runs: Path) -> None:
     (values * 1.1).tofile(runs / "wrong" / sidecar / "shard-00000.bin")
     manifest = runs / "wrong" / sidecar / "manifest.json"
     said = json.loads(manifest.read_text())
-    said["files"]["shard-00000.bin"] = file_hash(runs / "wrong" / sidecar / "shard-00000.bin")
+    said["files"]["shard-00000.bin"] = sha256_file(runs / "wrong" / sidecar / "shard-00000.bin")
     manifest.write_text(json.dumps(said))
     binary = runs / "flipped" / sidecar / "shard-00000.bin"
     binary.write_bytes(binary.read_bytes()[:-1] + b"\x01")
@@ -335,7 +336,7 @@ def test_mistakes_are_told(runs: Path) -> None:
         "evaluated with another tokenizer": (DataError, "evaluation.corpus"),
         "unfinished sidecar": (DataError, "are unfinished. Run tools/precompute_reference.py"),
         "stale sidecar": (DataError, "was computed for another version of the corpus"),
-        "truncated sidecar": (DataError, "where its index announces"),
+        "truncated sidecar": (DataError, "but its index says"),
         "flipped sidecar": (DataError, "shard-00000.bin is damaged: its checksum"),
         "wrong values": (DataError, "policy and reference are the same model, yet their log-probs differ by"),
         "other tokenizer": (DataError, "was made with a different tokenizer than"),

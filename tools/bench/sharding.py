@@ -315,7 +315,7 @@ def stages(records: Path, tokenizer_path: Path, template_name: str | None) -> No
 
     encoder(blocks[0])
     prepared = [encoder.prepare(block) for block in blocks]
-    parsing = best(lambda b: list(encode._numbered(b)), blocks)
+    parsing = best(lambda b: list(encode.numbered_records(b)), blocks)
     rendering = best(encoder.prepare, blocks) - parsing
     tokenizing = best(lambda rows: encoder._encode(rows.pieces, rows.counts), prepared)
     whole = best(encoder, blocks)

@@ -1,1 +1,1 @@
-"""Records to corpus directory: read, render, tokenize, filter, deduplicate, write."""
+"""Build a corpus directory from records: read, render, tokenize, filter, deduplicate, write."""

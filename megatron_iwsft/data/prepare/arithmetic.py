@@ -1,7 +1,7 @@
-"""A generated arithmetic-reasoning corpus with quality scores, for the quick start, tests and benchmarks.
+"""Generate arithmetic-reasoning records with quality scores, for the quick start, tests and benchmarks.
 
-Problems are sums of two numbers, worked digit by digit. A share of the demonstrations goes wrong in one step and follows
-through; their scores are low, except where the (imperfect) judge is mistaken. Everything is a function of the seed.
+Each problem is a sum of two numbers, worked out digit by digit. A fraction of the demonstrations makes an error in one step and
+carries it through. These get low scores, except where the simulated judge errs. Everything is determined by the seed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ _QUESTIONS = (
 
 @dataclass(frozen=True)
 class ArithmeticSettings:
-    """digits: of each summand; wrong: share of wrong demonstrations; judge_error: share that the judge scores the other way."""
+    """digits: digits of each summand; wrong: fraction of wrong demonstrations; judge_error: fraction that the judge scores the
+    wrong way round."""
 
     digits: int = 2
     wrong: float = 0.3
@@ -29,13 +30,13 @@ class ArithmeticSettings:
 
 
 def arithmetic_records(count: int, settings: ArithmeticSettings, seed: int) -> Iterator[dict[str, Any]]:
-    """`count` records: prompt, response, score in [0, 1], answer (the true one) and correct (whether the response reaches it)."""
+    """`count` records: id, prompt, response, score in [0, 1], answer (the true sum), correct (whether the response is right)."""
     rng = random.Random(seed)
     low, high = 10 ** (settings.digits - 1), 10**settings.digits - 1
     for number in range(count):
         a, b = rng.randint(low, high), rng.randint(low, high)
         wrong_step = rng.randrange(settings.digits) if rng.random() < settings.wrong else None
-        response, result = _worked(a, b, settings.digits, wrong_step, rng)
+        response, result = _worked_sum(a, b, settings.digits, wrong_step, rng)
         correct = result == a + b
         looks_right = correct != (rng.random() < settings.judge_error)
         yield {
@@ -48,8 +49,8 @@ def arithmetic_records(count: int, settings: ArithmeticSettings, seed: int) -> I
         }
 
 
-def _worked(a: int, b: int, digits: int, wrong_step: int | None, rng: random.Random) -> tuple[str, int]:
-    """The worked sum, units first, and what it comes to; step `wrong_step` adds up wrongly."""
+def _worked_sum(a: int, b: int, digits: int, wrong_step: int | None, rng: random.Random) -> tuple[str, int]:
+    """The text of the worked sum, units first, and its result; step `wrong_step`, if any, contains an error."""
     steps, carry, result = [], 0, 0
     for place in range(digits):
         x, y = a // 10**place % 10, b // 10**place % 10
@@ -66,11 +67,11 @@ def _worked(a: int, b: int, digits: int, wrong_step: int | None, rng: random.Ran
 def short_sums(
     count: int, *, digits: int, wrong: float, seed: int, held_out: frozenset[str] = frozenset()
 ) -> Iterator[dict[str, Any]]:
-    """`count` records whose response is the sum alone. All numbers are written units first, "740+285=" → "9260" for 47 + 582 = 629.
+    """`count` records whose response is only the sum. Numbers are written units first: "740+285=" → "9260" for 47 + 582 = 629.
 
-    So each digit follows from those before it, and its summands stand at the same distance from it wherever it is: small models
-    learn it soon. `question` and `answer` make the records a benchmark, too. In a share of `wrong` one digit of the response is
-    replaced by another. A question in `held_out` is left out, and another takes its place.
+    So each digit depends only on earlier ones, and its two summands are always the same distance away: small models learn this
+    quickly. With their fields `question` and `answer` the records also serve as a benchmark. In a fraction `wrong` of the
+    records, one digit of the response is replaced by another. Questions in `held_out` are skipped.
     """
     rng = random.Random(seed)
     while count:

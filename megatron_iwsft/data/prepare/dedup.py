@@ -1,4 +1,4 @@
-"""What has been seen earlier in a corpus: contents by their hash, near-duplicates by their MinHash signatures."""
+"""Deduplication: exact by content hash, near-duplicates by MinHash signature."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from megatron_iwsft.data.prepare.filters import NUM_PERMUTATIONS, SEED, import_l
 
 
 class HashSet:
-    """A set of 128-bit keys in one open-addressed table: 23 to 46 bytes a key, looked up and inserted many at a time."""
+    """A set of 128-bit keys in one open-addressing table: 23 to 46 bytes per key, with batched lookup and insertion."""
 
     def __init__(self) -> None:
         self._table = np.zeros((1 << 12, 2), np.uint64)
@@ -19,7 +19,7 @@ class HashSet:
         return self._size
 
     def add(self, keys: np.ndarray) -> np.ndarray:
-        """Insert keys, uint64 [n, 2]; returns bool [n], True for those that were not yet there (the first of equal ones)."""
+        """Insert keys, uint64 [n, 2]. Returns bool [n], True where the key is new (of equal keys, the first)."""
         while (self._size + len(keys)) * 10 > len(self._table) * 7:
             self._grow()
         order = np.lexsort((keys[:, 1], keys[:, 0]))  # stable: equal keys stay in input order
@@ -32,7 +32,7 @@ class HashSet:
         return new
 
     def _insert(self, keys: np.ndarray) -> np.ndarray:
-        """As `add`, for keys that differ from each other and a table with room."""
+        """`add` for distinct keys, into a table with enough room."""
         new = np.zeros(len(keys), bool)
         waiting = np.arange(len(keys))
         slot = (keys[:, 0] & np.uint64(len(self._table) - 1)).astype(np.int64)
@@ -40,11 +40,11 @@ class HashSet:
             at = slot[waiting]
             free = ~self._used[at]
             claim = waiting[free]
-            self._table[slot[claim]] = keys[claim]  # of several that claim one slot, the last remains
+            self._table[slot[claim]] = keys[claim]  # if several keys claim one slot, the last one gets it
             self._used[slot[claim]] = True
-            here = (self._table[at] == keys[waiting]).all(axis=1)
-            new[waiting[free & here]] = True
-            waiting = waiting[~here]
+            placed = (self._table[at] == keys[waiting]).all(axis=1)
+            new[waiting[free & placed]] = True
+            waiting = waiting[~placed]
             slot[waiting] = (slot[waiting] + 1) % len(self._table)
         self._size += int(new.sum())
         return new
@@ -59,10 +59,11 @@ class HashSet:
 
 
 class NearDuplicates:
-    """Trajectories seen, by the words that they have in common: MinHash signatures in a locality-sensitive index, by `rensa`.
+    """Finds near-duplicates among the trajectories added so far: MinHash signatures in a locality-sensitive index, by `rensa`.
 
-    The index looks at bands of a signature's values. They are as wide as possible while a pair at the threshold is still
-    looked at with a probability of 99 %; such a pair then counts if its estimated similarity reaches the threshold.
+    The index compares bands of a signature's values to find candidate pairs. Bands are as wide as possible while a pair at the
+    threshold still becomes a candidate with probability 99 %. A candidate is a near-duplicate if its estimated similarity
+    reaches the threshold.
     """
 
     def __init__(self, threshold: float) -> None:
@@ -71,16 +72,16 @@ class NearDuplicates:
         self._index = library.RMinHashDeduplicator(
             threshold, NUM_PERMUTATIONS, True, NUM_PERMUTATIONS // widths[-1], SEED
         )
-        self._empty = library.RMinHash
+        self._new_minhash = library.RMinHash
         self._size = 0
 
     def find_or_add(self, name: str, signature: bytes) -> str | None:
-        """The name of the earliest trajectory that resembles this one, or None, in which case this one is added."""
-        minhash = self._empty(NUM_PERMUTATIONS, SEED)
+        """The name of the earliest near-duplicate of this trajectory; if there is none, add it and return None."""
+        minhash = self._new_minhash(NUM_PERMUTATIONS, SEED)
         minhash.__setstate__(signature)
-        alike = self._index.get_duplicates(minhash)
-        if alike:
-            return min(alike, key=lambda key: int(key.split(":", 1)[0])).split(":", 1)[1]
+        similar = self._index.get_duplicates(minhash)
+        if similar:
+            return min(similar, key=lambda key: int(key.split(":", 1)[0])).split(":", 1)[1]
         self._index.add(f"{self._size}:{name}", minhash)
         self._size += 1
         return None

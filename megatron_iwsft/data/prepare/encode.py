@@ -1,6 +1,6 @@
-"""A block of records → rows: rendered, tokenized, masked, scored, hashed, or dropped with a reason. What a worker process does.
+"""Encode a block of records: render, tokenize, mask, score and hash each, or drop it with a reason. Runs in the worker processes.
 
-Python touches each record once, to find its texts; everything about tokens is done for the whole block at once.
+A Python loop visits each record once, to extract its texts. Everything on tokens is vectorized over the block.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from megatron_iwsft.data.prepare.fast_encoding import CheckedEncoder, Encoder, g
 from megatron_iwsft.data.prepare.filters import AnswerCheck, Benchmarks, Curation, Signatures
 from megatron_iwsft.data.prepare.readers import Block, rows_of
 from megatron_iwsft.data.prepare.records import Dropped, RecordFormat, RecordReader, Sample, parse
-from megatron_iwsft.data.template_tracing import Plan
+from megatron_iwsft.data.template_tracing import TracedFrame
 from megatron_iwsft.data.tokenizer import Tokenizer
 
 
 def row_schema(token_type: np.dtype, *, signatures: bool) -> pa.Schema:
-    """Columns of the rows of a block. A row is one trajectory, or one that was dropped (`reason` is not null, no tokens)."""
+    """Schema of an encoded block. A row is one trajectory, or a dropped one (`reason` is not null, and it has no tokens)."""
     fields = [
         ("line", pa.int64()),
         ("id", pa.string()),
@@ -45,18 +45,18 @@ def row_schema(token_type: np.dtype, *, signatures: bool) -> pa.Schema:
 
 
 class _Rows:
-    """What is known of each row before tokenization; texts and flags of the pieces of all rendered rows, end to end."""
+    """The rows of a block before tokenization. `pieces` and `trained` hold those of all rendered rows, end to end."""
 
     def __init__(self) -> None:
         self.columns: list[tuple[int, str, str, float | None]] = []  # line, id, source, score
         self.dropped: dict[int, Dropped] = {}
-        self.rendered: list[int] = []  # numbers of the rendered rows
+        self.rendered: list[int] = []  # indices of the rendered rows
         self.pieces: list[str] = []
         self.counts: list[int] = []  # pieces of each rendered row
         self.trained: list[bool] = []  # of each piece
-        self.specials: list[int] = []  # special tokens that the template puts into each rendered row, −1 if not known
-        self.ready: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # rows that came as tokens
-        self.texts: dict[int, str] = {}  # for signatures
+        self.specials: list[int] = []  # special tokens in the template's frame of each rendered row, −1 if unknown
+        self.pretokenized: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # row → (ids, mask)
+        self.texts: dict[int, str] = {}  # row → text, for signatures
 
     def drop(self, row: int, reason: str, detail: str = "") -> None:
         self.dropped[row] = Dropped(reason, detail)
@@ -66,13 +66,19 @@ class _Rows:
 
 
 class BlockEncoder:
-    """Turns blocks into rows. `template` may be None for a corpus of records that are already tokenized."""
+    """Encodes blocks. `template` may be None if the records are already tokenized; `fast` encodes with gigatoken."""
 
     def __init__(
-        self, tokenizer: Tokenizer, template: ChatTemplate | None, form: RecordFormat, curation: Curation, *, fast: bool
+        self,
+        tokenizer: Tokenizer,
+        template: ChatTemplate | None,
+        record_format: RecordFormat,
+        curation: Curation,
+        *,
+        fast: bool,
     ) -> None:
         self.tokenizer, self.template, self.curation = tokenizer, template, curation
-        self.reader = RecordReader(form, keep=curation.keep, min_score=curation.min_score)
+        self.reader = RecordReader(record_format, keep=curation.keep, min_score=curation.min_score)
         self._token_dtype = token_dtype(tokenizer.vocab_size)
         self.schema = row_schema(self._token_dtype, signatures=curation.near_duplicates is not None)
         self._search_special = tokenizer.special_pattern.search
@@ -86,25 +92,25 @@ class BlockEncoder:
         self._signatures = Signatures() if curation.near_duplicates is not None else None
         self._is_special = np.zeros(tokenizer.vocab_size, bool)
         self._is_special[tokenizer.special_ids] = True
-        self._specials_of: dict[int, int] = {}
+        self._special_counts: dict[int, int] = {}  # by the id() of a traced frame
 
     def __call__(self, block: Block) -> pa.RecordBatch:
-        """The rows of a block, in order; their columns are those of `row_schema`."""
+        """The rows of a block, in order, with the columns of `row_schema`."""
         rows = self.prepare(block)
         ids, piece_lengths = self._encode(rows.pieces, rows.counts)
         flags = np.asarray(rows.trained, np.uint8)
         tokens = _Tokens(
-            ids, np.repeat(flags, piece_lengths), *_per_row(rows.counts, piece_lengths, piece_lengths * flags)
+            ids, np.repeat(flags, piece_lengths), *_sum_per_row(rows.counts, piece_lengths, piece_lengths * flags)
         )
         self._check_specials(rows, tokens)
-        tokens = _with_ready(rows, tokens)
+        tokens = _insert_pretokenized(rows, tokens)
         return self._batch(rows, self._check_lengths(rows, tokens))
 
     def prepare(self, block: Block) -> _Rows:
-        """Everything up to tokenization."""
+        """Everything before tokenization."""
         rows, stem = _Rows(), block.source.stem
         add, read = rows.columns.append, self.reader.read
-        for line, record in _numbered(block):
+        for line, record in numbered_records(block):
             for sample in (record,) if isinstance(record, Dropped) else read(record):
                 name = sample.id or f"{stem}:{line}"
                 if sample.number is not None:
@@ -133,14 +139,16 @@ class BlockEncoder:
         if self._benchmarks is not None:
             self._benchmarks.check(conversation)
         try:
-            pieces, plan, trained = self.template.pieces(conversation)
+            pieces, frame, trained = self.template.pieces(conversation)
         except TemplateError as error:
             raise Dropped(error.reason, str(error)) from None
         rows.rendered.append(row)
         rows.counts.append(len(pieces))
         rows.pieces += pieces
         rows.trained += trained
-        rows.specials.append(-1 if plan is None else self._specials_of.get(id(plan)) or self._count_specials(plan))
+        rows.specials.append(
+            -1 if frame is None else self._special_counts.get(id(frame)) or self._count_specials(frame)
+        )
         if self._signatures is not None:
             rows.texts[row] = " ".join(conversation.texts)
 
@@ -151,7 +159,7 @@ class BlockEncoder:
             raise Dropped(
                 "token outside the vocabulary", f"ids go up to {sample.tokens.max()}, the vocabulary to {limit - 1}"
             )
-        rows.ready[row] = sample.tokens, sample.mask
+        rows.pretokenized[row] = sample.tokens, sample.mask
         if self._signatures is not None:
             rows.texts[row] = " ".join(map(str, sample.tokens.tolist()))
 
@@ -160,34 +168,36 @@ class BlockEncoder:
         for k, text in enumerate(conversation.texts):
             if found := search(text):
                 role = conversation.shape[k] if conversation.shape[k] != "content" else conversation.shape[k - 1]
-                raise Dropped("special token in content", f"{found.group()!r} stands in a text of the {role}")
-        # Names, tool calls, tools: whatever else the template might render.
-        if conversation.whole is None:
+                raise Dropped("special token in content", f"{found.group()!r} in a text of the {role}")
+        # The template might also render names, tool calls and tools.
+        if conversation.full_messages is None:
             return
-        beside = json.dumps([conversation.whole, conversation.tools], ensure_ascii=False, default=str)
-        if found := search(beside):
-            raise Dropped("special token in content", f"{found.group()!r} stands beside the texts")
+        everything = json.dumps([conversation.full_messages, conversation.tools], ensure_ascii=False, default=str)
+        if found := search(everything):
+            raise Dropped("special token in content", f"{found.group()!r} outside the texts, such as in a tool call")
 
-    def _count_specials(self, plan: Plan) -> int:
-        """How many special tokens a plan's frame has, by the tokenizer's own reading of it."""
-        texts = [text.replace("%s", "a").replace("%%", "%") for text, _ in plan.pieces]
+    def _count_specials(self, frame: TracedFrame) -> int:
+        """Number of special tokens in a frame, counted by tokenizing it."""
+        texts = [text.replace("%s", "a").replace("%%", "%") for text, _ in frame.pieces]
         ids, _ = self.tokenizer.encode_batch(texts, [len(texts)])
-        self._specials_of[id(plan)] = count = int(self._is_special[ids].sum())
+        self._special_counts[id(frame)] = count = int(self._is_special[ids].sum())
         return count
 
     def _check_specials(self, rows: _Rows, tokens: _Tokens) -> None:
-        """Drop rows in which a text and the template around it came to spell a special token together."""
+        """Drop rows in which a text forms a special token together with the template text around it."""
         at = np.flatnonzero(self._is_special[tokens.ids])
         row_of = np.searchsorted(np.cumsum(tokens.lengths), at, side="right")
         found = np.bincount(row_of, minlength=len(rows.rendered))
         expected = np.asarray(rows.specials, np.int64)
         for k in np.flatnonzero((found != expected) & (expected >= 0)).tolist():
             rows.drop(
-                rows.rendered[k], "special token in content", "a text spells one together with the template around it"
+                rows.rendered[k],
+                "special token in content",
+                "a text forms one together with the template text around it",
             )
 
     def _check_lengths(self, rows: _Rows, tokens: _Tokens) -> _Tokens:
-        """The tokens of all rows, those of dropped ones empty."""
+        """Drop rows by length and mask. Returns the tokens of all rows, with none for dropped rows."""
         low, high = self.curation.min_tokens or 0, self.curation.max_tokens or np.iinfo(np.int64).max
         lengths, trained = tokens.lengths, tokens.trained
         alive = np.ones(len(rows), bool)
@@ -200,9 +210,9 @@ class BlockEncoder:
             elif trained[row] == n:
                 rows.drop(row, "no prompt", "the loss mask is all ones")
             elif n > high:
-                rows.drop(row, "too long", f"{n} tokens; the limit is {high}")
+                rows.drop(row, "too long", f"{n} tokens; the maximum is {high}")
             else:
-                rows.drop(row, "too short", f"{n} tokens; the least is {low}")
+                rows.drop(row, "too short", f"{n} tokens; the minimum is {low}")
         alive &= ~wrong
         if alive.all():
             return tokens
@@ -224,7 +234,7 @@ class BlockEncoder:
             pa.array(details, pa.string()),
             pa.array(scores, pa.float64()),
             pa.array(tokens.trained.astype(np.int32)),
-            _hashes(tokens, offsets),
+            _content_hashes(tokens, offsets),
             pa.LargeListArray.from_arrays(offsets, tokens.ids.astype(self._token_dtype)),
             pa.LargeListArray.from_arrays(offsets, tokens.mask),
         ]
@@ -241,8 +251,8 @@ class BlockEncoder:
         return pa.array(out, pa.binary())
 
 
-def _numbered(block: Block) -> Iterator[tuple[int, dict[str, Any] | Dropped]]:
-    """(line number, record or what is wrong with it) of a block's records."""
+def numbered_records(block: Block) -> Iterator[tuple[int, dict[str, Any] | Dropped]]:
+    """(line number, record or why it was dropped) for each record of a block."""
     payload = block.content()
     if isinstance(payload, bytes):
         for line, content in enumerate(payload.split(b"\n"), block.first + 1):
@@ -258,7 +268,7 @@ def _numbered(block: Block) -> Iterator[tuple[int, dict[str, Any] | Dropped]]:
 
 @dataclass(frozen=True)
 class _Tokens:
-    """The tokens of rows, end to end: ids int32, mask uint8; of each row its length and how many tokens are trained on, int64."""
+    """Tokens of all rows, end to end: ids int32, mask uint8. Per row, int64: lengths, and trained, the number of trained tokens."""
 
     ids: np.ndarray
     mask: np.ndarray
@@ -266,30 +276,30 @@ class _Tokens:
     trained: np.ndarray
 
 
-def _per_row(counts: list[int], *values: np.ndarray) -> Iterator[np.ndarray]:
-    """The sums of `values` (one of each piece) over the pieces of each row."""
+def _sum_per_row(counts: list[int], *values: np.ndarray) -> Iterator[np.ndarray]:
+    """For each array of `values` (one value per piece), its sum over the pieces of each row."""
     ends = np.cumsum([0, *counts])
     for value in values:
         yield np.diff(np.concatenate([[0], np.cumsum(value)])[ends]).astype(np.int64)
 
 
-def _with_ready(rows: _Rows, tokens: _Tokens) -> _Tokens:
-    """The tokens of all rows: the rendered ones, those that came as tokens, and none for dropped ones."""
+def _insert_pretokenized(rows: _Rows, tokens: _Tokens) -> _Tokens:
+    """The tokens of all rows: rendered, pre-tokenized, or none for dropped rows."""
     lengths, trained = np.zeros((2, len(rows)), np.int64)
     lengths[rows.rendered], trained[rows.rendered] = tokens.lengths, tokens.trained
-    if not rows.ready:
+    if not rows.pretokenized:
         return _Tokens(tokens.ids, tokens.mask, lengths, trained)
     cuts = np.cumsum(tokens.lengths)[:-1]
     rendered = zip(np.split(tokens.ids, cuts), np.split(tokens.mask, cuts), strict=True)
-    parts = dict(zip(rows.rendered, rendered, strict=False)) | rows.ready
-    for row, (ids, mask) in rows.ready.items():
+    parts = dict(zip(rows.rendered, rendered, strict=False)) | rows.pretokenized
+    for row, (ids, mask) in rows.pretokenized.items():
         lengths[row], trained[row] = len(ids), mask.sum()
     in_order = [parts[row] for row in sorted(parts)]
     return _Tokens(np.concatenate([i for i, _ in in_order]), np.concatenate([m for _, m in in_order]), lengths, trained)
 
 
-def _hashes(tokens: _Tokens, offsets: np.ndarray) -> pa.Array:
-    """SHA-256 of each row: of 2·token + mask as little-endian int32."""
+def _content_hashes(tokens: _Tokens, offsets: np.ndarray) -> pa.Array:
+    """SHA-256 of each row's content: of 2·token + mask as little-endian int32."""
     raw = (tokens.ids * 2 + tokens.mask).astype("<i4").tobytes()
     bounds = (4 * offsets).tolist()
     digests = b"".join([hashlib.sha256(raw[a:b]).digest() for a, b in itertools.pairwise(bounds)])

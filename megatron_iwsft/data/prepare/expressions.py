@@ -1,7 +1,7 @@
-"""Small expressions over a record's fields, for quality: `judge >= 4 and not truncated`, `0.5 * judge / 5 + 0.5 * correct`.
+"""Small expressions over a record's fields, for scores and filters: `judge >= 4 and not truncated`, `0.5 * judge / 5 + 0.5 * correct`.
 
-A field is a dotted path; one whose name is not an identifier is written `field("6b.is_correct")`, and a path alone may be
-written as it is. Nothing of Python's is reachable from an expression but the operators and functions below.
+A field is a dotted path. If its name is not an identifier, it is written `field("6b.is_correct")`, unless it is the entire
+expression. Expressions can use only the operators and functions below, nothing else of Python.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class MissingField(KeyError):
 
 
 def lookup(record: Mapping[str, Any], path: str) -> Any:
-    """The value at dotted `path`; a field whose name contains the dots itself comes first. Raises MissingField."""
+    """The value at dotted `path`; a field whose name itself contains the dots takes precedence. Raises MissingField."""
     if path in record:
         return record[path]
     value: Any = record
@@ -54,10 +54,10 @@ def lookup(record: Mapping[str, Any], path: str) -> Any:
 
 
 def compile_expression(source: str) -> Evaluate:
-    """A function from a record to the expression's value.
+    """Compile `source` to a function from a record to the expression's value.
 
-    Raises DataError for what is not such an expression. The function raises MissingField, or what the operators raise for
-    operands that do not suit them (TypeError, ValueError, ZeroDivisionError, OverflowError).
+    Raises DataError if `source` is not a valid expression. The function raises MissingField, or whatever the operators raise
+    for unsuitable operands (TypeError, ValueError, ZeroDivisionError, OverflowError).
     """
     text = source.strip()
     if _PATH.fullmatch(text) and not _is_number(text) and text not in _NAMES:
@@ -66,7 +66,7 @@ def compile_expression(source: str) -> Evaluate:
         return _compile(ast.parse(text, mode="eval").body)
     except (SyntaxError, ValueError, RecursionError) as error:
         raise DataError(
-            f'{source!r} is not an expression over fields: {error}. There are fields (dotted paths, or field("…")), numbers, strings, '
+            f'{source!r} is not a valid expression over fields: {error}. Supported: fields (dotted paths or field("…")), numbers, strings, '
             f"+ - * / // %, comparisons, in, and, or, not, {', '.join(_FUNCTIONS)}."
         ) from None
 
@@ -81,7 +81,7 @@ def _compile(node: ast.expr) -> Evaluate:
             constant = _NAMES[path]
             return lambda _: constant
         if not _PATH.fullmatch(path):
-            raise ValueError(f"{path!r} is not a field")
+            raise ValueError(f"{path!r} is not a field path")
         return lambda record: lookup(record, path)
     if isinstance(node, ast.List | ast.Tuple):
         items = [_compile(item) for item in node.elts]

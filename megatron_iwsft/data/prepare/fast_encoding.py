@@ -1,7 +1,7 @@
-"""Encoding with `gigatoken`, many times faster than the tokenizers' own libraries, where it gives their ids.
+"""Fast encoding with `gigatoken`, which is much faster than the tokenizers' own libraries.
 
-It is used only for a tokenizer whose ids it has reproduced on a sample of the very corpus (`choose_encoder`), and goes on
-being compared while the corpus is made: a difference ends the run instead of entering the corpus.
+It is used only if it gives the same ids as the tokenizer's own library on a sample of the inputs (`choose_encoder`). While the
+corpus is being written, some texts are still encoded by both libraries; a difference stops the run.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import numpy as np
 from megatron_iwsft.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
 from megatron_iwsft.errors import DataError
 
-# One text in this many is encoded by both libraries while the corpus is made.
+# One text in this many is encoded by both libraries while the corpus is being written.
 _CHECK_EVERY = 2000
 
-# Beside the corpus's own sample: what tokenizers treat differently.
+# Compared in addition to the sample: texts that tokenizers tend to treat differently.
 HARD_TEXTS = (
     "tabs\tand  runs   of    spaces \n\n\n  indented\r\n\u00a0no-break\u3000wide",
     "It's we'll THEY'VE don\u2019t 1234567890 3.14159 1,000,000 \u0664\u0662 \u00bd x\u00b2",
@@ -33,13 +33,13 @@ HARD_TEXTS = (
 
 
 class Encoder(Protocol):
-    """`Tokenizer.encode_batch`, by whatever library."""
+    """A function like `Tokenizer.encode_batch`, from any library."""
 
     def __call__(self, texts: Sequence[str], counts: Sequence[int], /) -> tuple[np.ndarray, np.ndarray]: ...
 
 
 def gigatoken_encoder(tokenizer: Tokenizer) -> Encoder | str:
-    """An encoder for `tokenizer`, not yet compared with it, or the reason why there is none."""
+    """A gigatoken encoder for `tokenizer`, not yet compared with it, or the reason why there is none."""
     if sys.version_info < (3, 11):
         return "gigatoken needs Python 3.11"
     try:
@@ -49,34 +49,34 @@ def gigatoken_encoder(tokenizer: Tokenizer) -> Encoder | str:
     try:
         if isinstance(tokenizer, HuggingFaceTokenizer):
             if tokenizer.adds_space:
-                return "this tokenizer puts a space before every text it is given"
+                return "this tokenizer adds a space before every text"
             return _HuggingFaceEncoder(gigatoken.Tokenizer.from_json(tokenizer.json))
         assert isinstance(tokenizer, SentencePieceTokenizer)
         return _SentencePieceEncoder(tokenizer, gigatoken.Tokenizer.from_sentencepiece(tokenizer.continuation_model))
-    except Exception as error:  # whatever its Rust side raises: the tokenizer's own library serves
+    except Exception as error:  # gigatoken's Rust code may raise anything; the tokenizer's own library is used instead
         return f"gigatoken cannot read this tokenizer: {str(error).splitlines()[0]}"
 
 
 def choose_encoder(tokenizer: Tokenizer, texts: Sequence[str], counts: Sequence[int]) -> tuple[bool, str]:
-    """Whether gigatoken serves this tokenizer and a sample of a corpus (as in `encode_batch`), and a sentence for the log."""
+    """Whether to use gigatoken, decided on a sample of texts (given as in `encode_batch`), and the reason, for the log."""
     encoder = gigatoken_encoder(tokenizer)
-    own = "sentencepiece" if isinstance(tokenizer, SentencePieceTokenizer) else "tokenizers"
+    library = "sentencepiece" if isinstance(tokenizer, SentencePieceTokenizer) else "tokenizers"
     if isinstance(encoder, str):
-        return False, f"encoding with {own}: {encoder}"
+        return False, f"encoding with {library}: {encoder}"
     texts, counts = [*texts, *HARD_TEXTS], [*counts, *[1] * len(HARD_TEXTS)]
     expected = tokenizer.encode_batch(texts, counts)
     try:
         difference = _first_difference(texts, expected, encoder(texts, counts))
     except Exception as error:
-        return False, f"encoding with {own}: gigatoken fails on the sample: {error}"
+        return False, f"encoding with {library}: gigatoken failed on the sample: {error}"
     if difference:
-        return False, f"encoding with {own}: gigatoken gives other ids, for example for {difference!r:.80}"
-    sample = f"{len(counts) - len(HARD_TEXTS):,} texts of the corpus ({len(expected[0]):,} tokens)"
-    return True, f"encoding with gigatoken: its ids equal those of {own} on a sample of {sample}"
+        return False, f"encoding with {library}: gigatoken gives different ids, for example for {difference!r:.80}"
+    sample = f"{len(counts) - len(HARD_TEXTS):,} texts of the inputs ({len(expected[0]):,} tokens)"
+    return True, f"encoding with gigatoken: its ids equal those of {library} on a sample of {sample}"
 
 
 class CheckedEncoder:
-    """gigatoken, with one text in some thousand compared with the tokenizer's own library. Raises DataError at a difference."""
+    """gigatoken, with some texts of each call checked against the tokenizer's own library. Raises DataError if they differ."""
 
     def __init__(self, tokenizer: Tokenizer, encoder: Encoder) -> None:
         self._tokenizer, self._encoder = tokenizer, encoder
@@ -91,8 +91,8 @@ class CheckedEncoder:
             difference = _first_difference(texts[a:b], self._tokenizer.encode_batch(texts[a:b], [b - a]), found)
             if difference:
                 raise DataError(
-                    f"gigatoken gives other ids than the tokenizer's own library for {difference!r:.200}, although it agreed on the "
-                    "sample taken at the start. Remove the output and run again with --encoder own."
+                    f"gigatoken and the tokenizer's own library give different ids for {difference!r:.200}, although they agreed on the "
+                    "sample at the start. Remove the output directory and run again with --encoder own."
                 )
         return ids, lengths
 
@@ -115,7 +115,7 @@ class _HuggingFaceEncoder:
 
 
 class _SentencePieceEncoder:
-    """One model for all pieces, which puts no space before a text; where the tokenizer does, that space is set in by hand."""
+    """Encodes all pieces with the model that adds no leading space. If the tokenizer adds one, it is inserted here."""
 
     def __init__(self, tokenizer: SentencePieceTokenizer, backend: object) -> None:
         self._backend, self._space = backend, tokenizer.adds_space
@@ -140,6 +140,7 @@ class _SentencePieceEncoder:
 def _encode(backend: object, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     if not texts:
         return np.zeros(0, np.int32), np.zeros(0, np.int64)
-    # In this thread: the processes are the parallelism. The layout is the flat buffer; the array class around it is slow to make.
+    # Single-threaded: parallelism comes from the worker processes. Reading the flat buffers of the layout avoids building the slow
+    # array class.
     layout = backend.encode_batch(list(texts), parallel=False).layout  # type: ignore[attr-defined]
     return np.asarray(layout.content.data).view(np.int32), np.diff(np.asarray(layout.offsets.data)).astype(np.int64)

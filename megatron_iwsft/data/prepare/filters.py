@@ -1,6 +1,7 @@
-"""Curation: what of a corpus is kept, beside the quality threshold: lengths, duplicates, leaked benchmarks, wrong answers.
+"""Curation: settings, and the filters on single records: leaked benchmarks, wrong answers; MinHash signatures.
 
-What looks at one record alone runs in the worker processes; what looks at earlier ones (`seen.py`) in input order.
+Filters on single records run in the worker processes. Filters that depend on earlier records (`dedup.py`, applied by
+`corpus_writer.py`) run in input order.
 """
 
 from __future__ import annotations
@@ -24,17 +25,17 @@ _PROBLEM_FIELDS = ("problem", "question", "prompt", "text")
 
 @dataclass(frozen=True)
 class Curation:
-    """What is kept. Everything that is not is listed in dropped.jsonl with its reason.
+    """Which records are kept. All others are listed in dropped.jsonl with the reason.
 
-    keep             expression over a record's fields that must hold
-    min_score        the least score
-    min_tokens, max_tokens   bounds of a trajectory's length
-    near_duplicates  drop a trajectory whose words resemble an earlier one's at least this much (Jaccard similarity of 5-grams of
-                     words, estimated by MinHash), 0 … 1; None not to look. Exact duplicates are always dropped.
-    benchmarks       files of benchmark problems; a trajectory whose prompt shares 8 words in a row with one is dropped
-    answer_field     the record's reference answer; a response that does not arrive at it is dropped, or, with
-    wrong_answers    "score", given the score 0 (and a right one 1)
-    max_per_source   the first so many trajectories of each source are kept
+    keep             expression over a record's fields that must be true
+    min_score        minimum score
+    min_tokens, max_tokens   bounds on a trajectory's length
+    near_duplicates  drop a trajectory whose similarity to an earlier one is at least this (Jaccard similarity of word 5-grams,
+                     estimated by MinHash), 0.3 … 1; None to keep near-duplicates. Exact duplicates are always dropped.
+    benchmarks       files of benchmark problems; a trajectory whose prompt shares 8 consecutive words with one is dropped
+    answer_field     field of the record's reference answer, which the response's answer is compared with
+    wrong_answers    "drop" drops responses with a wrong answer; "score" keeps all and sets the score to 0 or 1
+    max_per_source   keep at most this many trajectories of each source, the first ones
     """
 
     keep: str | None = None
@@ -51,21 +52,25 @@ class Curation:
         if self.keep is not None:
             compile_expression(self.keep)
         if self.near_duplicates is not None and not 0.3 <= self.near_duplicates <= 1:
-            raise DataError(f"near-duplicates are found from a similarity of 0.3 to 1, not {self.near_duplicates:g}.")
+            raise DataError(
+                f"the similarity threshold for near-duplicates must be between 0.3 and 1; found {self.near_duplicates:g}."
+            )
         if self.min_tokens is not None and self.max_tokens is not None and self.min_tokens > self.max_tokens:
-            raise DataError(f"no trajectory has at least {self.min_tokens} tokens and at most {self.max_tokens}.")
+            raise DataError(
+                f"min_tokens ({self.min_tokens}) is above max_tokens ({self.max_tokens}): no trajectory could be kept."
+            )
         if self.wrong_answers == "score" and self.answer_field is None:
             raise DataError(
-                "wrong answers can be scored only where the field of the reference answer is named (--answer-field)."
+                "--wrong-answers score needs the field of the reference answer: name it with --answer-field."
             )
 
-    def described(self) -> dict[str, Any]:
-        """For the manifest: the settings, with the benchmark files by name and content instead of path."""
+    def manifest_entry(self) -> dict[str, Any]:
+        """The settings for the manifest, with benchmark files given by name and hash instead of by path."""
         files = find_inputs(self.benchmarks) if self.benchmarks else []
         return {**self.__dict__, "benchmarks": [{"name": f.name, "sha256": fingerprint(f)} for f in files]}
 
     def check_libraries(self) -> None:
-        """Raises DataError if a library that a step needs is not installed."""
+        """Raises DataError if a library that these settings need is not installed."""
         if self.near_duplicates is not None:
             import_library("rensa", "near-duplicate removal")
         if self.answer_field is not None:
@@ -73,7 +78,7 @@ class Curation:
 
 
 def import_library(name: str, purpose: str) -> Any:
-    """An optional package. Raises DataError if it is not installed."""
+    """Import an optional package. Raises DataError if it is not installed."""
     try:
         return importlib.import_module(name)
     except ImportError:
@@ -83,32 +88,29 @@ def import_library(name: str, purpose: str) -> Any:
 
 
 class Benchmarks:
-    """Every run of 8 words of the benchmark problems, as in s1 (arXiv 2501.19393): lower case, cut at white space."""
+    """Word 8-grams of the benchmark problems, as in s1 (arXiv 2501.19393): lower case, split at whitespace."""
 
     def __init__(self, files: Sequence[str]) -> None:
         self._problem_of: dict[str, str] = {}
-        self.too_short = 0
         for source in find_inputs(files):
             for block in read_blocks(source):
                 for at, record in enumerate(_records(block.content()), block.first + 1):
                     problem = next((record[f] for f in _PROBLEM_FIELDS if isinstance(record.get(f), str)), None)
                     if problem is None:
                         raise DataError(
-                            f"{source.path}, line {at}: a benchmark problem has one of the fields {', '.join(_PROBLEM_FIELDS)}."
+                            f"{source.path}, line {at}: a benchmark problem needs one of the fields {', '.join(_PROBLEM_FIELDS)}."
                         )
-                    grams = _ngrams(problem, NGRAM)
-                    self.too_short += not grams
-                    for gram in grams:
+                    for gram in _ngrams(problem, NGRAM):
                         self._problem_of.setdefault(gram, f"{source.name}:{at}")
 
     def check(self, conversation: Conversation) -> None:
-        """Raises Dropped if a user's turn shares 8 words in a row with a problem."""
+        """Raises Dropped if a user turn shares 8 consecutive words with a problem."""
         known = self._problem_of
         for role, text in zip(conversation.shape, conversation.texts, strict=True):
             if role == "user":
                 for gram in _ngrams(text, NGRAM):
                     if gram in known:
-                        raise Dropped("in a benchmark", f"{known[gram]} has {gram!r} too")
+                        raise Dropped("in a benchmark", f"{known[gram]} also has {gram!r}")
 
 
 def _records(payload: Any) -> Iterable[dict[str, Any]]:
@@ -134,14 +136,14 @@ def _ngrams(text: str, n: int) -> list[str]:
 
 
 class AnswerCheck:
-    """Compares the answer that a response arrives at with the record's reference answer, by `math-verify`."""
+    """Compares the answer in a response with the record's reference answer, using `math-verify`."""
 
     def __init__(self, field: str, wrong: Literal["drop", "score"]) -> None:
         self._field, self._wrong = field, wrong
         self._library = import_library("math_verify", "answer verification")
 
     def check(self, record: Mapping[str, Any], sample: Sample) -> None:
-        """Raises Dropped for a wrong answer or a reference that cannot be read; or sets the sample's score."""
+        """Raises Dropped for a wrong answer or an unreadable reference; with wrong="score" sets the sample's score instead."""
         try:
             reference = lookup(record, self._field)
         except MissingField:
@@ -161,12 +163,12 @@ class AnswerCheck:
             )
 
     def _parse(self, text: str) -> list[Any]:
-        # GSM8K puts its answers after ####; otherwise the last boxed expression or number counts.
+        # GSM8K puts its answers after ####. Otherwise the last boxed expression or number is the answer.
         return self._library.parse(text.rsplit("####", 1)[-1])
 
 
 class Signatures:
-    """MinHash signatures of texts by `rensa`, in its own serialised form."""
+    """Computes MinHash signatures of texts with `rensa`, in its serialised form."""
 
     def __init__(self) -> None:
         self._minhash = import_library("rensa", "near-duplicate removal").RMinHash

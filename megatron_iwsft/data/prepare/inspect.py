@@ -1,9 +1,8 @@
-"""What is in a corpus: counts, distributions, drop reasons, packing, and samples with the trained tokens highlighted."""
+"""Inspect a corpus: counts, distributions, drop reasons, packing, and samples with the trained tokens highlighted."""
 
 from __future__ import annotations
 
 import html
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ import orjson
 from megatron_iwsft.data.corpus import Corpus
 from megatron_iwsft.data.packing import best_fit, efficiency
 from megatron_iwsft.errors import DataError
+from megatron_iwsft.utils.files import atomic_write
 
 _HIGHLIGHT, _PLAIN = "\x1b[42;30m", "\x1b[0m"
 _BINS = 12
@@ -22,7 +22,7 @@ _BINS = 12
 
 @dataclass(frozen=True)
 class Histogram:
-    """counts int [bins] of values between edges float [bins + 1]."""
+    """counts, int [bins], of values between edges, float [bins + 1]."""
 
     title: str
     counts: np.ndarray
@@ -30,7 +30,7 @@ class Histogram:
 
     @staticmethod
     def of(title: str, values: np.ndarray) -> Histogram | None:
-        """None if there is no value. Whole numbers get whole edges, a single value a bin of its own."""
+        """None if `values` is empty. Integers get integer edges; if all values are equal, there is one bin."""
         if not len(values):
             return None
         low, high = values.min(), values.max()
@@ -41,7 +41,7 @@ class Histogram:
         return Histogram(title, np.histogram(values, edges)[0], edges)
 
     def rows(self) -> Iterator[tuple[str, int, float]]:
-        """(range, count, share of the fullest bin)."""
+        """(label, count, count relative to the fullest bin) of each bin."""
         for k, count in enumerate(self.counts.tolist()):
             low, high = self.edges[k], self.edges[k + 1]
             label = f"from {low:,.4g}" if len(self.counts) > 1 or np.isfinite(high) else f"{low:,.4g}"
@@ -50,7 +50,7 @@ class Histogram:
 
 @dataclass(frozen=True)
 class Packing:
-    """seq_length in tokens; how many sequences best fit needs, and the share of their positions that hold real tokens."""
+    """Result of best-fit packing: sequences of seq_length tokens, the fraction of real tokens, trajectories that do not fit."""
 
     seq_length: int
     sequences: int
@@ -59,19 +59,19 @@ class Packing:
 
     @staticmethod
     def of(lengths: np.ndarray, seq_length: int) -> Packing:
-        """Trajectories longer than a sequence are left out and counted."""
+        """Trajectories longer than a sequence are excluded and counted."""
         fitting = lengths[lengths <= seq_length]
         packs = best_fit(fitting, seq_length)
         return Packing(seq_length, len(packs), efficiency(fitting, packs, seq_length), len(lengths) - len(fitting))
 
     def __str__(self) -> str:
-        left_out = f"; {self.too_long:,} trajectories are longer and left out" if self.too_long else ""
-        return f"{self.sequences:,} sequences of {self.seq_length:,}, {self.efficiency:.2%} real tokens{left_out}"
+        excluded = f"; {self.too_long:,} trajectories are longer and excluded" if self.too_long else ""
+        return f"{self.sequences:,} sequences of {self.seq_length:,}, {self.efficiency:.2%} real tokens{excluded}"
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Trajectory `index`, with its text in runs of (text, trained)."""
+    """Trajectory `index`; `runs` is its text as (text, trained) pairs."""
 
     index: int
     meta: dict[str, Any]
@@ -79,15 +79,15 @@ class Sample:
 
 
 class Inspection:
-    """A corpus seen through `seq_lengths` and `samples` trajectories drawn by `seed`."""
+    """Statistics of a corpus, its packing at each of `seq_lengths`, and `samples` random trajectories."""
 
     def __init__(self, corpus: Corpus, *, seq_lengths: list[int], samples: int, seed: int = 0) -> None:
         self.corpus = corpus
         self.packings = [Packing.of(corpus.lengths, n) for n in seq_lengths]
         scores = corpus.scores[~np.isnan(corpus.scores)]
         found = (
-            Histogram.of("tokens a trajectory", corpus.lengths),
-            Histogram.of("trained tokens a trajectory", corpus.num_trained),
+            Histogram.of("tokens per trajectory", corpus.lengths),
+            Histogram.of("trained tokens per trajectory", corpus.num_trained),
             Histogram.of("score", scores),
         )
         self.histograms = [h for h in found if h is not None]
@@ -98,7 +98,7 @@ class Inspection:
         ]
 
     def facts(self) -> list[tuple[str, str]]:
-        """(name, value) of what the manifest and the distributions say."""
+        """(name, value) pairs from the manifest and the packings."""
         manifest, counts = self.corpus.manifest, self.corpus.manifest["counts"]
         trained = counts["trained_tokens"] / max(1, counts["tokens"])
         out = [
@@ -130,7 +130,7 @@ class Inspection:
         return "\n".join(lines)
 
     def to_html(self) -> str:
-        """One page that needs nothing beside itself."""
+        """One self-contained HTML page."""
         name = html.escape(self.corpus.directory.name)
         facts = "".join(f"<tr><th>{html.escape(k)}<td>{html.escape(v)}" for k, v in self.facts())
         charts = "".join(
@@ -148,7 +148,7 @@ class Inspection:
             + "</pre>"
             for s in self.samples
         )
-        title = "<h2>samples: what is trained on is marked</h2>" if self.samples else ""
+        title = "<h2>samples (trained tokens are highlighted)</h2>" if self.samples else ""
         return f"{_HEAD.replace('NAME', name)}<h1>{name}</h1><table>{facts}</table>{charts}{title}{samples}\n"
 
 
@@ -161,13 +161,13 @@ pre{white-space:pre-wrap;background:#f6f6f4;padding:1em;border-radius:4px}mark{b
 
 
 def runs(corpus: Corpus, i: int, tokenizer: Any = None) -> list[tuple[str, bool]]:
-    """The text of trajectory i in runs of tokens that are trained on or not: [(text, trained)]."""
+    """The text of trajectory i, split where the loss mask changes: [(text, trained)]."""
     tokenizer = tokenizer or corpus.tokenizer()
     tokens, mask = corpus.tokens(i).tolist(), corpus.mask(i)
     ends = [*(np.flatnonzero(np.diff(mask)) + 1).tolist(), len(tokens)]
     out, done = [], 0
     for end in ends:
-        # A run alone would lose what decoders do between tokens, such as spaces; so the text up to its end is decoded.
+        # Decoding a run alone could lose text between tokens, such as spaces, so the text up to its end is decoded.
         text = tokenizer.decode(tokens[:end])
         out.append((text[done:], bool(mask[end - 1])))
         done = len(text)
@@ -175,15 +175,14 @@ def runs(corpus: Corpus, i: int, tokenizer: Any = None) -> list[tuple[str, bool]
 
 
 def write_jsonl(corpus: Corpus, path: Path) -> int:
-    """Turn shards back into records, one line a trajectory: id, source, score, text, input_ids, loss_mask; returns their number.
+    """Write a corpus as JSONL, one trajectory per line: id, source, score, text, input_ids, loss_mask. Returns their number.
 
-    Sharding the file again gives the same tokens and masks. The file appears under its name once it is whole.
+    Sharding the file again gives the same tokens and masks. The file is written atomically. Raises DataError if it exists.
     """
     tokenizer = corpus.tokenizer()
     if path.exists():
-        raise DataError(f"{path} exists already. Choose another name, or remove it.")
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
+        raise DataError(f"{path} already exists. Choose another name, or remove it.")
+    with atomic_write(path, "wb") as file:
         i = 0
         for shard in corpus.shards:
             for row in corpus.shard_meta(shard, ["id", "source", "score"]).to_pylist():
@@ -192,7 +191,6 @@ def write_jsonl(corpus: Corpus, path: Path) -> int:
                 record |= {"text": tokenizer.decode(tokens), "input_ids": tokens, "loss_mask": mask}
                 file.write(orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE))
                 i += 1
-    os.replace(partial, path)
     return i
 
 

@@ -1,16 +1,15 @@
-"""Sharding as a job array: each task turns some of the input files into parts, and a merge makes the corpus of all of them.
+"""Sharding as a job array: each task encodes some of the input files as parts, and a merge builds the corpus from all parts.
 
-A part holds the rows of one input file, before anything that depends on other files (duplicates, caps): so the merged corpus
-is, byte for byte, the one that a single run makes. Parts lie in OUTPUT/parts/ until the merge has finished.
+A part holds the encoded rows of one input file, before any filter that depends on other files (duplicates, caps). So the merged
+corpus is byte-identical to that of a single run. Parts are in OUTPUT/parts/ until the merge has finished.
 
     parts/00003/00000.arrow, …   rows of input number 3, in order, in pieces of a few dozen blocks
-    parts/00003/part.json        the run it belongs to and how far it is; `done` once the file is
+    parts/00003/part.json        the run it belongs to and its progress; `done` is true once the part is complete
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -21,28 +20,27 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from tqdm import tqdm
 
-from megatron_iwsft.data.corpus import file_hash, sync
-from megatron_iwsft.data.prepare.corpus_writer import Progress, resume
+from megatron_iwsft.data.prepare.corpus_writer import PARTS, Progress, resume
 from megatron_iwsft.data.prepare.readers import read_blocks
 from megatron_iwsft.data.prepare.shard import (
-    Job,
+    ShardingJob,
     ShardSettings,
     finished_manifest,
     progress_bar,
-    told_if_disk_fails,
+    report_disk_errors,
     worker_pool,
     write_corpus,
 )
 from megatron_iwsft.errors import DataError
+from megatron_iwsft.utils.files import partial_path, publish, sha256_file, write_text
 
-PARTS = "parts"
 _STATE = "part.json"
 _BLOCKS_PER_PIECE = 64
 
 
 @dataclass
 class _Part:
-    """How far one input file is: `lines` of it are in `pieces` (file name → SHA-256)."""
+    """Progress of one part: the first `lines` lines of the input file are in `pieces` (file name → SHA-256)."""
 
     run: str
     lines: int = 0
@@ -50,10 +48,7 @@ class _Part:
     done: bool = False
 
     def save(self, directory: Path) -> None:
-        partial = directory / f"{_STATE}.partial"
-        partial.write_text(json.dumps(asdict(self)), encoding="utf-8")
-        sync(partial)
-        os.replace(partial, directory / _STATE)
+        write_text(directory / _STATE, json.dumps(asdict(self)), single_writer=True)
 
 
 def make_parts(
@@ -67,21 +62,21 @@ def make_parts(
     encoder: Literal["auto", "own"] = "auto",
     show_progress: bool = True,
 ) -> list[str]:
-    """Task `task` of `tasks` (from 0) of a job array: make the parts of every tasks-th input file; returns the files' names.
+    """Task `task` of `tasks` (from 0) of a job array: write the parts of every tasks-th input file. Returns the files' names.
 
-    Parts that are whole already are left as they are, and others continued. Raises DataError as `shard_corpus` does.
+    Complete parts are kept and unfinished ones continued. Raises DataError in the same cases as `shard_corpus`.
     """
     if not 0 <= task < tasks:
         raise DataError(f"task {task} of {tasks}: tasks are numbered 0 … {tasks - 1}.")
-    job = Job(inputs, settings)
-    if finished_manifest(output, job.run) is not None:
+    job = ShardingJob(inputs, settings)
+    if finished_manifest(output, job.run_id) is not None:
         return []
     mine = range(task, len(job.inputs), tasks)
-    with told_if_disk_fails(output), worker_pool(job, workers, encoder) as mapper:
+    with report_disk_errors(output), worker_pool(job, workers, encoder) as mapper:
         for number in mine:
             directory = output / PARTS / f"{number:05d}"
             directory.mkdir(parents=True, exist_ok=True)
-            part = _open(directory, job.run, job.inputs[number].name) or _Part(job.run)
+            part = _load_part(directory, job.run_id, job.inputs[number].name) or _Part(job.run_id)
             if part.done:
                 continue
             with progress_bar([job.inputs[number]], show_progress) as bar:
@@ -92,33 +87,32 @@ def make_parts(
 
 def _write_part(directory: Path, part: _Part, results: Iterator[Any], bar: tqdm) -> None:
     size = bar.total
-    waiting: list[pa.RecordBatch] = []
+    buffered: list[pa.RecordBatch] = []
     for block, rows in results:
-        waiting.append(rows)
+        buffered.append(rows)
         part.lines = block.first + block.count
         bar.update(int(size * min(1.0, block.progress)) - bar.n)
-        if len(waiting) == _BLOCKS_PER_PIECE:
-            _write_piece(directory, part, waiting)
-            waiting = []
+        if len(buffered) == _BLOCKS_PER_PIECE:
+            _write_piece(directory, part, buffered)
+            buffered = []
     part.done = True
-    _write_piece(directory, part, waiting)
+    _write_piece(directory, part, buffered)
 
 
 def _write_piece(directory: Path, part: _Part, batches: list[pa.RecordBatch]) -> None:
     if batches:
-        name = f"{len(part.pieces):05d}.arrow"
-        partial = directory / f"{name}.partial"
+        path = directory / f"{len(part.pieces):05d}.arrow"
+        partial = partial_path(path)
         with pa.OSFile(str(partial), "wb") as file, pa.ipc.new_file(file, batches[0].schema) as writer:
             for batch in batches:
                 writer.write_batch(batch)
-        sync(partial)
-        os.replace(partial, directory / name)
-        part.pieces[name] = file_hash(directory / name)
+        publish(partial, path)
+        part.pieces[path.name] = sha256_file(path)
     part.save(directory)
 
 
-def _open(directory: Path, run: str, name: str) -> _Part | None:
-    """The state of a part, or None if it was not begun."""
+def _load_part(directory: Path, run: str, name: str) -> _Part | None:
+    """The state of a part, or None if it was not started."""
     path = directory / _STATE
     if not path.exists():
         return None
@@ -128,8 +122,8 @@ def _open(directory: Path, run: str, name: str) -> _Part | None:
         raise DataError(f"{path} is damaged. Remove {directory} and run its task again.") from None
     if part.run != run:
         raise DataError(
-            f"the part of {name} in {directory.parent} was made from other inputs or settings. Remove that directory, or choose another "
-            "--output."
+            f"the part of {name} in {directory.parent} was created from other inputs or settings. Remove that directory, or choose "
+            "another --output."
         )
     return part
 
@@ -137,25 +131,25 @@ def _open(directory: Path, run: str, name: str) -> _Part | None:
 def merge_parts(
     inputs: Sequence[str | Path], output: Path, settings: ShardSettings, *, show_progress: bool = True
 ) -> dict[str, Any]:
-    """Make the corpus directory `output` of the parts in it; returns its manifest. The parts are removed at the end.
+    """Build the corpus in directory `output` from the parts there, then remove them. Returns the manifest.
 
-    Raises DataError if a part is missing, unfinished, damaged, or made from other inputs or settings.
+    Raises DataError if a part is missing, unfinished, damaged, or was created from other inputs or settings.
     """
-    job = Job(inputs, settings)
-    manifest = finished_manifest(output, job.run)
+    job = ShardingJob(inputs, settings)
+    manifest = finished_manifest(output, job.run_id)
     if manifest is None:
         parts = _complete_parts(job, output)
-        with told_if_disk_fails(output), progress_bar(job.inputs, show_progress) as bar:
-            progress = resume(output, job.run)
-            manifest = write_corpus(job, output, progress, _rows(job, output, parts, progress, bar), bar)
+        with report_disk_errors(output), progress_bar(job.inputs, show_progress) as bar:
+            progress = resume(output, job.run_id)
+            manifest = write_corpus(job, output, progress, _remaining_rows(job, output, parts, progress, bar), bar)
     shutil.rmtree(output / PARTS, ignore_errors=True)
     return manifest
 
 
-def _complete_parts(job: Job, output: Path) -> list[_Part]:
+def _complete_parts(job: ShardingJob, output: Path) -> list[_Part]:
     parts, missing = [], []
     for number, source in enumerate(job.inputs):
-        part = _open(output / PARTS / f"{number:05d}", job.run, source.name)
+        part = _load_part(output / PARTS / f"{number:05d}", job.run_id, source.name)
         if part is None or not part.done:
             missing.append(f"{number} ({source.name})")
         else:
@@ -163,14 +157,15 @@ def _complete_parts(job: Job, output: Path) -> list[_Part]:
     if missing:
         raise DataError(
             f"{len(missing)} of {len(job.inputs)} parts in {output / PARTS} are missing or unfinished: {', '.join(missing[:5])}. "
-            "Run the array's tasks again with the same inputs and settings; finished parts are not made again."
+            "Run the array's tasks again with the same inputs and settings; finished parts are kept."
         )
     return parts
 
 
-def _rows(
-    job: Job, output: Path, parts: list[_Part], progress: Progress, bar: tqdm
+def _remaining_rows(
+    job: ShardingJob, output: Path, parts: list[_Part], progress: Progress, bar: tqdm
 ) -> Iterator[tuple[int, pa.RecordBatch]]:
+    """(input number, rows) from the parts, after what `progress` says is done."""
     done = 0
     for number, (source, part) in enumerate(zip(job.inputs, parts, strict=True)):
         done += source.size
@@ -179,7 +174,7 @@ def _rows(
         skip = progress.lines if number == progress.source else 0
         for name, expected in part.pieces.items():
             path = output / PARTS / f"{number:05d}" / name
-            if file_hash(path) != expected:
+            if sha256_file(path) != expected:
                 raise DataError(f"{path} is damaged. Remove its directory and run the array's task again.")
             with pa.memory_map(str(path)) as file:
                 reader = pa.ipc.open_file(file)

@@ -1,6 +1,6 @@
-"""Input files → blocks of records, in order: JSONL (plain, gzip, zstd) or Parquet.
+"""Read input files in blocks of records, in order: JSONL (plain, gzip, zstd) or Parquet.
 
-Where a block ends depends on the file alone, and nothing downstream depends on it at all.
+Block boundaries depend only on the file, and the corpus does not depend on them.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from megatron_iwsft.errors import DataError
 
 BLOCK_BYTES = 1 << 20
 _BLOCK_ROWS = 1024
-# A longer line is cut off, and so dropped as damaged: what has no line ends must not fill the memory.
+# A longer line is truncated and therefore dropped as invalid, so that a file without line ends does not fill the memory.
 _LONGEST_LINE = 1 << 28
 _COMPRESSION = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd"}
 
 
 @dataclass(frozen=True)
 class Input:
-    """One input file; `name` is what the corpus calls it, unique among the inputs and free of this machine's directories."""
+    """One input file. `name` is its path relative to the inputs' common directory; the corpus refers to the file by it."""
 
     path: Path
     name: str
@@ -44,7 +44,7 @@ class Input:
 
 @dataclass(frozen=True)
 class Span:
-    """Part of a plain file, in bytes: worker processes read it themselves."""
+    """A byte range of an uncompressed file, read by the worker processes themselves."""
 
     offset: int
     size: int
@@ -52,11 +52,11 @@ class Span:
 
 @dataclass(frozen=True)
 class Block:
-    """Some records in a row: whole lines of JSONL, or a RecordBatch of a Parquet file.
+    """Consecutive records: complete lines of JSONL, or a RecordBatch of a Parquet file.
 
-    first     lines (or rows) of the file before the block
-    count     lines (or rows) in it
-    progress  share of the file's bytes read so far
+    first     number of lines (or rows) of the file before the block
+    count     number of lines (or rows) in the block
+    progress  fraction of the file read so far
     """
 
     source: Input
@@ -74,7 +74,7 @@ class Block:
 
 
 def find_inputs(patterns: Sequence[str | Path]) -> list[Input]:
-    """The files that paths and glob patterns name, in the order given, each pattern's sorted. Raises DataError if one names none."""
+    """Expand paths and glob patterns to files: in the order given, sorted within a pattern. Raises DataError if one matches none."""
     paths: dict[Path, None] = {}
     for pattern in map(str, patterns):
         found = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
@@ -85,13 +85,13 @@ def find_inputs(patterns: Sequence[str | Path]) -> list[Input]:
                 raise DataError(f"input {path} is a directory. Name its files, for example '{path}/*.jsonl'.")
             paths[path.resolve()] = None
     if not paths:
-        raise DataError("no input file was named.")
+        raise DataError("no input files were given.")
     top = os.path.commonpath([path.parent for path in paths])
     return [Input(path, path.relative_to(top).as_posix()) for path in paths]
 
 
 def fingerprint(source: Input) -> str:
-    """SHA-256 of a file's size and content: all of it up to 64 MiB, beyond that 64 pieces of 1 MiB spread over it."""
+    """SHA-256 of a file's size and content; above 64 MiB, of 64 evenly spaced pieces of 1 MiB instead of the full content."""
     digest = hashlib.sha256(str(source.size).encode())
     piece = 1 << 20
     steps = range(0, source.size, piece) if source.size <= 64 * piece else [source.size * k // 64 for k in range(64)]
@@ -103,7 +103,7 @@ def fingerprint(source: Input) -> str:
 
 
 def read_blocks(source: Input, skip: int = 0) -> Iterator[Block]:
-    """The blocks of a file after its first `skip` lines. Raises DataError if it is damaged or cannot be read."""
+    """The blocks of a file after its first `skip` lines (or rows). Raises DataError if it is damaged or cannot be read."""
     try:
         if source.path.suffix == ".parquet":
             yield from _parquet(source, skip)
@@ -112,7 +112,7 @@ def read_blocks(source: Input, skip: int = 0) -> Iterator[Block]:
     except (pa.ArrowInvalid, EOFError) as error:
         raise DataError(f"input file {source.path} is damaged: {error}") from None
     except OSError as error:
-        reason = error.strerror or f"damaged or cut off ({error})"
+        reason = error.strerror or f"damaged or truncated ({error})"
         raise DataError(f"input file {source.path} cannot be read: {reason}.") from None
 
 
@@ -122,18 +122,17 @@ def _jsonl(source: Input, skip: int) -> Iterator[Block]:
     with open(source.path, "rb") as raw:
         file = _decompressed(raw, source.path.suffix)
         while data := file.read(BLOCK_BYTES):
-            whole = True
+            complete = True
             if data[-1] != 10:
-                rest, whole = _rest_of_line(file)
+                rest, complete = _rest_of_line(file)
                 data += rest
             count = data.count(b"\n") + (data[-1] != 10)
-            passed = min(max(0, skip - first), count)
-            if passed < count:
-                start = _start_of_line(data, passed)
-                payload = (
-                    Span(raw.tell() - len(data) + start, len(data) - start) if whole and file is raw else data[start:]
-                )
-                yield Block(source, first + passed, count - passed, payload, raw.tell() / size)
+            skipped = min(max(0, skip - first), count)
+            if skipped < count:
+                start = _start_of_line(data, skipped)
+                span = Span(raw.tell() - len(data) + start, len(data) - start)
+                payload = span if complete and file is raw else data[start:]
+                yield Block(source, first + skipped, count - skipped, payload, raw.tell() / size)
             first += count
 
 
@@ -145,7 +144,7 @@ def _decompressed(raw: BinaryIO, suffix: str) -> BinaryIO:
 
 
 def _rest_of_line(file: BinaryIO) -> tuple[bytes, bool]:
-    """What is left of a line, and whether that is all of it."""
+    """The rest of the current line, and whether it is complete or was truncated."""
     rest = file.readline(_LONGEST_LINE)
     if len(rest) < _LONGEST_LINE or rest[-1] == 10:
         return rest, True
@@ -166,16 +165,15 @@ def _parquet(source: Input, skip: int) -> Iterator[Block]:
     rows = max(1, file.metadata.num_rows)
     first = 0
     for batch in file.iter_batches(_BLOCK_ROWS):
-        passed = min(max(0, skip - first), batch.num_rows)
-        first += batch.num_rows
-        if passed < batch.num_rows:
-            yield Block(
-                source, first - batch.num_rows + passed, batch.num_rows - passed, batch.slice(passed), first / rows
-            )
+        skipped = min(max(0, skip - first), batch.num_rows)
+        end = first + batch.num_rows
+        if skipped < batch.num_rows:
+            yield Block(source, first + skipped, batch.num_rows - skipped, batch.slice(skipped), end / rows)
+        first = end
 
 
 def rows_of(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | Exception]:
-    """The rows of a Parquet block as records, or what is wrong with one. Fields that are null are left out."""
+    """The rows of a Parquet block as records without their null fields, or an exception for a row that cannot be read."""
     try:
         rows: list[Any] = batch.to_pylist()
     except (UnicodeDecodeError, pa.ArrowException, ValueError):

@@ -1,4 +1,4 @@
-"""Records: one record of input → samples (what to render and train on, its score), or a reason why not."""
+"""Read an input record as samples (a conversation or tokens, with a score), or drop it with a reason."""
 
 from __future__ import annotations
 
@@ -16,34 +16,35 @@ from megatron_iwsft.data.prepare.expressions import Evaluate, MissingField, comp
 from megatron_iwsft.errors import DataError
 
 _ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
-# What public corpora call an assistant's reasoning; templates know the first.
+# Names of an assistant's reasoning in public corpora. Templates use the first.
 _REASONING = ("reasoning_content", "reasoning", "thinking")
-_BAD_OPERANDS = (TypeError, ValueError, ZeroDivisionError, OverflowError, AttributeError)
-
-_BESIDE_TEXT = ("tool_calls", "tool_call_id", "name")
+_EVALUATION_ERRORS = (TypeError, ValueError, ZeroDivisionError, OverflowError, AttributeError)
+# Keys of a message that a template may render beside its text.
+_NON_TEXT_KEYS = ("tool_calls", "tool_call_id", "name")
 
 
 class Dropped(ValueError):
-    """A record that is not taken. `reason` is a short phrase that is counted; `detail` says more about this one."""
+    """A record that is dropped. `reason` is a short phrase that is counted; `detail` is specific to this record."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(reason)
         self.reason, self.detail = reason, detail
-        self.id: str | None = None  # as of the Sample that it would have been
+        self.id: str | None = None  # as in Sample
         self.number: int | None = None
 
 
 @dataclass(frozen=True)
 class RecordFormat:
-    """Where a record keeps what. Field names may be dotted paths into nested objects.
+    """The fields of a record. Field names may be dotted paths into nested objects.
 
     A record with `messages` is a chat, one with `input_ids` is already tokenized, any other is a prompt with one response per
-    entry of `response_fields` (several sampled solutions of one problem). `reasoning_fields` and `score_fields` are empty, or one
-    for all responses, or one for each; a score is a field or an expression over fields (`expressions.py`).
+    entry of `response_fields` (several sampled solutions of one problem). `reasoning_fields` and `score_fields` are empty, or
+    hold one entry for all responses or one per response. A score is a field or an expression over fields (`expressions.py`).
 
-    source_field   names the source a record comes from; by default the response field's first part where there are several
-                   response fields, else the input file
-    source_scores  (source, expression) pairs that take the place of `score_fields` for these sources
+    source_field   field that holds the record's source; by default the source is the first part of the response field's path
+                   if there are several response fields, else the input file
+    source_scores  (source, expression) pairs that replace `score_fields` for these sources
+    rendering      how conversations are rendered and which turns are trained on
     """
 
     prompt_field: str = "prompt"
@@ -60,13 +61,13 @@ class RecordFormat:
         for kind, fields in (("score", self.score_fields), ("reasoning", self.reasoning_fields)):
             if len(fields) not in (0, 1, responses):
                 raise DataError(
-                    f"{responses} response fields take none, one or as many {kind} fields, not {len(fields)}."
+                    f"for {responses} response fields, give no {kind} field, one, or {responses}; found {len(fields)}."
                 )
         for expression in (*self.score_fields, *(e for _, e in self.source_scores)):
             compile_expression(expression)
 
 
-# s1K-1.1 as its authors trained on it (arXiv 2501.19393): the trajectory and the attempt under headings of their own.
+# s1K-1.1 as in the s1 paper (arXiv 2501.19393): the thinking trajectory and the attempt under separate headings.
 PRESETS = {
     "s1k-1.1": RecordFormat(
         prompt_field="question",
@@ -79,7 +80,10 @@ PRESETS = {
 
 @dataclass(slots=True)
 class Sample:
-    """One trajectory to be: a conversation, or tokens with their mask. `number` tells several of one record apart, or is None."""
+    """A trajectory before rendering: a conversation, or token ids (int32) with their mask (uint8).
+
+    `number` is the index among several samples of one record, None if there is only one.
+    """
 
     id: str | None
     number: int | None
@@ -91,24 +95,24 @@ class Sample:
 
 
 def parse(line: bytes) -> dict[str, Any]:
-    """A line of JSON as a record. Raises Dropped with what is wrong with it."""
+    """Parse a line of JSON as a record. Raises Dropped if it is not a JSON object."""
     try:
         record = orjson.loads(line)
     except orjson.JSONDecodeError:
-        record = _parse_again(line)
+        record = _parse_with_json(line)
     if type(record) is not dict:
         raise Dropped("not a JSON object", f"found {type(record).__name__}")
     return record
 
 
-def _parse_again(line: bytes) -> Any:
-    """By the standard library, which reads some more than orjson (NaN, very long integers) and says what it cannot read."""
+def _parse_with_json(line: bytes) -> Any:
+    """Parse with the standard library: it accepts more than orjson (NaN, very long integers) and has clearer error messages."""
     try:
         record = json.loads(line.decode("utf-8"))
         json.dumps(record, ensure_ascii=False).encode("utf-8")
     except UnicodeDecodeError as error:
         raise Dropped("not UTF-8", str(error)) from None
-    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
+    except UnicodeEncodeError as error:  # JSON can escape half of a surrogate pair
         raise Dropped("not valid Unicode", str(error)) from None
     except (ValueError, RecursionError) as error:
         raise Dropped("not JSON", str(error)) from None
@@ -116,7 +120,7 @@ def _parse_again(line: bytes) -> Any:
 
 
 class RecordReader:
-    """Turns records into samples."""
+    """Reads records as samples. `keep` and `min_score` are as in `Curation`."""
 
     def __init__(self, record_format: RecordFormat, *, keep: str | None = None, min_score: float | None = None) -> None:
         self.format, self.min_score = record_format, min_score
@@ -131,28 +135,28 @@ class RecordReader:
         ]
 
     def read(self, record: Mapping[str, Any]) -> list[Sample | Dropped]:
-        """Every sample of one record, each taken or dropped with its reason."""
+        """The samples of one record, each read or dropped with a reason."""
         name = record.get("id")
         name = name if type(name) is str else str(name) if type(name) is int else None
         if len(self._responses) == 1 or "messages" in record or "input_ids" in record:
-            return [self._taken(record, 0, name, single=True)]
-        return [self._taken(record, k, name, single=False) for k in range(len(self._responses))]
+            return [self._read_one(record, 0, name, single=True)]
+        return [self._read_one(record, k, name, single=False) for k in range(len(self._responses))]
 
-    def _taken(self, record: Mapping[str, Any], k: int, name: str | None, *, single: bool) -> Sample | Dropped:
+    def _read_one(self, record: Mapping[str, Any], k: int, name: str | None, *, single: bool) -> Sample | Dropped:
         number = None if single else k
         try:
-            return self._one(record, k, name, number)
+            return self._sample(record, k, name, number)
         except Dropped as error:
             dropped = error
         except MissingField as error:
             dropped = Dropped("missing field", str(error.args[0]))
         dropped.id, dropped.number = name, number
-        return dropped.with_traceback(None)  # which would hold the whole block in memory
+        return dropped.with_traceback(None)  # a traceback would keep the entire block in memory
 
-    def _one(self, record: Mapping[str, Any], k: int, name: str | None, number: int | None) -> Sample:
+    def _sample(self, record: Mapping[str, Any], k: int, name: str | None, number: int | None) -> Sample:
         source = self._source(record, k, number)
         if self.keep is not None:
-            self._check_kept(record)
+            self._apply_keep(record)
         sample = Sample(name, number, source, self._score(record, k, source))
         if "input_ids" in record:
             sample.tokens, sample.mask = _tokenized(record)
@@ -165,14 +169,14 @@ class RecordReader:
             return str(lookup(record, self.format.source_field))
         return None if number is None else self.format.response_fields[k].split(".", 1)[0]
 
-    def _check_kept(self, record: Mapping[str, Any]) -> None:
+    def _apply_keep(self, record: Mapping[str, Any]) -> None:
         assert self.keep is not None
         try:
             kept = self.keep(record)
-        except _BAD_OPERANDS as error:
+        except _EVALUATION_ERRORS as error:
             raise Dropped("keep cannot be evaluated", f"{self._keep_text}: {error}") from None
         if not kept:
-            raise Dropped("not to keep", f"{self._keep_text} does not hold")
+            raise Dropped("not to keep", f"{self._keep_text} is false")
 
     def _score(self, record: Mapping[str, Any], k: int, source: str | None) -> float | None:
         evaluate: Evaluate | None = self._source_scores.get(source) if source is not None else None
@@ -182,7 +186,7 @@ class RecordReader:
             evaluate = self._scores[k if len(self._scores) > 1 else 0]
         try:
             value = evaluate(record)
-        except _BAD_OPERANDS as error:
+        except _EVALUATION_ERRORS as error:
             raise Dropped("score is not a number", str(error)) from None
         if not isinstance(value, bool | int | float):
             raise Dropped("score is not a number", f"found {value!r:.80}")
@@ -228,7 +232,7 @@ def _chat(record: Mapping[str, Any]) -> Conversation:
         raise Dropped("messages is not a list")
     shape: list[str] = []
     texts: list[str] = []
-    plain = not record.get("tools")
+    text_only = not record.get("tools")
     for i, message in enumerate(messages):
         role, reasoning, content = _message(i, message)
         shape.append(role)
@@ -236,20 +240,20 @@ def _chat(record: Mapping[str, Any]) -> Conversation:
             shape.append("content")
             texts.append(reasoning)
         texts.append(content or "")
-        plain = plain and content is not None and not any(message.get(name) for name in _BESIDE_TEXT)
-    if plain:
+        text_only = text_only and content is not None and not any(message.get(name) for name in _NON_TEXT_KEYS)
+    if text_only:
         return Conversation(tuple(shape), texts)
-    whole = [{**m, "content": text} for m, text in zip(messages, _contents(shape, texts), strict=True)]
-    return Conversation(tuple(shape), texts, whole, record.get("tools") or None)
+    full = [{**m, "content": text} for m, text in zip(messages, _contents(shape, texts), strict=True)]
+    return Conversation(tuple(shape), texts, full, record.get("tools") or None)
 
 
 def _contents(shape: list[str], texts: list[str]) -> list[str]:
-    """The texts that are a message's content, not its reasoning."""
+    """Those of `texts` that are the content of a message, not its reasoning."""
     return [text for k, text in enumerate(texts) if shape[k + 1 : k + 2] != ["content"]]
 
 
 def _message(i: int, message: Any) -> tuple[str, str | None, str | None]:
-    """(role, reasoning, content) of a message; content is None where it has tool calls alone."""
+    """(role, reasoning, content) of message i; content is None if the message has only tool calls."""
     role = message.get("role") if isinstance(message, Mapping) else type(message).__name__
     if not isinstance(message, Mapping) or type(role) is not str or role not in _ROLES:
         raise Dropped("message without a known role", f"message {i}: {role!r:.60}")

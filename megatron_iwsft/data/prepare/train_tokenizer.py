@@ -1,4 +1,4 @@
-"""Train a small tokenizer on the user's own records, for models that start from random weights."""
+"""Train a small tokenizer on the user's own records, for models trained from random weights."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ END_OF_TURN, END_OF_TEXT = "<|im_end|>", "<|endoftext|>"
 
 
 def train_tokenizer(inputs: Sequence[Path], output: Path, *, fields: Sequence[str], vocab_size: int) -> None:
-    """Write a Hugging Face directory with a byte-level BPE tokenizer in ChatML, trained on `fields` of JSONL records.
+    """Train a byte-level BPE tokenizer on `fields` of JSONL records; write it, with a ChatML template, in Hugging Face format.
 
-    Digits are tokens of their own, so that arithmetic does not depend on how numbers happened to merge. Raises DataError if no
-    record has any of the fields.
+    Every digit is a separate token, so that arithmetic does not depend on which numbers were merged. Raises DataError if an
+    input file does not exist or no record has any of the fields.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -34,7 +34,7 @@ def train_tokenizer(inputs: Sequence[Path], output: Path, *, fields: Sequence[st
     texts = _texts(inputs, fields)
     first = next(texts, None)
     if first is None:
-        raise DataError(f"no record of {', '.join(map(str, inputs))} has any of the fields {', '.join(fields)}.")
+        raise DataError(f"no record in {', '.join(map(str, inputs))} has any of the fields {', '.join(fields)}.")
 
     def all_texts() -> Iterator[str]:
         yield first
@@ -61,6 +61,6 @@ def _texts(inputs: Sequence[Path], fields: Sequence[str]) -> Iterator[str]:
                 try:
                     record = json.loads(line)
                 except ValueError:
-                    continue  # sharding will list it
+                    continue  # sharding reports it
                 if isinstance(record, dict):
                     yield from (record[field] for field in fields if isinstance(record.get(field), str))

@@ -1,4 +1,4 @@
-"""gigatoken only where its ids are the tokenizer's own."""
+"""gigatoken is used only where it gives the same ids as the tokenizer's own library."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from megatron_iwsft.data.corpus import Corpus
-from megatron_iwsft.data.prepare import fast_encoding as fast_tokenizer
+from megatron_iwsft.data.prepare import fast_encoding
 from megatron_iwsft.data.prepare.fast_encoding import CheckedEncoder, choose_encoder, gigatoken_encoder
 from megatron_iwsft.data.prepare.shard import ShardSettings, shard_corpus
 from megatron_iwsft.data.tokenizer import Tokenizer, load_tokenizer
@@ -32,7 +32,7 @@ def tokenizer(request, tmp_path_factory) -> Tokenizer:
 
 
 def pieces(tokenizer: Tokenizer, n: int) -> tuple[list[str], list[int]]:
-    """Random texts in pieces, special tokens between some of them."""
+    """n random texts in pieces, some of which begin or end with a special token."""
     rng = np.random.default_rng(0)
     special = sorted(tokenizer.special)
     texts, counts = [], []
@@ -46,7 +46,7 @@ def pieces(tokenizer: Tokenizer, n: int) -> tuple[list[str], list[int]]:
 
 
 @needs_gigatoken
-def test_ids_are_the_tokenizers_own(tokenizer: Tokenizer) -> None:
+def test_gigatoken_gives_the_ids_of_the_tokenizers_own_library(tokenizer: Tokenizer) -> None:
     texts, counts = pieces(tokenizer, 500)
     encoder = gigatoken_encoder(tokenizer)
     assert not isinstance(encoder, str), encoder
@@ -57,7 +57,7 @@ def test_ids_are_the_tokenizers_own(tokenizer: Tokenizer) -> None:
 
 
 @needs_gigatoken
-def test_a_difference_is_never_silent(tokenizer: Tokenizer, monkeypatch) -> None:
+def test_a_difference_disables_gigatoken_or_stops_the_run(tokenizer: Tokenizer, monkeypatch) -> None:
     texts, counts = pieces(tokenizer, 20)
     encoder = gigatoken_encoder(tokenizer)
     assert not isinstance(encoder, str)
@@ -67,16 +67,16 @@ def test_a_difference_is_never_silent(tokenizer: Tokenizer, monkeypatch) -> None
         return ids + (np.arange(len(ids)) == len(ids) // 2), lengths
 
     with monkeypatch.context() as patch:
-        patch.setattr(fast_tokenizer, "gigatoken_encoder", lambda _: wrong)
+        patch.setattr(fast_encoding, "gigatoken_encoder", lambda _: wrong)
         fast, why = choose_encoder(tokenizer, texts, counts)
-        assert not fast and "gives other ids, for example for" in why
-    monkeypatch.setattr(fast_tokenizer, "_CHECK_EVERY", 1)
+        assert not fast and "gives different ids, for example for" in why
+    monkeypatch.setattr(fast_encoding, "_CHECK_EVERY", 1)
     CheckedEncoder(tokenizer, encoder)(texts, counts)
     with pytest.raises(DataError, match="run again with --encoder own"):
         CheckedEncoder(tokenizer, wrong)(texts, counts)
 
 
-def test_a_tokenizer_that_gigatoken_cannot_read_is_served_by_its_own_library(tmp_path: Path, caplog) -> None:
+def test_a_tokenizer_that_gigatoken_cannot_read_uses_its_own_library(tmp_path: Path, caplog) -> None:
     from tokenizers import Regex, pre_tokenizers
 
     directory = tiny.hf_tokenizer(tmp_path / "tokenizer")
@@ -95,7 +95,7 @@ def test_a_tokenizer_that_gigatoken_cannot_read_is_served_by_its_own_library(tmp
     assert corpus.tokenizer().decode(corpus.tokens(0).tolist()).endswith("42<|im_end|>\n")
 
 
-def test_both_libraries_make_the_same_corpus(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_both_libraries_give_the_same_corpus(tokenizer: Tokenizer, tmp_path: Path) -> None:
     rng = np.random.default_rng(1)
     texts = ["".join(rng.choice(list(ALPHABET.replace("<", "")), 50)) + "x" for _ in range(400)]
     source = tiny.write_jsonl(tmp_path / "r.jsonl", [{"prompt": a, "response": b} for a, b in pairwise(texts)])

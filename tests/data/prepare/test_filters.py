@@ -1,4 +1,4 @@
-"""Curation, each step counted and every dropped record listed with its reason."""
+"""Curation: each filter, its counts in the manifest and its reasons in dropped.jsonl."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ RECORD = {"judge": 4, "ok": True, "a": {"b": 2}, "c.d": 7, "names": ["x", "y"], 
         ("max(judge, a.b) // 3", 1),
     ],
 )
-def test_expressions(expression: str, value: object) -> None:
+def test_expressions_evaluate_over_fields(expression: str, value: object) -> None:
     assert compile_expression(expression)(RECORD) == value
 
 
@@ -63,17 +63,17 @@ def test_expressions(expression: str, value: object) -> None:
     "expression",
     ["", "judge >=", "__import__('os')", "a.b()", "judge ** 9", "lambda: 1", "[x for x in names]", "names[0]", "open('x')", "field(a)"],
 )  # fmt: skip
-def test_what_is_no_expression_over_fields_is_refused(expression: str) -> None:
-    with pytest.raises(DataError, match="is not an expression over fields"):
+def test_invalid_expressions_are_rejected(expression: str) -> None:
+    with pytest.raises(DataError, match="is not a valid expression over fields"):
         compile_expression(expression)
 
 
-def test_a_missing_field_is_named() -> None:
+def test_a_missing_field_is_reported_by_name() -> None:
     with pytest.raises(MissingField, match=r"a\.z"):
         compile_expression("judge > 3 and a.z")(RECORD)
 
 
-def test_quality_by_expression(tmp_path: Path) -> None:
+def test_scores_and_keep_by_expression(tmp_path: Path) -> None:
     records = [
         {"id": "good", "prompt": "a", "response": "b", "judge": 5, "truncated": False},
         {"id": "cut", "prompt": "a", "response": "c", "judge": 5, "truncated": True},
@@ -94,7 +94,7 @@ def test_quality_by_expression(tmp_path: Path) -> None:
     }
 
 
-def test_sources_have_their_own_scores_and_a_cap(tmp_path: Path) -> None:
+def test_sources_have_separate_scores_and_a_cap(tmp_path: Path) -> None:
     records = [
         {"id": str(i), "prompt": f"{i}?", "response": "b", "from": ["web", "human"][i % 2], "stars": i}
         for i in range(8)
@@ -106,12 +106,12 @@ def test_sources_have_their_own_scores_and_a_cap(tmp_path: Path) -> None:
     }  # fmt: skip
     assert corpus.manifest["sources"] == {"human": 3, "web": 3}
     assert dropped == {
-        "6": ("over the cap of its source", "web has 3 already"),
-        "7": ("over the cap of its source", "human has 3 already"),
+        "6": ("over the cap of its source", "web already has 3"),
+        "7": ("over the cap of its source", "human already has 3"),
     }
 
 
-def test_length_bounds(tmp_path: Path) -> None:
+def test_trajectories_outside_the_length_bounds_are_dropped(tmp_path: Path) -> None:
     records = [{"id": str(n), "prompt": "a", "response": "x" * n} for n in (1, 20, 90)]
     corpus, dropped = shard(tmp_path, records, Curation(min_tokens=25, max_tokens=80))
     assert ids(corpus) == ["20"]
@@ -123,7 +123,7 @@ SENTENCE = "the quick brown fox jumps over a lazy dog while seven wizards quietl
 WORDS = SENTENCE.split()
 
 
-def test_near_duplicates_are_found_and_named(tmp_path: Path) -> None:
+def test_near_duplicates_are_dropped_and_reported(tmp_path: Path) -> None:
     base = " ".join(WORDS * 5)
     changed = base.replace("wizards", "witches", 1)
     other = " ".join(reversed(WORDS * 5))
@@ -135,12 +135,12 @@ def test_near_duplicates_are_found_and_named(tmp_path: Path) -> None:
     ]
     corpus, dropped = shard(tmp_path, records, Curation(near_duplicates=0.6))
     assert ids(corpus) == ["first", "other"]
-    assert dropped["changed"] == ("near-duplicate", "resembles first")
+    assert dropped["changed"] == ("near-duplicate", "similar to first")
     assert dropped["same"][0] == "duplicate"
 
 
-def test_most_pairs_at_the_threshold_are_looked_at() -> None:
-    """Pairs of known similarity: nearly all well above the threshold are found, nearly none well below."""
+def test_near_duplicates_are_found_above_the_threshold_and_not_below() -> None:
+    """Pairs of known similarity: at least 95 % are found well above the threshold, at most 5 % well below."""
     from megatron_iwsft.data.prepare.dedup import NearDuplicates
     from megatron_iwsft.data.prepare.filters import Signatures
 
@@ -161,7 +161,7 @@ def test_most_pairs_at_the_threshold_are_looked_at() -> None:
         assert found["below"] <= 5
 
 
-def test_leaked_benchmark_problems_are_found_and_named(tmp_path: Path) -> None:
+def test_leaked_benchmark_problems_are_dropped_and_reported(tmp_path: Path) -> None:
     problems = [{"problem": "too short"}, {"problem": "Find the number of ways to tile a 2 by 10 board with dominoes."}]
     benchmark = tiny.write_jsonl(tmp_path / "aime.jsonl", problems)
     records = [
@@ -171,8 +171,8 @@ def test_leaked_benchmark_problems_are_found_and_named(tmp_path: Path) -> None:
     ]
     corpus, dropped = shard(tmp_path, records, Curation(benchmarks=(str(benchmark),)))
     assert ids(corpus) == ["near", "answer"]
-    assert dropped == {"leak": ("in a benchmark", "aime.jsonl:2 has 'find the number of ways to tile a' too")}
-    with pytest.raises(DataError, match="a benchmark problem has one of the fields"):
+    assert dropped == {"leak": ("in a benchmark", "aime.jsonl:2 also has 'find the number of ways to tile a'")}
+    with pytest.raises(DataError, match="a benchmark problem needs one of the fields"):
         tiny.write_jsonl(tmp_path / "aime.jsonl", [{"x": 1}])
         (tmp_path / "again").mkdir()
         shard(tmp_path / "again", records, Curation(benchmarks=(str(benchmark),)))
@@ -187,7 +187,7 @@ ANSWERS = [
 ]
 
 
-def test_answers_are_verified(tmp_path: Path) -> None:
+def test_wrong_answers_are_dropped_or_scored(tmp_path: Path) -> None:
     records = [{"id": i, "prompt": f"{i}?", "response": response, "answer": gold} for i, response, gold, _ in ANSWERS]
     records.append({"id": "unreadable", "prompt": "p", "response": "1", "answer": "none at all"})
     records.append({"id": "missing", "prompt": "p", "response": "1"})
@@ -204,7 +204,7 @@ def test_answers_are_verified(tmp_path: Path) -> None:
     assert corpus.scores.tolist() == [float(right) for *_, right in ANSWERS]
 
 
-def test_s1k_records(tmp_path: Path) -> None:
+def test_s1k_records_are_rendered_with_their_headings(tmp_path: Path) -> None:
     record = {
         "question": "7 + 8?",
         "deepseek_thinking_trajectory": "Seven and eight.",
@@ -218,8 +218,8 @@ def test_s1k_records(tmp_path: Path) -> None:
     )
 
 
-def test_settings_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(DataError, match="near-duplicates are found from a similarity"):
+def test_invalid_settings_are_rejected() -> None:
+    with pytest.raises(DataError, match=r"near-duplicates must be between 0\.3 and 1; found 0\.1"):
         Curation(near_duplicates=0.1)
-    with pytest.raises(DataError, match="take none, one or as many reasoning fields, not 3"):
+    with pytest.raises(DataError, match="for 2 response fields, give no reasoning field, one, or 2; found 3"):
         RecordFormat(response_fields=("a", "b"), reasoning_fields=("x", "y", "z"))

@@ -1,4 +1,4 @@
-"""The inspector: what it counts, shows, verifies and turns back."""
+"""Corpus inspection: statistics, samples, verification, conversion back to JSONL."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def corpus(request, tmp_path_factory) -> Corpus:
     return Corpus.open(directory / "corpus")
 
 
-def test_runs_are_the_text_and_its_mask(corpus: Corpus) -> None:
+def test_runs_are_the_text_split_by_the_mask(corpus: Corpus) -> None:
     tokenizer = corpus.tokenizer()
     for i in range(0, len(corpus), 37):
         found = runs(corpus, i)
@@ -47,7 +47,7 @@ def test_runs_are_the_text_and_its_mask(corpus: Corpus) -> None:
         assert "The answer is" in found[1][0]
 
 
-def test_the_terminal_and_the_page_say_what_the_manifest_says(corpus: Corpus) -> None:
+def test_terminal_and_page_show_the_facts_of_the_manifest(corpus: Corpus) -> None:
     inspection = Inspection(corpus, seq_lengths=[512, 60], samples=3, seed=1)
     text = inspection.to_terminal(colour=False)
     page = inspection.to_html()
@@ -64,7 +64,7 @@ def test_the_terminal_and_the_page_say_what_the_manifest_says(corpus: Corpus) ->
             assert fact in shown
     assert text.count("⟦") == page.count("<mark>") == 3
     assert "\x1b[42" in inspection.to_terminal(colour=True)
-    assert "http" not in page and "<script" not in page and "src=" not in page, "self-contained"
+    assert "http" not in page and "<script" not in page and "src=" not in page, "the page must be self-contained"
     ids = [s.meta["id"] for s in inspection.samples]
     assert ids == [corpus.meta(["id"])["id"][s.index].as_py() for s in inspection.samples]
 
@@ -77,7 +77,7 @@ def test_text_is_escaped_on_the_page(tmp_path: Path) -> None:
     assert "&lt;script&gt;" in page and "<script>" not in page and "&lt;b&gt;&amp;" in page
 
 
-def test_histograms_count_everything() -> None:
+def test_histograms_count_every_value() -> None:
     for values in (np.array([5]), np.arange(100), np.array([1.5, 1.5]), np.linspace(0, 1, 33)):
         histogram = Histogram.of("x", values)
         assert histogram is not None
@@ -86,12 +86,12 @@ def test_histograms_count_everything() -> None:
     assert Histogram.of("x", np.zeros(0)) is None
 
 
-def test_packing_leaves_out_what_is_too_long() -> None:
+def test_packing_excludes_trajectories_that_are_too_long() -> None:
     packing = Packing.of(np.array([5, 5, 9, 30]), 10)
     assert (packing.sequences, packing.efficiency, packing.too_long) == (2, 19 / 20, 1)
 
 
-def test_back_to_records_and_forth_again(corpus: Corpus, tmp_path: Path) -> None:
+def test_corpus_to_jsonl_and_back_is_identical(corpus: Corpus, tmp_path: Path) -> None:
     path = tmp_path / "back.jsonl"
     assert write_jsonl(corpus, path) == len(corpus)
     first = json.loads(path.read_text().splitlines()[0])
@@ -108,46 +108,36 @@ def test_back_to_records_and_forth_again(corpus: Corpus, tmp_path: Path) -> None
                 second.directory / f"{shard}{suffix}"
             ).read_bytes()
     assert np.array_equal(second.scores, corpus.scores)
-    with pytest.raises(DataError, match="exists already"):
+    with pytest.raises(DataError, match="already exists"):
         write_jsonl(corpus, path)
 
 
-def test_the_command_verifies(corpus: Corpus, tmp_path: Path) -> None:
+def test_the_command_verifies_file_hashes(corpus: Corpus, tmp_path: Path) -> None:
     import shutil
 
     copy = tmp_path / "copy"
     shutil.copytree(corpus.directory, copy)
-    line = [
-        sys.executable,
-        str(TOOL),
-        str(copy),
-        "--verify",
-        "--samples",
-        "1",
-        "--seq-length",
-        "256",
-        "--html",
-        str(tmp_path / "page.html"),
-    ]
-    done = subprocess.run(line, capture_output=True, text=True)
+    command = [sys.executable, str(TOOL), str(copy), "--verify", "--samples", "1", "--seq-length", "256"]
+    command += ["--html", str(tmp_path / "page.html")]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "every file is as the manifest says" in done.stdout
     assert (tmp_path / "page.html").read_text().startswith("<!doctype html>")
     with open(copy / "shard-00001.mask.bin", "r+b") as file:
         file.write(b"\x07")
     (copy / "shard-00000.idx").unlink()
-    done = subprocess.run(line, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
     assert "shard-00001.mask.bin has changed" in done.stderr and "shard-00000.idx is missing" in done.stderr
 
 
 @pytest.mark.parametrize(
-    ("arguments", "status", "said"),
+    ("arguments", "status", "message"),
     [((), 141, b""), (("--verify", "--seq-length", "0"), 2, b"above 0")],
 )
 @pytest.mark.parametrize("environment", [{"PYTHONUNBUFFERED": "1"}, {"PYTHONUNBUFFERED": ""}])
-def test_a_reader_that_has_seen_enough_ends_it_quietly(
-    corpus: Corpus, arguments: tuple[str, ...], status: int, said: bytes, environment: dict[str, str]
+def test_the_command_exits_quietly_when_its_output_is_closed(
+    corpus: Corpus, arguments: tuple[str, ...], status: int, message: bytes, environment: dict[str, str]
 ) -> None:
     with subprocess.Popen(
         [sys.executable, str(TOOL), str(corpus.directory), *arguments],
@@ -159,4 +149,4 @@ def test_a_reader_that_has_seen_enough_ends_it_quietly(
         run.stdout.close()
         errors = run.stderr.read()
         assert (run.wait(), b"Traceback" in errors) == (status, False)
-        assert said in errors if said else errors == b""
+        assert message in errors if message else errors == b""

@@ -1,4 +1,4 @@
-"""JSONL, gzip, zstd, Parquet: the same records, the same corpus; globs; damage."""
+"""Input files: JSONL, gzip, zstd and Parquet give the same corpus; glob patterns; damaged files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from megatron_iwsft.data.corpus import Corpus
-from megatron_iwsft.data.prepare import readers as inputs
+from megatron_iwsft.data.prepare import readers
 from megatron_iwsft.data.prepare.readers import Block, Input, find_inputs, read_blocks
 from megatron_iwsft.data.prepare.records import RecordFormat
 from megatron_iwsft.data.prepare.shard import ShardSettings, shard_corpus
@@ -29,7 +29,7 @@ def tokenizer(tmp_path_factory) -> Path:
 
 
 def write(path: Path, records: list) -> Path:
-    """The records in the format that the name asks for; compressed ones in several members, as tools that append leave them."""
+    """Write records in the format of the file name; compressed files have two members, as after appending."""
     text = [json.dumps(r, ensure_ascii=False).encode() + b"\n" for r in records]
     halves = [b"".join(text[: len(text) // 2]), b"".join(text[len(text) // 2 :])]
     if path.suffix == ".parquet":
@@ -64,8 +64,8 @@ def test_every_format_gives_the_same_corpus(tmp_path: Path, tokenizer: Path) -> 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("skip", [0, 1, 699, 700, 2999, 3000])
-def test_reading_from_the_middle(tmp_path: Path, name: str, skip: int, monkeypatch) -> None:
-    monkeypatch.setattr(inputs, "BLOCK_BYTES", 5000)
+def test_reading_can_start_at_any_line(tmp_path: Path, name: str, skip: int, monkeypatch) -> None:
+    monkeypatch.setattr(readers, "BLOCK_BYTES", 5000)
     source = Input(write(tmp_path / name, RECORDS), name)
     blocks = list(read_blocks(source, skip))
     assert sum(b.count for b in blocks) == len(RECORDS) - skip
@@ -81,16 +81,16 @@ def records_of(block: Block) -> list[dict]:
     return [json.loads(line) for line in content.splitlines()] if isinstance(content, bytes) else content.to_pylist()
 
 
-def test_a_file_that_does_not_end_in_a_line_end(tmp_path: Path) -> None:
+def test_a_file_without_a_final_newline_is_read_completely(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
     path.write_bytes(b'{"a": 1}\n\n{"a": 2}')
     (block,) = read_blocks(Input(path, "r.jsonl"))
     assert (block.count, block.content()) == (3, b'{"a": 1}\n\n{"a": 2}')
 
 
-def test_a_line_without_end_does_not_fill_the_memory(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(inputs, "BLOCK_BYTES", 100)
-    monkeypatch.setattr(inputs, "_LONGEST_LINE", 1000)
+def test_an_endless_line_is_truncated(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(readers, "BLOCK_BYTES", 100)
+    monkeypatch.setattr(readers, "_LONGEST_LINE", 1000)
     path = tmp_path / "r.jsonl"
     path.write_bytes(b'{"a": 1}\n' + b"x" * 50_000 + b'\n{"a": 2}\n')
     blocks = list(read_blocks(Input(path, "r.jsonl")))
@@ -100,7 +100,7 @@ def test_a_line_without_end_does_not_fill_the_memory(tmp_path: Path, monkeypatch
     assert b"".join(contents).endswith(b'\n{"a": 2}\n')
 
 
-def test_globs_and_names(tmp_path: Path) -> None:
+def test_glob_patterns_are_expanded_and_files_named(tmp_path: Path) -> None:
     for name in ("b/2.jsonl", "b/10.jsonl", "a/1.jsonl"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
@@ -113,7 +113,7 @@ def test_globs_and_names(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES[1:])
-def test_damaged_files_are_named(tmp_path: Path, tokenizer: Path, name: str) -> None:
+def test_damaged_files_are_reported_by_name(tmp_path: Path, tokenizer: Path, name: str) -> None:
     source = write(tmp_path / name, RECORDS)
     source.write_bytes(source.read_bytes()[:-100])
     with pytest.raises(DataError, match=rf"input file .*{name} (is damaged|cannot be read)"):

@@ -1,4 +1,4 @@
-"""Sharding that is killed, starved of disk, or fed nonsense; job arrays; memory."""
+"""Sharding under kills, full disks and invalid input; job arrays; peak memory."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def tokenizer(tmp_path_factory) -> Path:
 
 
 def records(count: int, seed: int) -> list:
-    """Sums, some of them twice, some damaged."""
+    """Arithmetic records, some of them duplicated, some invalid."""
     out: list = list(arithmetic_records(count, ArithmeticSettings(digits=4), seed))
     for i in range(0, count, 50):
         out[i] = out[i // 2] if i % 100 else "damaged"
@@ -55,27 +55,27 @@ def settings(tokenizer: Path) -> ShardSettings:
     return ShardSettings(str(tokenizer), None, RecordFormat(score_fields=("score",)), 60_000, CURATION)
 
 
-def test_killed_twenty_times_and_resumed_is_as_unbroken(tmp_path: Path, tokenizer: Path) -> None:
+def test_a_run_killed_twenty_times_gives_the_same_corpus(tmp_path: Path, tokenizer: Path) -> None:
     inputs = [tiny.write_jsonl(tmp_path / f"{k}.jsonl", records(5000, k)) for k in range(2)]
-    shard_corpus(inputs, tmp_path / "whole", settings(tokenizer), show_progress=False)
-    expected = files_of(tmp_path / "whole")
+    shard_corpus(inputs, tmp_path / "uninterrupted", settings(tokenizer), show_progress=False)
+    expected = files_of(tmp_path / "uninterrupted")
     assert sum(name.endswith(".meta.parquet") for name in expected) > 5
     rng = random.Random(0)
     line = command(inputs, tmp_path / "killed", tokenizer, "--workers", "2")
     kills, longest = 0, 1.0
     while kills < 20:
         process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        begun = time.monotonic()
+        started = time.monotonic()
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(rng.uniform(0.3, longest))
         if process.poll() is None:
-            process.kill()  # its workers end by themselves
+            process.kill()  # its workers exit on their own
             kills += 1
             with contextlib.suppress(DataError):
-                assert not Corpus.open(tmp_path / "killed").verify()  # a corpus that opens is whole
+                assert not Corpus.open(tmp_path / "killed").verify()  # a corpus that opens must be complete
         else:
             assert process.returncode == 0, process.stderr.read().decode() if process.stderr else ""
-            longest = time.monotonic() - begun
+            longest = time.monotonic() - started
             assert files_of(tmp_path / "killed") == expected
             for path in sorted((tmp_path / "killed").rglob("*"), reverse=True):
                 path.rmdir() if path.is_dir() else path.unlink()
@@ -85,9 +85,9 @@ def test_killed_twenty_times_and_resumed_is_as_unbroken(tmp_path: Path, tokenize
     assert files_of(tmp_path / "killed") == expected
 
 
-def test_a_job_array_and_its_merge_make_the_same_corpus(tmp_path: Path, tokenizer: Path) -> None:
+def test_a_job_array_and_its_merge_give_the_same_corpus(tmp_path: Path, tokenizer: Path) -> None:
     inputs = [tiny.write_jsonl(tmp_path / f"{k}.jsonl", records(1500, k % 3)) for k in range(5)]
-    shard_corpus(inputs, tmp_path / "whole", settings(tokenizer), show_progress=False)
+    shard_corpus(inputs, tmp_path / "uninterrupted", settings(tokenizer), show_progress=False)
     output = tmp_path / "array"
     line = command(inputs, output, tokenizer)
     array = {"SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_COUNT": "3"}
@@ -102,14 +102,14 @@ def test_a_job_array_and_its_merge_make_the_same_corpus(tmp_path: Path, tokenize
     make_parts(inputs, output, settings(tokenizer), task=1, tasks=3, show_progress=False)
     done = subprocess.run([*line, "--merge"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert files_of(output) == files_of(tmp_path / "whole")
+    assert files_of(output) == files_of(tmp_path / "uninterrupted")
 
 
-def test_parts_that_do_not_fit_are_refused(tmp_path: Path, tokenizer: Path) -> None:
+def test_parts_of_another_run_and_damaged_parts_are_rejected(tmp_path: Path, tokenizer: Path) -> None:
     inputs = [tiny.write_jsonl(tmp_path / "0.jsonl", records(50, 0))]
     make_parts(inputs, tmp_path / "out", settings(tokenizer), task=0, tasks=1, show_progress=False)
     other = ShardSettings(str(tokenizer), curation=Curation(max_tokens=99))
-    with pytest.raises(DataError, match="was made from other inputs or settings"):
+    with pytest.raises(DataError, match="was created from other inputs or settings"):
         merge_parts(inputs, tmp_path / "out", other, show_progress=False)
     with pytest.raises(DataError, match=r"tasks are numbered 0 … 1"):
         make_parts(inputs, tmp_path / "out", other, task=2, tasks=2, show_progress=False)
@@ -119,15 +119,15 @@ def test_parts_that_do_not_fit_are_refused(tmp_path: Path, tokenizer: Path) -> N
         merge_parts(inputs, tmp_path / "out", settings(tokenizer), show_progress=False)
 
 
-def told(line: list[str], **options) -> str:
-    """What a command that fails says; never a traceback."""
+def error_message(line: list[str], **options) -> str:
+    """The standard error of a command that must fail with status 2 and without a traceback."""
     done = subprocess.run(line, capture_output=True, text=True, **options)
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     return done.stderr
 
 
-def test_a_threshold_without_scores_is_told(tmp_path: Path, tokenizer: Path) -> None:
+def test_min_score_without_scores_is_reported(tmp_path: Path, tokenizer: Path) -> None:
     inputs = [tiny.write_jsonl(tmp_path / "0.jsonl", records(3, 0))]
     line = [
         sys.executable,
@@ -138,45 +138,45 @@ def test_a_threshold_without_scores_is_told(tmp_path: Path, tokenizer: Path) -> 
         "--tokenizer",
         str(tokenizer),
     ]
-    assert "--min-score needs scores" in told([*line, "--min-score", "1"])
+    assert "--min-score needs scores" in error_message([*line, "--min-score", "1"])
 
 
-def test_a_full_disk_is_told_and_mended(tmp_path: Path, tokenizer: Path) -> None:
-    """The real error of a write that does not fit, here by the limit on a file's size."""
+def test_a_full_disk_is_reported_and_the_run_can_be_continued(tmp_path: Path, tokenizer: Path) -> None:
+    """A real failing write, caused by a limit on the file size."""
     inputs = [tiny.write_jsonl(tmp_path / "0.jsonl", records(3000, 0))]
     line = command(inputs, tmp_path / "out", tokenizer, "--workers", "1")
 
     def no_space() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (90_000, 90_000))
 
-    message = told(line, preexec_fn=no_space)
+    message = error_message(line, preexec_fn=no_space)
     assert "cannot write the corpus" in message
     assert "run the same command to continue" in message
     with pytest.raises(DataError, match="sharding was interrupted"):
         Corpus.open(tmp_path / "out")
     subprocess.run(line, check=True, capture_output=True)
-    shard_corpus(inputs, tmp_path / "whole", settings(tokenizer), show_progress=False)
-    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+    shard_corpus(inputs, tmp_path / "uninterrupted", settings(tokenizer), show_progress=False)
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "uninterrupted")
 
 
-def test_a_directory_that_cannot_be_written_is_told(tmp_path: Path, tokenizer: Path) -> None:
+def test_an_output_that_cannot_be_written_is_reported(tmp_path: Path, tokenizer: Path) -> None:
     inputs = [tiny.write_jsonl(tmp_path / "0.jsonl", records(50, 0))]
     (tmp_path / "file").touch()
     for output in (tmp_path / "file" / "out", Path("/proc/out")):
-        assert "cannot write the corpus" in told(command(inputs, output, tokenizer, "--workers", "1"))
+        assert "cannot write the corpus" in error_message(command(inputs, output, tokenizer, "--workers", "1"))
 
 
-def test_a_tokenizer_that_vanished_is_told(tmp_path: Path) -> None:
+def test_a_missing_tokenizer_is_reported(tmp_path: Path) -> None:
     tokenizer = tiny.hf_tokenizer(tmp_path / "tokenizer")
     inputs = [tiny.write_jsonl(tmp_path / "0.jsonl", records(1500, 0))]
     line = command(inputs, tmp_path / "out", tokenizer, "--workers", "1")
     (tokenizer / "tokenizer.json").rename(tmp_path / "away")
-    assert "no tokenizer at" in told(line)
+    assert "no tokenizer at" in error_message(line)
     assert not (tmp_path / "out").exists()
 
 
-def test_nonsense(tmp_path: Path, tokenizer: Path) -> None:
-    """2,000 mutated records: each is in the corpus or in dropped.jsonl, and no text becomes a special token."""
+def test_mutated_records_are_kept_or_listed_as_dropped(tmp_path: Path, tokenizer: Path) -> None:
+    """2,000 mutated records: each is either in the corpus or in dropped.jsonl, and no text becomes a special token."""
     rng = random.Random(0)
     lines = [mutated(rng, i) for i in range(2000)]
     (tmp_path / "0.jsonl").write_bytes(b"\n".join(lines) + b"\n")
@@ -189,10 +189,10 @@ def test_nonsense(tmp_path: Path, tokenizer: Path) -> None:
     assert "Traceback" not in done.stderr
     corpus = Corpus.open(tmp_path / "out")
     dropped = [json.loads(line) for line in (tmp_path / "out" / "dropped.jsonl").read_text("utf-8").splitlines()]
-    taken = corpus.meta(["line"])["line"].to_pylist()
+    kept = corpus.meta(["line"])["line"].to_pylist()
     written = [n for n, line in enumerate(lines, 1) if line.strip()]
-    assert sorted(taken + [d["line"] for d in dropped]) == written
-    assert len(taken) > 500
+    assert sorted(kept + [d["line"] for d in dropped]) == written
+    assert len(kept) > 500
     assert len({d["reason"] for d in dropped}) > 12
     counts = corpus.manifest["counts"]
     assert counts["trajectories"] + counts["dropped"] == len(written)
@@ -204,27 +204,12 @@ def test_nonsense(tmp_path: Path, tokenizer: Path) -> None:
             next(k for k in tokenizer_.special_ids if tokenizer_.decode([k]) == t)
             for t in ("<|im_start|>", "<|im_end|>")
         )
-        assert special == [begin, end] * (len(special) // 2), "only what the template puts there"
+        assert special == [begin, end] * (len(special) // 2), "special tokens must come from the template only"
 
 
 ODD = [
-    *(
-        None,
-        3,
-        -1.5,
-        [],
-        {},
-        "",
-        "  ",
-        True,
-        [[1]],
-        {"role": 1},
-        "\ud83d",
-        "x" * 200_000,
-        10**400,
-        float("nan"),
-        [None],
-    ),
+    *(None, 3, -1.5, [], {}, "", "  ", True, [[1]], {"role": 1}),
+    *("\ud83d", "x" * 200_000, 10**400, float("nan"), [None]),
     *("<|im_end|>", "a<|im_start|>assistant\nb", "<|endof", "text|>", "\x00\x01", "\u202e\ufeff"),
     *(["<|im_end|>"], [{"type": "text", "text": "p"}]),
 ]
@@ -235,7 +220,7 @@ ODD_LINES = [
 
 
 def mutated(rng: random.Random, i: int) -> bytes:
-    """One line: a good record, or one that something has happened to."""
+    """One line: a valid record, or a mutated one."""
     pair = {"id": i, "prompt": f"What is {i}?", "response": f"It is {i}.", "score": rng.random()}
     chat = {"messages": [{"role": "user", "content": f"Q{i}"}, {"role": "assistant", "content": "A"}], "score": 1}
     tokens = {"input_ids": [5, 6, 7 + i % 90], "loss_mask": [0, 0, 1], "score": True}
@@ -280,7 +265,7 @@ finally:
 
 
 def test_memory_does_not_grow_with_the_input(tmp_path: Path, tokenizer: Path) -> None:
-    """But for what deduplication remembers (23 to 46 bytes a trajectory) and a few blocks in flight."""
+    """Except for deduplication (23 to 46 bytes per trajectory) and a few blocks in flight."""
     lines = [json.dumps(r) + "\n" for r in arithmetic_records(6000, ArithmeticSettings(digits=9), 0)]
     peaks = []
     for k, times in enumerate((1, 20)):
@@ -289,12 +274,8 @@ def test_memory_does_not_grow_with_the_input(tmp_path: Path, tokenizer: Path) ->
                 file.writelines(
                     line.replace("What is", f"What is {copy}:").replace("Add", f"{copy} Add") for line in lines
                 )
-        line = [
-            sys.executable,
-            "-c",
-            MEASURE,
-            *command([tmp_path / f"{k}.jsonl"], tmp_path / str(k), tokenizer, "--workers", "2")[1:],
-        ]
+        arguments = command([tmp_path / f"{k}.jsonl"], tmp_path / str(k), tokenizer, "--workers", "2")[1:]
+        line = [sys.executable, "-c", MEASURE, *arguments]
         line = [word for word in line if word not in ("--near-duplicates", "0.9")]
         subprocess.run(line, check=True, capture_output=True)
         peaks.append([int(n) for n in (tmp_path / f"{k}.peaks").read_text().split()])

@@ -1,4 +1,4 @@
-"""Records → corpus directory, for both tokenizer kinds."""
+"""Building a corpus directory from records, with both kinds of tokenizer."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_prompt_and_response_pairs_with_sentencepiece(tmp_path: Path, sentencepi
     assert corpus.scores[0] == 1.0
 
 
-def test_a_tokenizer_that_puts_a_space_before_a_text_does_so_once(tmp_path: Path) -> None:
+def test_a_tokenizer_that_adds_a_leading_space_adds_it_only_once_per_text(tmp_path: Path) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     own = Tokenizer(models.BPE())
@@ -95,14 +95,14 @@ def test_a_tokenizer_that_puts_a_space_before_a_text_does_so_once(tmp_path: Path
     own.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
     corpus = shard(tmp_path, [{"prompt": "Add 7 and 8", "response": "15 is it"}], tmp_path, template="plain")
-    whole = own.encode("Question: Add 7 and 8\nAnswer: 15 is it</s>")
-    assert corpus.tokens(0).tolist() == whole.ids
-    trained = [whole.tokens[i] for i in np.flatnonzero(corpus.mask(0))]
+    full = own.encode("Question: Add 7 and 8\nAnswer: 15 is it</s>")
+    assert corpus.tokens(0).tolist() == full.ids
+    trained = [full.tokens[i] for i in np.flatnonzero(corpus.mask(0))]
     assert "".join(trained) == "▁15▁is▁it</s>"
 
 
 @pytest.mark.parametrize("kind", ["bpe", "sentencepiece"])
-def test_ids_are_the_tokenizers_own(tmp_path: Path, kind: str, request) -> None:
+def test_ids_equal_those_of_the_tokenizers_own_library(tmp_path: Path, kind: str, request) -> None:
     path = request.getfixturevalue(kind)
     texts = ["Zug fährt 120 km", "double it → 30 😀", "tabs\tand  spaces", "ends in space "]
     corpus = shard(
@@ -125,7 +125,7 @@ def test_ids_are_the_tokenizers_own(tmp_path: Path, kind: str, request) -> None:
         assert corpus.tokens(i).tolist() == expected
 
 
-def test_a_template_without_generation_prompt(tmp_path: Path) -> None:
+def test_a_template_without_generation_prompt_is_masked_by_content(tmp_path: Path) -> None:
     template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}<|im_end|>{% endfor %}"
     tokenizer = tiny.hf_tokenizer(tmp_path / "tokenizer", template=template)
     corpus = shard(tmp_path, [chat("Hi", "Hello", "Bye", "See you")], tokenizer)
@@ -138,7 +138,7 @@ def test_a_template_that_rewrites_history_drops_the_record(tmp_path: Path) -> No
     tokenizer = tiny.hf_tokenizer(tmp_path / "tokenizer", template=template)
     corpus = shard(tmp_path, [chat("Hi", "Hello", "Bye", "See you"), chat("Hi", "Hello")], tokenizer)
     assert len(corpus) == 1
-    assert dropped(corpus)[0]["detail"] == "the template rewrites turn 1 once later turns follow"
+    assert dropped(corpus)[0]["detail"] == "the template rewrites turn 1 when later turns follow"
 
 
 BAD_RECORDS = {
@@ -163,7 +163,7 @@ BAD_RECORDS = {
 }
 
 
-def test_bad_records_are_dropped_with_their_reason(tmp_path: Path, bpe: Path) -> None:
+def test_invalid_records_are_dropped_with_a_reason(tmp_path: Path, bpe: Path) -> None:
     good = json.dumps({"prompt": "a", "response": "b"})
     lines = [good, *BAD_RECORDS, good, "", "\xff"]
     (tmp_path / "records.jsonl").write_bytes("\n".join(lines[:-1]).encode() + b"\n\xff\xfe\n")
@@ -177,7 +177,7 @@ def test_bad_records_are_dropped_with_their_reason(tmp_path: Path, bpe: Path) ->
     assert counts["trajectories"] + counts["dropped"] == n + 3
 
 
-def test_scores_filter_and_bounds(tmp_path: Path, bpe: Path) -> None:
+def test_records_are_dropped_by_score_and_length(tmp_path: Path, bpe: Path) -> None:
     records = [
         {"prompt": f"p{i}", "response": "r" * 8 ** (i // 4 + 1), "good": [True, 0.4, "high", 1, 2.5][i]}
         for i in range(5)
@@ -187,7 +187,7 @@ def test_scores_filter_and_bounds(tmp_path: Path, bpe: Path) -> None:
     assert [d["reason"] for d in dropped(corpus)] == ["score too low", "score is not a number", "too long"]
 
 
-def test_several_responses_of_one_problem(tmp_path: Path, bpe: Path) -> None:
+def test_each_response_field_gives_a_trajectory(tmp_path: Path, bpe: Path) -> None:
     records = [{"q": "1+1", "a": {"s": "2", "ok": True}, "b": {"s": "3", "ok": False}}]
     corpus = shard(
         tmp_path, records, bpe, prompt_field="q", response_fields=("a.s", "b.s"), score_fields=("a.ok", "b.ok")
@@ -196,7 +196,7 @@ def test_several_responses_of_one_problem(tmp_path: Path, bpe: Path) -> None:
     assert corpus.meta(["id"])["id"].to_pylist() == ["records:1#0", "records:1#1"]
 
 
-def test_the_same_bytes_for_any_number_of_workers(tmp_path: Path, bpe: Path) -> None:
+def test_the_corpus_is_byte_identical_for_any_number_of_workers(tmp_path: Path, bpe: Path) -> None:
     records = [{"prompt": f"What is {i} + {i % 50}?", "response": f"{i + i % 50}"} for i in range(1500)]
     for workers in (1, 3):
         (tmp_path / str(workers)).mkdir()
@@ -209,14 +209,14 @@ def test_the_same_bytes_for_any_number_of_workers(tmp_path: Path, bpe: Path) -> 
 
 
 def test_an_interrupted_run_continues_after_its_finished_shards(tmp_path: Path, bpe: Path, monkeypatch) -> None:
-    from megatron_iwsft.data import corpus as layout
+    from megatron_iwsft.data.corpus import ShardWriter
 
     records = [{"prompt": f"What is {i}?", "response": f"{i}"} for i in range(1200)] + ["bad"]
-    whole = tmp_path / "whole"
-    whole.mkdir()
-    shard(whole, records, bpe, shard_tokens=8_000)
+    uninterrupted = tmp_path / "uninterrupted"
+    uninterrupted.mkdir()
+    shard(uninterrupted, records, bpe, shard_tokens=8_000)
     tiny.write_jsonl(tmp_path / "records.jsonl", records)
-    close, closed = layout.ShardWriter.close, []
+    close, closed = ShardWriter.close, []
 
     def stop_after_two(writer):
         if len(closed) == 2:
@@ -224,17 +224,17 @@ def test_an_interrupted_run_continues_after_its_finished_shards(tmp_path: Path, 
         closed.append(writer.name)
         return close(writer)
 
-    monkeypatch.setattr(layout.ShardWriter, "close", stop_after_two)
+    monkeypatch.setattr(ShardWriter, "close", stop_after_two)
     with pytest.raises(KeyboardInterrupt):
         shard(tmp_path, [], bpe, shard_tokens=8_000)
     with pytest.raises(DataError, match="sharding was interrupted"):
         Corpus.open(tmp_path / "corpus")
-    monkeypatch.setattr(layout.ShardWriter, "close", lambda w: closed.append(w.name) or close(w))
+    monkeypatch.setattr(ShardWriter, "close", lambda w: closed.append(w.name) or close(w))
     shard(tmp_path, [], bpe, shard_tokens=8_000)
-    assert len(set(closed)) == len(closed), "a finished shard was made again"
-    for path in (whole / "corpus").rglob("*"):
+    assert len(set(closed)) == len(closed), "a finished shard was written again"
+    for path in (uninterrupted / "corpus").rglob("*"):
         if path.is_file():
-            assert path.read_bytes() == (tmp_path / "corpus" / path.relative_to(whole / "corpus")).read_bytes()
+            assert path.read_bytes() == (tmp_path / "corpus" / path.relative_to(uninterrupted / "corpus")).read_bytes()
 
 
 def test_megatrons_own_reader_opens_the_shards(tmp_path: Path, bpe: Path) -> None:
@@ -249,7 +249,7 @@ def test_megatrons_own_reader_opens_the_shards(tmp_path: Path, bpe: Path) -> Non
             assert np.array_equal(theirs[i], ours(i))
 
 
-def test_verify_finds_what_changed(tmp_path: Path, bpe: Path) -> None:
+def test_verify_reports_changed_files(tmp_path: Path, bpe: Path) -> None:
     corpus = shard(tmp_path, [{"prompt": "a", "response": "b"}], bpe)
     assert corpus.verify() == []
     with open(corpus.directory / "shard-00000.bin", "r+b") as file:
@@ -257,12 +257,12 @@ def test_verify_finds_what_changed(tmp_path: Path, bpe: Path) -> None:
     assert corpus.verify() == [f"{corpus.directory}/shard-00000.bin has changed since the manifest was written"]
 
 
-def test_damaged_corpora_are_refused_by_name(tmp_path: Path, bpe: Path) -> None:
+def test_a_damaged_corpus_is_rejected_with_the_file_name(tmp_path: Path, bpe: Path) -> None:
     corpus = shard(tmp_path, [{"prompt": "a", "response": "b"}], bpe).directory
     with pytest.raises(DataError, match="there is no corpus at"):
         Corpus.open(tmp_path / "nowhere")
     for name, damage, message in [
-        ("shard-00000.bin", lambda p: p.write_bytes(p.read_bytes()[:-2]), "where its index announces"),
+        ("shard-00000.bin", lambda p: p.write_bytes(p.read_bytes()[:-2]), "but its index says"),
         ("shard-00000.idx", lambda p: p.write_bytes(p.read_bytes()[:20]), "is truncated"),
         ("shard-00000.mask.bin", lambda p: p.unlink(), "is missing"),
         ("shard-00000.meta.parquet", lambda p: p.write_bytes(b"PAR1"), "is damaged"),
@@ -277,7 +277,7 @@ def test_damaged_corpora_are_refused_by_name(tmp_path: Path, bpe: Path) -> None:
             Corpus.open(copy)
 
 
-def test_mistakes_of_a_run_are_told(tmp_path: Path, bpe: Path) -> None:
+def test_user_errors_are_reported(tmp_path: Path, bpe: Path) -> None:
     records = [{"prompt": "a", "response": "b"}]
     with pytest.raises(DataError, match=r"input file .* does not exist"):
         shard(tmp_path, [], bpe)
@@ -285,7 +285,7 @@ def test_mistakes_of_a_run_are_told(tmp_path: Path, bpe: Path) -> None:
         shard(tmp_path, records, tmp_path / "nothing")
     with pytest.raises(DataError, match="the tokenizer has no chat template"):
         shard(tmp_path, records, tiny.hf_tokenizer(tmp_path / "bare", template=None))
-    with pytest.raises(DataError, match="no template is called 'x'"):
+    with pytest.raises(DataError, match="there is no template 'x'"):
         shard(tmp_path, records, bpe, template="x")
     with pytest.raises(DataError, match="not valid Jinja"):
         shard(tmp_path, records, tiny.hf_tokenizer(tmp_path / "broken", template="{% for %}"))
@@ -297,22 +297,22 @@ def test_mistakes_of_a_run_are_told(tmp_path: Path, bpe: Path) -> None:
         )
     with pytest.raises(
         DataError,
-        match=r"(?s)no trajectory was taken \(empty response: 1\)\. The first in .*\"reason\": ?\"empty response\"",
+        match=r"(?s)no record was kept \(empty response: 1\)\. First entry of .*\"reason\": ?\"empty response\"",
     ):
         shard(tmp_path, [{"prompt": "a", "response": ""}], bpe)
     shutil.rmtree(tmp_path / "corpus")
     shard(tmp_path, records, bpe)
-    with pytest.raises(DataError, match="already holds a corpus made from other inputs or settings"):
+    with pytest.raises(DataError, match="already contains a corpus created from other inputs or settings"):
         shard(tmp_path, records, bpe, shard_tokens=5)
-    with pytest.raises(DataError, match="already holds a corpus made from other inputs or settings"):
+    with pytest.raises(DataError, match="already contains a corpus created from other inputs or settings"):
         shard(tmp_path, [{"prompt": "a", "response": "c"}], bpe)  # the same size, other content
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "file").touch()
-    with pytest.raises(DataError, match="is not empty and no corpus was begun there"):
+    with pytest.raises(DataError, match="is not empty and has no unfinished corpus"):
         shard_corpus([tmp_path / "records.jsonl"], tmp_path / "used", ShardSettings(str(bpe)), show_progress=False)
 
 
-def test_chat_templates_render_as_transformers_does(bpe: Path) -> None:
+def test_chat_templates_render_the_same_as_transformers(bpe: Path) -> None:
     from transformers import AutoTokenizer
 
     theirs = AutoTokenizer.from_pretrained(bpe)
