@@ -70,7 +70,7 @@ class Packing:
 
 
 @dataclass(frozen=True)
-class Sample:
+class ShownTrajectory:
     """Trajectory `index`; `runs` is its text as (text, trained) pairs."""
 
     index: int
@@ -94,7 +94,8 @@ class Inspection:
         chosen = np.random.default_rng(seed).permutation(len(corpus))[:samples]
         tokenizer = corpus.tokenizer() if samples else None
         self.samples = [
-            Sample(int(i), _meta_of(corpus, int(i)), runs(corpus, int(i), tokenizer)) for i in np.sort(chosen).tolist()
+            ShownTrajectory(int(i), _meta_of(corpus, int(i)), runs(corpus, int(i), tokenizer))
+            for i in np.sort(chosen).tolist()
         ]
 
     def facts(self) -> list[tuple[str, str]]:
@@ -200,7 +201,7 @@ def _meta_of(corpus: Corpus, i: int) -> dict[str, Any]:
     return corpus.shard_meta(corpus.shards[shard], columns).slice(k, 1).to_pylist()[0]
 
 
-def _heading(sample: Sample) -> str:
+def _heading(sample: ShownTrajectory) -> str:
     meta = sample.meta
     score = "" if meta["score"] is None else f", score {meta['score']:g}"
     return f"#{sample.index} {meta['id']} ({meta['source']}{score}): {meta['num_tokens']} tokens, {meta['num_trained']} trained"
