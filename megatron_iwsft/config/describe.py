@@ -47,9 +47,8 @@ def describe_field(schema: type[Section], key: str) -> str:
     section = section_of(field)
     if section is not None:
         return f"{key}: {_text(field)}\n\n{describe_schema(section, f'{key}.')}"
-    return "\n".join(
-        [key, *(f"  {line}" for line in (type_of(field), default_of(field), "", *_text(field).split("\n")))]
-    )
+    lines = [type_of(field), default_of(field), "", *_text(field).split("\n")]
+    return "\n".join([key, *(f"  {line}".rstrip() for line in lines)])
 
 
 def fields(schema: type[Section], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:

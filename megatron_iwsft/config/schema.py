@@ -20,7 +20,7 @@ OBJECTIVES = ("sft", "iw_sft", "dft", "psft")
 
 
 class Section(BaseModel):
-    """A mapping in the config: unknown keys and values of another type are errors. Each field's docstring is its documentation."""
+    """A mapping in the config: unknown keys and values of another type are errors. A docstring below each field documents it."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
 
@@ -58,7 +58,6 @@ class Run(Section):
     max_bad_steps: PositiveInt = 10
     """End the run after this many consecutive steps with a non-finite loss or gradient. Fewer are skipped."""
     spike: Spike = Spike()
-    """Loss spikes: when a step counts as one, and what to do then."""
 
 
 class Model(Section):
@@ -83,7 +82,8 @@ class QualityConfig(Section):
     """How the quality scores of trajectories enter training."""
 
     mode: Literal["none", "sample", "weight", "thresholds"] = "none"
-    """none: scores are not used. sample: draw trajectories in proportion to score, with replacement.
+    """What scores are used for.
+    none: nothing. sample: draw trajectories in proportion to score, with replacement.
     weight: multiply a trajectory's loss by its score. thresholds: repeat a trajectory once per threshold that its score reaches."""
     thresholds: list[float | str] = []
     """For mode thresholds. A number is a score; "90%" is the 90th percentile of the corpus's scores."""
@@ -121,7 +121,6 @@ class Data(Section):
     max_steps: PositiveInt | None = None
     """End the run after this many optimizer steps."""
     quality: QualityConfig = QualityConfig()
-    """How the quality scores of trajectories enter training."""
 
     @model_validator(mode="after")
     def _has_an_end(self) -> Data:
@@ -134,7 +133,8 @@ class Proposal(Section):
     """The proposal q, whose log-ratio to the reference gives the importance weights."""
 
     kind: Literal["current", "ema", "snapshot"] = "current"
-    """current: the policy, without gradient. ema: an exponential moving average of the policy. snapshot: an earlier copy of it.
+    """Which model the proposal is.
+    current: the policy, without gradient. ema: an exponential moving average of the policy. snapshot: an earlier copy of it.
     ema and snapshot keep a second model in memory and run it in the same pipeline pass."""
     decay: Annotated[float, Field(ge=0, lt=1)] | None = None
     """For ema: every `update_every` steps the average becomes decay · average + (1 − decay) · policy."""
@@ -166,10 +166,10 @@ class Objective(Section):
     """[low, high] bounds of the weights; for psft of the probability ratio.
     null: [0, 16] at sequence level, [0.2, 1.8] at token level, [0.8, 1.28] for psft."""
     normalize: Literal["tokens", "weights", "sequences"] = "tokens"
-    """N, over the global batch. tokens: trained tokens. weights: the sum of s_i w_t over tokens.
+    """The denominator N of the loss, over the global batch.
+    tokens: trained tokens. weights: the sum of s_i w_t over tokens.
     sequences: trajectories, each contributing its per-token mean."""
     proposal: Proposal = Proposal()
-    """The proposal q, whose log-ratio to the reference gives the importance weights."""
     router_balance: NonNegativeFloat = 0.0
     """Coefficient of the per-trajectory load-balancing loss of a mixture of experts, added to the objective."""
 
@@ -385,7 +385,6 @@ class Logging(Section):
     warn_clipped_above: Share = 0.5
     """Warn when more than this share of the weights is clipped."""
     wandb: Wandb = Wandb()
-    """Weights & Biases."""
     tensorboard: bool = False
     """Write TensorBoard event files to the run directory."""
 
@@ -409,29 +408,17 @@ class Config(Section):
     """A training run."""
 
     run: Run
-    """The run: its directory, seed, device, and when to give up."""
     model: Model
-    """Where the initial policy comes from: exactly one of hf, checkpoint and config."""
     data: Data
-    """Corpus, packing, batch sizes, and the length of the run."""
     objective: Objective = Objective()
-    """The loss: objective, importance weights and normalization."""
     reference: Reference = Reference()
-    """The reference policy that importance weights are relative to."""
     parallel: Parallel = Parallel()
-    """Parallel degrees. The data-parallel degree is the number of processes / (tensor × pipeline × context)."""
     precision: Precision = Precision()
-    """Number formats of parameters, activations and matmuls."""
     optimizer: Optimizer = Optimizer()
-    """AdamW and its learning-rate schedule."""
     checkpoint: Checkpoint = Checkpoint()
-    """When to save, what to keep, and how to continue."""
     export: Export = Export()
-    """Hugging Face directories written during training."""
     logging: Logging = Logging()
-    """Metrics and warnings."""
     evaluation: Evaluation = Evaluation()
-    """Loss on a held-out corpus during training."""
 
     @model_validator(mode="after")
     def _fp8_parameters_are_gathered(self) -> Config:

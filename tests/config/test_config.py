@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_iwsft.config.describe import section_of
 from megatron_iwsft.config.loader import load_config, parse_config
-from megatron_iwsft.config.schema import OBJECTIVES, Config
+from megatron_iwsft.config.schema import OBJECTIVES, Config, Section
 from megatron_iwsft.errors import ConfigError
 from megatron_iwsft.objectives import functions as objectives
 from tests.support import ROOT
@@ -131,3 +132,18 @@ def test_degrees_and_batch_sizes_must_divide() -> None:
     ):
         parse("data.global_batch_size=6", "data.micro_batch_size=2").data_parallel(2)
     assert parse("parallel.tensor=2", "data.global_batch_size=4").data_parallel(4) == 2
+
+
+def sections(schema: type[Section]) -> list[type[Section]]:
+    inner = [section_of(field) for field in schema.model_fields.values()]
+    return [schema, *(s for section in inner if section is not None for s in sections(section))]
+
+
+@pytest.mark.parametrize("section", sections(Config), ids=lambda s: s.__name__)
+def test_every_field_has_a_docstring(section: type[Section]) -> None:
+    assert section.__doc__ and "\n" not in section.__doc__
+    for name, field in section.model_fields.items():
+        inner = section_of(field)  # a section's docstring is that of its class
+        text = (inner.__doc__ if inner else field.description) or ""
+        assert text.endswith((".", "…")), f"{section.__name__}.{name}: {text!r}"
+        assert all(len(line) <= 136 for line in text.splitlines())

@@ -76,7 +76,7 @@ class Lab:
                 if (
                     env.get("SLURM_JOB_ID") == job
                     and env.get("RANK") == str(rank)
-                    and "launch/train.py" in " ".join(process.cmdline())
+                    and "megatron_iwsft train" in " ".join(process.cmdline())
                 ):
                     return process
             except psutil.Error:
