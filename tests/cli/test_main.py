@@ -16,7 +16,7 @@ import yaml
 from megatron_iwsft.cli import main as cli
 from megatron_iwsft.config.describe import fields
 from megatron_iwsft.config.schema import Config
-from megatron_iwsft.errors import ConfigError
+from megatron_iwsft.errors import ConfigError, DataError
 from megatron_iwsft.version import __version__
 from tests.support import ROOT, tiny
 from tests.support.malformed import VALID
@@ -168,7 +168,7 @@ def test_inspect_recognizes_a_corpus(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert cli.run(["inspect", str(corpus.directory), "--verify", "--seq-length", "64", "--samples", "0"]) == 0
     assert "packed to 64" in capsys.readouterr().out
     (corpus.directory / "manifest.json").unlink()
-    with pytest.raises(Exception, match=r"has no manifest\.json"):
+    with pytest.raises(DataError, match=r"has no manifest\.json"):
         cli.run(["inspect", str(corpus.directory)])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -19,15 +20,11 @@ pytestmark = [pytest.mark.slow, pytest.mark.command]
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy of the checkout's tracked files, so that no stale build directory gets into it."""
+    """Built from a copy of what it is made of, so that no earlier build directory gets into it."""
     source, output = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    files = subprocess.run(
-        ["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=ROOT, check=True, capture_output=True
-    )
-    for name in filter(None, files.stdout.decode().split("\0")):
-        if (ROOT / name).is_file():
-            (source / name).parent.mkdir(parents=True, exist_ok=True)
-            (source / name).write_bytes((ROOT / name).read_bytes())
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    shutil.copytree(ROOT / "megatron_iwsft", source / "megatron_iwsft", ignore=shutil.ignore_patterns("__pycache__"))
     pip(["wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(output), str(source)])
     return next(output.glob("*.whl"))
 
