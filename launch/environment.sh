@@ -1,8 +1,8 @@
-# Sourced by launch/quickstart.sh, launch/local.sh and tests/run.sh: make or reuse a virtual environment at the root.
+# Sourced by launch/quickstart.sh, launch/local.sh and tests/run.sh: create or reuse a virtual environment in the repository root.
 #
-#   make_environment [EXTRAS]    with PYTHON (an interpreter; default python3) and VENV (default .venv); sets $python
+#   make_environment [EXTRAS]    reads PYTHON (an interpreter; default python3) and VENV (default .venv); sets $python
 #
-# Packages are installed once per state of pyproject.toml and constraints.txt; an environment with extras serves where none are asked for.
+# Packages are installed again only when pyproject.toml or constraints.txt changes. An environment with extras is reused without them.
 
 make_environment() {
   local extras=${1:-} root stamp log
@@ -13,11 +13,11 @@ make_environment() {
   log=$VENV/install.log
   if [ ! -x "$python" ]; then
     "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
-      echo "Python 3.10 or newer is needed; name one with PYTHON=/path/to/python." >&2
+      echo "Python 3.10 or newer is required; set PYTHON=/path/to/python." >&2
       return 1
     }
-    echo "making the environment $VENV"
-    "${PYTHON:-python3}" -m venv "$VENV" || { echo "python -m venv failed; on Debian install python3-venv." >&2; return 1; }
+    echo "creating the environment $VENV"
+    "${PYTHON:-python3}" -m venv "$VENV" || { echo "python -m venv failed; on Debian, install python3-venv." >&2; return 1; }
   fi
   local stamps=("$stamp") candidate current=''
   [ -n "$extras" ] || stamps=("$VENV"/installed*)
@@ -28,7 +28,7 @@ make_environment() {
     echo "installing packages (log: $log)"
     "$python" -m pip install --quiet --editable "$root$extras" --constraint "$root/constraints.txt" >"$log" 2>&1 || {
       tail -n 20 "$log" >&2
-      echo "installing failed; the whole log is $log" >&2
+      echo "installation failed; full log: $log" >&2
       return 1
     }
     cat "$root/pyproject.toml" "$root/constraints.txt" >"$stamp"

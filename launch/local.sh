@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train on this machine: launch/local.sh N CONFIG.yaml [section.key=value …], N processes (one per GPU; on CPU, one per core).
+# Train on this machine with N processes (one per GPU; on CPU, one per core): launch/local.sh N CONFIG.yaml [section.key=value …]
 set -euo pipefail
 if [ $# -lt 2 ]; then
   echo "usage: launch/local.sh N CONFIG.yaml [section.key=value …]" >&2
@@ -10,4 +10,4 @@ source "$root/launch/environment.sh"
 make_environment
 processes=$1 config=$2
 shift 2
-exec "$python" -m megatron_iwsft.distributed.torchrun --nproc_per_node "$processes" "$root/launch/train.py" --config "$config" "$@"
+exec "$python" -m megatron_iwsft.distributed.torchrun --nproc_per_node "$processes" -m megatron_iwsft train --config "$config" "$@"

@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
-# The whole way as a chain of Slurm jobs, each starting when the one before has succeeded:
+# The complete workflow as a chain of Slurm jobs, each of which starts when the previous one has succeeded:
 # shard → reference → train → export → evaluate.
 #
 #   slurm/pipeline.sh --config CONFIG.yaml [options] [section.key=value …]
 #
-#   --records FILE        records to shard into the config's data.corpus; repeat for several. Without it the corpus is there already
-#   --shard-option ARG    an argument for tools/shard_corpus.py (--tokenizer, its value, …); repeat
-#   --benchmark FILE      evaluate the export on it       --score CORPUS    or measure its log-likelihood of a corpus
-#   --nodes N             of the reference and training jobs (default 1)
-#   --after JOB           begin after that job
+#   --records FILE        records to shard into the config's data.corpus; repeatable. Without it the corpus must exist
+#   --shard-option ARG    an argument for iwsft shard (--tokenizer, its value, …); repeatable
+#   --benchmark FILE      evaluate the exported model on FILE
+#   --score CORPUS        or measure its log-likelihood on a corpus
+#   --nodes N             nodes for the reference and training jobs (default 1)
+#   --after JOB           start after this job
 #
 # Partition, account and time come from SBATCH_PARTITION, SBATCH_ACCOUNT, SBATCH_TIMELIMIT, … as sbatch reads them.
 set -euo pipefail
@@ -38,38 +39,31 @@ while [ $# -gt 0 ]; do
 done
 [ -n "$config" ] || usage
 
-# From the config, checked before anything is submitted. Names are ended by a null byte, since any other may be part of one.
+# Checks the config before anything is submitted. Values end in a null byte, the only one that cannot be part of a path.
 values=$(mktemp)
 trap 'rm -f "$values"' EXIT
-PYTHONPATH=$root "${IWSFT_VENV:-$root/.venv}/bin/python" -c 'import sys
-from megatron_iwsft.utils.cli import run_command
-def main():
-    from megatron_iwsft.config.loader import load_config
-    from megatron_iwsft.objectives.custom import find_objective
-    c = load_config(sys.argv[1], sys.argv[2:])
-    cached = find_objective(c.objective.name).needs_reference and c.reference.source == "cached"
-    print(c.run.dir, c.data.corpus, "cached" if cached else "", sep="\0", end="\0")
-run_command(main)' "$config" "${overrides[@]}" >"$values"
+PYTHONPATH=$root "${IWSFT_VENV:-$root/.venv}/bin/python" -m megatron_iwsft config --null \
+  --get run.dir --get data.corpus --get reference.needs_sidecar "$config" "${overrides[@]}" >"$values"
 {
   IFS= read -r -d '' run_dir
   IFS= read -r -d '' corpus
-  IFS= read -r -d '' reference
+  IFS= read -r -d '' needs_sidecar
 } <"$values"
 
-# submit NAME SBATCH-ARGS…: after the job before it; a job whose predecessor has failed is removed rather than left waiting.
+# submit NAME SBATCH-ARGS…: submit a job that starts after the previous one, and is removed from the queue if that one fails.
 submit() {
   local name=$1 dependency=()
   shift
   [ -z "$previous" ] || dependency=("--dependency=afterok:$previous")
   previous=$(sbatch --parsable --kill-on-invalid-dep=yes "${dependency[@]}" "$@")
-  previous=${previous%%;*} # of several clusters, the id comes with the cluster's name
+  previous=${previous%%;*} # with several clusters, sbatch prints ID;CLUSTER
   echo "$name: job $previous"
 }
 
 if [ ${#records[@]} -gt 0 ]; then
-  submit shard --job-name=iwsft-shard "$root/slurm/tool.sbatch" shard_corpus "${records[@]}" --output "$corpus" "${shard[@]}"
+  submit shard --job-name=iwsft-shard "$root/slurm/tool.sbatch" shard "${records[@]}" --output "$corpus" "${shard[@]}"
 fi
-if [ -n "$reference" ]; then
+if [ "$needs_sidecar" = true ]; then
   submit reference "--nodes=$nodes" "$root/slurm/precompute_reference.sbatch" "$config" "${overrides[@]}"
 fi
 submit train "--nodes=$nodes" "$root/slurm/train.sbatch" "$config" "${overrides[@]}"

@@ -1,70 +1,8 @@
-"""Which parallel layouts hold a model, and what each costs per GPU.
+"""The same as `iwsft layouts`."""
 
-tools/layouts.py --model HF_DIR --gpus 16 --seq-length 22528 --global-batch-size 16 [--memory 80]
-"""
+import sys
 
-from __future__ import annotations
+from megatron_iwsft.cli.main import main
 
-import argparse
-
-from megatron_iwsft.errors import ConfigError
-from megatron_iwsft.utils.cli import positive_int, run_command
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="Hugging Face directory (only config.json is read)")
-    parser.add_argument("--gpus", type=positive_int, required=True)
-    parser.add_argument("--gpus-per-node", type=positive_int, default=8)
-    parser.add_argument("--seq-length", type=positive_int, required=True)
-    parser.add_argument("--micro-batch-size", type=positive_int, default=1)
-    parser.add_argument("--global-batch-size", type=positive_int, required=True)
-    parser.add_argument("--memory", type=float, default=80.0, help="GB of one GPU; layouts that need more are left out")
-    parser.add_argument("--recompute", choices=("none", "full"), default="none")
-    parser.add_argument("--most", type=positive_int, default=20, help="rows shown")
-    args = parser.parse_args()
-
-    from megatron_iwsft.distributed.parallel_layout import valid_layouts
-    from megatron_iwsft.hf.architecture import Architecture
-    from megatron_iwsft.model.memory import cost
-
-    arch = Architecture.from_directory(args.model)
-    rows = []
-    for layout in valid_layouts(arch, args.gpus, gpus_per_node=args.gpus_per_node):
-        if args.global_batch_size % (args.micro_batch_size * layout.data):
-            continue
-        micro_batches = args.global_batch_size // (args.micro_batch_size * layout.data)
-        if layout.virtual_pipeline and micro_batches % layout.pipeline:
-            continue
-        estimate = cost(
-            arch,
-            layout,
-            seq_length=args.seq_length,
-            micro_batch_size=args.micro_batch_size,
-            micro_batches=micro_batches,
-            recompute=args.recompute,
-        )
-        if estimate.total <= args.memory * 1e9:
-            rows.append((layout, micro_batches, estimate))
-    if not rows:
-        raise ConfigError(
-            f"no layout of {args.gpus} GPUs holds this model in {args.memory:g} GB each at sequence length {args.seq_length}. "
-            "Take more GPUs, --recompute full, or a shorter sequence."
-        )
-    # The least model parallelism first: it communicates least.
-    rows.sort(key=lambda row: (row[2].bubble, row[0].tensor * row[0].context * row[0].pipeline))
-    print(
-        f"{'layout':34} {'micro-batches':>13} {'weights':>9} {'gradients':>9} {'optimizer':>9} {'activations':>11} {'GB':>7} {'bubble':>7}"
-    )
-    for layout, micro_batches, estimate in rows[: args.most]:
-        sizes = (estimate.parameters, estimate.gradients, estimate.optimizer, estimate.activations, estimate.total)
-        weights, gradients, optimizer, activations, total = (f"{size / 1e9:.1f}" for size in sizes)
-        print(
-            f"{layout.describe():34} {micro_batches:>13} {weights:>9} {gradients:>9} {optimizer:>9} {activations:>11} {total:>7} "
-            f"{estimate.bubble:>7.1%}"
-        )
-    print(f"{len(rows)} layouts fit. Estimates: arXiv 2205.05198 and 2104.04473, see megatron_iwsft/model/memory.py.")
-
-
-if __name__ == "__main__":
-    run_command(main)
+if __name__ == "__main__":  # worker processes import this file
+    main(["layouts", *sys.argv[1:]])

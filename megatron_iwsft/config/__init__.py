@@ -1,1 +1,1 @@
-"""The run configuration: its schema, and reading it from YAML."""
+"""The run configuration: schema, YAML loader, and text about the schema."""

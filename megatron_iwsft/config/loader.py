@@ -1,4 +1,4 @@
-"""Config files: YAML, strictly checked, with `section.key=value` overrides. Every mistake gives one message that names the field."""
+"""Read a config file: YAML, checked against the schema, with `section.key=value` overrides. Error messages name the field."""
 
 from __future__ import annotations
 
@@ -10,52 +10,53 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import ValidationError
 
-from megatron_iwsft.config.schema import Config, Section
+from megatron_iwsft.config.schema import Config
+from megatron_iwsft.config.section import Section
 from megatron_iwsft.errors import ConfigError
 
 S = TypeVar("S", bound=Section)
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that stands twice in one mapping, and reads 1e-5 as a number."""
+    """A safe loader that rejects duplicate keys and reads 1e-5 as a number."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = [self.construct_object(k, deep=True) for k, _ in node.value]
         for i, key in enumerate(keys):
             if key in keys[:i]:
                 line = node.value[i][0].start_mark.line + 1
-                raise yaml.MarkedYAMLError(problem=f"the key {key!r} stands twice, again in line {line}")
+                raise yaml.MarkedYAMLError(problem=f"duplicate key {key!r}, again in line {line}")
         return super().construct_mapping(node, deep)
 
 
-# YAML 1.1 wants a dot in a float; people write 1e-5.
+# YAML 1.1 reads 1e-5, without a dot, as text.
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
 )
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
-    """Read a config file and apply `section.key=value` overrides (values in YAML).
+    """Read a config file and apply `section.key=value` overrides, whose values are YAML.
 
-    Raises ConfigError: unreadable file, bad YAML, an unknown key (with the nearest known one), a wrong type or value.
+    Raises ConfigError for an unreadable file, invalid YAML, an unknown key (naming the nearest one), or a wrong type or value.
     """
     return read_config(Config, path, overrides or [])
 
 
 def parse_config(text: str, overrides: list[str], *, where: str) -> Config:
-    """`load_config` on text; `where` names it in messages."""
+    """Like `load_config`, from text; `where` names it in messages."""
     return _parse(Config, text, overrides, where)
 
 
 def read_config(schema: type[S], path: str | Path, overrides: list[str]) -> S:
-    """`load_config` for any schema."""
+    """Like `load_config`, for any schema."""
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"cannot read the config {path}: {error.strerror}.") from None
+        raise ConfigError(f"cannot read config file {path}: {error.strerror}.") from None
     except UnicodeDecodeError:
-        raise ConfigError(f"the config {path} is not UTF-8 text.") from None
+        raise ConfigError(f"config file {path} is not UTF-8 text.") from None
     return _parse(schema, text, overrides, str(path))
 
 
@@ -63,7 +64,7 @@ def _parse(schema: type[S], text: str, overrides: list[str], where: str) -> S:
     raw = _yaml(text, where)
     if not isinstance(raw, dict):
         sections = ", ".join(list(schema.model_fields)[:3])
-        raise ConfigError(f"{where} must hold sections ({sections}, …); it holds {type(raw).__name__}.")
+        raise ConfigError(f"{where} must be a mapping with sections ({sections}, …); found {type(raw).__name__}.")
     for override in overrides:
         _apply(raw, override)
     try:
@@ -92,7 +93,7 @@ def _apply(raw: dict[str, Any], override: str) -> None:
             at[section] = {}
         at = at[section]
         if not isinstance(at, dict):
-            raise ConfigError(f"override {override!r}: {section} holds a value, not keys.")
+            raise ConfigError(f"override {override!r}: {section} is a value, not a section.")
     at[last] = _yaml(value, f"override {override!r}")
 
 
@@ -108,12 +109,12 @@ def _explain(schema: type[Section], error: ValidationError, where: str) -> str:
             hint = f" Did you mean {near[0]}?" if near else f" Known keys: {', '.join(known)}."
             lines.append(f"{location} is not a known key.{hint}")
         elif kind == "missing":
-            lines.append(f"{location} is missing.")
+            lines.append(f"{location} is missing; it has no default.")
         elif kind == "value_error":
             lines.append(f"{location}: {item['ctx']['error']}.")
         elif kind in ("model_type", "model_attributes_type"):
             lines.append(
-                f"{location} must hold keys ({', '.join(_known_keys(schema, item['loc']))}); found {found!r:.80}."
+                f"{location} must be a mapping with keys {', '.join(_known_keys(schema, item['loc']))}; found {found!r:.80}."
             )
         else:
             lines.append(f"{location}: {item['msg'][0].lower()}{item['msg'][1:]}; found {found!r:.80}.")
@@ -121,8 +122,9 @@ def _explain(schema: type[Section], error: ValidationError, where: str) -> str:
 
 
 def _known_keys(schema: type[Section], location: tuple[Any, ...]) -> list[str]:
+    """Keys of the section at `location`; none if that is not a section."""
     model: Any = schema
     for part in location:
-        # What stands under a key of a mapping is of its values' type, its last argument.
+        # Under a key of a mapping: the type of its values, its last argument.
         model = model.model_fields[part].annotation if hasattr(model, "model_fields") else get_args(model)[-1]
     return list(model.model_fields) if hasattr(model, "model_fields") else []

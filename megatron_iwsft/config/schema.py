@@ -1,4 +1,4 @@
-"""The configuration of a run: these models are the documentation of its keys. `config_file.load_config` reads one."""
+"""The schema of a config file: pydantic models, one per section. `iwsft config` prints it; `loader.load_config` reads a file."""
 
 from __future__ import annotations
 
@@ -7,60 +7,57 @@ import re
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from megatron_iwsft.config.section import NonNegativeFloat, NonNegativeInt, PositiveInt, Section, Share
 from megatron_iwsft.distributed.parallel_layout import ParallelLayout
 from megatron_iwsft.objectives.functions import OBJECTIVES
 
-PositiveInt = Annotated[int, Field(gt=0)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-NonNegativeFloat = Annotated[float, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
 
 class Spike(Section):
-    """A loss spike: a step's loss more than `deviations` standard deviations above the mean of the last `window` steps' (0 looks
-    for none). It is logged; with `rewind`, the run goes back to its newest checkpoint from before the last `batches` steps and
-    passes over those batches, at most `max_rewinds` times.
-    """
+    """Loss spikes: when a step counts as one, and what to do then."""
 
     deviations: NonNegativeFloat = 0.0
+    """A step is a spike if its loss is more than this many standard deviations above the mean of the last `window`. 0: no detection."""
     window: Annotated[int, Field(ge=2)] = 50
+    """Number of preceding steps whose losses give mean and standard deviation."""
     rewind: bool = False
+    """After a spike, go back to the newest checkpoint from before the last `batches` steps and skip their batches.
+    False: only log the spike."""
     batches: PositiveInt = 2
+    """Steps whose batches a rewind skips; the spike is the last of them."""
     max_rewinds: PositiveInt = 3
+    """A spike after this many rewinds ends the run."""
 
 
 class Run(Section):
-    """name: shown in logs; dir: the run directory; seed: of sampling, packing and random initialisation.
-
-    hang_timeout_s: seconds without progress (loading, a step's phase, a save) after which the job ends and the ranks that did not
-    arrive are named. max_bad_steps: so many steps in a row whose loss or gradient is not finite end the run; fewer are skipped.
-    """
+    """The run: its directory, seed, device, and when to give up."""
 
     name: str
+    """Name of the run in the log and in wandb."""
     dir: str
+    """Run directory, created if missing: config, metrics, checkpoints, logs."""
     seed: NonNegativeInt = 0
+    """Seed of sampling, packing and random initialization."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: CUDA with NCCL if torch sees a GPU, else CPU with gloo. The environment variable IWSFT_DEVICE overrides auto."""
     hang_timeout_s: Annotated[float, Field(gt=0)] = 600.0
+    """Seconds without progress (in loading, a phase of a step, or a save) after which the job ends.
+    The ranks that stopped responding are named and all stacks are written to logs/."""
     max_bad_steps: PositiveInt = 10
+    """End the run after this many consecutive steps with a non-finite loss or gradient. Fewer are skipped."""
     spike: Spike = Spike()
 
 
 class Model(Section):
-    """Where the initial policy comes from: exactly one of the three.
-
-    hf: a Hugging Face directory; checkpoint: a checkpoint directory of this program; config: Hugging Face architecture fields
-    for a random initialisation.
-    """
+    """Where the initial policy comes from: exactly one of hf, checkpoint and config."""
 
     hf: str | None = None
+    """Hugging Face directory: config.json, safetensors, tokenizer. Each rank reads only its own shard."""
     checkpoint: str | None = None
+    """Checkpoint or run directory of this program (of a run, its latest checkpoint)."""
     config: dict[str, Any] | None = None
+    """Architecture in Hugging Face's config.json fields, for random initialization."""
 
     @model_validator(mode="after")
     def _one_source(self) -> Model:
@@ -71,18 +68,21 @@ class Model(Section):
 
 
 class QualityConfig(Section):
-    """How scores enter. thresholds: a trajectory stands in the epoch once for every one that its score reaches; a number is a
-    score, "90%" the 90th percentile of the corpus's scores. normalize: scores of each source file are scaled to 0 … 1 first.
-    """
+    """How the quality scores of trajectories enter training."""
 
     mode: Literal["none", "sample", "weight", "thresholds"] = "none"
+    """What scores are used for.
+    none: nothing. sample: draw trajectories in proportion to score, with replacement.
+    weight: multiply a trajectory's loss by its score. thresholds: repeat a trajectory once per threshold that its score reaches."""
     thresholds: list[float | str] = []
+    """For mode thresholds. A number is a score; "90%" is the 90th percentile of the corpus's scores."""
     normalize: bool = False
+    """Scale the scores of each source to 0 … 1 first."""
 
     @model_validator(mode="after")
     def _thresholds_given(self) -> QualityConfig:
         if (self.mode == "thresholds") != bool(self.thresholds):
-            raise ValueError("mode thresholds goes with a list of thresholds, and only it does")
+            raise ValueError("mode thresholds needs a list of thresholds; other modes take none")
         for threshold in self.thresholds:
             if isinstance(threshold, str) and not (
                 re.fullmatch(r"\d+(\.\d+)?%", threshold) and float(threshold[:-1]) <= 100
@@ -92,18 +92,23 @@ class QualityConfig(Section):
 
 
 class Data(Section):
-    """corpus: a directory of tools/shard_corpus.py; seq_length: tokens a sequence; the sizes count sequences.
-
-    epochs and max_steps: the run ends with whichever comes first; at least one must be set.
-    """
+    """Corpus, packing, batch sizes, and the length of the run."""
 
     corpus: str
+    """Corpus directory, made by `iwsft shard`."""
     seq_length: PositiveInt
+    """Tokens per sequence. A longer trajectory in the corpus is an error: raise this, or shard with --max-tokens."""
     packing: Literal["best_fit", "none"] = "best_fit"
+    """best_fit: pack several trajectories into one sequence, with attention kept within each. none: one trajectory per sequence."""
     micro_batch_size: PositiveInt = 1
+    """Sequences per micro-batch on each data-parallel rank."""
     global_batch_size: PositiveInt = 1
+    """Sequences per optimizer step, over all micro-batches and data-parallel ranks."""
     epochs: PositiveInt | None = None
+    """End the run after this many passes over the corpus.
+    At least one of epochs and max_steps must be set; the one reached first ends the run."""
     max_steps: PositiveInt | None = None
+    """End the run after this many optimizer steps."""
     quality: QualityConfig = QualityConfig()
 
     @model_validator(mode="after")
@@ -114,13 +119,16 @@ class Data(Section):
 
 
 class Proposal(Section):
-    """q: `current` is the stop-gradient of the policy; `ema` an average of it that every `update_every` steps becomes
-    decay · average + (1 − decay) · policy; `snapshot` the policy as it was at the last of every `update_every` steps.
-    """
+    """The proposal q, whose log-ratio to the reference gives the importance weights."""
 
     kind: Literal["current", "ema", "snapshot"] = "current"
+    """Which model the proposal is.
+    current: the policy, without gradient. ema: an exponential moving average of the policy. snapshot: an earlier copy of it.
+    ema and snapshot keep a second model in memory and run it in the same pipeline pass."""
     decay: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """For ema: every `update_every` steps the average becomes decay · average + (1 − decay) · policy."""
     update_every: PositiveInt | None = None
+    """For ema and snapshot: steps between updates of the copy."""
 
     @model_validator(mode="after")
     def _fits_its_kind(self) -> Proposal:
@@ -128,26 +136,31 @@ class Proposal(Section):
         wanted = {"current": set(), "ema": {"decay", "update_every"}, "snapshot": {"update_every"}}[self.kind]
         if given != wanted:
             raise ValueError(
-                f"kind {self.kind} goes with {' and '.join(sorted(wanted)) or 'nothing else'}; "
-                f"found {', '.join(sorted(given)) or 'nothing'}"
+                f"kind {self.kind} takes {' and '.join(sorted(wanted)) or 'no other field'}; "
+                f"found {', '.join(sorted(given)) or 'none'}"
             )
         return self
 
 
 class Objective(Section):
-    """See objectives.py. name: sft, iw_sft, dft, psft, or a function of your own as path/to/file.py:function (custom_objective.py).
-    clip defaults to [0, 16] at sequence level, [0.2, 1.8] at token level, and [0.8, 1.28] for psft.
-
-    router_balance: coefficient of the load-balance loss of a mixture of experts (model/moe.py), added beside the objective.
-    """
+    """The loss: L = −(1/N) Σ_i s_i Σ_t w_t log π(a_t | s_t), with the weights w_t from proposal and reference."""
 
     name: str = "iw_sft"
+    """sft (w = 1), iw_sft (importance weights), dft, psft, or a custom objective as path/to/file.py:function."""
     level: Literal["sequence", "token"] = "sequence"
+    """For iw_sft. sequence: one weight per trajectory, from its mean log-ratio. token: one weight per token."""
     temperature: NonNegativeFloat = 1.0
+    """τ in w = clip(exp(τ · log-ratio))."""
     clip: list[float] | None = None
+    """[low, high] bounds of the weights; for psft of the probability ratio.
+    null: [0, 16] at sequence level, [0.2, 1.8] at token level, [0.8, 1.28] for psft."""
     normalize: Literal["tokens", "weights", "sequences"] = "tokens"
+    """The denominator N of the loss, over the global batch.
+    tokens: trained tokens. weights: the sum of s_i w_t over tokens.
+    sequences: trajectories, each contributing its per-token mean."""
     proposal: Proposal = Proposal()
     router_balance: NonNegativeFloat = 0.0
+    """Coefficient of the per-trajectory load-balancing loss of a mixture of experts, added to the objective."""
 
     @field_validator("name")
     @classmethod
@@ -155,14 +168,16 @@ class Objective(Section):
         if name not in OBJECTIVES and ":" not in name:
             nearest = difflib.get_close_matches(name, OBJECTIVES, n=1)
             hint = f" (nearest: {nearest[0]})" if nearest else ""
-            raise ValueError(f"known are {', '.join(OBJECTIVES)} and path/to/file.py:function{hint}; found {name!r}")
+            raise ValueError(
+                f"must be one of {', '.join(OBJECTIVES)} or path/to/file.py:function{hint}; found {name!r}"
+            )
         return name
 
     @model_validator(mode="after")
     def _has_a_proposal(self) -> Objective:
         built_in = OBJECTIVES.get(self.name)
         if self.proposal.kind != "current" and built_in is not None and not built_in.uses_proposal:
-            raise ValueError(f"proposal.kind {self.proposal.kind} belongs to iw_sft; {self.name} has no proposal")
+            raise ValueError(f"proposal.kind {self.proposal.kind} needs iw_sft; {self.name} uses no proposal")
         return self
 
     @model_validator(mode="after")
@@ -171,48 +186,51 @@ class Objective(Section):
             raise ValueError(f"clip must be [low, high] with 0 ≤ low < high; found {self.clip}")
         if self.router_balance and self.normalize == "weights":
             raise ValueError(
-                "router_balance needs normalize: tokens or sequences; what weights add up to is known only after the backward "
-                "passes that the balance loss is part of"
+                "router_balance needs normalize: tokens or sequences; the sum of the weights is known only after the backward passes, "
+                "of which the balance loss is part"
             )
         return self
 
 
 class Reference(Section):
-    """cached: a sidecar of tools/precompute_reference.py; live: a frozen second model in the same pipeline pass.
-
-    model: a Hugging Face directory or a checkpoint directory; null is the initial policy. refresh: a live reference becomes the
-    current policy again every so many steps, or at the start of each epoch; 0 never. offload: a live reference's weights stay on
-    the host, as those of a lagged proposal then do, and come to the device for each micro-batch's forward pass.
-    """
+    """The reference policy that importance weights are relative to."""
 
     source: Literal["cached", "live"] = "cached"
+    """cached: log-probs computed once by `iwsft reference`. live: a frozen second model, run in the same pipeline pass."""
     model: str | None = None
+    """Hugging Face or checkpoint directory. null: the initial policy."""
     refresh: NonNegativeInt | Literal["epoch"] = 0
+    """For live: copy the policy into the reference every so many steps, or at the start of each epoch. 0: never."""
     offload: bool = False
+    """For live: keep the weights of reference and lagged proposal in host memory and copy them to the GPU for each forward pass."""
 
     @model_validator(mode="after")
     def _live_only(self) -> Reference:
         for name in ("refresh", "offload"):
             if getattr(self, name) and self.source != "live":
-                raise ValueError(f"{name} needs source: live; a cached reference is what it was when it was computed")
+                raise ValueError(f"{name} needs source: live; a cached reference never changes")
         return self
 
 
 class Parallel(Section):
-    """Degrees. What tensor × pipeline × context leaves of the world is data parallel. expert: experts of a layer are spread over
-    that many of a pipeline stage's ranks, whatever else those are. sequence: Megatron's sequence
-    parallelism. layers_per_stage: an uneven pipeline split, layers of each (virtual) stage in order. recompute: activations that
-    are computed again in backward instead of kept, of the attention core (selective) or of whole layers (full).
-    """
+    """Parallel degrees. The data-parallel degree is the number of processes / (tensor × pipeline × context)."""
 
     tensor: PositiveInt = 1
+    """Tensor-parallel degree."""
     pipeline: PositiveInt = 1
+    """Pipeline-parallel degree."""
     virtual_pipeline: PositiveInt | None = None
+    """Model chunks per rank in an interleaved pipeline schedule, 2 or more. null: not interleaved."""
     context: PositiveInt = 1
+    """Context-parallel degree: each sequence is split over this many ranks."""
     expert: PositiveInt = 1
+    """Expert-parallel degree, within the ranks of a pipeline stage. Experts are never split by tensor parallelism."""
     sequence: bool = False
+    """Megatron's sequence parallelism; needs tensor ≥ 2."""
     layers_per_stage: list[PositiveInt] | None = None
+    """Uneven pipeline split: number of layers of each (virtual) stage, in order. null: an even split."""
     recompute: Literal["none", "selective", "full"] = "none"
+    """Activations recomputed in the backward pass. selective: of core attention. full: of whole layers."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Parallel:
@@ -228,35 +246,35 @@ class Parallel(Section):
 
 
 class Precision(Section):
-    """dtype: of parameters and activations. fp8: the recipe by which Transformer Engine's layers multiply in FP8, with bf16 around
-    them. fp8_parameters: parameters are kept, and gathered by the distributed optimizer, in FP8. bf16_first_layers,
-    bf16_last_layers: layers at either end that stay in bf16.
-    """
+    """Number formats of parameters, activations and matmuls."""
 
     dtype: Literal["fp32", "bf16"] = "bf16"
+    """Of parameters and activations."""
     fp8: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] | None = None
+    """FP8 recipe of Transformer Engine's matmuls, with everything else in bf16. null: no FP8."""
     fp8_parameters: bool = False
+    """Store parameters in FP8, and all-gather them in FP8 in the distributed optimizer."""
     bf16_first_layers: NonNegativeInt = 0
+    """With fp8: number of layers at the start of the model that stay in bf16."""
     bf16_last_layers: NonNegativeInt = 0
+    """With fp8: number of layers at the end of the model that stay in bf16."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Precision:
         edges = self.bf16_first_layers or self.bf16_last_layers
         if self.fp8 is None and (self.fp8_parameters or edges):
-            raise ValueError(
-                "fp8_parameters, bf16_first_layers and bf16_last_layers go with an fp8 recipe; fp8 is null"
-            )
+            raise ValueError("fp8_parameters, bf16_first_layers and bf16_last_layers need an fp8 recipe; fp8 is null")
         if self.fp8 is not None and self.dtype != "bf16":
             raise ValueError(f"fp8 {self.fp8} needs dtype bf16; it is {self.dtype}")
         if self.fp8 == "delayed" and edges:
             raise ValueError(
-                "layers in bf16 at the ends need fp8 tensorwise, blockwise or mxfp8; delayed scaling has one state for all"
+                "bf16_first_layers and bf16_last_layers need fp8 tensorwise, blockwise or mxfp8; delayed scaling has one state for all"
             )
         return self
 
     @property
     def described(self) -> str:
-        """What log-probs depend on."""
+        """The settings that log-probs depend on, as one word; part of a reference sidecar's identity."""
         edges = (
             f"-{self.bf16_first_layers}-{self.bf16_last_layers}"
             if self.bf16_first_layers or self.bf16_last_layers
@@ -266,21 +284,30 @@ class Precision(Section):
 
 
 class Optimizer(Section):
-    """AdamW. warmup_fraction is of all steps; clip_grad 0 clips nothing. distributed: Megatron's distributed optimizer.
-    overlap_grad_reduce, overlap_param_gather: communicate while computing; the latter needs the distributed optimizer.
-    """
+    """AdamW and its learning-rate schedule."""
 
     lr: NonNegativeFloat = 1e-5
+    """Peak learning rate."""
     min_lr: NonNegativeFloat = 0.0
+    """Learning rate at the end of the schedule."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Decay after warm-up, from lr to min_lr over all steps; constant: no decay."""
     warmup_fraction: Share = 0.05
+    """Share of all steps with linear warm-up."""
     betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [0.9, 0.95]
+    """AdamW's β1 and β2."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
+    """AdamW's ε."""
     weight_decay: NonNegativeFloat = 0.0
+    """AdamW's weight decay."""
     clip_grad: NonNegativeFloat = 1.0
+    """Clip the global gradient norm to this. 0: no clipping."""
     distributed: bool = True
+    """Megatron's distributed optimizer: shard optimizer states over data-parallel ranks."""
     overlap_grad_reduce: bool = False
+    """Reduce gradients during the backward pass."""
     overlap_param_gather: bool = False
+    """Gather parameters during the forward pass. Needs distributed and overlap_grad_reduce."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Optimizer:
@@ -292,63 +319,77 @@ class Optimizer(Section):
 
 
 class Checkpoint(Section):
-    """every: steps between saves, 0 saves at the end only; keep: how many of the newest stay; keep_every: checkpoints of steps
-    that are a multiple of it stay too, 0 none; asynchronous: written by a forked process while training goes on; resume: auto
-    continues the run's own.
-
-    A save that fails is tried again after `retry_after` steps; `max_failures` in a row end the run.
-    """
+    """When to save, what to keep, and how to continue."""
 
     every: NonNegativeInt = 100
+    """Steps between saves. 0: save only at the end."""
     keep: PositiveInt = 3
+    """Number of newest checkpoints to keep."""
     keep_every: NonNegativeInt = 0
+    """Also keep the checkpoints of steps that are multiples of this. 0: none."""
     asynchronous: bool = False
+    """Write in a forked process while training continues."""
     resume: Literal["auto", "never"] = "auto"
+    """auto: continue from the newest intact checkpoint in run.dir. never: refuse to start if there is one."""
     retry_after: PositiveInt = 10
+    """Steps after which a failed save is tried again."""
     max_failures: PositiveInt = 5
+    """End the run after this many failed saves in a row."""
 
 
 class Export(Section):
-    """Hugging Face directories of the policy as it trains, in run.dir/hf/step-…, beside what tools/convert_hf.py makes of
-    checkpoints. every: steps between, 0 for none; at_end: after the last step; dtype: null is precision.dtype.
-    """
+    """Hugging Face directories written during training, to run.dir/hf/step-…. `iwsft export` converts checkpoints afterwards."""
 
     every: NonNegativeInt = 0
+    """Steps between exports. 0: none."""
     at_end: bool = False
+    """Export after the last step."""
     dtype: Literal["fp32", "bf16", "fp16"] | None = None
+    """Of the exported tensors. null: precision.dtype."""
 
 
 class Wandb(Section):
+    """Weights & Biases."""
+
     mode: Literal["offline", "online", "disabled"] = "disabled"
+    """offline: log to the run directory, for `wandb sync`. online: send metrics during the run."""
     project: str = "iwsft"
+    """Project name."""
 
 
 class Logging(Section):
-    """warn_ess_below: effective sample size, and warn_clipped_above: share of clipped weights, at which the log says what to do."""
+    """Metrics and warnings."""
 
     every: PositiveInt = 1
+    """Steps between lines of progress in the log. metrics.jsonl has every step."""
     warn_ess_below: Share = 0.1
+    """Warn when the effective sample size, as a share of the batch, falls below this."""
     warn_clipped_above: Share = 0.5
+    """Warn when more than this share of the weights is clipped."""
     wandb: Wandb = Wandb()
     tensorboard: bool = False
+    """Write TensorBoard event files to the run directory."""
     callbacks: list[str] = []
+    """Your own callbacks, as path/to/file.py:function. Each is called on the main rank with every step's result (a `StepResult`)."""
 
 
 class Evaluation(Section):
-    """corpus: held-out trajectories whose loss is logged every so many steps. Both or neither."""
+    """Loss on a held-out corpus during training. Set both fields or neither."""
 
     corpus: str | None = None
+    """Corpus directory of held-out trajectories, made with the same tokenizer."""
     every: NonNegativeInt = 0
+    """Steps between evaluations."""
 
     @model_validator(mode="after")
     def _both_or_neither(self) -> Evaluation:
         if (self.corpus is None) != (self.every == 0):
-            raise ValueError("corpus and every (steps, above 0) go together")
+            raise ValueError("set both corpus and every (steps, above 0), or neither")
         return self
 
 
 class Config(Section):
-    """A run."""
+    """A training run."""
 
     run: Run
     model: Model

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_iwsft.checkpoint.info import CheckpointInfo
-from megatron_iwsft.config.schema import Config, Section
+from megatron_iwsft.config.schema import Config
+from megatron_iwsft.config.section import Section
 from megatron_iwsft.errors import ConfigError
 from megatron_iwsft.train.setup import CheckedRun
 

@@ -1,4 +1,4 @@
-"""How commands end: exit statuses, one message per mistake, quiet when nobody reads the output."""
+"""Exit statuses and error messages of commands."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 from megatron_iwsft.errors import (
     EXIT_FAILURE,
@@ -23,13 +23,14 @@ from megatron_iwsft.errors import (
 )
 
 
-def run_command(main: Callable[[], int | None]) -> None:
-    """Run a command's `main` and exit with its status; a `UserError` becomes one message on standard error.
+def run_command(main: Callable[[], int | None]) -> NoReturn:
+    """Run a command's `main` and exit with its status. A `UserError` is printed as one message on standard error.
 
-    Statuses: 0 done, 2 a user's mistake, 75 stopped on request and to be started again, 130 interrupted, 141 nobody reads the output
-    any more (as after `| head`), 1 anything else. Of the ranks of a job only one speaks: most mistakes are met by every rank, so rank
-    0 is given time to speak first, then the first rank of each machine; torchrun ends the others of its machine with the first that
-    fails.
+    Statuses: 0 success, 2 a user's mistake, 75 stopped on request and to be restarted, 130 interrupted, 141 standard output was closed
+    (as by `| head`), 1 anything else.
+
+    In a job with several ranks only one prints, since most mistakes reach every rank: rank 0 first, then, after a delay, the first
+    rank of each machine, then the others. torchrun ends the other ranks of a machine as soon as one has failed.
     """
     status: Any
     try:
@@ -49,9 +50,9 @@ def run_command(main: Callable[[], int | None]) -> None:
     except PeerError:
         _leave(EXIT_FAILURE, None)
     except BrokenPipeError:
-        if _output_is_read():
+        if not _output_is_closed():
             _leave(EXIT_FAILURE, traceback.format_exc())
-        _leave(EXIT_UNREAD, "nobody reads the output any more; the run ends." if "RANK" in os.environ else None)
+        _leave(EXIT_UNREAD, "standard output was closed; stopping." if "RANK" in os.environ else None)
     except OSError as error:
         _leave(EXIT_USER_ERROR, f"{error.strerror}: {error.filename}" if error.filename else str(error))
     except KeyboardInterrupt:
@@ -62,25 +63,25 @@ def run_command(main: Callable[[], int | None]) -> None:
 
 
 def positive_int(text: str) -> int:
-    """The type of command-line options that count something."""
+    """An argparse type for counts. Raises ArgumentTypeError for anything but an integer above 0."""
     try:
         value = int(text)
     except ValueError:
         value = 0
     if value < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number above 0; found {text!r}")
+        raise argparse.ArgumentTypeError(f"must be an integer above 0; found {text!r}")
     return value
 
 
-def _output_is_read() -> bool:
-    """Whether standard output has a reader, or needs none; otherwise a broken pipe was another one."""
+def _output_is_closed() -> bool:
+    """Whether the reader of standard output has gone; if not, a broken pipe was some other pipe."""
     output = select.poll()
     output.register(1, 0)
-    return not any(event & (select.POLLERR | select.POLLHUP) for _, event in output.poll(0))
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in output.poll(0))
 
 
-def _leave(status: int, message: str | None) -> None:
-    """End the process without the interpreter's teardown, where peers waiting in a collective would add tracebacks of their own."""
+def _leave(status: int, message: str | None) -> NoReturn:
+    """End the process at once: interpreter teardown would add tracebacks from peers that wait in a collective."""
     if message is not None:
         print(message, file=sys.stderr, flush=True)
     with contextlib.suppress(BrokenPipeError):

@@ -1,4 +1,4 @@
-"""Every documented mistake in a config gives one message that names the field."""
+"""Each mistake in a config gives one message that names the field; every field is documented."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from megatron_iwsft.config.describe import section_of
 from megatron_iwsft.config.loader import load_config, parse_config
 from megatron_iwsft.config.schema import Config
+from megatron_iwsft.config.section import Section
 from megatron_iwsft.errors import ConfigError
 from tests.support import ROOT
 
@@ -15,7 +17,7 @@ MINIMAL = "run: {name: r, dir: runs/r}\nmodel: {hf: /models/m}\ndata: {corpus: c
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 TRAINING = [
     path for path in CONFIGS if not path.name.startswith("control-")
-]  # those have a schema and tests of their own
+]  # control configs have their own schema and tests
 
 
 def parse(*overrides: str, text: str = MINIMAL) -> Config:
@@ -27,14 +29,15 @@ def test_shipped_configs_are_valid(path: Path) -> None:
     load_config(path)
 
 
-def test_objectives_are_known_by_name() -> None:
+def test_an_unknown_objective_is_refused_with_the_nearest() -> None:
     with pytest.raises(
-        ConfigError, match=r"objective.name: known are sft, iw_sft, dft, psft and .* \(nearest: iw_sft\); found 'iwsft'"
+        ConfigError,
+        match=r"objective.name: must be one of sft, iw_sft, dft, psft or .* \(nearest: iw_sft\); found 'iwsft'",
     ):
         parse("objective.name=iwsft")
 
 
-def test_overrides_are_yaml_and_make_sections() -> None:
+def test_override_values_are_yaml_and_missing_sections_are_created() -> None:
     config = parse(
         "optimizer.lr=3e-5", "data.quality.mode=thresholds", "data.quality.thresholds=[1, 2.5]", "objective.clip=[0, 3]"
     )
@@ -43,7 +46,7 @@ def test_overrides_are_yaml_and_make_sections() -> None:
     assert config.objective.clip == [0, 3]
 
 
-def test_the_resolved_config_reads_back() -> None:
+def test_the_resolved_config_can_be_read_again() -> None:
     config = parse("optimizer.lr=1e-5")
     assert parse(text=config.to_yaml()) == config
 
@@ -61,12 +64,12 @@ MISTAKES = [
     (["optimizer.lr=-1"], "optimizer.lr: input should be greater than or equal to 0; found -1"),
     (["optimizer.min_lr=1"], "min_lr 1 is above lr 1e-05"),
     (["data.epochs=null"], "data: needs epochs or max_steps: the run would have no end"),
-    (["data.quality.mode=thresholds"], "mode thresholds goes with a list of thresholds"),
+    (["data.quality.mode=thresholds"], "mode thresholds needs a list of thresholds; other modes take none"),
     (
         ["data.quality.mode=thresholds", "data.quality.thresholds=['50']"],
         "a threshold is a number, or a percentile from 0% to 100%; found '50'",
     ),
-    (["logging.wandb=null"], "logging.wandb must hold keys (mode, project); found None"),
+    (["logging.wandb=null"], "logging.wandb must be a mapping with keys mode, project; found None"),
     (["model.checkpoint=x"], "needs exactly one of hf, checkpoint and config; found hf, checkpoint"),
     (["model.hf=null"], "needs exactly one of hf, checkpoint and config; found none"),
     (["parallel.virtual_pipeline=2"], "virtual_pipeline 2 needs pipeline ≥ 2; it is 1"),
@@ -76,17 +79,20 @@ MISTAKES = [
         ["optimizer.overlap_param_gather=true"],
         "overlap_param_gather needs distributed: true and overlap_grad_reduce: true",
     ),
-    (["evaluation.every=5"], "evaluation: corpus and every (steps, above 0) go together"),
+    (["evaluation.every=5"], "evaluation: set both corpus and every (steps, above 0), or neither"),
     (["parallel.sequence=true"], "sequence: true needs tensor ≥ 2; it is 1"),
-    (["run=5"], "run must hold keys (name, dir, seed, device, hang_timeout_s, max_bad_steps, spike); found 5"),
+    (
+        ["run=5"],
+        "run must be a mapping with keys name, dir, seed, device, hang_timeout_s, max_bad_steps, spike; found 5",
+    ),
     (["nonsense"], "override 'nonsense' is not of the form section.key=value"),
-    (["run.name.first=x"], "override 'run.name.first=x': name holds a value, not keys"),
+    (["run.name.first=x"], "override 'run.name.first=x': name is a value, not a section"),
     (["run.name=[a"], "override 'run.name=[a', line 1 is not valid YAML"),
 ]
 
 
 @pytest.mark.parametrize(("overrides", "message"), MISTAKES, ids=[m[0][0] for m in MISTAKES])
-def test_mistakes(overrides: list[str], message: str) -> None:
+def test_a_mistake_names_the_field(overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError) as error:
         parse(*overrides)
     assert message in str(error.value)
@@ -95,24 +101,24 @@ def test_mistakes(overrides: list[str], message: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("run: {name: r}\n", "run.dir is missing"),
-        ("- a\n", "c.yaml must hold sections (run, model, data, …); it holds list"),
+        ("run: {name: r}\n", "run.dir is missing; it has no default"),
+        ("- a\n", "c.yaml must be a mapping with sections (run, model, data, …); found list"),
         ("run: {name: r\n", "line 2 is not valid YAML"),
-        (MINIMAL + "run: {name: again, dir: d}\n", "the key 'run' stands twice, again in line 4"),
+        (MINIMAL + "run: {name: again, dir: d}\n", "duplicate key 'run', again in line 4"),
     ],
 )
-def test_mistakes_in_the_file(text: str, message: str) -> None:
+def test_a_malformed_file_is_reported(text: str, message: str) -> None:
     with pytest.raises(ConfigError) as error:
         parse(text=text)
     assert message in str(error.value)
 
 
-def test_a_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"cannot read the config .*: No such file"):
+def test_a_missing_file_is_reported(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cannot read config file .*: No such file"):
         load_config(tmp_path / "none.yaml")
 
 
-def test_world_sizes_that_do_not_fit() -> None:
+def test_degrees_and_batch_sizes_must_divide() -> None:
     with pytest.raises(ConfigError, match="tensor 2 × pipeline 2 × context 1 = 4 does not divide the world size of 6"):
         parse("parallel.tensor=2", "parallel.pipeline=2").layout(6)
     with pytest.raises(
@@ -120,3 +126,18 @@ def test_world_sizes_that_do_not_fit() -> None:
     ):
         parse("data.global_batch_size=6", "data.micro_batch_size=2").layout(2)
     assert parse("parallel.tensor=2", "data.global_batch_size=4").layout(4).data == 2
+
+
+def sections(schema: type[Section]) -> list[type[Section]]:
+    inner = [section_of(field) for field in schema.model_fields.values()]
+    return [schema, *(s for section in inner if section is not None for s in sections(section))]
+
+
+@pytest.mark.parametrize("section", sections(Config), ids=lambda s: s.__name__)
+def test_every_field_has_a_docstring(section: type[Section]) -> None:
+    assert section.__doc__ and "\n" not in section.__doc__
+    for name, field in section.model_fields.items():
+        inner = section_of(field)  # a section's docstring is that of its class
+        text = (inner.__doc__ if inner else field.description) or ""
+        assert text.endswith((".", "…")), f"{section.__name__}.{name}: {text!r}"
+        assert all(len(line) <= 136 for line in text.splitlines())

@@ -1,4 +1,4 @@
-"""A real Slurm of two nodes on this machine, and what tests ask of it."""
+"""A real two-node Slurm on this machine, and helpers for the tests that use it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROOT = HERE.parents[1]
 
 
 class Lab:
-    """A running Slurm. Jobs are submitted from `directory`, where their logs come to lie."""
+    """A running Slurm. Jobs are submitted from `directory`, which is also where their logs are written."""
 
     def __init__(self, home: Path, directory: Path) -> None:
         self.home, self.directory = home, directory
@@ -51,7 +51,7 @@ class Lab:
         return self.show(job)["JobState"]
 
     def wait(self, job: str, timeout_s: float = 420) -> str:
-        """The state in which a job has ended for good."""
+        """Wait until a job has ended and is not requeued; returns its state."""
         ended = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "DEADLINE", "OUT_OF_MEMORY"}
         self.until(lambda: self.state(job) in ended and not self._pending(job), job, timeout_s)
         return self.state(job)
@@ -69,14 +69,14 @@ class Lab:
         return "".join(p.read_text(errors="replace") for p in sorted(self.directory.glob(f"*-{job}.log")))
 
     def rank(self, job: str, rank: int) -> psutil.Process:
-        """The process of a rank of a job's training."""
+        """The process of a rank of a training job."""
         for process in psutil.process_iter():
             try:
                 env = process.environ()
                 if (
                     env.get("SLURM_JOB_ID") == job
                     and env.get("RANK") == str(rank)
-                    and "launch/train.py" in " ".join(process.cmdline())
+                    and "megatron_iwsft train" in " ".join(process.cmdline())
                 ):
                     return process
             except psutil.Error:
@@ -86,9 +86,10 @@ class Lab:
 
 @contextmanager
 def running_lab(directory: Path) -> Iterator[Lab]:
-    """Start Slurm, and stop it. Raises RuntimeError, saying what is missing, where that cannot be."""
-    home = Path(tempfile.mkdtemp(prefix="slurmlab-"))  # not pytest's: munge wants its socket's directory open to all
-    home = Path(tempfile.mkdtemp(prefix="slurmlab-"))  # not pytest's: munge wants its socket's directory open to all
+    """Start Slurm, and stop it afterwards. Raises RuntimeError, naming what is missing, if it cannot start."""
+    home = Path(
+        tempfile.mkdtemp(prefix="slurmlab-")
+    )  # not pytest's tmp_path: munge needs a world-readable socket directory
     env = os.environ | {
         "SLURMLAB_DIR": str(home),
         "SLURMLAB_GPUS": "0",
@@ -98,8 +99,8 @@ def running_lab(directory: Path) -> Iterator[Lab]:
     started = subprocess.run(["bash", HERE / "start.sh"], env=env, text=True, capture_output=True)
     if started.returncode:
         raise RuntimeError(
-            "The tests of slurm/ need a Slurm of their own, which could not be started here. It takes root, Debian 12 or a later one "
-            "with its package index, and network, host name and mount namespaces (SLURMLAB_MODE=multi does without those):\n"
+            "The tests of slurm/ could not start their own Slurm here. It requires root, Debian 12 or later with a reachable package "
+            "index, and network, host name and mount namespaces (not with SLURMLAB_MODE=multi):\n"
             f"{started.stdout}{started.stderr}"
         )
     try:

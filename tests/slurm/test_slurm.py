@@ -1,4 +1,4 @@
-"""The batch scripts on a real Slurm of two nodes: each run is interrupted in some way and must end as if it had not been."""
+"""The batch scripts on a real two-node Slurm: each run is interrupted in some way and must end with the metrics of an unbroken one."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def lab(tmp_path_factory):
 
 
 def config_at(directory: Path, **data: object) -> Path:
-    """A config of a run over a generated corpus, which is made too."""
+    """Write the config of a run, and generate its corpus."""
     tiny.token_corpus(directory, [30 + (i * 37) % 90 for i in range(40)], scores=True)
     settings = {
         "run": {"name": "slurm", "dir": str(directory / "run"), "seed": 7, "device": "cpu"},
@@ -53,10 +53,10 @@ def config_at(directory: Path, **data: object) -> Path:
 
 
 def train_here(config: Path, run: Path, *overrides: str) -> list[dict]:
-    """The metrics of a run of two processes without Slurm."""
-    command = [sys.executable, "-m", "megatron_iwsft.distributed.torchrun", "--nproc_per_node", "2", "launch/train.py"]
+    """The metrics of the same run with two processes, without Slurm."""
+    command = [sys.executable, "-m", "megatron_iwsft.distributed.torchrun", "--nproc_per_node", "2", "-m"]
     done = subprocess.run(
-        [*command, "--config", str(config), f"run.dir={run}", *overrides],
+        [*command, "megatron_iwsft", "train", "--config", str(config), f"run.dir={run}", *overrides],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         text=True,
@@ -77,7 +77,7 @@ def unbroken(config: Path, tmp_path_factory) -> list[dict]:
 
 
 def start(lab: Lab, config: Path, run: Path, *options: str, until: int = CHECKPOINT_EVERY + 4) -> str:
-    """Submit a run on both nodes and wait until it is well beyond its first checkpoint."""
+    """Submit a run on both nodes and wait until it is some steps past its first checkpoint."""
     job = lab.submit("--nodes=2", *options, TRAIN, config, f"run.dir={run}")
     lab.until(lambda: len(metrics(run)) >= until, job)
     return job
@@ -91,7 +91,7 @@ def check(lab: Lab, job: str, run: Path, unbroken: list[dict], restarts: int = 1
     assert metrics(run) == unbroken
 
 
-def test_the_whole_pipeline_with_a_stop_signal_in_training(lab: Lab, tmp_path: Path) -> None:
+def test_the_pipeline_with_a_stop_signal_during_training(lab: Lab, tmp_path: Path) -> None:
     records = tiny.write_jsonl(tmp_path / "rec ords.jsonl", list(arithmetic_records(200, ArithmeticSettings(), 1)))
     tokenizer = tiny.hf_tokenizer(tmp_path / "tokenizer", vocab_size=300)
     config = config_at(tmp_path / "other", corpus=str(tmp_path / "corpus"), seq_length=512)
@@ -116,7 +116,7 @@ def test_the_whole_pipeline_with_a_stop_signal_in_training(lab: Lab, tmp_path: P
 
 
 def test_a_job_array_shards_a_corpus(lab: Lab, tmp_path: Path) -> None:
-    """Three files by two tasks and a merge, submitted from elsewhere: the same bytes as one run's."""
+    """Three files, two tasks and a merge, submitted from another directory: the same bytes as one command writes."""
     for k in range(3):
         tiny.write_jsonl(tmp_path / f"part {k}.jsonl", list(arithmetic_records(150, ArithmeticSettings(), k)))
     options = ["--tokenizer", str(tiny.hf_tokenizer(tmp_path / "tokenizer", vocab_size=300)), "--score-field", "score"]
@@ -125,28 +125,28 @@ def test_a_job_array_shards_a_corpus(lab: Lab, tmp_path: Path) -> None:
     array = lab.submit("--array=0-1", script, *inputs, "--output", tmp_path / "array")
     merge = lab.submit(f"--dependency=afterok:{array}", script, *inputs, "--output", tmp_path / "array")
     assert lab.wait(merge) == "COMPLETED", lab.show(merge)
-    shard = [sys.executable, ROOT / "tools" / "shard_corpus.py", *inputs, "--output", tmp_path / "whole"]
+    shard = [sys.executable, "-m", "megatron_iwsft", "shard", *inputs, "--output", tmp_path / "whole"]
     subprocess.run(shard, check=True, capture_output=True)
     found, expected = ((tmp_path / name / "manifest.json").read_text() for name in ("array", "whole"))
     assert found == expected  # it holds every file's hash
     assert not Corpus.open(tmp_path / "array").verify()
 
 
-def test_a_rank_killed(lab: Lab, config: Path, unbroken: list[dict], tmp_path: Path) -> None:
+def test_a_killed_rank_requeues_the_job(lab: Lab, config: Path, unbroken: list[dict], tmp_path: Path) -> None:
     job = start(lab, config, tmp_path / "run")
     lab.rank(job, 1).kill()
     check(lab, job, tmp_path / "run", unbroken)
     assert "was ended by SIGKILL" in lab.log(job)
 
 
-def test_preemption(lab: Lab, config: Path, unbroken: list[dict], tmp_path: Path) -> None:
+def test_a_preempted_job_continues(lab: Lab, config: Path, unbroken: list[dict], tmp_path: Path) -> None:
     job = start(lab, config, tmp_path / "run")
     lab.submit("--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 3")
     check(lab, job, tmp_path / "run", unbroken)
     assert "stopped after step" in lab.log(job)
 
 
-def test_names_are_never_run(lab: Lab, config: Path, tmp_path: Path) -> None:
+def test_names_are_never_executed_by_a_shell(lab: Lab, config: Path, tmp_path: Path) -> None:
     name = f"a 'quo\"ted' $(touch {tmp_path}/run1) `touch {tmp_path}/run2`; touch {tmp_path}/run3\nand a second line"
     run = tmp_path / name.replace("/", "|")
     job = lab.submit(
@@ -161,14 +161,14 @@ def test_names_are_never_run(lab: Lab, config: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-def test_requeued_by_hand(lab: Lab, config: Path, unbroken: list[dict], tmp_path: Path) -> None:
+def test_a_job_requeued_by_hand_continues(lab: Lab, config: Path, unbroken: list[dict], tmp_path: Path) -> None:
     job = start(lab, config, tmp_path / "run")
     lab.call("scontrol", "requeue", job)
     check(lab, job, tmp_path / "run", unbroken)
 
 
 @pytest.mark.long
-def test_a_node_set_down(lab: Lab, config: Path, unbroken: list[dict], tmp_path: Path) -> None:
+def test_a_job_continues_after_its_node_went_down(lab: Lab, config: Path, unbroken: list[dict], tmp_path: Path) -> None:
     job = start(lab, config, tmp_path / "run")
     lab.call("scontrol", "update", "nodename=node2", "state=down", "reason=test")
     lab.until(lambda: lab.state(job) == "PENDING", job)
@@ -177,10 +177,8 @@ def test_a_node_set_down(lab: Lab, config: Path, unbroken: list[dict], tmp_path:
 
 
 @pytest.mark.long
-def test_the_time_limit(lab: Lab, tmp_path: Path) -> None:
-    config = config_at(
-        tmp_path, max_steps=4 * STEPS, global_batch_size=16, epochs=1000
-    )  # a little less than two minutes
+def test_a_job_that_reaches_its_time_limit_continues(lab: Lab, tmp_path: Path) -> None:
+    config = config_at(tmp_path, max_steps=4 * STEPS, global_batch_size=16, epochs=1000)  # almost two minutes
     job = start(lab, config, tmp_path / "run", "--time=30", "--signal=B:USR1@60")
     hours, minutes, _ = (int(part) for part in lab.show(job)["RunTime"].split(":"))
     lab.call("scontrol", "update", f"JobId={job}", f"TimeLimit={60 * hours + minutes + 2}")
@@ -200,7 +198,7 @@ def test_a_cancelled_job_stays_cancelled(lab: Lab, config: Path, tmp_path: Path)
 
 
 @pytest.mark.long
-def test_a_run_that_always_crashes_is_given_up(lab: Lab, config: Path, tmp_path: Path) -> None:
+def test_a_run_that_always_crashes_is_not_requeued_forever(lab: Lab, config: Path, tmp_path: Path) -> None:
     lab.env["IWSFT_MAX_CRASHES"] = "2"
     try:
         job = lab.submit(
@@ -225,7 +223,7 @@ def test_a_users_mistake_is_not_requeued(lab: Lab, config: Path) -> None:
     assert "Traceback" not in lab.log(job)
 
 
-def test_a_sick_node_is_named(lab: Lab, config: Path, tmp_path: Path) -> None:
+def test_an_unfit_node_is_named(lab: Lab, config: Path, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     pid = next(
         line.split()[1] for line in (lab.home / "run" / "pids").read_text().splitlines() if "keep-node2 " in line

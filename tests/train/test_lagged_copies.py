@@ -170,9 +170,9 @@ def test_microbatch_marks_reach_every_model() -> None:
 
 def test_settings_that_do_not_go_together(tmp_path: Path) -> None:
     for override, complaint in {
-        "objective.proposal={kind: ema}": "kind ema goes with decay and update_every; found nothing",
-        "objective.proposal={kind: current, decay: 0.5}": "kind current goes with nothing else; found decay",
-        "objective={name: sft, proposal: {kind: snapshot, update_every: 2}}": "proposal.kind snapshot belongs to iw_sft",
+        "objective.proposal={kind: ema}": "kind ema takes decay and update_every; found none",
+        "objective.proposal={kind: current, decay: 0.5}": "kind current takes no other field; found decay",
+        "objective={name: sft, proposal: {kind: snapshot, update_every: 2}}": "proposal.kind snapshot needs iw_sft",
         "reference={source: cached, refresh: 3}": "refresh needs source: live",
         "reference={source: live, refresh: sometimes}": "refresh",
         "data.quality={mode: thresholds, thresholds: ['150%']}": "or a percentile from 0% to 100%; found '150%'",

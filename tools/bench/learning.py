@@ -95,7 +95,8 @@ def main() -> None:
     size = Size(reference_steps=args.reference_steps, prompts=args.prompts)
     size, seeds, shares = (QUICK, 1, [0.5]) if args.quick else (size, args.seeds, sorted(set(args.let_through)))
 
-    from megatron_iwsft.distributed.context import quiet_megatron, stop
+    from megatron_iwsft.distributed.context import stop
+    from megatron_iwsft.distributed.mcore_compat import quiet_megatron
 
     quiet_megatron()
     check_output(args.output, size)

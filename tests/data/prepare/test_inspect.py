@@ -121,7 +121,7 @@ def test_the_command_verifies_file_hashes(corpus: Corpus, tmp_path: Path) -> Non
     command += ["--html", str(tmp_path / "page.html")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "every file is as the manifest says" in done.stdout
+    assert "every file matches the manifest" in done.stdout
     assert (tmp_path / "page.html").read_text().startswith("<!doctype html>")
     with open(copy / "shard-00001.mask.bin", "r+b") as file:
         file.write(b"\x07")

@@ -1,0 +1,31 @@
+"""Show what this machine has, what that enables, what to install for more, and which implementations a run here uses.
+
+Lines that start with ! name something missing.
+
+example:
+  iwsft doctor
+"""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """No options."""
+
+
+def run(args: argparse.Namespace) -> None:
+    from megatron_iwsft.distributed.doctor import Finding, examine, paths
+    from megatron_iwsft.distributed.mcore_compat import quiet_megatron
+
+    quiet_megatron()
+
+    def show(findings: list[Finding]) -> None:
+        for finding in findings:
+            line = f"{' ' if finding.ok else '!'} {finding.what:20} {finding.found:40} {finding.means}"
+            print(line.rstrip(), flush=True)
+
+    show(examine())
+    print("\nA run here takes")
+    show(paths())

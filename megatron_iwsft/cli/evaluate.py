@@ -1,0 +1,139 @@
+"""Evaluate one or more models; with several, each is compared with the first, problem by problem.
+
+  --benchmark FILE.jsonl   pass@k on problems with verifiable answers
+  --corpus DIR             negative log-likelihood of a corpus
+  --tasks NAME,…           lm-evaluation-harness tasks (needs lm-eval; unknown options are passed on to lm_eval)
+
+A run or checkpoint directory is exported to Hugging Face format first. Answers are kept in OUTPUT: repeat an interrupted command to
+continue it.
+
+example:
+  iwsft evaluate --model runs/sft runs/iw-sft --benchmark gsm8k/test.jsonl --samples 4
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from megatron_iwsft.errors import ConfigError
+from megatron_iwsft.utils.cli import positive_int
+
+ACCEPTS_UNKNOWN = True  # with --tasks they go to lm_eval
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--model", nargs="+", required=True, metavar="DIR", help="Hugging Face, run or checkpoint directory")
+    add("--output", type=Path, default=Path("evaluation"), metavar="DIR", help="directory for answers and summaries")
+    add("--limit", type=positive_int, metavar="N", help="use only the first N problems of each benchmark or task")
+    add("--batch-size", type=positive_int, default=16, metavar="N", help="answers generated at once by transformers")
+    add("--raw", action="store_true", help="no chat template")
+    add("--corpus", metavar="DIR", help="corpus directory, made by iwsft shard")
+    add("--tasks", metavar="NAME,…", help="lm-evaluation-harness tasks, separated by commas")
+    add = parser.add_argument_group("benchmarks").add_argument
+    add("--benchmark", nargs="+", default=[], metavar="FILE.jsonl", help="in GSM8K, MATH-500 or AIME format")
+    add("--prompt-field", metavar="FIELD", help="default: question, problem or prompt")
+    add("--answer-field", metavar="FIELD", help="default: answer, expected_answer or solution")
+    add("--prompt-format", default="{prompt}", metavar="TEXT", help="text around the question, such as an instruction")
+    add("--samples", type=positive_int, default=1, metavar="N", help="answers per problem")
+    add("--k", type=positive_int, nargs="+", metavar="K", help="of pass@k; default: 1, 2, 4, … up to --samples")
+    add("--temperature", type=float, help="default: 0 (greedy) for one sample, 0.6 for several")
+    add("--top-p", type=float, default=0.95, metavar="P", help="nucleus sampling")
+    add("--max-new-tokens", type=positive_int, default=1024, metavar="N", help="tokens per answer at most")
+    add("--seed", type=int, default=0, help="of sampling")
+    add("--backend", choices=("auto", "vllm", "transformers"), default="auto", help="auto: vLLM on a GPU if installed")
+    add("--tensor", "--tensor-parallel", type=positive_int, default=1, metavar="N", help="GPUs per model, with vLLM")
+
+
+def run(args: argparse.Namespace) -> None:
+    _check(args)
+
+    from megatron_iwsft.distributed.mcore_compat import quiet_megatron
+
+    quiet_megatron()
+    from megatron_iwsft.evaluate.run import find_models
+
+    models = find_models(args.model)
+    for benchmark in args.benchmark:
+        _benchmark(args, models, benchmark)
+    if args.corpus:
+        from megatron_iwsft.evaluate.score import score_corpus
+
+        for model in models:
+            score = score_corpus(model.directory, args.corpus)
+            counted = f"{score.tokens:,} tokens of {score.trajectories:,} trajectories"
+            print(f"{model.label}: nll {score.nll:.6f} per trained token, {counted}")
+    if args.tasks:
+        from megatron_iwsft.evaluate.harness import run_harness
+
+        for model in models:
+            output = args.output / "lm_eval" / model.label
+            run_harness(
+                model.directory,
+                args.tasks,
+                output,
+                batch_size=args.batch_size,
+                limit=args.limit,
+                raw=args.raw,
+                more=args.unknown,
+            )
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raise ConfigError for options that do not go together; fill in the defaults that depend on others."""
+    if args.unknown and not args.tasks:
+        raise ConfigError(
+            f"unknown arguments: {' '.join(args.unknown)} (only with --tasks are they passed on, to lm_eval)."
+        )
+    if not (args.benchmark or args.corpus or args.tasks):
+        raise ConfigError("nothing to evaluate on: give --benchmark, --corpus or --tasks.")
+    if args.temperature is None:
+        args.temperature = 0.0 if args.samples == 1 else 0.6
+    if args.temperature < 0 or not 0 < args.top_p <= 1:
+        raise ConfigError(
+            f"--temperature must be at least 0 and --top-p in (0, 1]; found {args.temperature:g} and {args.top_p:g}."
+        )
+    if args.temperature == 0 and args.samples > 1:
+        raise ConfigError(f"--samples {args.samples} at temperature 0 would give the same answer each time.")
+    args.k = sorted(set(args.k or [2**i for i in range(args.samples.bit_length())]))
+    if args.k[-1] > args.samples:
+        raise ConfigError(f"--k must be at most --samples, which is {args.samples}; found {args.k[-1]}.")
+    if len({Path(b).stem for b in args.benchmark}) < len(args.benchmark):
+        raise ConfigError("two benchmarks have the same file name, under which results are stored: rename one.")
+
+
+def _benchmark(args: argparse.Namespace, models: list, benchmark: str) -> None:
+    from megatron_iwsft.evaluate.benchmark import read_benchmark
+    from megatron_iwsft.evaluate.generate import Sampling, make_generator
+    from megatron_iwsft.evaluate.run import evaluate_model, table, write_summary
+
+    problems = read_benchmark(
+        benchmark, prompt_field=args.prompt_field, answer_field=args.answer_field, limit=args.limit
+    )
+    greedy = args.temperature == 0
+    sampling = Sampling(args.samples, args.temperature, 1.0 if greedy else args.top_p, args.max_new_tokens, args.seed)
+    settings = vars(sampling) | {"prompt_format": args.prompt_format, "raw": args.raw}
+
+    def make(directory: Path):
+        return make_generator(
+            directory,
+            sampling,
+            backend=args.backend,
+            batch_size=args.batch_size,
+            tensor_parallel=args.tensor,
+            wrapper=args.prompt_format,
+            raw=args.raw,
+        )
+
+    output = args.output / Path(benchmark).stem
+    results = [
+        evaluate_model(model, problems, output, settings=settings, samples=args.samples, make=make) for model in models
+    ]
+    write_summary(output / "summary.json", results, args.k, settings)
+    how = "greedy" if greedy else f"temperature {args.temperature:g}, top-p {args.top_p:g}"
+    print(
+        f"\n{benchmark}: {len(problems):,} problems, {args.samples} answer{'s' * (args.samples > 1)} each ({how}), at most "
+        f"{args.max_new_tokens:,} tokens; 95 % intervals; answers in {output}\n"
+    )
+    print(table(results, args.k))

@@ -1,0 +1,28 @@
+"""Convert a checkpoint to a Hugging Face directory, in one process, without a GPU, holding about one tensor in memory at a time.
+
+Works for a checkpoint of any parallel layout, also while its run continues.
+
+example:
+  iwsft export --checkpoint runs/iw-sft --output models/iw-sft --dtype bf16
+"""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--checkpoint", required=True, metavar="DIR", help="a checkpoint, or a run directory (its latest)"
+    )
+    parser.add_argument("--output", required=True, metavar="DIR", help="directory to create")
+    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="of the tensors; default: the run's")
+
+
+def run(args: argparse.Namespace) -> None:
+    from megatron_iwsft.distributed.mcore_compat import quiet_megatron
+
+    quiet_megatron()
+    from megatron_iwsft.convert.export import export_checkpoint
+
+    print(f"wrote {export_checkpoint(args.checkpoint, args.output, dtype=args.dtype)}")

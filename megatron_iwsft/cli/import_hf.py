@@ -1,0 +1,31 @@
+"""Convert a Hugging Face directory (safetensors) to a checkpoint, with one process per tensor × pipeline rank.
+
+A config can also load the directory itself (model.hf); a checkpoint is worth it when many runs start from it.
+
+example:
+  iwsft import --hf /models/Qwen2.5-7B --output checkpoints/qwen2.5-7b --dtype bf16
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from megatron_iwsft.cli.options import add_degrees
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--hf", required=True, metavar="DIR", help="directory with config.json and safetensors files")
+    parser.add_argument("--output", required=True, metavar="DIR", help="directory to write the checkpoint under")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the parameters in the checkpoint")
+    add_degrees(parser, "tensor", "pipeline", "expert")
+
+
+def run(args: argparse.Namespace) -> None:
+    from megatron_iwsft.distributed.mcore_compat import quiet_megatron
+
+    quiet_megatron()
+    from megatron_iwsft.convert.import_hf import import_directory
+
+    degrees = dict(tensor=args.tensor, pipeline=args.pipeline, expert=args.expert)
+    written = import_directory(args.hf, args.output, dtype=args.dtype, **degrees)
+    print(f"wrote {written}")

@@ -1,0 +1,34 @@
+"""Compute the reference log-probs of the config's corpus, one forward pass, for `reference.source: cached`.
+
+Uses the layout, packing and batch sizes of the config, so that policy and reference go through the same arithmetic.
+A run that was stopped continues where it was.
+
+example, 8 processes on one machine (torchrun works too):
+  python -m megatron_iwsft.distributed.torchrun --nproc_per_node 8 -m megatron_iwsft reference --config CONFIG.yaml
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from megatron_iwsft.cli.options import add_config
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_config(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    from megatron_iwsft.config.loader import load_config
+
+    config = load_config(args.config, args.overrides)  # before torch is imported, so that a mistake is reported at once
+
+    from megatron_iwsft.distributed.context import stop
+    from megatron_iwsft.distributed.mcore_compat import quiet_megatron
+
+    quiet_megatron()
+
+    from megatron_iwsft.train.precompute import precompute_reference
+
+    precompute_reference(config)
+    stop()
