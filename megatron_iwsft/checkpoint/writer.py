@@ -23,7 +23,7 @@ from megatron_iwsft.checkpoint.integrity import FileSum, file_sum
 from megatron_iwsft.distributed.context import async_save_options, start_results_queue
 from megatron_iwsft.errors import CheckpointError
 from megatron_iwsft.hf.architecture import Architecture
-from megatron_iwsft.hf.model_card import Companions, Provenance
+from megatron_iwsft.hf.model_card import Provenance, SupportingFiles
 from megatron_iwsft.reference.lagged_copy import LaggedCopy
 
 PARTIAL = ".partial"
@@ -72,10 +72,10 @@ class CheckpointWriter:
     _queue: Any = field(default=None, init=False)
     _swept: bool = field(default=False, init=False)
 
-    def companions(self, step: int) -> Companions:
+    def supporting_files(self, step: int) -> SupportingFiles:
         """What goes with the weights of `step` when they are exported."""
         provenance = Provenance(step, self.config, self.corpus, self.template_hash)
-        return Companions(self.tokenizer_files, provenance, self.chat_template)
+        return SupportingFiles(self.tokenizer_files, provenance, self.chat_template)
 
     def save(
         self,

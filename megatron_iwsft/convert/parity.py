@@ -21,7 +21,7 @@ from megatron_iwsft.data.batch import IGNORE, Batch
 from megatron_iwsft.distributed.context import ParallelContext
 from megatron_iwsft.errors import CheckpointError, DataError
 from megatron_iwsft.hf.directory import DTYPES, write_directory
-from megatron_iwsft.hf.model_card import Companions, Provenance
+from megatron_iwsft.hf.model_card import Provenance, SupportingFiles
 
 
 def export_checkpoint(source: str | Path, output: str | Path, *, dtype: str | None = None) -> Path:
@@ -33,7 +33,7 @@ def export_checkpoint(source: str | Path, output: str | Path, *, dtype: str | No
     info = checkpoint.CheckpointInfo.read(source)
     _give_freed_memory_back()
     read, names = checkpoint.hugging_face_reader(info.directory, info.architecture)
-    companions = Companions(
+    supporting_files = SupportingFiles(
         sorted((info.directory / checkpoint.TOKENIZER).glob("*")),
         Provenance(info.step, info.config, info.corpus, info.template_hash),
     )
@@ -43,7 +43,7 @@ def export_checkpoint(source: str | Path, output: str | Path, *, dtype: str | No
         read,
         names=names,
         dtype=DTYPES[dtype or info.config.get("precision", {}).get("dtype", "fp32")],
-        finish=lambda partial: companions.write(partial, info.architecture),
+        finish=lambda partial: supporting_files.write(partial, info.architecture),
     )
     return Path(output)
 
@@ -61,7 +61,7 @@ def export_running(
     chunks: list[Any],
     parallel: ParallelContext,
     output: Path,
-    companions: Companions,
+    supporting_files: SupportingFiles,
     *,
     dtype: torch.dtype,
 ) -> None:
@@ -84,7 +84,7 @@ def export_running(
             weights.read,
             names=weights.names,
             dtype=dtype,
-            finish=lambda partial: companions.write(partial, architecture),
+            finish=lambda partial: supporting_files.write(partial, architecture),
         )
     else:
         weights.serve()

@@ -314,7 +314,7 @@ class Trainer:
         config, writer = self.job.config, self.saver.writer
         output = self.job.run_directory / "hf" / checkpoint.step_name(info.step)
         dtype = DTYPES[config.export.dtype or config.precision.dtype]
-        export_running(self.policy, self.job.parallel, output, writer.companions(info.step), dtype=dtype)
+        export_running(self.policy, self.job.parallel, output, writer.supporting_files(info.step), dtype=dtype)
 
     def _sync_parameters(self) -> None:
         if (
