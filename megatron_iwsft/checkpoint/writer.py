@@ -34,7 +34,7 @@ from megatron_iwsft.distributed.mcore_compat import async_calls_queue, async_sav
 from megatron_iwsft.distributed.parallel_layout import ParallelLayout
 from megatron_iwsft.errors import CheckpointError
 from megatron_iwsft.hf.architecture import Architecture
-from megatron_iwsft.hf.model_card import Companions, Provenance
+from megatron_iwsft.hf.model_card import Provenance, SupportingFiles
 from megatron_iwsft.utils.files import PARTIAL, gibibytes, publish, remove_directory, write_text
 
 # Free space required beyond the tensors: for the small files, and for others who write there meanwhile.
@@ -86,10 +86,10 @@ class CheckpointWriter:
     _queue: Any = field(default=None, init=False)
     _swept: bool = field(default=False, init=False)
 
-    def companions(self, step: int) -> Companions:
+    def supporting_files(self, step: int) -> SupportingFiles:
         """The files that go with the weights of `step` when they are exported."""
         provenance = Provenance(step, self.config, self.corpus, self.template_hash)
-        return Companions(self.tokenizer_files, provenance, self.chat_template)
+        return SupportingFiles(self.tokenizer_files, provenance, self.chat_template)
 
     def save(self, state: TrainState) -> Path:
         """Write root/step-…, then update `latest` and remove checkpoints that need not be kept."""

@@ -15,7 +15,7 @@ from megatron_iwsft.checkpoint.tensors import hugging_face_reader
 from megatron_iwsft.convert.gather import RunningWeights
 from megatron_iwsft.distributed.context import ParallelContext
 from megatron_iwsft.hf.directory import DTYPES, write_directory
-from megatron_iwsft.hf.model_card import Companions, Provenance
+from megatron_iwsft.hf.model_card import Provenance, SupportingFiles
 
 
 def export_checkpoint(source: str | Path, output: str | Path, *, dtype: str | None = None) -> Path:
@@ -27,7 +27,7 @@ def export_checkpoint(source: str | Path, output: str | Path, *, dtype: str | No
     info = CheckpointInfo.read(source)
     _return_freed_memory()
     read, names = hugging_face_reader(info.directory, info.architecture)
-    companions = Companions(
+    supporting_files = SupportingFiles(
         sorted((info.directory / TOKENIZER).glob("*")),
         Provenance(info.step, info.config, info.corpus, info.template_hash),
     )
@@ -37,7 +37,7 @@ def export_checkpoint(source: str | Path, output: str | Path, *, dtype: str | No
         read,
         names=names,
         dtype=DTYPES[dtype or info.config.get("precision", {}).get("dtype", "fp32")],
-        finish=lambda partial: companions.write(partial, info.architecture),
+        finish=lambda partial: supporting_files.write(partial, info.architecture),
     )
     return Path(output)
 
@@ -55,7 +55,7 @@ def export_running(
     chunks: list[Any],
     parallel: ParallelContext,
     output: Path,
-    companions: Companions,
+    supporting_files: SupportingFiles,
     *,
     dtype: torch.dtype,
 ) -> None:
@@ -76,7 +76,7 @@ def export_running(
             weights.read,
             names=weights.names,
             dtype=dtype,
-            finish=lambda partial: companions.write(partial, architecture),
+            finish=lambda partial: supporting_files.write(partial, architecture),
         )
     else:
         weights.serve()

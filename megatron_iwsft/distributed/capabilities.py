@@ -1,4 +1,4 @@
-"""What the hardware and the optional packages of NVIDIA's can do here. Nothing is initialised by asking."""
+"""Query what the GPU and NVIDIA's optional packages support on this machine, without initialising them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 
 def transformer_engine() -> tuple[str | None, str]:
-    """(version, "") where Transformer Engine can be imported, else (None, why not)."""
+    """(version, "") if Transformer Engine can be imported, else (None, reason)."""
     if importlib.util.find_spec("transformer_engine") is None:
         return None, "missing"
     try:
@@ -25,7 +25,7 @@ def transformer_engine() -> tuple[str | None, str]:
 
 
 def variable_length_attention() -> tuple[bool, str]:
-    """Whether torch can attend within the segments of a packed row in one call on this machine's GPU, else why not."""
+    """(True, "") if torch has variable-length attention over packed rows on this GPU, else (False, reason)."""
     if not torch.cuda.is_available():
         return False, "torch sees no GPU"
     try:
@@ -33,25 +33,22 @@ def variable_length_attention() -> tuple[bool, str]:
     except ImportError:
         varlen_attn = None
     if varlen_attn is None or "window_size" not in inspect.signature(varlen_attn).parameters:
-        return (
-            False,
-            f"torch {torch.__version__} has no torch.nn.attention.varlen with sliding windows; it came with 2.11",
-        )
+        return False, f"torch {torch.__version__} has no variable-length attention with windows (2.11 or newer has)"
     if torch.cuda.get_device_capability() < (8, 0):
-        return False, "it needs Ampere or newer"
+        return False, "variable-length attention needs Ampere or newer"
     return True, ""
 
 
 def has_gradient_accumulation_fusion(device: torch.device) -> bool:
-    """Whether matrix products can add weight gradients straight into float32 buffers.
+    """Whether matmuls can accumulate weight gradients directly in float32 buffers.
 
-    Transformer Engine's layers could without more, but Megatron-Core refuses to build the others with the option on unless the
-    extension that comes with NVIDIA's apex is there.
+    Transformer Engine's layers need nothing for it, but Megatron-Core rejects the option for its other layers unless the extension
+    of NVIDIA's apex is installed.
     """
     return device.type == "cuda" and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
 
 
-# recipe → (lowest compute capability, what has it)
+# recipe → (lowest compute capability, GPU generations)
 _FP8_NEEDS = {
     "delayed": ((8, 9), "Ada, Hopper or newer"),
     "tensorwise": ((8, 9), "Ada, Hopper or newer"),
@@ -64,7 +61,7 @@ FP8_RECIPES = tuple(_FP8_NEEDS)
 
 
 def fp8_refusal(recipe: str, *, on_cpu: bool = False) -> str | None:
-    """Why this machine (or a run on its CPU) cannot run an FP8 recipe, in one sentence that says what could; None if it can."""
+    """Why this machine (or a run on its CPU) cannot run an FP8 recipe, and what is needed; None if it can."""
     needs, generation = _FP8_NEEDS[recipe]
     if on_cpu:
         return f"needs a GPU ({generation}), and this run is on the CPU"

@@ -1,4 +1,4 @@
-"""What this machine has, what that enables, and what to install for the rest."""
+"""Report this machine's hardware and packages, what they enable, and what else to install."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from megatron_iwsft.distributed.capabilities import (
 
 @dataclass(frozen=True)
 class Finding:
-    """One line: what was looked for, what is there, and what follows from it. ok: False where something could be gained."""
+    """One line of the report: what was checked, what was found, what it means. ok: False if installing something would help."""
 
     what: str
     found: str
@@ -29,14 +29,13 @@ class Finding:
 
 
 def examine() -> list[Finding]:
-    """Look at interpreter, devices and packages. Imports torch; starts no process group."""
+    """Check the interpreter, devices and packages. Imports torch; starts no process group."""
     return [*_base(), *_gpu(), *_kernels(), *_optional()]
 
 
 def paths() -> list[Finding]:
-    """Which implementation a run on this machine takes for each part, and why. Imports torch and Megatron-Core."""
+    """Which implementation a run on this machine uses for each part, and why. Imports torch and Megatron-Core."""
     import torch
-    from megatron.core.optimizer import Adam
 
     from megatron_iwsft.ops.logits import has_triton
 
@@ -46,43 +45,47 @@ def paths() -> list[Finding]:
     engine, why = transformer_engine()
     fused = gpu and engine is not None
     no_engine = no_gpu if not gpu else f"Transformer Engine is {why}"
-    at_once, why_not = variable_length_attention() if gpu else (False, no_gpu)
-    if fused:
-        attention = "Transformer Engine, over packed rows", "FlashAttention or cuDNN, as it chooses"
-    elif at_once:
-        limits = "in bf16, for heads of up to 256 in steps of 8, without context parallelism; else a call a segment"
-        attention = "torch's variable-length FlashAttention", f"{no_engine}; {limits}"
-    else:
-        attention = "a call of torch's a segment", why_not
-    optimizer = Adam if gpu else torch.optim.AdamW  # which platform/cpu.py puts in its place
-    library = optimizer.__module__.partition(".")[0]
-    in_product = has_gradient_accumulation_fusion(torch.device("cuda" if gpu else "cpu"))
+    triton = gpu and has_triton()
+    fusion = has_gradient_accumulation_fusion(torch.device("cuda" if gpu else "cpu"))
     recipes = {recipe: fp8_refusal(recipe, on_cpu=on_cpu) for recipe in FP8_RECIPES}
     allowed = [recipe for recipe, refusal in recipes.items() if refusal is None]
     return [
         Finding("layers", "Transformer Engine" if fused else "torch", "" if fused else no_engine),
-        Finding("attention", *attention),
+        _attention(gpu, fused, no_gpu, no_engine),
         Finding(
             "log-probs",
-            "Triton" if gpu and has_triton() else "torch",
-            "one pass over the logits" if gpu and has_triton() else ("no Triton" if gpu else no_gpu),
+            "Triton" if triton else "torch",
+            "one pass over the logits" if triton else ("no Triton" if gpu else no_gpu),
         ),
-        Finding(
-            "optimizer",
-            f"{library}'s {optimizer.__name__}",
-            "fused"
-            if library != "torch"
-            else "no GPU"
-            if not gpu
-            else "neither Transformer Engine nor NVIDIA's apex has one",
-        ),
+        _optimizer(gpu),
         Finding(
             "weight gradients",
-            "added up in the product" if in_product else "added up after the product",
-            "" if in_product else "that takes an extension of NVIDIA's apex, and a GPU",
+            "accumulated in the matmul" if fusion else "accumulated after the matmul",
+            "" if fusion else "fusion needs an extension of NVIDIA's apex, and a GPU",
         ),
         Finding("FP8", ", ".join(allowed) or "none", "" if allowed else str(recipes["delayed"])),
     ]
+
+
+def _attention(gpu: bool, fused: bool, no_gpu: str, no_engine: str) -> Finding:
+    variable_length, why_not = variable_length_attention() if gpu else (False, no_gpu)
+    if fused:
+        return Finding("attention", "Transformer Engine, over packed rows", "it chooses FlashAttention or cuDNN")
+    if variable_length:
+        limits = "bf16, head sizes up to 256 in steps of 8, no context parallelism; otherwise one call per segment"
+        return Finding("attention", "torch's variable-length FlashAttention", f"{no_engine}; {limits}")
+    return Finding("attention", "torch, one call per segment", why_not)
+
+
+def _optimizer(gpu: bool) -> Finding:
+    import torch
+    from megatron.core.optimizer import Adam
+
+    optimizer = Adam if gpu else torch.optim.AdamW  # on CPU, distributed/cpu_backend.py replaces Adam by AdamW
+    library = optimizer.__module__.partition(".")[0]
+    not_fused = "neither Transformer Engine nor NVIDIA's apex is installed" if gpu else "no GPU"
+    means = "fused" if library != "torch" else not_fused
+    return Finding("optimizer", f"{library}'s {optimizer.__name__}", means)
 
 
 def _version(package: str) -> str | None:
@@ -96,7 +99,7 @@ def _base() -> list[Finding]:
     import torch
 
     version = _version("megatron-core")
-    lines = "0.16 for Python below 3.12, 0.19 from there on"
+    lines = "0.16 for Python before 3.12, 0.19 for 3.12 and newer"
     return [
         Finding("Python", machine.python_version(), machine.machine()),
         Finding("torch", torch.__version__, f"CUDA {torch.version.cuda}" if torch.version.cuda else "a CPU build"),
@@ -109,7 +112,8 @@ def _gpu() -> list[Finding]:
 
     if not torch.cuda.is_available():
         why = "this torch is a CPU build" if torch.version.cuda is None else "torch finds no GPU or no driver"
-        return [Finding("CUDA", why, "runs on CPU over gloo, one process a core; IWSFT_DEVICE=cpu says so on purpose")]
+        means = "runs on CPU over gloo, one process per core; set IWSFT_DEVICE=cpu to make this explicit"
+        return [Finding("CUDA", why, means)]
     out = []
     for i in range(torch.cuda.device_count()):
         p = torch.cuda.get_device_properties(i)
@@ -124,7 +128,7 @@ def _gpu() -> list[Finding]:
     nccl = torch.cuda.nccl.version() if torch.distributed.is_nccl_available() else None
     found = ".".join(map(str, nccl)) if nccl else "missing"
     out.append(
-        Finding("NCCL", found, "collectives between GPUs" if nccl else "a torch built with NCCL is needed", bool(nccl))
+        Finding("NCCL", found, "collectives between GPUs" if nccl else "install a torch built with NCCL", bool(nccl))
     )
     return out
 
@@ -146,7 +150,9 @@ def _kernels() -> list[Finding]:
         Finding(
             "Triton",
             triton or "missing",
-            "one pass over the logits in the log-prob operator, on a GPU" if triton else "that operator in plain torch",
+            "log-prob kernels with one pass over the logits, on a GPU"
+            if triton
+            else "log-prob operator in plain torch",
         ),
     ]
 
@@ -155,13 +161,9 @@ def _apex() -> tuple[str, str, bool]:
     import torch
 
     if importlib.util.find_spec("apex") is None:
-        return "missing", "not needed where Transformer Engine is", True
+        return "missing", "not needed with Transformer Engine", True
     if importlib.util.find_spec("amp_C") is None and importlib.util.find_spec("apex.optimizers") is None:
-        return (
-            "another project of that name",
-            "pip uninstall apex; NVIDIA's is built from github.com/NVIDIA/apex",
-            False,
-        )
+        return "another project of that name", "pip uninstall apex; build NVIDIA's from github.com/NVIDIA/apex", False
     fused = has_gradient_accumulation_fusion(torch.device("cuda"))
     return "NVIDIA's", "fused optimizer" + (", gradient-accumulation fusion" if fused else ""), True
 
@@ -169,7 +171,7 @@ def _apex() -> tuple[str, str, bool]:
 def _optional() -> list[Finding]:
     out = []
     for package, extra, means in (
-        ("gigatoken", "", "fast tokenization, where its ids are the tokenizer's own"),
+        ("gigatoken", "", "fast tokenization, if its ids equal the tokenizer's"),
         ("rensa", "curation", "near-duplicate removal"),
         ("vllm", "evaluation", "fast sampling in tools/evaluate.py"),
         ("lm-eval", "evaluation", "tools/evaluate.py --tasks"),
@@ -180,5 +182,5 @@ def _optional() -> list[Finding]:
         install = f"pip install -e '.[{extra}]'" if extra else f"pip install {package}"
         out.append(Finding(package, version or "missing", means if version else f"{means}: {install}"))
     slurm = shutil.which("sbatch")
-    out.append(Finding("Slurm", slurm or "missing", "slurm/README.md" if slurm else "needed on clusters only"))
+    out.append(Finding("Slurm", slurm or "missing", "see slurm/README.md" if slurm else "only needed on clusters"))
     return out

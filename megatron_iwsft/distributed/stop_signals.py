@@ -1,7 +1,7 @@
-"""SIGUSR1 and SIGTERM: finish the step, save, exit; a second one: stop now.
+"""Handle SIGUSR1 and SIGTERM: finish the step, save a checkpoint and exit; on a second signal, exit at once.
 
-Python runs its handlers between two instructions of the main thread, which may sit in a collective for minutes. So a thread of
-its own reads the signals' numbers from the pipe that the interpreter writes them to as they come.
+Python runs signal handlers in the main thread, which may be blocked in a collective for minutes. A separate thread therefore reads
+the signal numbers from the interpreter's wakeup pipe.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from megatron_iwsft.errors import EXIT_FAILURE, EXIT_REQUEUE
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
-# Slurm signals every process of a job step, and its launcher and torchrun pass theirs on: one request comes in several copies.
+# Slurm signals every process of a job step, and srun and torchrun forward theirs: one request arrives several times.
 _ONE_REQUEST_S = 3.0
 
 
 class StopSignals:
-    """A context in which `requested` becomes true with the first stop signal, and a second ends the process with status 75.
+    """Context manager: the first stop signal sets `requested`, a second one exits the process with status 75.
 
-    To be entered in the main thread. Forked children share it: a signal to one of them counts too.
+    Enter it in the main thread. Forked children share it: a signal to one of them counts as well.
     """
 
     def __init__(self) -> None:
@@ -59,24 +59,24 @@ class StopSignals:
 
     def _on_signal(self, name: str) -> None:
         now = time.monotonic()
-        speaks = os.environ.get("RANK", "0") == "0"
+        prints = os.environ.get("RANK", "0") == "0"
         if not self.requested:
             self.requested, self._first = True, now
-            if speaks:
-                print(f"{name}: stopping after this step, with a checkpoint; again: stopping now.", flush=True)
+            if prints:
+                print(f"{name}: stopping after this step, with a checkpoint. Signal again to stop now.", flush=True)
         elif now - self._first > _ONE_REQUEST_S:
-            if speaks:
-                print(f"{name} again: stopping now; the last complete checkpoint stands.", file=sys.stderr, flush=True)
+            if prints:
+                print(f"{name} again: stopping now; use the last complete checkpoint.", file=sys.stderr, flush=True)
             os._exit(EXIT_REQUEUE)
 
 
 def die_with_parent() -> None:
-    """Have the kernel end this process when the one that started it is gone, so that a killed job leaves none behind."""
+    """Have the kernel kill this process when its parent exits, so that a killed job leaves no processes behind."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def forks_die_with_their_parent() -> None:
-    """`die_with_parent` in whatever this process forks, and its forks; a parent may be gone before the kernel is told."""
+    """Call `die_with_parent` in every process forked from this one, also if the parent exits before the call."""
     parent = [0]
 
     def note() -> None:
@@ -91,7 +91,7 @@ def forks_die_with_their_parent() -> None:
 
 
 def die_with_spawner() -> None:
-    """`die_with_parent` for a process of multiprocessing's, whose start takes long enough for the other to be gone before."""
+    """`die_with_parent` for a spawned multiprocessing process, whose parent may exit while it is starting."""
     die_with_parent()
     parent = multiprocessing.parent_process()
     if parent is not None and os.getppid() != parent.pid:

@@ -1,8 +1,8 @@
-"""A thread on every rank that knows how far the others are, so that a crash or a hang ends the whole job, and says whose it is.
+"""A thread on every rank that detects crashed and hung ranks, reports which rank it was, and ends the job.
 
-Every second each rank writes its progress to the job's store, looks whether another rank has failed, and whether the processes
-beside it on the same machine still live. What it finds it writes to the store under one key; who comes first speaks, the others
-leave quietly. A collective that waits for a rank that will not come blocks the main thread, but not this one.
+Every second, each rank writes its progress to the job's store and checks whether another rank has failed and whether the processes
+on the same machine are alive. The first rank to find a failure records it in the store and prints it; the others exit without a
+message. The thread keeps running while the main thread is blocked in a collective.
 """
 
 from __future__ import annotations
@@ -28,16 +28,17 @@ from megatron_iwsft.errors import EXIT_FAILURE, PeerError, RequeueError, UserErr
 
 _BEAT_S = 1.0
 _FAILURE = "failure"
-# A rank's error is often only the echo of another's: how long it waits for the other to speak first.
+# A rank's error is often only a consequence of another rank's: it waits so long for the other to report first.
 _ECHO_S = 4.0
-# A user's mistake is told in turns (errors.run_command), which takes longer.
+# A UserError is printed by one rank after another (utils.cli.run_command), which takes longer.
 _TURNS_S = 12.0
+# Lost connection, or a frozen rank: after so many missed beats.
 _LOST_BEATS = 5
 
 
 @dataclass(frozen=True)
 class Peer:
-    """A rank's process. place tells processes of one machine, whose ids can be compared, from those of another."""
+    """A rank's process. place: host and PID namespace; process ids are comparable only between equal places."""
 
     rank: int
     host: str
@@ -62,11 +63,11 @@ class Peer:
 
 
 class Watchdog:
-    """A context around a job's work; `at` marks progress. Entering is collective over all ranks.
+    """Context manager around a job's work; call `at` to mark progress. Entering is collective over all ranks.
 
-    timeout_s: without a mark for so long, a rank counts as hung: the ranks that are behind are named, every rank writes its
-    Python stacks to `logs`, and the job ends. An exception that leaves the context is shown by the rank that met it first;
-    the others raise PeerError, which is not shown.
+    timeout_s: a rank without a mark for this long is hung. The ranks that are behind are then reported, every rank writes its Python
+    stacks to `logs`, and the job ends. An exception that leaves the context is reported by the first rank that raised one; the
+    others raise PeerError, which is not printed.
     """
 
     def __init__(self, rank: int, world_size: int, *, timeout_s: float, logs: Path) -> None:
@@ -79,7 +80,7 @@ class Watchdog:
         self._peers: list[Peer] = []
 
     def at(self, step: int, phase: str) -> None:
-        """Progress: this rank begins `phase` of `step`. All ranks go through the same phases in the same order."""
+        """Mark progress: this rank begins `phase` of `step`. All ranks go through the same phases in the same order."""
         self._mark = {"marks": self._mark["marks"] + 1, "step": step, "phase": phase}
         self._marked_at = time.monotonic()
 
@@ -89,7 +90,7 @@ class Watchdog:
             dist.all_gather_object(peers, (Peer.own(self.rank), uuid.uuid4().hex))
             self._peers = [peer for peer, _ in peers]
             address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            # A connection of this thread's own: the process group's may be blocked in a wait.
+            # A separate connection for this thread: that of the process group may be blocked in a wait.
             store = dist.TCPStore(
                 address, port, is_master=False, wait_for_workers=False, timeout=datetime.timedelta(seconds=10)
             )
@@ -108,14 +109,14 @@ class Watchdog:
                 self._raise_unless_first(error)
             self._store.set(f"left-{self.rank}", "")
         except dist.DistError:
-            pass  # the store went with its host
+            pass  # the store is gone, because the process of rank 0 is
         finally:
             self._leaving.set()
             self._thread.join(timeout=15)
 
     def _raise_unless_first(self, error: BaseException) -> None:
         if _is_echo(error):
-            # Whose connection broke shows within seconds: by its own word, or by its absence.
+            # The rank that caused it is known within seconds: it reports its error, or its process is gone.
             until = time.monotonic() + _ECHO_S
             while time.monotonic() < until and self._failure() is None:
                 time.sleep(0.1)
@@ -129,14 +130,14 @@ class Watchdog:
             try:
                 self._beat()
                 lost = 0
-            except (dist.DistError, RuntimeError):  # the store is gone, and with it the process that holds it
+            except (dist.DistError, RuntimeError):  # the store is gone, and with it the process that hosts it
                 lost += 1
                 if lost < _LOST_BEATS or self._leaving.is_set():
                     continue
                 if os.environ.get("LOCAL_RANK", "0") == "0":
-                    _say(
-                        f"{self._peers[self.rank]} has lost the job's store at {os.environ['MASTER_ADDR']}: the machine or process "
-                        "of rank 0 is gone."
+                    _print_error(
+                        f"{self._peers[self.rank]} lost the connection to the job's store at {os.environ['MASTER_ADDR']}: the machine "
+                        "or process of rank 0 is gone."
                     )
                 self._end()
 
@@ -144,21 +145,21 @@ class Watchdog:
         stuck_s = self._publish()
         failure = self._failure()
         if failure is not None:
-            # The main thread may be about to meet the echo of it and leave in order.
+            # Give the main thread time to raise the resulting error and exit normally.
             if not self._leaving.wait(failure["patience_s"]):
                 self._end()
             return
         for peer in self._peers:
             if peer.place == self._peers[self.rank].place and not peer.alive() and not self._has_left(peer):
-                text = f"{peer} died without a word: killed from outside, or for want of memory (see dmesg on {peer.host})."
+                text = f"{peer} exited unexpectedly (killed, or out of memory; check dmesg on {peer.host})."
                 if self._claim(text):
-                    _say(text)
+                    _print_error(text)
                 return
         if stuck_s > self.timeout_s:
             self._report_hang()
 
     def _publish(self) -> float:
-        """Write this rank's progress to the store; returns the seconds since its last mark."""
+        """Write this rank's progress to the store and return the seconds since its last mark."""
         assert self._store is not None
         self._beats += 1
         since_s = time.monotonic() - self._marked_at
@@ -174,7 +175,7 @@ class Watchdog:
         return json.loads(self._store.get(_FAILURE)) if self._store.check([_FAILURE]) else None
 
     def _claim(self, text: str, *, patience_s: float = _ECHO_S) -> bool:
-        """Be the first to tell of a failure; False if another was. The others then have `patience_s` to leave in order."""
+        """Record a failure; False if another rank already has. The other ranks then have `patience_s` to exit normally."""
         assert self._store is not None
         if self._store.add("failures", 1) > 1:
             return False
@@ -187,27 +188,30 @@ class Watchdog:
         before = self._marks() if self._store.add("hangs", 1) == 1 else None
         for _ in range(_LOST_BEATS if before is not None else 3 * _LOST_BEATS):
             time.sleep(_BEAT_S)
-            self._publish()  # or whoever reports would take this rank for a silent one
+            self._publish()  # so that the reporting rank does not take this one for frozen
             if self._failure() is not None:
                 break
         if before is not None:
             text = self._who_is_stuck(before, self._marks())
             if self._claim(text):
-                _say(text)
+                _print_error(text)
         self._end()
 
     def _who_is_stuck(self, before: dict[int, dict[str, Any]], after: dict[int, dict[str, Any]]) -> str:
-        """From all ranks' marks, a few beats apart."""
+        """Describe which ranks are stuck, from all ranks' marks a few beats apart."""
         silent = [p for p in self._peers if before.get(p.rank, {}).get("beats") == after.get(p.rank, {}).get("beats")]
         furthest = max(mark["marks"] for mark in after.values())
         behind = [p for p in self._peers if p not in silent and after[p.rank]["marks"] < furthest]
         lines = [f"no progress for {self.timeout_s:g} s (run.hang_timeout_s)."]
-        lines += [f"{p} did not arrive: frozen or gone, last heard of {_where(after.get(p.rank))}" for p in silent]
-        lines += [f"{p} did not arrive: it is still {_where(after[p.rank])}" for p in behind]
+        lines += [f"{p} is not responding (frozen or gone); last seen {_where(after.get(p.rank))}" for p in silent]
+        lines += [f"{p} is behind: still {_where(after[p.rank])}" for p in behind]
         if not silent and not behind:
-            lines.append(f"All ranks are {_where(after[self.rank])}: a collective hangs, or the step is that slow.")
+            lines.append(
+                f"All ranks are {_where(after[self.rank])}: a collective hangs, or the step takes longer than that."
+            )
         else:
-            lines.append(f"The other {self.world_size - len(silent) - len(behind)} wait {_where(after[self.rank])}.")
+            waiting = self.world_size - len(silent) - len(behind)
+            lines.append(f"The other {waiting} {'is' if waiting == 1 else 'are'} waiting {_where(after[self.rank])}.")
         return "\n  ".join([*lines, f"Python stacks: {self.logs}/hang-rank-*.txt"])
 
     def _marks(self) -> dict[int, dict[str, Any]]:
@@ -230,14 +234,14 @@ class Watchdog:
 
 def _where(mark: dict[str, Any] | None) -> str:
     if mark is None:
-        return "before it began"
-    return f"in step {mark['step']}, {mark['phase']}, {mark['since_s']:.0f} s after it entered that"
+        return "before its first step"
+    return f"in step {mark['step']}, {mark['phase']}, for {mark['since_s']:.0f} s"
 
 
 def _is_echo(error: BaseException) -> bool:
-    """Whether an error is what a broken collective raises."""
+    """Whether an error is one that a broken collective raises."""
     return isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "NCCL", "Connection"))
 
 
-def _say(text: str) -> None:
+def _print_error(text: str) -> None:
     print(text, file=sys.stderr, flush=True)

@@ -1,1 +1,1 @@
-"""Exported models measured: verifiable answers, and the likelihood of a corpus."""
+"""Evaluation of exported models: pass@k on benchmarks with verifiable answers, and negative log-likelihood on a corpus."""

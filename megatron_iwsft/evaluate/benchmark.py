@@ -1,13 +1,12 @@
-"""Benchmarks with verifiable answers: JSONL files in the formats of GSM8K, MATH-500 and AIME, and the judging of answers.
+"""Read benchmarks with verifiable answers (GSM8K, MATH-500 and AIME as JSONL), and check answers against them.
 
-GSM8K      question, answer      the answer stands after #### at the end of a worked solution
+GSM8K      question, answer      the final answer follows #### at the end of a worked solution
 MATH-500   problem, answer       LaTeX
 AIME       problem, answer       an integer, as a number or a string
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ _GSM8K_MARK = "####"
 
 @dataclass(frozen=True)
 class Problem:
-    """number: its line in the file, from 1; answer: the expected one, as math-verify is to read it."""
+    """number: line number in the file, from 1; answer: the expected answer, in a form that math-verify can parse."""
 
     number: int
     prompt: str
@@ -32,7 +31,7 @@ class Problem:
 def read_benchmark(
     path: str | Path, *, prompt_field: str | None = None, answer_field: str | None = None, limit: int | None = None
 ) -> list[Problem]:
-    """The first `limit` problems of a JSONL file. Raises DataError naming the line that cannot be used and why."""
+    """Read the first `limit` problems of a JSONL file. Raises DataError with the line number and the reason."""
     path = Path(path)
     if not path.is_file():
         raise DataError(f"the benchmark {path} does not exist.")
@@ -47,21 +46,17 @@ def read_benchmark(
             try:
                 row = json.loads(line)
             except ValueError as error:
-                raise DataError(f"{where} is not JSON: {error}") from None
+                raise DataError(f"{where} is not valid JSON: {error}") from None
             if not isinstance(row, dict):
-                raise DataError(f"{where} must be a JSON object; it is {type(row).__name__}.")
+                raise DataError(f"{where} must be a JSON object; found {type(row).__name__}.")
             prompt = _field(row, prompt_field, _PROMPT_FIELDS, "prompt", where)
             answer = expected_answer(_field(row, answer_field, _ANSWER_FIELDS, "answer", where))
             if not read_answer(answer):
-                raise DataError(f"{where}: math-verify finds no answer in {answer!r}.")
+                raise DataError(f"{where}: math-verify cannot parse an answer from {answer!r}.")
             problems.append(Problem(number, prompt, answer))
     if not problems:
-        raise DataError(f"the benchmark {path} holds no problems.")
+        raise DataError(f"the benchmark {path} contains no problems.")
     return problems
-
-
-def benchmark_hash(problems: list[Problem]) -> str:
-    return hashlib.sha256(json.dumps([(p.number, p.prompt, p.answer) for p in problems]).encode()).hexdigest()
 
 
 def _field(row: dict[str, Any], given: str | None, known: tuple[str, ...], kind: str, where: str) -> str:
@@ -71,12 +66,12 @@ def _field(row: dict[str, Any], given: str | None, known: tuple[str, ...], kind:
         if isinstance(value, str | int | float) and not isinstance(value, bool) and str(value).strip():
             return str(value)
     raise DataError(
-        f"{where} has no {kind} under {given or ', '.join(known)}; it has {', '.join(row)}. Name the field with --{kind}-field."
+        f"{where} has no {kind} field (looked for {given or ', '.join(known)}; found {', '.join(row)}). Set --{kind}-field."
     )
 
 
 def expected_answer(text: str) -> str:
-    """The answer in a benchmark's answer field, in a form that math-verify reads as nothing but an answer."""
+    r"""Extract the answer from a benchmark's answer field, as \boxed{...}, so that math-verify parses nothing else."""
     if _GSM8K_MARK in text:
         text = text.rsplit(_GSM8K_MARK, 1)[1]
     elif "\\boxed" in text:  # a worked solution
@@ -85,16 +80,16 @@ def expected_answer(text: str) -> str:
 
 
 def read_answer(text: str) -> list[Any]:
-    """What math-verify reads as the answer of a text: a few equivalent forms, or nothing."""
+    """Parse the answer in a text with math-verify: equivalent forms of it, or an empty list."""
     from math_verify import parse
 
     return parse(text)
 
 
 def is_correct(answer: str, response: str) -> bool:
-    """Whether a model's response gives `answer`, a `Problem`'s, mathematically.
+    """Whether a response is mathematically equal to `answer` (of a `Problem`).
 
-    Of a response that thinks first, what follows the thinking counts; of one in GSM8K's style, what follows the last ####.
+    Only the text after </think> is checked, and after the last #### where there is one. Unfinished thinking is wrong.
     """
     from math_verify import verify
 

@@ -1,4 +1,4 @@
-"""Answers of a Hugging Face model to many prompts: by vLLM where it is installed, by `transformers` otherwise."""
+"""Generate answers with a Hugging Face model: with vLLM if it is installed, with `transformers` otherwise."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Backend = Literal["auto", "vllm", "transformers"]
 
 @dataclass(frozen=True)
 class Sampling:
-    """How answers are drawn. temperature 0 takes the likeliest token; top_p then says nothing."""
+    """Sampling settings. temperature 0 is greedy decoding; top_p is then ignored."""
 
     samples: int = 1
     temperature: float = 0.0
@@ -29,14 +29,14 @@ class Sampling:
     seed: int = 0
 
     def seed_of(self, problem: int, sample: int) -> int:
-        """Of one answer, so that it depends neither on its batch nor on what an interrupted run had finished."""
+        """Seed of one answer, so that it does not depend on its batch or on where an earlier run was interrupted."""
         digest = hashlib.sha256(f"{self.seed}/{problem}/{sample}".encode()).digest()
         return int.from_bytes(digest[:4], "little")
 
 
 @dataclass(frozen=True)
 class Answer:
-    """tokens: how many were generated; cut_off: it had not ended when there were as many as allowed."""
+    """tokens: number of generated tokens; cut_off: generation reached max_new_tokens without a stop token."""
 
     text: str
     tokens: int
@@ -44,29 +44,28 @@ class Answer:
 
 
 class Generator(Protocol):
-    """problems_at_once: how many prompts `answer` is best given."""
+    """problems_at_once: the best number of prompts per call to `answer`."""
 
     backend: str
     problems_at_once: int
 
     def answer(self, prompts: Sequence[tuple[int, str]]) -> list[list[Answer]]:
-        """`samples` answers to each (problem number, question)."""
+        """Return `samples` answers for each (problem number, question)."""
         ...
 
 
 class PromptFormat:
-    """A question → the ids that the model continues: under the tokenizer's own chat template unless `raw`.
+    """Turns a question into prompt token ids, with the tokenizer's own chat template unless `raw`.
 
-    wrapper: text with {prompt} where the question goes, such as an instruction.
+    wrapper: text around the question, such as an instruction; {prompt} is replaced by the question.
     """
 
     def __init__(self, tokenizer: Any, *, wrapper: str = "{prompt}", raw: bool = False) -> None:
         if "{prompt}" not in wrapper:
-            raise ConfigError(f"the prompt format {wrapper!r} has no {{prompt}} where the question goes.")
+            raise ConfigError(f"the prompt format {wrapper!r} has no {{prompt}} placeholder for the question.")
         if not raw and tokenizer.chat_template is None:
             raise CheckpointError(
-                f"{tokenizer.name_or_path} has no chat template. For a base model use --raw, and --prompt-format to say how a "
-                "question is asked."
+                f"{tokenizer.name_or_path} has no chat template. For a base model, use --raw and set the prompt with --prompt-format."
             )
         self._tokenizer, self._wrapper, self._raw = tokenizer, wrapper, raw
 
@@ -80,7 +79,7 @@ class PromptFormat:
 
 
 class TransformersGenerator:
-    """Batched, left-padded, with a key-value cache; on CUDA where there is one. fp32 on CPU, else the model's own dtype."""
+    """Batched, left-padded generation with a KV cache. On CUDA if available, in the model's own dtype; else on CPU in fp32."""
 
     backend = "transformers"
 
@@ -103,7 +102,7 @@ class TransformersGenerator:
         self._stops = stop_tokens(self._model.generation_config, tokenizer)
         self._pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (self._stops or [0])[0]
         self.problems_at_once = max(1, batch_size // sampling.samples)
-        # Nothing of the model's own penalties and sampling: an evaluation says how it samples.
+        # Ignore the model's own penalties and sampling settings: the evaluation sets them.
         self._model.generation_config = transformers.GenerationConfig()
         self._options = transformers.GenerationConfig(
             max_new_tokens=sampling.max_new_tokens,
@@ -159,9 +158,9 @@ class TransformersGenerator:
 
 
 class _GumbelNoise:
-    """Adds each row's own Gumbel noise to its scores, whose largest is then a sample of their softmax.
+    """Adds Gumbel noise to the scores [rows, V], so that the argmax of a row is a sample from its softmax.
 
-    So that a row's answer follows from its seed, whatever else is in the batch. scores [rows, V].
+    Each row has its own generator, so an answer depends on its seed only and not on the rest of the batch.
     """
 
     def __init__(self, seeds: list[int], device: torch.device) -> None:
@@ -176,10 +175,10 @@ class _GumbelNoise:
 
 
 class VllmGenerator:
-    """All prompts at once, scheduled by vLLM on every GPU it is given."""
+    """Generation with vLLM, on `tensor_parallel` GPUs."""
 
     backend = "vllm"
-    problems_at_once = 256  # results are written after so many
+    problems_at_once = 256  # results are written once per call
 
     def __init__(
         self,
@@ -205,7 +204,7 @@ class VllmGenerator:
             load_format="safetensors",
             trust_remote_code=False,
             seed=sampling.seed,
-            generation_config="vllm",  # not the model's own penalties
+            generation_config="vllm",  # ignore the model's own penalties
         )
 
     def answer(self, prompts: Sequence[tuple[int, str]]) -> list[list[Answer]]:
@@ -232,7 +231,7 @@ class VllmGenerator:
 
 
 def stop_tokens(generation_config: Any, tokenizer: Any) -> list[int]:
-    """Ids that end an answer: the model's generation config names them, and the tokenizer one."""
+    """Token ids that end an answer: those of the model's generation config, and the tokenizer's end-of-sequence token."""
     own = generation_config.eos_token_id
     own = [] if own is None else own if isinstance(own, list) else [own]
     return list(dict.fromkeys([*own, *([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else [])]))
@@ -248,7 +247,7 @@ def make_generator(
     wrapper: str = "{prompt}",
     raw: bool = False,
 ) -> Generator:
-    """The backend asked for, or with `auto` vLLM if it is installed and there is a GPU, `transformers` otherwise."""
+    """Build the generator. `auto` is vLLM if it is installed and there is a GPU, `transformers` otherwise."""
     installed = importlib.util.find_spec("vllm") is not None
     if backend == "vllm" and not installed:
         raise ConfigError("vLLM is not installed. Install it (pip install vllm), or use --backend transformers.")

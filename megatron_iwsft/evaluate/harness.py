@@ -1,4 +1,4 @@
-"""A hand-over to EleutherAI's lm-evaluation-harness, for its task suites."""
+"""Run task suites with EleutherAI's lm-evaluation-harness."""
 
 from __future__ import annotations
 
@@ -21,12 +21,10 @@ def run_harness(
     raw: bool = False,
     more: Sequence[str] = (),
 ) -> None:
-    """Run `lm_eval` on a Hugging Face directory, under its chat template unless `raw`; its results lie in `output`.
+    """Run `lm_eval` on a Hugging Face directory, with its chat template unless `raw`, and write the results to `output`.
 
-    tasks: names, separated by commas; limit: problems of each; more: arguments passed on as they are.
-
-    Raises ConfigError if the harness is not installed or
-    fails, having said why itself.
+    tasks: comma-separated names; limit: problems per task; more: further arguments for lm_eval.
+    Raises ConfigError if the harness is not installed or fails; lm_eval prints the reason itself.
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise ConfigError("--tasks needs lm-evaluation-harness: pip install 'lm-eval[hf]'.")
@@ -37,4 +35,4 @@ def run_harness(
     command += more
     status = subprocess.run(command, check=False).returncode
     if status:
-        raise ConfigError(f"lm_eval ended with status {status}: {' '.join(command)}")
+        raise ConfigError(f"lm_eval exited with status {status}: {' '.join(command)}")

@@ -1,14 +1,14 @@
-"""Models on benchmarks: every answer is kept, an interrupted evaluation goes on, and two models are compared problem by problem.
+"""Run models on a benchmark: keep every answer, resume after an interruption, and compare models problem by problem.
 
-OUTPUT/BENCHMARK/MODEL.jsonl    first line: model, benchmark and settings; then one line a problem with all its answers
-OUTPUT/BENCHMARK/summary.json   pass@k of every model, and the comparison
+OUTPUT/BENCHMARK/MODEL.jsonl    first line: model, weights fingerprint and settings; then one line per problem with all its answers
+OUTPUT/BENCHMARK/summary.json   pass@k of every model, and the comparisons
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,30 +21,28 @@ from megatron_iwsft.errors import CheckpointError, ConfigError, DataError
 from megatron_iwsft.evaluate.benchmark import Problem, is_correct
 from megatron_iwsft.evaluate.generate import Generator
 from megatron_iwsft.evaluate.statistics import Comparison, Estimate, compare, mean_pass_at_k
-from megatron_iwsft.utils.files import sampled_fingerprint
+from megatron_iwsft.utils.files import flush_to_disk, sampled_fingerprint, write_json
 
 FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True)
 class EvaluatedModel:
-    """A Hugging Face directory, and what it is called in tables and file names."""
+    """A Hugging Face directory, and its name in tables and file names."""
 
     label: str
     directory: Path
 
 
 def find_models(paths: Sequence[str | Path]) -> list[EvaluatedModel]:
-    """Hugging Face directories as they are; run and checkpoint directories as their latest checkpoint, exported to RUN/hf/step-….
+    """Find the models to evaluate. A run or checkpoint directory stands for its latest checkpoint, exported to RUN/hf/step-….
 
-    Raises CheckpointError if a path is neither, ConfigError if two models would have the same name.
+    Raises CheckpointError if a path is neither that nor a Hugging Face directory, ConfigError if two models have the same name.
     """
     models = [_find_model(Path(path)) for path in paths]
     labels = [model.label for model in models]
     if len(set(labels)) < len(labels):
-        raise ConfigError(
-            f"the models are told apart by their directories' names, and these are alike: {', '.join(labels)}."
-        )
+        raise ConfigError(f"models are labelled by directory name, and these are not unique: {', '.join(labels)}.")
     return models
 
 
@@ -54,7 +52,7 @@ def _find_model(path: Path) -> EvaluatedModel:
         is_export = path.parent.name == "hf" and path.name.startswith("step-")
         return EvaluatedModel(f"{path.parent.parent.name}-{path.name}" if is_export else path.name, path)
     if not path.is_dir():
-        raise CheckpointError(f"there is no model at {path}.")
+        raise CheckpointError(f"no model found at {path}: there is no such directory.")
     info = CheckpointInfo.read(path)
     root = info.directory.parent
     run = root.parent if root.name == "checkpoints" else root
@@ -67,7 +65,7 @@ def _find_model(path: Path) -> EvaluatedModel:
 
 @dataclass(frozen=True)
 class Result:
-    """One model's answers to one benchmark. correct[i], of `samples`, to the i-th problem."""
+    """One model on one benchmark. correct[i]: correct answers to the i-th problem, out of `samples`; the rest are totals."""
 
     model: EvaluatedModel
     samples: int
@@ -88,10 +86,10 @@ def evaluate_model(
     samples: int,
     make: Callable[[Path], Generator],
 ) -> Result:
-    """Answer and judge the problems that `output`/LABEL.jsonl does not hold yet.
+    """Answer the problems that `output`/LABEL.jsonl does not contain yet, and check all answers.
 
-    settings: what else the answers depend on; the file must have been written with the same ones, else DataError. `make` is
-    called only if there is something left to do.
+    settings: everything else that the answers depend on. Raises DataError if the file was written with other settings.
+    `make` is called only if there are problems left.
     """
     path = output / f"{model.label}.jsonl"
     header = {
@@ -111,18 +109,9 @@ def evaluate_model(
         bar = tqdm(
             total=len(problems), initial=len(problems) - len(left), desc=model.label, unit="problem", disable=None
         )
-        with open(path, "a", encoding="utf-8") as file, bar:
-            if not done and file.tell() == 0:
-                file.write(json.dumps(header | {"backend": generator.backend}, ensure_ascii=False) + "\n")
-            for at in range(0, len(left), generator.problems_at_once):
-                batch = left[at : at + generator.problems_at_once]
-                answers = generator.answer([(problem.number, problem.prompt) for problem in batch])
-                for problem, own in zip(batch, answers, strict=True):
-                    judged = [asdict(a) | {"correct": is_correct(problem.answer, a.text)} for a in own]
-                    done[problem.number] = asdict(problem) | {"answers": judged}
-                    file.write(json.dumps(done[problem.number], ensure_ascii=False) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
+        with bar:
+            for batch in _answer(left, generator, path, header):
+                done |= batch
                 bar.update(len(batch))
     answered = [done[problem.number]["answers"] for problem in problems]
     return Result(
@@ -134,16 +123,36 @@ def evaluate_model(
     )
 
 
+def _answer(
+    problems: list[Problem], generator: Generator, path: Path, header: dict[str, Any]
+) -> Iterator[dict[int, dict[str, Any]]]:
+    """Answer and check problems batch by batch, append them to the file, and yield each batch as problem number → its line."""
+    with open(path, "a", encoding="utf-8") as file:
+        if file.tell() == 0:
+            file.write(json.dumps(header | {"backend": generator.backend}, ensure_ascii=False) + "\n")
+        for at in range(0, len(problems), generator.problems_at_once):
+            batch = problems[at : at + generator.problems_at_once]
+            answers = generator.answer([(problem.number, problem.prompt) for problem in batch])
+            done = {}
+            for problem, own in zip(batch, answers, strict=True):
+                judged = [asdict(a) | {"correct": is_correct(problem.answer, a.text)} for a in own]
+                done[problem.number] = asdict(problem) | {"answers": judged}
+                file.write(json.dumps(done[problem.number], ensure_ascii=False) + "\n")
+            file.flush()
+            flush_to_disk(path)
+            yield done
+
+
 def _read_results(path: Path, header: dict[str, Any]) -> dict[int, dict[str, Any]]:
-    """Problem number → its line, of what an earlier call has finished. Cuts off a line that was being written when it ended."""
+    """Read the finished problems of an earlier call: problem number → its line. Truncates a partly written last line."""
     if not path.exists():
         return {}
     content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        os.truncate(path, len(whole))
+    complete = content[: content.rfind(b"\n") + 1]
+    if len(complete) < len(content):
+        os.truncate(path, len(complete))
     try:
-        lines = [json.loads(line) for line in whole.splitlines()]
+        lines = [json.loads(line) for line in complete.splitlines()]
         found = {line["number"]: line for line in lines[1:]}
         before = lines[0] if lines else header
     except (ValueError, KeyError, TypeError):
@@ -151,20 +160,20 @@ def _read_results(path: Path, header: dict[str, Any]) -> dict[int, dict[str, Any
     for key in ("format_version", "weights", "settings"):
         if before.get(key) != header[key]:
             raise DataError(
-                f"{path} holds answers with other {key}: {before.get(key)} there, {header[key]} now. Remove it, or choose another "
+                f"{path} was written with different {key}: {before.get(key)} there, {header[key]} now. Remove it, or choose another "
                 "--output."
             )
     return found
 
 
 def pairs(results: Sequence[Result]) -> list[tuple[Result, Result, Comparison]]:
-    """Every later model against the first."""
+    """Compare every model with the first."""
     first = results[0]
     return [(first, r, compare(first.correct, r.correct, (first.samples, r.samples))) for r in results[1:]]
 
 
 def table(results: Sequence[Result], ks: Sequence[int]) -> str:
-    """What the results come to, for people."""
+    """Format the results as a text table."""
     width = max(len(r.model.label) for r in results)
     lines = [f"{'':{width}}  " + "".join(f"{f'pass@{k}':^26}" for k in ks) + "cut off  tokens/answer"]
     for r in results:
@@ -185,6 +194,7 @@ def _percent(e: Estimate) -> str:
 
 
 def write_summary(path: Path, results: Sequence[Result], ks: Sequence[int], settings: dict[str, Any]) -> None:
+    """Write pass@k of every model and the comparisons as JSON."""
     summary = {
         "settings": settings,
         "problems": len(results[0].correct),
@@ -195,6 +205,4 @@ def write_summary(path: Path, results: Sequence[Result], ks: Sequence[int], sett
         },
         "comparisons": [{"from": a.model.label, "to": b.model.label} | asdict(c) for a, b, c in pairs(results)],
     }
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    write_json(path, summary)

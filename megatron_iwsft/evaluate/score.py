@@ -1,4 +1,4 @@
-"""What an exported model is worth, measured with `transformers` alone."""
+"""Negative log-likelihood of a corpus under an exported model, computed with `transformers` only."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megatron_iwsft.hf.transformers_models import hugging_face_logprobs, load_in
 
 @dataclass(frozen=True)
 class CorpusScore:
-    """nll: mean over `tokens` trained tokens of `trajectories`, nats."""
+    """nll: mean over the `tokens` trained tokens of all `trajectories`, in nats."""
 
     nll: float
     tokens: int
@@ -25,13 +25,13 @@ class CorpusScore:
 
 
 def score_corpus(model_directory: str | Path, corpus_directory: str | Path) -> CorpusScore:
-    """Negative log-likelihood of a corpus's trained tokens under a Hugging Face model, in fp32: training's `eval_nll`.
+    """Mean negative log-likelihood of a corpus's trained tokens under a Hugging Face model, in fp32: same as training's `eval_nll`.
 
-    Raises CheckpointError if transformers cannot load the model, DataError if the corpus was made with another tokenizer.
+    Raises CheckpointError if transformers cannot load the model, DataError if the corpus was tokenized with another tokenizer.
     """
     corpus = Corpus.open(corpus_directory)
     if load_tokenizer(model_directory).fingerprint != corpus.manifest["tokenizer"]["fingerprint"]:
-        raise DataError(f"{corpus_directory} was made with another tokenizer than {model_directory} has.")
+        raise DataError(f"{corpus_directory} was tokenized with a different tokenizer than that of {model_directory}.")
     model, _ = load_in_transformers(model_directory)
     total, count = 0.0, 0
     for i in tqdm(range(len(corpus)), desc="scoring", unit="trajectory", disable=None):

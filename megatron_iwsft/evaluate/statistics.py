@@ -1,4 +1,4 @@
-"""pass@k and how sure one can be of it; whether one model is better than another on the same problems."""
+"""pass@k with confidence intervals, and a paired test of two models on the same problems."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Estimate:
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:
-    """The unbiased estimate of the chance that one of k samples is correct, from `correct` of `samples`.
+    """Unbiased estimate of the probability that at least one of k samples is correct, from `correct` out of `samples`.
 
     1 − C(n−c, k) / C(n, k): Chen et al., arXiv 2107.03374, equation 1.
     """
@@ -32,11 +32,11 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
 
 
 def mean_pass_at_k(correct: Sequence[int], samples: int, k: int) -> Estimate:
-    """pass@k over problems, of which problem i was solved by correct[i] of `samples`.
+    """Mean pass@k over problems, where correct[i] of the `samples` answers to problem i are correct.
 
-    The interval is Wilson's, over problems as a sample of all such problems. Several samples narrow it as far as rates vary less
-    between problems than single successes would: Wilson's with n·p(1−p)/Var problems instead of n (the effective sample size of
-    surveys, Korn & Graubard 1998). Unlike the normal approximation it has a width where every problem failed.
+    The interval is Wilson's, treating the problems as a sample of all such problems. With several samples per problem, pass rates
+    vary less between problems than single outcomes do; the number of problems n is then replaced by the effective sample size
+    n·p(1−p)/Var (Korn & Graubard 1998). Unlike the normal approximation, its width is not 0 when every problem fails.
     """
     rates = np.array([pass_at_k(samples, c, k) for c in correct])
     n, p = len(rates), float(rates.mean())
@@ -53,9 +53,9 @@ def mean_pass_at_k(correct: Sequence[int], samples: int, k: int) -> Estimate:
 class Comparison:
     """Model b against model a on the same problems.
 
-    difference, low, high  of pass@1, b − a, with a 95 % interval from the paired standard error
-    p_value                of an exact two-sided test of no difference
-    better, worse, equal   problems
+    difference, low, high  pass@1 of b minus that of a, with a 95 % interval from the paired standard error
+    p_value                exact two-sided test of no difference
+    better, worse, equal   number of problems
     """
 
     difference: float
@@ -68,10 +68,10 @@ class Comparison:
 
 
 def compare(a: Sequence[int], b: Sequence[int], samples: tuple[int, int]) -> Comparison:
-    """a[i], b[i]: how many of samples[0], samples[1] answers to problem i were correct.
+    """Compare two models. a[i], b[i]: correct answers to problem i, out of samples[0] and samples[1].
 
-    The test: were the models alike, each problem's difference could as well have had the other sign. Every choice of signs is
-    counted, so it is exact; with one sample a problem it is McNemar's exact test.
+    The test is an exact sign-flip permutation test: under the null hypothesis, each problem's difference is equally likely to have
+    either sign. With one sample per problem it is McNemar's exact test.
     """
     common = math.lcm(*samples)
     counts = np.asarray(b) * (common // samples[1]) - np.asarray(a) * (common // samples[0])
@@ -90,9 +90,9 @@ def compare(a: Sequence[int], b: Sequence[int], samples: tuple[int, int]) -> Com
 
 
 def _sign_flip_p(sizes: np.ndarray, observed: int) -> float:
-    """P(|Σ ± sizes| ≥ observed) under fair signs. The distribution of the sum is built up one problem at a time."""
+    """P(|Σ ± sizes| ≥ observed) with random signs. Convolves the distribution of the sum, one problem at a time."""
     total = int(sizes.sum())
-    chances = np.zeros(2 * total + 1)  # of every sum from −total to total
+    chances = np.zeros(2 * total + 1)  # probability of every sum from −total to total
     chances[total] = 1.0
     for size in sizes.tolist():
         chances = 0.5 * (np.roll(chances, size) + np.roll(chances, -size))

@@ -1,1 +1,1 @@
-"""Experiments of the paper beyond language models."""
+"""The paper's experiments outside language modelling."""

@@ -1,4 +1,4 @@
-"""`Architecture`: what a Hugging Face `config.json` says, checked. Options that are not supported are refused by name."""
+"""`Architecture`: a model's dimensions and options, read from a Hugging Face `config.json`. Unsupported options raise an error."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from megatron_iwsft.hf.rope import Rope
 
 @dataclass(frozen=True)
 class Family:
-    """What a model_type implies beyond its config's numbers.
+    """What a model_type implies beyond the numbers in its config.
 
-    class_name     transformers' class, for export
+    class_name     class in transformers, for export
     qkv_bias       biases on the query, key and value projections
-    qk_norm        RMSNorm of every head's query and key
+    qk_norm        RMSNorm of each head's query and key
     experts        mixture of experts in every layer
-    window         sliding windows: "never", "always" (wherever sliding_window is set), or "by_layer" (with use_sliding_window)
-    head_dim       where the config is silent; None is hidden_size / num_attention_heads
-    kv_heads       where the config is silent; None is num_attention_heads
-    sliding_window where the config is silent
+    window         sliding windows: "never", "always" (if sliding_window is set), or "by_layer" (with use_sliding_window)
+    head_dim       default if the config does not set it; None means hidden_size / num_attention_heads
+    kv_heads       default if the config does not set it; None means num_attention_heads
+    sliding_window default if the config does not set it
     """
 
     class_name: str
@@ -45,7 +45,7 @@ FAMILIES = {
     "qwen3_moe": Family("Qwen3MoeForCausalLM", qk_norm=True, experts=True, kv_heads=4),
 }
 
-# Keys that say nothing about the computation, or nothing that training uses.
+# Keys that do not affect training.
 _NEUTRAL = frozenset(
     """
     _name_or_path architectures auto_map bos_token_id chunk_size_feed_forward dtype eos_token_id id2label initializer_range
@@ -70,7 +70,7 @@ _READ_OF_EXPERTS = frozenset(
 
 @dataclass(frozen=True)
 class Experts:
-    """A mixture of experts in every layer. normalize: the chosen experts' probabilities are scaled to add up to 1."""
+    """A mixture of experts in every layer. normalize: the probabilities of the chosen experts are rescaled to sum to 1."""
 
     count: int
     per_token: int
@@ -82,7 +82,7 @@ class Experts:
 class Architecture:
     """A decoder of a supported family: RMSNorm, SwiGLU, grouped-query attention, rotary positions.
 
-    windows  of each layer: how many tokens, itself included, a token attends to; None is all before it
+    windows  per layer: how many tokens, itself included, a token attends to; None is full causal attention
     hf       the complete Hugging Face config, for export
     """
 
@@ -109,7 +109,7 @@ class Architecture:
     def from_hf(config: dict[str, Any], *, where: str) -> Architecture:
         """Read a Hugging Face config. Raises CheckpointError naming the key that is missing, wrong or unsupported."""
         if not isinstance(config, dict):
-            raise CheckpointError(f"{where} must hold a JSON object; it holds {type(config).__name__}.")
+            raise CheckpointError(f"{where} must be a JSON object; found {type(config).__name__}.")
         name = config.get("model_type")
         if name not in FAMILIES:
             raise CheckpointError(
@@ -133,7 +133,7 @@ class Architecture:
         implied = family.head_dim if "head_dim" not in config else None
         if config.get("head_dim") is None and implied is None and hidden % heads:
             raise CheckpointError(
-                f"{where}: hidden_size {hidden} is not a multiple of num_attention_heads {heads}, and there is no head_dim."
+                f"{where}: hidden_size {hidden} is not a multiple of num_attention_heads {heads}, and head_dim is not set."
             )
         max_positions = keys.count("max_position_embeddings", default=2048)
         arch = Architecture(
@@ -160,7 +160,7 @@ class Architecture:
         return arch
 
     def _written_out(self, family: Family) -> dict[str, Any]:
-        """What the config left to defaults: those of another library version may differ."""
+        """Values that the config left to defaults, made explicit because defaults may differ between library versions."""
         for key in ("rope_theta", "rope_scaling"):
             self.hf.pop(key, None)
         return {
@@ -186,14 +186,14 @@ class Architecture:
         return Architecture.from_hf(config, where=str(path))
 
     def padded_vocab(self, tensor_parallel: int) -> int:
-        """Rows of the embedding: a multiple of 128, the same at every tensor-parallel degree that divides 128."""
+        """Rows of the embedding: padded to a multiple of 128, so equal for all tensor-parallel degrees that divide 128."""
         multiple = 128 if 128 % tensor_parallel == 0 else 128 * tensor_parallel
         return -(-self.vocab_size // multiple) * multiple
 
 
 @dataclass(frozen=True)
 class _Keys:
-    """Reads values of a config; every complaint names the file and the key."""
+    """Reads values from a config; every error names the file and the key."""
 
     config: dict[str, Any]
     where: str
@@ -202,7 +202,8 @@ class _Keys:
         unknown = sorted(set(self.config) - known)
         if unknown:
             raise CheckpointError(
-                f"{self.where}: {', '.join(unknown)} is not a key that this program knows for {family}, and it ignores none."
+                f"{self.where}: unsupported config {'key' if len(unknown) == 1 else 'keys'} for {family}: {', '.join(unknown)}. "
+                "Unknown keys are not ignored, because they may change the computation."
             )
 
     def refuse(self, condition: bool, what: str) -> None:
@@ -237,7 +238,7 @@ class _Keys:
         if not isinstance(kinds, list) or len(kinds) != layers:
             raise CheckpointError(f"{self.where}: layer_types must list {layers} layers; found {kinds!r}.")
         for kind in kinds:
-            self.refuse(kind not in ("full_attention", "sliding_attention"), f"an attention of type {kind!r}")
+            self.refuse(kind not in ("full_attention", "sliding_attention"), f"layer type {kind!r}")
         self.refuse("sliding_attention" in kinds and not wanted, "sliding_attention without use_sliding_window true")
         window = self.count("sliding_window", default=family.sliding_window) if "sliding_attention" in kinds else None
         return tuple(window if kind == "sliding_attention" else None for kind in kinds)

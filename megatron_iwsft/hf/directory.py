@@ -1,10 +1,9 @@
-"""Hugging Face model directories: read by slices, written one tensor at a time. Only safetensors; no remote code, no pickle."""
+"""Read Hugging Face model directories slice by slice and write them tensor by tensor. Safetensors only: no remote code, no pickle."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -18,6 +17,7 @@ from megatron_iwsft.errors import CheckpointError
 from megatron_iwsft.hf.architecture import Architecture
 from megatron_iwsft.hf.mapping import Span, shapes
 from megatron_iwsft.hf.safetensors import SafetensorsFile, write_safetensors
+from megatron_iwsft.utils.files import partial_path, publish, write_json
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -36,19 +36,19 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class TensorSource(Protocol):
-    """Where initial weights come from, by Hugging Face tensor name."""
+    """A source of weights, by Hugging Face tensor name."""
 
     architecture: Architecture
 
     def read(self, name: str, span: Span) -> Tensor:
-        """The part [start, stop) of tensor `name` along one dimension, on CPU."""
+        """Return the slice [start, stop) of tensor `name` along one dimension, on CPU."""
         ...
 
 
 class SafetensorsDirectory:
-    """A Hugging Face directory of (possibly sharded) safetensors files.
+    """A Hugging Face directory with one or several safetensors files.
 
-    Opening checks that every tensor of the architecture is there in the expected shape and that nothing is left over.
+    The constructor checks that every tensor of the architecture is present with the expected shape, and that there are no others.
     """
 
     def __init__(self, directory: str | Path) -> None:
@@ -60,23 +60,23 @@ class SafetensorsDirectory:
             try:
                 file = SafetensorsFile(self.directory / name)
             except FileNotFoundError:
-                raise CheckpointError(f"{self.directory / name} is missing; {_INDEX} names it.") from None
+                raise CheckpointError(f"{self.directory / name} is missing, but {_INDEX} lists it.") from None
             for tensor in file.shapes:
                 if tensor in self._file_of:
                     raise CheckpointError(
-                        f"{self.directory}: tensor {tensor} stands in two files, {self._file_of[tensor].path.name} and {name}."
+                        f"{self.directory}: tensor {tensor} is in two files, {self._file_of[tensor].path.name} and {name}."
                     )
                 self._file_of[tensor] = file
         for tensor, name in weight_map.items():
             if tensor not in self._file_of or self._file_of[tensor].path.name != name:
                 raise CheckpointError(
-                    f"{self.directory / _INDEX} says that {name} holds the tensor {tensor}, and it does not. Index and files "
-                    "are of different exports; get both again."
+                    f"{self.directory / _INDEX} lists tensor {tensor} in {name}, which does not contain it. The index and the files "
+                    "are from different exports; download or export both again."
                 )
         self._check({name: file.shapes[name] for name, file in self._file_of.items()})
 
     def _weight_map(self) -> dict[str, str]:
-        """Tensor → file, as the index says; empty where there is only one file."""
+        """Tensor name → file name, from the index; empty if there is a single file."""
         index = self.directory / _INDEX
         if index.exists():
             try:
@@ -85,18 +85,20 @@ class SafetensorsDirectory:
             except (ValueError, KeyError, TypeError, AttributeError):
                 weight_map, outside = {}, []
             if not weight_map:
-                raise CheckpointError(f"{index} is not a valid index: expected a weight_map of tensor names to files.")
+                raise CheckpointError(
+                    f"{index} is not a valid index: it must have a weight_map from tensor names to files."
+                )
             if outside:
                 raise CheckpointError(f"{index} names a file outside its directory: {outside[0]}.")
             return weight_map
         if (self.directory / _SINGLE).exists():
             return {}
-        raise CheckpointError(f"{self.directory} has neither {_SINGLE} nor {_INDEX}. Only safetensors are read.")
+        raise CheckpointError(f"{self.directory} has neither {_SINGLE} nor {_INDEX}. Only safetensors is supported.")
 
     def _check(self, found: dict[str, tuple[int, ...]]) -> None:
         expected = shapes(self.architecture)
         if self.architecture.tied:
-            found.pop("lm_head.weight", None)  # some writers store the tied copy
+            found.pop("lm_head.weight", None)  # some exporters store the tied weight twice
         for name in list(found):
             if name.endswith("rotary_emb.inv_freq"):
                 del found[name]
@@ -110,7 +112,7 @@ class SafetensorsDirectory:
         extra = sorted(set(found) - set(expected))
         if extra:
             raise CheckpointError(
-                f"{self.directory}: tensor {extra[0]} has no place in a {self.architecture.family} model."
+                f"{self.directory}: unexpected tensor {extra[0]}, which a {self.architecture.family} model does not have."
             )
 
     def read(self, name: str, span: Span) -> Tensor:
@@ -118,7 +120,7 @@ class SafetensorsDirectory:
 
 
 class ReadingProgress:
-    """A source that shows how far reading has come, on a terminal. total: elements that will be read, or a few more."""
+    """A source that shows a progress bar on a terminal. total: number of elements to read, or slightly more."""
 
     def __init__(self, source: TensorSource, total: int, *, shown: bool) -> None:
         self.architecture = source.architecture
@@ -131,15 +133,15 @@ class ReadingProgress:
         return part
 
     def close(self) -> None:
-        self._bar.update((self._bar.total or 0) - self._bar.n)  # what padding adds is not read
+        self._bar.update((self._bar.total or 0) - self._bar.n)  # padding is in the total but is not read
         self._bar.close()
 
 
 class RandomInit:
-    """Random weights that depend on the seed and a tensor's name alone, so on no layout.
+    """Random weights that depend only on the seed and the tensor's name, and so not on the parallel layout.
 
-    Normal with the config's initializer_range; output projections of each block scaled by 1/√(2·layers), as Megatron does;
-    norms one, biases zero.
+    Normal with std initializer_range, divided by √(2·layers) for the output projections of each block (as in Megatron); norms are 1,
+    biases 0.
     """
 
     def __init__(self, architecture: Architecture, seed: int) -> None:
@@ -149,22 +151,22 @@ class RandomInit:
     def read(self, name: str, span: Span) -> Tensor:
         shape = self._shapes[name]
         if name.endswith(".bias"):
-            whole = torch.zeros(shape)
+            full = torch.zeros(shape)
         elif name.endswith("norm.weight"):
-            whole = torch.ones(shape)
+            full = torch.ones(shape)
         else:
             digest = hashlib.sha256(f"{self._seed}/{name}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
             std = self.architecture.init_std
             if name.endswith(("o_proj.weight", "down_proj.weight")):
                 std /= (2 * self.architecture.num_layers) ** 0.5
-            whole = torch.randn(shape, generator=generator) * std
+            full = torch.randn(shape, generator=generator) * std
         dim, start, stop = span
-        return whole.narrow(dim, start, stop - start)
+        return full.narrow(dim, start, stop - start)
 
 
 def tokenizer_files(directory: Path) -> list[Path]:
-    """The tokenizer's files that lie in `directory`, and with them how to generate; none if there is no tokenizer."""
+    """The tokenizer files in `directory` and the generation config; an empty list if there is no tokenizer."""
     found = [directory / name for name in _TOKENIZER_FILES if (directory / name).exists()]
     return found + [path for path in [directory / GENERATION] if found and path.exists()]
 
@@ -179,15 +181,15 @@ def write_directory(
     finish: Callable[[Path], None] = lambda partial: None,
     shard_bytes: int = 4 * 2**30,
 ) -> None:
-    """Write a Hugging Face directory, holding one tensor at a time.
+    """Write a Hugging Face directory, with one tensor in memory at a time.
 
-    read(name) returns a whole tensor; `names` gives the order in which it is asked, best such that tensors of one parameter
-    follow each other. finish(directory) adds what is not weights. The directory appears under its name only once complete.
+    read(name) returns the full tensor. It is called in the order of `names`; tensors of one parameter should be adjacent.
+    finish(directory) writes the other files. The directory gets its name only once it is complete.
     Raises CheckpointError if `output` exists or cannot be written.
     """
     if output.exists():
         raise CheckpointError(f"{output} already exists. Remove it, or choose another output directory.")
-    partial = output.with_name(f".{output.name}.partial")
+    partial = partial_path(output.with_name(f".{output.name}"))
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
@@ -198,11 +200,13 @@ def write_directory(
                 write_safetensors(partial / file, tensors, read, dtype, written=bar.update)
         if len(files) > 1:
             weight_map = {name: file for file, tensors in files.items() for name in tensors}
-            write_json(partial / _INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            write_json(partial / _INDEX, index, indent=2, sort_keys=True)
         config = {k: v for k, v in architecture.hf.items() if k not in ("torch_dtype", "dtype", "_name_or_path")}
-        write_json(partial / "config.json", {**config, "dtype": str(dtype).removeprefix("torch.")})
+        config["dtype"] = str(dtype).removeprefix("torch.")
+        write_json(partial / "config.json", config, indent=2, sort_keys=True)
         finish(partial)
-        os.replace(partial, output)
+        publish(partial, output)
     except OSError as error:
         raise CheckpointError(f"cannot write {output}: {error.strerror} ({error.filename or output}).") from None
     finally:
@@ -212,7 +216,7 @@ def write_directory(
 def _plan_files(
     names: Iterable[str], all_shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, shard_bytes: int
 ) -> dict[str, dict[str, tuple[int, ...]]]:
-    """File name → its tensors and their shapes, of at most `shard_bytes` unless a single tensor is larger."""
+    """File name → its tensors and their shapes. A file has at most `shard_bytes`, unless a single tensor is larger."""
     groups: list[dict[str, tuple[int, ...]]] = [{}]
     used = 0
     for name in names:
@@ -225,7 +229,3 @@ def _plan_files(
     if len(groups) == 1:
         return {_SINGLE: groups[0]}
     return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, 1)}
-
-
-def write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,11 +1,11 @@
-"""Which Hugging Face tensors make up each Megatron-Core parameter. One table, read in both directions.
+"""Weight mapping between Megatron-Core parameters and Hugging Face tensors: one table for import and export.
 
-Megatron's fused layouts, of one tensor-parallel rank or of the whole (the rows of every rank are contiguous in each source):
+Megatron's fused layouts, for one tensor-parallel rank or the full parameter (a rank's rows are contiguous in each source):
 
     linear_qkv   for each KV group g:  [ query heads of g · head_dim | key of g | value of g ]   rows
     linear_fc1                         [ gate | up ]                                             rows
     embedding, output layer            vocabulary rows, zeros from vocab_size to the padded size
-    experts                            every expert's linear_fc1 (linear_fc2), stacked; never cut by tensor parallelism
+    experts                            every expert's linear_fc1 (linear_fc2), stacked; never split by tensor parallelism
 
 Pure tensor functions: no Megatron-Core, no collectives.
 """
@@ -25,22 +25,22 @@ Span = tuple[int, int, int]  # (dimension, start, stop)
 
 
 class ParameterLayout(Protocol):
-    """How the Hugging Face tensors of one parameter are cut over `size` tensor-parallel ranks and joined."""
+    """How the Hugging Face tensors of one parameter are sharded over `size` tensor-parallel ranks and joined."""
 
     def spans(self, shapes: list[tuple[int, ...]], rank: int, size: int) -> list[Span]:
-        """The part of each Hugging Face tensor that `rank` needs."""
+        """The slice of each Hugging Face tensor that `rank` needs."""
         ...
 
     def join(self, parts: list[Tensor], rank: int, size: int) -> Tensor:
-        """One rank's Megatron parameter from the parts that `spans` named (with size 1 the whole one)."""
+        """Build one rank's Megatron parameter from the slices of `spans` (the full parameter if size is 1)."""
         ...
 
     def unshard(self, shards: list[Tensor]) -> Tensor:
-        """The whole Megatron parameter from every rank's, in rank order."""
+        """Build the full Megatron parameter from the shards of all ranks, in rank order."""
         ...
 
-    def split(self, whole: Tensor) -> list[Tensor]:
-        """The Hugging Face tensors from the whole Megatron parameter."""
+    def split(self, full: Tensor) -> list[Tensor]:
+        """Split the full Megatron parameter into its Hugging Face tensors."""
         ...
 
 
@@ -57,13 +57,13 @@ class Replicated:
     def unshard(self, shards: list[Tensor]) -> Tensor:
         return shards[0]
 
-    def split(self, whole: Tensor) -> list[Tensor]:
-        return [whole]
+    def split(self, full: Tensor) -> list[Tensor]:
+        return [full]
 
 
 @dataclass(frozen=True)
 class Split:
-    """Cut evenly along `dim`: 0 for column-parallel layers, 1 for row-parallel ones."""
+    """Split evenly along `dim`: 0 for column-parallel layers, 1 for row-parallel ones."""
 
     dim: int
 
@@ -77,13 +77,13 @@ class Split:
     def unshard(self, shards: list[Tensor]) -> Tensor:
         return torch.cat(shards, dim=self.dim)
 
-    def split(self, whole: Tensor) -> list[Tensor]:
-        return [whole]
+    def split(self, full: Tensor) -> list[Tensor]:
+        return [full]
 
 
 @dataclass(frozen=True)
 class GateUp:
-    """[gate | up], each cut along its rows."""
+    """[gate | up], each split along its rows."""
 
     def spans(self, shapes: list[tuple[int, ...]], rank: int, size: int) -> list[Span]:
         step = shapes[0][0] // size
@@ -95,16 +95,16 @@ class GateUp:
     def unshard(self, shards: list[Tensor]) -> Tensor:
         return torch.cat([shard.chunk(2)[half] for half in (0, 1) for shard in shards])
 
-    def split(self, whole: Tensor) -> list[Tensor]:
-        gate, up = whole.chunk(2)
+    def split(self, full: Tensor) -> list[Tensor]:
+        gate, up = full.chunk(2)
         return [gate, up]
 
 
 @dataclass(frozen=True)
 class QKV:
-    """Query, key and value interleaved by KV group; weights [rows, H] and biases [rows] alike.
+    """Query, key and value interleaved by KV group; for weights [rows, H] and biases [rows].
 
-    With fewer groups than ranks a group's rows are cut evenly over the ranks that share it, as Megatron-Core does.
+    If there are fewer groups than ranks, a group's rows are split evenly over the ranks that share it, as in Megatron-Core.
     """
 
     heads: int
@@ -135,16 +135,16 @@ class QKV:
     def unshard(self, shards: list[Tensor]) -> Tensor:
         return torch.cat(shards)
 
-    def split(self, whole: Tensor) -> list[Tensor]:
-        rest = whole.shape[1:]
+    def split(self, full: Tensor) -> list[Tensor]:
+        rest = full.shape[1:]
         query_rows = (self.heads // self.groups) * self.head_dim
-        parts = whole.reshape(self.groups, -1, *rest).split([query_rows, self.head_dim, self.head_dim], dim=1)
+        parts = full.reshape(self.groups, -1, *rest).split([query_rows, self.head_dim, self.head_dim], dim=1)
         return [p.reshape(-1, *rest) for p in parts]
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Rows cut evenly over the ranks after padding with zeros to `padded`."""
+    """Rows split evenly over the ranks after zero-padding to `padded`."""
 
     size: int
     padded: int
@@ -155,7 +155,7 @@ class Vocabulary:
 
     def join(self, parts: list[Tensor], rank: int, size: int) -> Tensor:
         rows = self.padded // size
-        if parts[0].shape[0] == rows:  # the largest tensor there is: not copied without need
+        if parts[0].shape[0] == rows:  # avoid a copy: this is the model's largest tensor
             return parts[0]
         out = parts[0].new_zeros(rows, *parts[0].shape[1:])
         out[: parts[0].shape[0]] = parts[0]
@@ -164,19 +164,19 @@ class Vocabulary:
     def unshard(self, shards: list[Tensor]) -> Tensor:
         return torch.cat(shards)
 
-    def split(self, whole: Tensor) -> list[Tensor]:
-        return [whole[: self.size]]
+    def split(self, full: Tensor) -> list[Tensor]:
+        return [full[: self.size]]
 
 
 @dataclass(frozen=True)
 class PerExpert:
-    """Every expert's parameter, stacked along a new first dimension. A rank holds whole experts, each a parameter of its own."""
+    """The parameter of all experts, stacked along a new first dimension. A rank holds complete experts, as separate parameters."""
 
     count: int
     of_one: ParameterLayout
 
     def one(self, row: Mapping, expert: int) -> Mapping:
-        """The mapping of a single expert's parameter."""
+        """The mapping of one expert's parameter."""
         size = len(row.hf) // self.count
         return Mapping(row.megatron, row.hf[expert * size : (expert + 1) * size], self.of_one)
 
@@ -190,16 +190,16 @@ class PerExpert:
     def unshard(self, shards: list[Tensor]) -> Tensor:
         return shards[0]
 
-    def split(self, whole: Tensor) -> list[Tensor]:
-        return [part for expert in whole for part in self.of_one.split(expert)]
+    def split(self, full: Tensor) -> list[Tensor]:
+        return [part for expert in full for part in self.of_one.split(expert)]
 
 
 @dataclass(frozen=True)
 class Mapping:
-    """One row of the table. Names hold `{}` where the layer's number goes.
+    """One row of the table. `{}` in a name stands for the layer number.
 
-    megatron  the parameter's name in a checkpoint (and in the Transformer Engine model)
-    hf        the Hugging Face tensors it is made of
+    megatron  name of the parameter in a checkpoint (and in the Transformer Engine model)
+    hf        names of the Hugging Face tensors that it consists of
     """
 
     megatron: str
@@ -208,7 +208,7 @@ class Mapping:
 
 
 def table(arch: Architecture, *, tensor_parallel: int = 1) -> list[Mapping]:
-    """The mappings of a model. A tied output layer has no row: it is the embedding."""
+    """The mapping table of a model. A tied output layer has no row, because it is the embedding."""
     vocabulary = Vocabulary(arch.vocab_size, arch.padded_vocab(tensor_parallel))
     qkv = QKV(arch.num_heads, arch.num_groups, arch.head_dim)
     layer, hf_layer = "decoder.layers.{}.", "model.layers.{}."
@@ -262,7 +262,7 @@ def _feed_forward(arch: Architecture, in_layer: Callable[..., Mapping]) -> list[
 
 
 def shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
-    """Hugging Face tensor name → shape, for every tensor of a model, in a fixed order."""
+    """Hugging Face tensor name → shape, for every tensor of the model, in a fixed order."""
     query, kv = arch.num_heads * arch.head_dim, arch.num_groups * arch.head_dim
     ffn = arch.experts.ffn_size if arch.experts else arch.ffn_size
     by_suffix = {
@@ -281,7 +281,7 @@ def shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
         "up_proj.weight": (ffn, arch.hidden_size),
         "down_proj.weight": (arch.hidden_size, ffn),
         "mlp.gate.weight": (arch.experts.count if arch.experts else 0, arch.hidden_size),
-        "norm.weight": (arch.hidden_size,),  # last: also the end of both layernorms' names
+        "norm.weight": (arch.hidden_size,),  # last, because it is a suffix of the layernorms' names too
     }
     out = {}
     for _, name in named_rows(arch):
@@ -291,7 +291,7 @@ def shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
 
 
 def named_rows(arch: Architecture, *, tensor_parallel: int = 1) -> list[tuple[str, Mapping]]:
-    """Every parameter of a whole model: (checkpoint name, its mapping with the layer's number filled in)."""
+    """Every parameter of a model: (checkpoint name, mapping with the layer number filled in)."""
     out = []
     for row in table(arch, tensor_parallel=tensor_parallel):
         for layer in range(arch.num_layers) if "{}" in row.megatron else (0,):

@@ -1,4 +1,4 @@
-"""What a Hugging Face directory holds beside weights: tokenizer, chat template, how to generate, and where it all comes from."""
+"""Write the files of a Hugging Face directory other than weights and config: tokenizer, chat template, generation config, model card."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from megatron_iwsft.data.chat_template import ChatTemplate
 from megatron_iwsft.data.tokenizer import load_tokenizer
 from megatron_iwsft.errors import CheckpointError, DataError
 from megatron_iwsft.hf.architecture import Architecture
-from megatron_iwsft.hf.directory import GENERATION, write_json
+from megatron_iwsft.hf.directory import GENERATION
+from megatron_iwsft.utils.files import write_json, write_text
 from megatron_iwsft.version import __version__
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where weights come from. config: the run's, resolved; corpus: fingerprint of what was trained on."""
+    """How the weights were trained. config: the run's resolved config; corpus: fingerprint of the training corpus."""
 
     step: int
     config: dict[str, Any]
@@ -27,8 +28,8 @@ class Provenance:
 
 
 @dataclass(frozen=True)
-class Companions:
-    """The files that go with weights. chat_template replaces the tokenizer's own where it is not None."""
+class SupportingFiles:
+    """The files that go with exported weights. chat_template: replaces the tokenizer's own template, unless None."""
 
     tokenizer_files: list[Path]
     provenance: Provenance
@@ -38,21 +39,21 @@ class Companions:
         for file in self.tokenizer_files:
             shutil.copyfile(file, directory / file.name)
         if self.chat_template is not None:
-            (directory / "chat_template.jinja").write_text(self.chat_template, encoding="utf-8")
-        write_json(directory / GENERATION, _generation_config(directory, architecture))
-        (directory / "README.md").write_text(_model_card(self.provenance), encoding="utf-8")
+            write_text(directory / "chat_template.jinja", self.chat_template)
+        write_json(directory / GENERATION, _generation_config(directory, architecture), indent=2, sort_keys=True)
+        write_text(directory / "README.md", _model_card(self.provenance))
 
 
 def _generation_config(directory: Path, architecture: Architecture) -> dict[str, Any]:
-    """The base model's, where there is one, with every token that ends an answer among those that stop generation.
+    """The base model's generation config, with every token that ends an answer added to `eos_token_id`.
 
-    A base model's own list knows end-of-text only; trained under a chat template, the model ends its turns with another token.
+    A base model lists only end-of-text; a model trained with a chat template ends its turns with another token.
     """
     path = directory / GENERATION
     try:
         config = dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
     except (ValueError, TypeError):
-        raise CheckpointError(f"{path.name} of the base model is not a JSON object.") from None
+        raise CheckpointError(f"the base model's {path.name} is not a JSON object.") from None
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if config.get(key) is None and architecture.hf.get(key) is not None:
             config[key] = architecture.hf[key]
@@ -65,7 +66,7 @@ def _generation_config(directory: Path, architecture: Architecture) -> dict[str,
 
 
 def _turn_ends(directory: Path) -> list[int]:
-    """Ids of the end-of-text token and of the token that ends an assistant's turn under the chat template, if there are any."""
+    """Ids of the end-of-text token and of the token that ends an assistant turn in the chat template, if there are any."""
     try:
         tokenizer = load_tokenizer(directory)
     except DataError:
@@ -100,7 +101,7 @@ def _model_card(provenance: Provenance) -> str:
 
 
 def _objective(objective: dict[str, Any]) -> str | None:
-    """`iw_sft (level sequence, temperature 1.0, …)`: all that defines it."""
+    """`iw_sft (level sequence, temperature 1.0, …)`: the objective with all its settings."""
     if not objective:
         return None
     relevant = {k: v for k, v in objective.items() if k != "name" and v is not None}

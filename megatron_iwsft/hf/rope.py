@@ -1,7 +1,7 @@
-"""Rotary positions: the frequencies of every scaling that the supported families use.
+"""Rotary position embeddings (RoPE): the frequencies for every scaling type that the supported families use.
 
 Sources: linear interpolation (arXiv 2306.15595), YaRN (arXiv 2309.00071, section 3), Llama 3.1's scaling by wavelength. The keys are
-those of a Hugging Face config's `rope_parameters` (before transformers 5 `rope_scaling` and `rope_theta`).
+those of `rope_parameters` in a Hugging Face config (`rope_scaling` and `rope_theta` before transformers 5).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from megatron_iwsft.errors import CheckpointError
 if TYPE_CHECKING:
     from torch import Tensor
 
-# kind → (parameters that must be given, those that may be)
+# kind → (required parameters, optional parameters)
 _PARAMETERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "default": ((), ()),
     "linear": (("factor",), ()),
@@ -37,7 +37,7 @@ _PARAMETERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 @dataclass(frozen=True)
 class Rope:
-    """theta: base of the wavelengths; kind and parameters: the scaling."""
+    """theta: base of the frequencies; kind, parameters: the scaling type and its settings."""
 
     theta: float
     kind: str = "default"
@@ -45,7 +45,7 @@ class Rope:
 
     @staticmethod
     def from_hf(config: dict[str, Any], *, max_positions: int, where: str) -> Rope:
-        """Read a Hugging Face config. Raises CheckpointError naming what is missing, wrong or unsupported."""
+        """Read a Hugging Face config. Raises CheckpointError naming the key that is missing, wrong or unsupported."""
         given: dict[str, Any] = {}
         for key in ("rope_scaling", "rope_parameters"):
             if not isinstance(config.get(key) or {}, dict):
@@ -67,7 +67,7 @@ class Rope:
                 raise CheckpointError(f"{where}: rope type {kind} needs {key}.")
         for key, value in {"rope_theta": theta, **given}.items():
             if key != "rope_theta" and key not in (*required, *optional):
-                raise CheckpointError(f"{where}: {key} is not a key that this program knows for rope type {kind}.")
+                raise CheckpointError(f"{where}: unsupported config key for rope type {kind}: {key}.")
             if not isinstance(value, int | float) or (isinstance(value, bool) and key != "truncate"):
                 raise CheckpointError(f"{where}: {key} must be a number; found {value!r}.")
         if "original_max_position_embeddings" in optional:
@@ -79,8 +79,8 @@ class Rope:
         return {"rope_type": self.kind, "rope_theta": self.theta, **self.parameters}
 
     def inverse_frequencies(self, head_dim: int) -> Tensor:
-        """Radians a position advances each pair of dimensions by: float32 [head_dim / 2]."""
-        import torch  # here: a config is read, and a layout searched, without it
+        """Rotation of each pair of dimensions in radians per position: float32 [head_dim / 2]."""
+        import torch  # here: configs are read, and layouts searched, without it
 
         plain = 1.0 / (self.theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim))
         if self.kind == "linear":
@@ -93,7 +93,7 @@ class Rope:
 
     @property
     def attention_factor(self) -> float:
-        """What queries and keys are each scaled by after rotation (YaRN's temperature; 1 elsewhere)."""
+        """Factor by which queries and keys are each scaled after rotation (YaRN's temperature; 1 for other types)."""
         if self.kind != "yarn":
             return 1.0
         p = self.parameters
@@ -108,15 +108,15 @@ class Rope:
         return temperature(1.0)
 
     def _llama3(self, plain: Tensor) -> Tensor:
-        """Long wavelengths are stretched by `factor`, short ones kept, those between interpolated."""
+        """Stretch long wavelengths by `factor`, keep short ones, interpolate in between."""
         p = self.parameters
-        # How many times a wavelength fits into the original context.
+        # Number of wavelengths in the original context.
         turns = p["original_max_position_embeddings"] * plain / (2 * math.pi)
         keep = ((turns - p["low_freq_factor"]) / (p["high_freq_factor"] - p["low_freq_factor"])).clamp(0.0, 1.0)
         return (1 - keep) * plain / p["factor"] + keep * plain
 
     def _yarn(self, head_dim: int) -> Tensor:
-        """Dimensions that turn often are kept, those that turn seldom interpolated, a linear ramp between."""
+        """Keep high-frequency dimensions, interpolate low-frequency ones, with a linear ramp in between."""
         import torch
 
         p = self.parameters

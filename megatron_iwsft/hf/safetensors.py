@@ -1,7 +1,7 @@
-"""The safetensors format: header length (u64), a JSON header, then every tensor's bytes end to end.
+"""Read and write safetensors files: header length (u64), a JSON header, then the tensors' bytes one after another.
 
-Read by slices into memory of one's own, where the usual library maps the whole file: mapped pages would count towards each
-rank's memory, up to the size of the model. Written one block of rows at a time.
+Slices are read into ordinary memory. The `safetensors` library maps the whole file instead, and mapped pages count towards each
+rank's memory, up to the size of the model. Tensors are written in blocks of rows.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_iwsft.errors import CheckpointError
+from megatron_iwsft.utils.files import atomic_write
 
 _DTYPES = {
     "F64": torch.float64,
@@ -29,20 +30,20 @@ _DTYPES = {
     "BOOL": torch.bool,
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-_MAX_HEADER = 100_000_000  # the format's own limit
+_MAX_HEADER = 100_000_000  # limit set by the format
 _BLOCK = 1 << 24
 
 
 class SafetensorsFile:
-    """One open file. Raises CheckpointError if it is missing, truncated or not of this format.
+    """An open safetensors file. Raises FileNotFoundError if it is missing, CheckpointError if it is truncated or not valid.
 
-    shapes  tensor name → shape, of every tensor in the file
+    shapes  tensor name → shape, for every tensor in the file
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - open as long as the object lives
+            self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - stays open for the lifetime of this object
             size = os.fstat(self._file.fileno()).st_size
             self._header, self._start = self._read_header(size)
         except FileNotFoundError:
@@ -55,27 +56,27 @@ class SafetensorsFile:
         return CheckpointError(f"{self.path} cannot be read as safetensors: {why}. Download or export it again.")
 
     def _read_header(self, size: int) -> tuple[dict[str, Any], int]:
-        """The tensors' entries, checked against the file's size, and where their bytes begin."""
+        """The entries of all tensors, checked against the file size, and the offset of the first tensor's bytes."""
         head = self._file.read(8)
         length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
         if length > min(size - 8, _MAX_HEADER):
-            raise ValueError(f"its {size} bytes do not hold the header that they announce")
+            raise ValueError(f"its {size} bytes are too few for the header length it declares")
         header = json.loads(self._file.read(length))
         header.pop("__metadata__", None)
         end = 0
         for name, entry in header.items():
             if entry["dtype"] not in _DTYPES:
-                raise ValueError(f"tensor {name} is of type {entry['dtype']}; known are {', '.join(_DTYPES)}")
+                raise ValueError(f"tensor {name} has dtype {entry['dtype']}; supported are {', '.join(_DTYPES)}")
             begin, stop = entry["data_offsets"]
             if stop - begin != torch.Size(entry["shape"]).numel() * _DTYPES[entry["dtype"]].itemsize or begin < 0:
-                raise ValueError(f"tensor {name} does not fit its place")
+                raise ValueError(f"the data offsets of tensor {name} do not match its shape and dtype")
             end = max(end, stop)
         if 8 + length + end != size:
-            raise ValueError(f"it has {size} bytes, its header announces {8 + length + end}")
+            raise ValueError(f"it has {size} bytes, but its header declares {8 + length + end}")
         return header, 8 + length
 
     def read(self, name: str, dim: int, start: int, stop: int) -> Tensor:
-        """The part [start, stop) of a tensor along dimension 0 or 1, on CPU, in the file's dtype. Reads nothing else."""
+        """Read the slice [start, stop) of a tensor along dimension 0 or 1, on CPU, in the file's dtype, and nothing else."""
         entry = self._header[name]
         dtype, shape = _DTYPES[entry["dtype"]], list(entry["shape"])
         row = torch.Size(shape[dim + 1 :]).numel() * dtype.itemsize  # bytes of one index along `dim`
@@ -88,17 +89,17 @@ class SafetensorsFile:
             rows, length = 1, length * rows
         if length == 0:
             return out
-        # One copy at most: the file's bytes go straight to the tensor.
+        # The file's bytes go directly into the tensor's memory, without a further copy.
         target = memoryview(out.view(-1).view(torch.uint8).numpy())
         for i in range(rows):
             self._read_at(target[i * length : (i + 1) * length], at + i * stride)
         return out
 
     def _read_at(self, target: memoryview, at: int) -> None:
-        while target:  # the kernel gives at most 2 GiB at once
+        while target:  # one call reads at most 2 GiB
             got = os.preadv(self._file.fileno(), [target], at)
             if got == 0:
-                raise self._damaged("it has become shorter since it was opened")
+                raise self._damaged("it became shorter after it was opened")
             target, at = target[got:], at + got
 
 
@@ -110,9 +111,9 @@ def write_safetensors(
     *,
     written: Callable[[int], object] = lambda size: None,
 ) -> None:
-    """Write the tensors of `shapes` in that order, each asked for once by `read`; `written` hears of bytes as they go.
+    """Write the tensors of `shapes` in that order. `read` is called once per tensor; `written` gets the bytes of each block.
 
-    Raises CheckpointError if a tensor has another shape.
+    Raises CheckpointError if a tensor does not have the shape given in `shapes`.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     at = 0
@@ -122,24 +123,20 @@ def write_safetensors(
         at += size
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
-    with open(path, "wb") as file:
+    with atomic_write(path, "wb") as file:
         file.write(struct.pack("<Q", len(encoded)) + encoded)
         for name, shape in shapes.items():
             tensor = read(name)
             if tuple(tensor.shape) != shape:
-                raise CheckpointError(
-                    f"tensor {name} has shape {tuple(tensor.shape)} where the config implies {shape}."
-                )
+                raise CheckpointError(f"tensor {name} has shape {tuple(tensor.shape)}, but the config implies {shape}.")
             for block in _row_blocks(tensor):
                 data = block.to("cpu", dtype).contiguous().view(-1).view(torch.uint8).numpy()
                 file.write(data.data)
                 written(len(data))
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _row_blocks(tensor: Tensor) -> Iterable[Tensor]:
-    """Blocks of some 16 MB, so that no conversion needs a second copy of the whole."""
+    """Blocks of about 16 MB, so that the dtype conversion never copies the full tensor."""
     if tensor.ndim == 0:
         return [tensor]
     row = max(1, tensor[:1].numel() * tensor.element_size())

@@ -1,4 +1,4 @@
-"""Floating-point operations of a model's matrix products, for utilisation. Pure arithmetic."""
+"""FLOPs of a model's matmuls, to compute model-FLOPs utilisation (MFU)."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from megatron_iwsft.hf.architecture import Architecture
 
 
 def forward_flops(arch: Architecture, lengths: np.ndarray, trained: int) -> float:
-    """Of one forward pass over trajectories of `lengths` tokens, 2 for each multiply-add.
+    """FLOPs of one forward pass over trajectories of `lengths` tokens, 2 per multiply-add.
 
-    Attention counts the pairs that a token may attend to, within its own trajectory; the vocabulary projection counts the `trained`
-    positions alone; a mixture of experts counts the experts chosen. Padding, norms, softmax and rotation count nothing.
+    Attention counts only the (query, key) pairs within a trajectory that the causal mask allows, the vocabulary projection only the
+    `trained` positions, a mixture of experts only the chosen experts. Padding, norms, softmax and rotary embeddings are not counted.
     """
     lengths = np.asarray(lengths, np.float64)
     attention = arch.num_heads * arch.head_dim
@@ -27,11 +27,11 @@ def forward_flops(arch: Architecture, lengths: np.ndarray, trained: int) -> floa
 
 
 def training_flops(arch: Architecture, lengths: np.ndarray, trained: int) -> float:
-    """Of forward and backward, 3 × forward (arXiv 2104.04473, appendix); what is recomputed does not count."""
+    """FLOPs of forward and backward: 3 × forward (arXiv 2104.04473, appendix). Recomputation is not counted."""
     return 3 * forward_flops(arch, lengths, trained)
 
 
 def _pairs(lengths: np.ndarray, window: int | None) -> float:
-    """Σ over tokens of how many tokens, itself included, it attends to."""
+    """Number of (query, key) pairs: the sum over tokens of how many tokens, itself included, each attends to."""
     seen = lengths if window is None else np.minimum(lengths, window)
     return float((seen * (seen + 1) / 2 + (lengths - seen) * seen).sum())

@@ -1,14 +1,14 @@
-"""Mixture of experts: Megatron-Core's layers, with a balance loss that is the same at every layout.
+"""Mixture of experts: Megatron-Core's layers with a load-balancing loss that is the same for every parallel layout.
 
-Megatron-Core's own auxiliary losses are means over whatever one micro-batch holds, padding included, so they change with packing,
-micro-batch size and data parallelism. This one belongs to a trajectory: with n trained tokens of it, E experts, K of them
-chosen a token, p_te the router's softmax and c_te 1 where e is chosen for t,
+Megatron-Core's auxiliary losses are means over one micro-batch, padding included, so they depend on packing, micro-batch size and
+data parallelism. This loss is defined per trajectory i: with n trained tokens, E experts, K chosen experts per token, p_te the
+router's softmax, and c_te = 1 if expert e is chosen for token t (else 0),
 
-    B_i = E / (K n²) · Σ_e (Σ_t c_te) (Σ_t p_te)          1 where perfectly balanced
+    B_i = E / (K n²) · Σ_e (Σ_t c_te) (Σ_t p_te)          1 if perfectly balanced
 
-(the sequence-wise form of DeepSeek-V3, arXiv 2412.19437, section 2.1.2). The run's loss gains
+(the sequence-wise loss of DeepSeek-V3, arXiv 2412.19437, section 2.1.2). The loss added to the objective is
 coefficient · (1/N) Σ_layers Σ_i u_i B_i, where u_i is n for `normalize: tokens` and 1 for `sequences`: a mean over the same units as
-the objective's, untouched by importance weights and quality.
+the objective, without importance or quality weights.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from megatron_iwsft.data.batch import Batch
 
 @dataclass(frozen=True)
 class Balance:
-    """What the routers need of one micro-batch, and where they leave their loss.
+    """The routers' inputs for one micro-batch, and the accumulator of their loss.
 
     mask float32 [T], segment int64 [T], lengths float32 [S]: as in `Batch`
     unit  float32 [S]  u_i
-    total float64 []   grows by Σ_i u_i B_i of every layer: this rank's part of it
+    total float64 []   each layer adds this rank's part of Σ_i u_i B_i
     """
 
     coefficient: float
@@ -46,25 +46,25 @@ class Balance:
 
     @staticmethod
     def of(batch: Batch, *, coefficient: float, per_token: bool, total: Tensor) -> Balance:
-        """per_token: u_i is the number of trained tokens, else 1."""
+        """per_token: if true, u_i is the number of trained tokens, else 1."""
         unit = batch.lengths if per_token else (batch.lengths > 0).float()
         return Balance(coefficient, batch.mask, batch.segment, batch.lengths, unit, total)
 
 
 @dataclass
 class PackedRow(PackedSeqParams):
-    """Megatron-Core's description of a packed row, which reaches every layer (also when it is recomputed), and our `balance`."""
+    """Megatron-Core's packed-sequence parameters with our `balance`: these reach every layer, also during recomputation."""
 
     balance: Balance | None = None
 
     @cached_property
     def boundaries(self) -> tuple[int, ...]:
-        """`cu_seqlens_q` on the host: attention waits for a GPU once a row, not once a layer."""
+        """`cu_seqlens_q` on the host. Cached, so that attention synchronises with the GPU once per row and not once per layer."""
         return tuple(self.cu_seqlens_q.tolist())
 
 
 class ExpertLayer(TransformerLayer):
-    """A transformer layer that tells its router about the row it is given."""
+    """A transformer layer that passes the row's `balance` to its router."""
 
     def forward(self, *args: Any, packed_seq_params: PackedRow, **kwargs: Any) -> Any:
         self.mlp.router.balance = packed_seq_params.balance
@@ -74,14 +74,14 @@ class ExpertLayer(TransformerLayer):
 class BalancedRouter(TopKRouter):
     """Megatron-Core's top-k router with the balance loss above.
 
-    Collectives: in forward an all-reduce [S, E] over tensor- and context-parallel ranks where they hold parts of a trajectory.
+    Collectives: in forward an all-reduce of [S, E] over the tensor- and context-parallel ranks, if they share trajectories.
     """
 
     balance: Balance | None = None
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None, **kwargs: Any) -> tuple[Tensor, Tensor]:
         probs, routing_map = super().routing(logits, padding_mask=padding_mask, **kwargs)
-        if self.balance is not None and torch.is_grad_enabled():  # a recomputed layer passes here with gradients once
+        if self.balance is not None and torch.is_grad_enabled():  # true once per layer, with recomputation too
             scores = torch.softmax(logits.view(-1, logits.shape[-1]).float(), dim=-1)
             loss = self._loss(scores, routing_map, self.balance)
             self.balance.total.add_(loss.detach())
@@ -89,7 +89,7 @@ class BalancedRouter(TopKRouter):
         return probs, routing_map
 
     def _loss(self, scores: Tensor, routing_map: Tensor, balance: Balance) -> Tensor:
-        """This rank's part of Σ_i u_i B_i from scores float32 and routing_map bool, both [T (/tp), E]."""
+        """This rank's part of Σ_i u_i B_i. scores float32, routing_map bool: both [T, E], or [T/tp, E] with sequence parallelism."""
         tokens = scores.shape[0]
         if tokens < balance.mask.numel():  # sequence parallel: this rank's rows
             first = self.tp_group.rank() * tokens
@@ -102,5 +102,5 @@ class BalancedRouter(TopKRouter):
         if self.tp_cp_group.size() > 1:
             dist.all_reduce(chosen, group=self.tp_cp_group)
         share = balance.unit * experts / (self.topk * balance.lengths.clamp(min=1.0) ** 2)
-        # The other factor stays a sum over this rank's tokens: added up over ranks, value and gradient are whole.
+        # Σ_t p_te stays local to this rank's tokens: summed over ranks, value and gradient are complete.
         return (scores * mask.unsqueeze(1) * (share.unsqueeze(1) * chosen)[segment]).sum()

@@ -1,8 +1,9 @@
-"""The local backend's core attention: packed segments, sliding windows and context parallelism, in plain torch.
+"""Core attention of the local backend: packed segments, sliding windows and context parallelism, in plain torch.
 
-Megatron-Core's own local attention knows neither. Segments attend causally to themselves only. In half precision, on a GPU and with a
-torch that can (`variable_length_attention`), all segments are one call; elsewhere a segment or a run of equal ones is. Under context
-parallelism every rank holds two chunks of each segment (`Batch.slice_for_context_parallel`); keys and values are gathered.
+Megatron-Core's local attention supports none of these. Attention is causal within each segment. In half precision on a GPU, if torch
+supports it (`variable_length_attention`), all segments are one call; otherwise there is one call per segment, or per run of segments of
+equal length. With context parallelism, each rank has two chunks of every segment (`Batch.slice_for_context_parallel`), and keys and
+values are all-gathered.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ from megatron_iwsft.distributed.capabilities import variable_length_attention
 
 
 class PackedAttention(torch.nn.Module):
-    """Megatron-Core core attention over packed rows (`packed_seq_params` with `qkv_format="thd"`). No parameters, no dropout.
+    """Core attention module for Megatron-Core over packed rows (`packed_seq_params` with `qkv_format="thd"`). No parameters, no dropout.
 
-    query [T, heads/tp, head_dim], key and value [T, groups/tp, head_dim] → [T, heads/tp · head_dim], T this rank's tokens.
-    Collectives under context parallelism: an all-gather of keys and values, in backward a reduce-scatter of their gradients.
+    query [T, heads/tp, head_dim], key and value [T, groups/tp, head_dim] → [T, heads/tp · head_dim], T tokens of this rank.
+    Collectives with context parallelism: forward all-gathers keys and values, backward reduce-scatters their gradients.
     """
 
     def __init__(
@@ -65,12 +66,12 @@ class PackedAttention(torch.nn.Module):
         return out.flatten(1)
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Nothing to save (Megatron-Core asks every submodule)."""
+        """No parameters to save (Megatron-Core calls this on every submodule)."""
         return {}
 
 
 def _fits_at_once(query: Tensor) -> bool:
-    """What FlashAttention asks of its inputs when nothing pads them."""
+    """Whether FlashAttention accepts the inputs without padding."""
     size = query.shape[-1]
     return query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and size % 8 == 0 and size <= 256
 
@@ -78,7 +79,7 @@ def _fits_at_once(query: Tensor) -> bool:
 def _attend_at_once(
     query: Tensor, key: Tensor, value: Tensor, row: Any, scale: float | None, window: int | None
 ) -> Tensor:
-    """Causal attention within each segment, half precision, on a GPU: torch's FlashAttention over the whole row."""
+    """Causal attention within each segment, with one call of torch's variable-length FlashAttention (half precision, GPU)."""
     from torch.nn.attention.varlen import varlen_attn
 
     options: dict[str, Any] = dict(scale=scale, window_size=(-1 if window is None else window - 1, 0))
@@ -94,7 +95,7 @@ def _attend_at_once(
 def _attend(
     query: Tensor, key: Tensor, value: Tensor, boundaries: tuple[int, ...], scale: float | None, window: int | None
 ) -> Tensor:
-    """Causal attention within each segment. Runs of equally long segments share one call."""
+    """Causal attention within each segment. Consecutive segments of equal length are one batched call."""
     outs = []
     i = 0
     while i < len(boundaries) - 1:
@@ -122,7 +123,7 @@ def _attend_chunks(
     scale: float | None,
     window: int | None,
 ) -> Tensor:
-    """This rank's two chunks of each segment against the whole segment's keys up to the chunk's end."""
+    """Attention of this rank's two chunks of each segment to the keys of the full segment, up to the end of the chunk."""
     rank, size = group.rank(), group.size()
     outs = []
     at = 0
@@ -140,13 +141,13 @@ def _attend_chunks(
 
 
 def _visible(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
-    """bool [queries, keys]: which of the first `keys` positions each of the last `queries` of them attends to."""
+    """Causal mask with optional window, bool [queries, keys]; the queries are the last `queries` of the `keys` positions."""
     visible = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
     return visible if window is None else visible.triu(keys - queries - window + 1)
 
 
 class _GatherSegments(torch.autograd.Function):
-    """[2, T/cp, …] of every rank → whole keys and values [T, …] in sequence order; gradients are summed back to their owners."""
+    """All-gather keys and values: [2, T/cp, …] per rank → [T, …] each, in sequence order. Backward reduce-scatters the gradients."""
 
     @staticmethod
     def forward(
@@ -171,7 +172,7 @@ class _GatherSegments(torch.autograd.Function):
 
 @lru_cache(maxsize=64)
 def _gathered_positions(boundaries: tuple[int, ...], size: int) -> Tensor:
-    """Position in the whole row of each gathered element: rank 0's tokens in their local order, then rank 1's, …"""
+    """Position in the full row of each gathered token: rank 0's tokens in local order, then rank 1's, …"""
     import numpy as np
 
     cu_seqlens = np.asarray(boundaries)

@@ -1,1 +1,1 @@
-"""Vocabulary-parallel log-probs."""
+"""The vocabulary-parallel log-prob operator."""

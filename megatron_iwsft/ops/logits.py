@@ -1,6 +1,6 @@
-"""What the log-prob operator does to rows of logits, beside matrix products: Triton kernels on a GPU, torch elsewhere.
+"""Row-wise operations of the log-prob operator on logits: softmax statistics and gradient. Triton on a GPU, torch elsewhere.
 
-n rows, V columns (this rank's part of the vocabulary, without padding); a target outside 0 … V−1 is another rank's.
+n rows, V columns (this rank's part of the vocabulary, without padding); a target outside 0 … V−1 belongs to another rank.
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-_CACHE_BYTES = (
-    2**20
-)  # rows of this many float32 bytes stay in a CPU core's cache from the first pass over them to the last
+# On CPU, rows are processed in parts of this many float32 bytes, which stay in a core's cache over all passes.
+_CACHE_BYTES = 2**20
 _GPU_BYTES = 2**28
 
 
@@ -22,10 +21,11 @@ def has_triton() -> bool:
 
 
 def row_statistics(logits: Tensor, target: Tensor, *, out: Tensor) -> None:
-    """Into out float32 [3 or 4, n]: the maximum, Σ exp(logit − maximum), the target's logit (0 where another rank holds it),
-    and, for four rows, Σ exp(logit − maximum) · (logit − maximum).
+    """Write softmax statistics of every row into out, float32 [3 or 4, n].
 
-    logits [n, V] float32 or bfloat16, target int64 [n]. Without columns: the lowest finite float, and zeros.
+    out[0]: maximum; out[1]: Σ exp(logit − maximum); out[2]: target logit (0 if the target belongs to another rank);
+    out[3], if present: Σ exp(logit − maximum) · (logit − maximum).
+    logits [n, V] float32 or bfloat16, target int64 [n]. If V is 0, the maximum is the lowest finite float and the rest 0.
     """
     if logits.shape[1] == 0:
         out.zero_()
@@ -40,9 +40,9 @@ def row_statistics(logits: Tensor, target: Tensor, *, out: Tensor) -> None:
 
 
 def logits_gradient(logits: Tensor, target: Tensor, lse: Tensor, grad: Tensor) -> None:
-    """In place of logits: d(target's log-prob)/d(logits) · grad = grad · (onehot − softmax).
+    """Overwrite logits by grad · d(target log-prob)/d(logits) = grad · (onehot − softmax).
 
-    lse (log-sum-exp over all ranks' columns) and grad, float32 [n].
+    lse: log-sum-exp over the columns of all ranks, float32 [n]; grad: float32 [n].
     """
     if logits.numel() == 0:
         return
@@ -56,7 +56,7 @@ def logits_gradient(logits: Tensor, target: Tensor, lse: Tensor, grad: Tensor) -
 
 
 def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out += a · b in float32 for bfloat16 a [m, n] and b [n, k], without a whole float32 copy of a."""
+    """out += a · b in float32 for bfloat16 a [m, n] and b [n, k], without a full float32 copy of a."""
     b = b.float()
     for start in range(0, a.shape[0], 8192):
         part = slice(start, start + 8192)
@@ -64,7 +64,7 @@ def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def add_product_on_gpu(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out += a · b, float32 out of bfloat16 a [m, n] and b [n, k], in one matrix product where this torch can (2.10 on)."""
+    """out += a · b in float32 for bfloat16 a [m, n] and b [n, k], as one fused matmul with torch 2.10 or newer."""
     if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10):
         torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
     else:
@@ -91,13 +91,13 @@ def _row_statistics(logits: Tensor, target: Tensor, out: Tensor) -> None:
 
 def _logits_gradient(logits: Tensor, target: Tensor, lse: Tensor, grad: Tensor) -> None:
     here, index = _locate(target, logits.shape[1])
-    values = logits.float()  # logits themselves where they are float32
+    values = logits.float()  # no copy if logits are float32
     values.sub_(lse.unsqueeze(1)).exp_().mul_(-grad.unsqueeze(1))
     values.scatter_add_(1, index, torch.where(here, grad, 0.0).unsqueeze(1))
     logits.copy_(values)
 
 
 def _locate(target: Tensor, columns: int) -> tuple[Tensor, Tensor]:
-    """(whether this rank holds the target [n], a column to look at [n, 1])."""
+    """(whether the target is on this rank [n], a valid column index [n, 1])."""
     here = (target >= 0) & (target < columns)
     return here, target.clamp(0, columns - 1).unsqueeze(1)

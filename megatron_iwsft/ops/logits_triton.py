@@ -1,4 +1,4 @@
-"""Triton kernels of `ops.rows`: one pass over the logits each. The same on a GPU and under Triton's interpreter."""
+"""Triton kernels for `ops.logits`, each one pass over the logits. They also run in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _BLOCK = 4096
 
 
 def row_statistics(logits: Tensor, target: Tensor, out: Tensor) -> None:
-    """See `ops.rows.row_statistics`. One program a row."""
+    """See `ops.logits.row_statistics`. One program per row."""
     if logits.shape[0]:
         _statistics[(logits.shape[0],)](
             logits,
@@ -25,7 +25,7 @@ def row_statistics(logits: Tensor, target: Tensor, out: Tensor) -> None:
 
 
 def logits_gradient(logits: Tensor, target: Tensor, lse: Tensor, grad: Tensor) -> None:
-    """See `ops.rows.logits_gradient`. One program a row and block of columns."""
+    """See `ops.logits.logits_gradient`. One program per row and block of columns."""
     rows, columns = logits.shape
     grid = (rows, triton.cdiv(columns, _BLOCK))
     _gradient[grid](logits, target, lse, grad, logits.stride(0), columns, BLOCK=_BLOCK)
@@ -37,7 +37,7 @@ def _statistics(
 ):
     row = tl.program_id(0).to(tl.int64)
     start = logits + row * row_stride
-    # Running values of each lane: combined once, after the last block.
+    # Each lane keeps running values; they are combined once, after the last block.
     maximum = tl.full([BLOCK], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     surplus = tl.zeros([BLOCK], tl.float32)
@@ -45,7 +45,7 @@ def _statistics(
         column = first + tl.arange(0, BLOCK)
         x = tl.load(start + column, mask=column < COLUMNS, other=float("-inf")).to(tl.float32)
         larger = tl.maximum(maximum, x)
-        # A lane that has seen nothing yet has −inf for a maximum; −inf − (−inf) must not become NaN.
+        # The maximum of a lane without values is −inf; avoid −inf − (−inf) = NaN.
         seen = larger > float("-inf")
         rescale = tl.where(seen, tl.exp(maximum - larger), 0.0)
         shifted = tl.where(column < COLUMNS, x - larger, 0.0)

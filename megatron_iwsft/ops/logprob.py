@@ -1,12 +1,12 @@
-"""Vocabulary-parallel log-probs from hidden states: output projection and log-softmax as one operation.
+"""Vocabulary-parallel log-probs from hidden states: output projection and log-softmax as one operator.
 
-Full logits [T, V/tp] never exist: rows are projected a chunk at a time into one buffer. Positions that are not trained on and
-columns that are padding are not projected. Each row leaves its log-sum-exp; backward recomputes a chunk's logits and needs no
-statistics of other ranks. The last chunk's logits stay in the buffer from forward to backward: where all rows fit into one
-chunk nothing is computed twice.
+Full logits [T, V/tp] are never materialised: rows are projected chunk by chunk into one buffer. Untrained positions and padded
+columns are not projected. Forward saves the log-sum-exp of each row; backward recomputes the logits of a chunk and needs no
+statistics of other ranks. The last chunk's logits stay in the buffer from forward to backward, so if all rows fit into one chunk
+nothing is computed twice.
 
-Per chunk, forward: logits (a matrix product), then maximum, Σ exp and target logit in one pass over them (`row_statistics`).
-Backward: logits, their gradient in place (`logits_gradient`), then two matrix products.
+Per chunk, forward: logits (a matmul), then maximum, Σ exp and target logit in one pass over them (`row_statistics`).
+Backward: logits, their gradient in place (`logits_gradient`), then two matmuls.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from torch import Tensor
 from megatron_iwsft.data.batch import IGNORE
 from megatron_iwsft.ops import logits as rows
 
-# The buffer holds at most this many bytes of logits. Fixed, not a share of free memory: a weight gradient adds up over chunks,
-# so their size is part of the arithmetic, which must not depend on what else is in memory.
+# Maximum size of the logits buffer in bytes. Fixed, and not a fraction of free memory: weight gradients are summed over chunks,
+# so the chunk size affects rounding, and results must not depend on what else is in memory.
 CHUNK_BYTES = 2**30
 
 
@@ -38,23 +38,22 @@ def vocab_parallel_logprob(
 ) -> Tensor:
     """log softmax(hidden · Wᵀ)[target] for every trained position.
 
-    hidden   [T, H] float32 or bfloat16, the same on every rank of `group`; with `sequence_parallel` this rank's [T/tp, H] slice
-    weight   [V/tp, H]: this rank's rows of the output projection, rank r holding rows r·V/tp …
-    targets  [T] int64, token ids, IGNORE where nothing is trained; the same on every rank
-    vocab_size  ids from here to V are padding: excluded from the softmax
-    chunk_size  rows projected at a time; None: as many as CHUNK_BYTES of logits hold, spread evenly
-    entropy  float32 [T], filled with the entropy of each trained position's distribution (nats, no gradient), if given
+    hidden      [T, H] float32 or bfloat16, the same on every rank of `group`; with `sequence_parallel` this rank's [T/tp, H]
+    weight      [V/tp, H]: this rank's rows of the output projection; rank r holds rows r·V/tp …
+    targets     [T] int64 token ids, IGNORE at untrained positions; the same on every rank
+    vocab_size  ids from here to V are padding and are excluded from the softmax
+    chunk_size  rows per chunk; None: as many as fit into CHUNK_BYTES of logits, in chunks of about equal size
+    entropy     optional float32 [T] output: entropy of the distribution at each trained position (nats, no gradient)
 
-    Returns float32 [T], 0 where IGNORE, the same on every rank. The softmax is float32 for every input dtype; the gradient
-    of hidden comes in its dtype, that of weight is accumulated over chunks in float32 and, where Megatron-Core keeps a
-    float32 `main_grad`, straight into it.
+    Returns float32 [T], 0 where IGNORE, the same on every rank. The softmax is float32 for every input dtype. The gradient of hidden
+    has its dtype; that of weight is accumulated over chunks in float32, directly in Megatron-Core's `main_grad` if it is float32.
 
-    Repeated calls are bitwise equal. chunk_size changes results by rounding only: products of other shapes may take other
-    kernels, and weight gradients are summed chunk by chunk.
+    Repeated calls are bitwise equal. chunk_size affects rounding only: matmuls of other shapes may use other kernels, and weight
+    gradients are summed chunk by chunk.
 
     Collectives, forward: one all-gather of [3 (4 with entropy), trained] float32 statistics, merged in rank order; with
-    `sequence_parallel` an all-gather of hidden. Backward: the gradient's own all-reduce, or with `sequence_parallel` its
-    reduce-scatter, while the last chunk's weight gradient is computed.
+    `sequence_parallel` also an all-gather of hidden. Backward: one all-reduce of the gradient of hidden, or with `sequence_parallel`
+    its reduce-scatter, overlapped with the last chunk's weight gradient.
     """
     return _VocabParallelLogprob.apply(
         hidden, weight, targets, group, vocab_size, chunk_size, sequence_parallel, entropy
@@ -107,7 +106,7 @@ class _VocabParallelLogprob(torch.autograd.Function):
         grad_trained = torch.empty_like(trained)
         weight_grad = _WeightGrad(weight, ctx.valid) if ctx.needs_input_grad[1] else None
         kept, ctx.buffer = ctx.buffer, None
-        # Without kept logits this is a second backward through one graph.
+        # The buffer is gone in a second backward through the same graph.
         buffer = kept if kept is not None else trained.new_empty(_longest(ctx.chunks), ctx.valid)
         last = ctx.chunks[-1] if ctx.chunks else slice(0, 0)
 
@@ -119,7 +118,7 @@ class _VocabParallelLogprob(torch.autograd.Function):
             torch.mm(logits, weight_rows, out=grad_trained[chunk])
             return logits
 
-        # Kept logits come first: the other chunks need the buffer. The collective starts before the last weight gradient.
+        # The chunk whose logits are in the buffer comes first. The collective starts before the last weight gradient.
         order = [last, *ctx.chunks[:-1]]
         for number, chunk in enumerate(order):
             dlogits = input_gradient(chunk, recompute=kept is None or number > 0)
@@ -135,7 +134,7 @@ class _VocabParallelLogprob(torch.autograd.Function):
 
 
 def _chunks(trained: Tensor, columns: int, chunk_size: int | None) -> list[slice]:
-    """Consecutive, about equally long parts of the trained rows."""
+    """Split the trained rows into consecutive chunks of about equal size."""
     total = trained.shape[0]
     most = chunk_size or max(1, CHUNK_BYTES // (columns * trained.element_size()))
     count = -(-total // most)
@@ -148,7 +147,7 @@ def _longest(chunks: list[slice]) -> int:
 
 
 def _merge_statistics(stats: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(log-sum-exp, target logit, entropy or None), each float32 [n], from every rank's statistics, in rank order."""
+    """Merge the statistics of all ranks in rank order: (log-sum-exp, target logit, entropy or None), each float32 [n]."""
     if group.size() > 1:
         gathered = [torch.empty_like(stats) for _ in range(group.size())]
         dist.all_gather(gathered, stats.contiguous(), group=group)
@@ -167,11 +166,11 @@ def _merge_statistics(stats: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, 
 
 
 class _WeightGrad:
-    """Accumulates dlogitsᵀ · hidden in float32 over chunks, into Megatron-Core's `main_grad` where there is one.
+    """Accumulates dlogitsᵀ · hidden in float32 over chunks, in Megatron-Core's `main_grad` if there is one.
 
-    The contract with Megatron-Core's DistributedDataParallel (distributed_data_parallel.py, the backward hook): a gradient
-    that was added to `main_grad` is announced by `grad_added_to_main_grad`, and a stand-in is returned so that its hook runs.
-    The stand-in is zero because the hook does add it where the weight is shared with the embedding (`zero_out_wgrad`).
+    Contract with Megatron-Core's DistributedDataParallel (distributed_data_parallel.py, the backward hook): after adding to
+    `main_grad`, set `grad_added_to_main_grad` and return a dummy gradient so that the hook runs. The dummy is zero because the
+    hook adds it if the weight is shared with the embedding (`zero_out_wgrad`).
     """
 
     def __init__(self, weight: Tensor, valid: int) -> None:
@@ -198,7 +197,7 @@ class _WeightGrad:
 
 
 def _reduce(grad: Tensor, group: dist.ProcessGroup, *, sequence_parallel: bool) -> tuple[Tensor, dist.Work | None]:
-    """Start adding up [T, H] over the group: whole everywhere, or with `sequence_parallel` each rank's [T/tp, H]."""
+    """Start summing [T, H] over the group: an all-reduce, or with `sequence_parallel` a reduce-scatter to [T/tp, H]."""
     if group.size() == 1:
         return grad, None
     if not sequence_parallel:

@@ -1,4 +1,4 @@
-"""What each kind of reference and proposal costs, in floating-point operations, memory and disk. Pure arithmetic."""
+"""Estimated cost of each kind of reference and proposal: FLOPs, memory and disk."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ _BF16, _FP32 = 2, 4
 
 @dataclass(frozen=True)
 class ReferenceCost:
-    """flops: over the whole run, as a share of training's own; memory: bytes on the fullest GPU; host: bytes of host memory behind
-    it; disk: bytes.
+    """flops: over the run, as a fraction of the training FLOPs; memory: bytes on the GPU with the most; host: bytes of host memory for
+    that GPU; disk: bytes.
     """
 
     kind: str
@@ -25,10 +25,10 @@ class ReferenceCost:
 
 
 def reference_costs(arch: Architecture, layout: ParallelLayout, *, tokens: int, epochs: int) -> list[ReferenceCost]:
-    """For a corpus of `tokens` tokens, in bf16.
+    """Costs for a corpus of `tokens` tokens, with weights in bf16.
 
-    A forward pass costs 2 operations a parameter and token, training 6 (arXiv 2001.08361, section 2.1); attention costs the same in
-    both proportions, so shares hold with it.
+    A forward pass takes 2 FLOPs per parameter and token, training takes 6 (arXiv 2001.08361, section 2.1). Attention has the same
+    ratio, so the fractions hold with it.
     """
     copy = _BF16 * max(map(sum, stage_parameters(arch, layout)))
     forward = 1 / 3

@@ -1,1 +1,1 @@
-"""A page about finished or running runs."""
+"""HTML reports of training runs."""

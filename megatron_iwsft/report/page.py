@@ -1,4 +1,4 @@
-"""One self-contained HTML page about one run or several side by side: curves, final metrics, how far the curves lie apart."""
+"""Write one self-contained HTML page about one or several runs: curves, final metrics, and the difference between loss curves."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from megatron_iwsft.errors import DataError
+from megatron_iwsft.utils.files import write_text
 
-# metric → what the page calls it
+# metric → title of its plot
 PLOTS = {
     "nll": "negative log-likelihood per trained token",
     "eval_nll": "held-out negative log-likelihood per token",
@@ -37,32 +38,31 @@ _STYLE = (
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The lines of RUN/metrics.jsonl. Raises DataError if there are none."""
+    """Read RUN/metrics.jsonl. Raises DataError if it is missing, damaged or empty."""
     path = run / "metrics.jsonl"
     try:
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except FileNotFoundError:
         raise DataError(f"{run} is not a run directory: it has no metrics.jsonl.") from None
     except ValueError:
-        raise DataError(f"{path} is damaged.") from None
+        raise DataError(f"{path} is damaged: not every line is valid JSON.") from None
     if not lines:
         raise DataError(f"{path} is empty: the run has not finished a step.")
     return lines
 
 
 def curve_difference(a: list[dict[str, Any]], b: list[dict[str, Any]], metric: str = "loss") -> float:
-    """Largest relative difference of a metric over the steps that both runs have."""
+    """Largest relative difference of a metric over the steps that both runs have; NaN if any difference is NaN."""
     other = {line["step"]: line[metric] for line in b}
     pairs = [(line[metric], other[line["step"]]) for line in a if None not in (line[metric], other.get(line["step"]))]
-    # Not max(): it would pass over NaN.
+    # np.max instead of max(): it propagates NaN.
     return float(np.max([abs(x - y) / abs(y) for x, y in pairs], initial=0.0))
 
 
 def write_report(runs: Sequence[Path], output: Path) -> str:
-    """Write the page; returns a summary for the terminal."""
+    """Write the page and return a summary for the terminal."""
     metrics = {str(run): read_metrics(run) for run in runs}
     configs = {str(run): run / "config.yaml" for run in runs}
-    shown = [m for m in PLOTS if any(m in line for lines in metrics.values() for line in lines)]
     rows = [
         [name, *(_last(lines, m) for m in ("step", "nll", "loss", "weight_mean", "weight_ess", "kl_to_reference"))]
         for name, lines in metrics.items()
@@ -77,6 +77,20 @@ def write_report(runs: Sequence[Path], output: Path) -> str:
         for name in names[1:]
         if metrics[name][0].keys() == metrics[names[0]][0].keys()  # the same objective
     ]
+    write_text(output, _page(metrics, configs, header, rows, differences))
+    return "\n".join(summary + differences)
+
+
+def _page(
+    metrics: dict[str, list[dict[str, Any]]],
+    configs: dict[str, Path],
+    header: list[str],
+    rows: list[list[str]],
+    differences: list[str],
+) -> str:
+    """The HTML page. metrics, configs: by run name; header, rows: the table of final metrics."""
+    names = list(metrics)
+    shown = [m for m in PLOTS if any(m in line for lines in metrics.values() for line in lines)]
     body = [
         f"<h1>{html.escape(' · '.join(names))}</h1>",
         "<table><tr>" + "".join(f"<th>{h}</th>" for h in header) + "</tr>",
@@ -92,12 +106,10 @@ def write_report(runs: Sequence[Path], output: Path) -> str:
             if path.exists()
         ),
     ]
-    page = (
+    return (
         f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(names[0])}</title><style>{_STYLE}</style>"
         + "\n".join(body)
     )
-    output.write_text(page, encoding="utf-8")
-    return "\n".join(summary + differences)
 
 
 def _last(lines: list[dict[str, Any]], metric: str) -> str:

@@ -17,7 +17,7 @@ from megatron_iwsft.convert.parity import verify
 from megatron_iwsft.errors import CheckpointError, DataError
 from megatron_iwsft.hf.architecture import Architecture
 from megatron_iwsft.hf.directory import DTYPES
-from megatron_iwsft.hf.model_card import Companions, Provenance
+from megatron_iwsft.hf.model_card import Provenance, SupportingFiles
 from megatron_iwsft.testing import run_distributed
 from tests.convert.test_round_trip import hf_directory
 from tests.support import tiny
@@ -54,7 +54,7 @@ def export_while_running(platform, source: str, output: str) -> None:
     from megatron_iwsft.model.gpt import ModelSettings, build_model
 
     weights = InitialWeights(Model(hf=source), seed=0)
-    companions = Companions(weights.tokenizer_files, PROVENANCE)
+    supporting_files = SupportingFiles(weights.tokenizer_files, PROVENANCE)
     for name, layout in LAYOUTS.items():
         parallel = platform.parallel(**layout)
         chunks = build_model(weights.architecture, parallel, platform, ModelSettings())
@@ -62,7 +62,7 @@ def export_while_running(platform, source: str, output: str) -> None:
         for dtype in ("fp32", "bf16"):
             target = Path(output) / f"{name}-{dtype}"
             for _ in range(2):  # the second finds it there and leaves it
-                export_running(chunks, parallel, target, companions, dtype=DTYPES[dtype])
+                export_running(chunks, parallel, target, supporting_files, dtype=DTYPES[dtype])
 
 
 @pytest.mark.parallel
@@ -125,7 +125,7 @@ def test_what_goes_with_the_weights(tmp_path: Path) -> None:
     files = [source / name for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json")]
     out = tmp_path / "out"
     out.mkdir()
-    Companions(files, PROVENANCE).write(out, architecture)
+    SupportingFiles(files, PROVENANCE).write(out, architecture)
     config = json.loads((out / "generation_config.json").read_text())
     end = transformers.AutoTokenizer.from_pretrained(out).convert_tokens_to_ids("<|im_end|>")
     assert config == {"eos_token_id": [0, end], "top_k": 20}
@@ -143,7 +143,7 @@ def test_what_goes_with_the_weights(tmp_path: Path) -> None:
     bare = tmp_path / "bare"
     bare.mkdir()
     template = "{% for m in messages %}<|im_start|>{{ m.content }}<|endoftext|>{% endfor %}"
-    Companions(files[:2], PROVENANCE, chat_template=template).write(bare, architecture)
+    SupportingFiles(files[:2], PROVENANCE, chat_template=template).write(bare, architecture)
     assert json.loads((bare / "generation_config.json").read_text()) == {"eos_token_id": [end, 0]}
     assert transformers.AutoTokenizer.from_pretrained(bare).chat_template == template
 

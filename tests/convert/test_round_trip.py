@@ -85,7 +85,7 @@ def roundtrip(platform, directories: dict[str, str], layouts: list[dict], out: s
             root = Path(out) / f"{name}@{label}"
             writer = CheckpointWriter(root, source.architecture, layout=parallel.layout)
             writer.save(TrainState(chunks))
-            export_running(chunks, parallel, Path(f"{root}-running"), writer.companions(0), dtype=torch.float32)
+            export_running(chunks, parallel, Path(f"{root}-running"), writer.supporting_files(0), dtype=torch.float32)
     return found
 
 
@@ -172,12 +172,12 @@ def test_damaged_directories_are_refused_by_name(tmp_path: Path) -> None:
             "names a file outside its directory",
         ),
         (lambda d: (d / "model.safetensors.index.json").write_text("[]"), "is not a valid index"),
-        (swap_in_index, "says that model-.* holds the tensor .*, and it does not"),
-        (lambda d: shutil.copy(d / first, d / "again.safetensors") and add_to_index(d), "stands in two files"),
+        (swap_in_index, "lists tensor .* in model-.*, which does not contain it"),
+        (lambda d: shutil.copy(d / first, d / "again.safetensors") and add_to_index(d), "is in two files"),
         (lambda d: (d / "model.safetensors.index.json").unlink(), "has neither model.safetensors nor"),
         (edit_config(intermediate_size=100), r"has shape \(96, 64\), but config.json implies \(100, 64\)"),
         (edit_config(num_hidden_layers=5, layer_types=None), "model.layers.4.input_layernorm.weight is missing"),
-        (edit_config(num_hidden_layers=3, layer_types=None), "has no place in a qwen2 model"),
+        (edit_config(num_hidden_layers=3, layer_types=None), "unexpected tensor .*, which a qwen2 model does not have"),
         (edit_config(model_type="gpt2"), "model_type 'gpt2' is not supported"),
         (edit_config(rope_parameters={"rope_type": "longrope"}), "rope type 'longrope' is not supported"),
         (edit_config(rope_parameters={"rope_type": "yarn"}), "rope type yarn needs factor"),
@@ -185,10 +185,10 @@ def test_damaged_directories_are_refused_by_name(tmp_path: Path) -> None:
         (edit_config(layer_types=["full_attention"]), "layer_types must list 4 layers"),
         (
             edit_config(layer_types=["chunked_attention"] * 4),
-            "an attention of type 'chunked_attention' is not supported",
+            "layer type 'chunked_attention' is not supported",
         ),
         (edit_config(hidden_act="gelu"), "hidden_act 'gelu' is not supported"),
-        (edit_config(new_feature=1), "new_feature is not a key that this program knows"),
+        (edit_config(new_feature=1), "unsupported config key for qwen2: new_feature"),
         (edit_config(hidden_size="64"), "hidden_size must be a positive integer; found '64'"),
         (lambda d: (d / "config.json").write_text("{"), "is not valid JSON"),
         (lambda d: (d / "config.json").unlink(), "it has no config.json"),

@@ -1,4 +1,4 @@
-"""The doctor's findings, and FP8 refused by name where it cannot run."""
+"""The doctor's report, and FP8 recipes rejected on machines that cannot run them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from megatron_iwsft.errors import ConfigError
 from tests.support import ROOT, tiny
 
 
-def test_the_doctor_tells_what_is_here() -> None:
+@pytest.mark.command
+def test_the_doctor_reports_versions_and_chosen_implementations() -> None:
     found = subprocess.run([sys.executable, ROOT / "tools" / "doctor.py"], capture_output=True, text=True, check=True)
     assert torch.__version__ in found.stdout
     assert importlib.metadata.version("megatron-core") in found.stdout
@@ -35,7 +36,7 @@ def test_the_doctor_tells_what_is_here() -> None:
     ("recipe", "generation"),
     [("delayed", "Ada, Hopper"), ("tensorwise", "Ada, Hopper"), ("blockwise", "Hopper"), ("mxfp8", "Blackwell")],
 )
-def test_fp8_says_what_it_needs(recipe: str, generation: str, tmp_path: Path) -> None:
+def test_an_fp8_recipe_is_rejected_with_what_it_needs(recipe: str, generation: str, tmp_path: Path) -> None:
     from megatron_iwsft.train.setup import check, start
 
     assert generation in str(fp8_refusal(recipe)) and "torch sees none" in str(fp8_refusal(recipe))
@@ -56,7 +57,7 @@ def test_rows_are_aligned_for_fp8() -> None:
 
 
 def built_with_transformer_engine(platform, recipe: str | None) -> tuple[list[str], dict]:
-    """Class names in the first layer of a Transformer Engine model, and its FP8 settings."""
+    """Class names in the first layer of a model with Transformer Engine, and its FP8 settings."""
     from megatron_iwsft.hf.architecture import Architecture
     from megatron_iwsft.model.gpt import ModelSettings, _block_spec, _transformer_config
 
@@ -76,7 +77,7 @@ def built_with_transformer_engine(platform, recipe: str | None) -> tuple[list[st
 @pytest.mark.parametrize(
     ("recipe", "fp8"), [(None, None), ("tensorwise", "hybrid"), ("blockwise", "e4m3"), ("mxfp8", "e4m3")]
 )
-def test_transformer_engine_layers_are_specified_without_a_gpu(recipe: str | None, fp8: str | None) -> None:
+def test_the_transformer_engine_layer_spec_is_built_without_a_gpu(recipe: str | None, fp8: str | None) -> None:
     from megatron_iwsft.testing import run_distributed
 
     names, settings = run_distributed(built_with_transformer_engine, 1, recipe)[0]

@@ -1,4 +1,4 @@
-"""Benchmark files in their several formats, and the judging of answers."""
+"""Reading benchmark files and checking answers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FORMATS = {
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_formats(name: str, tmp_path: Path) -> None:
+def test_reads_a_format_and_checks_its_answers(name: str, tmp_path: Path) -> None:
     row, right, wrong = FORMATS[name]
     (problem,) = read_benchmark(tiny.write_jsonl(tmp_path / "b.jsonl", [row]))
     assert (problem.number, problem.prompt) == (1, "q")
@@ -32,44 +32,80 @@ def test_formats(name: str, tmp_path: Path) -> None:
     assert not is_correct(problem.answer, wrong)
 
 
-def test_judging() -> None:
-    answer = expected_answer("18")
-    for right in (
-        "16 - 3 - 4 = <<16-3-4=9>>9\n9 * 2 = 18\n#### 18",
-        "#### $18.00\nQuestion: what is 3 + 4?",
-        "<think>is it 9? or \\boxed{7}?</think> \\boxed{18}",
-        "She earns \\$18 a day. **18**",
-    ):
-        assert is_correct(answer, right), right
-    for wrong in (
-        "",
-        "####",
-        "18 of them\n#### 9",
-        "<think>it must be \\boxed{18}, or",
-        "<think>18</think> \\boxed{19}",
-    ):
-        assert not is_correct(answer, wrong), wrong
-    assert is_correct(expected_answer("(3, \\frac{\\pi}{2})"), "in polar form: $\\boxed{\\left(3,\\pi/2\\right)}$")
-    assert not is_correct(expected_answer("(3, \\frac{\\pi}{2})"), "$\\boxed{\\left(\\pi/2,3\\right)}$")
+PAIR = "(3, \\frac{\\pi}{2})"
 
 
-def test_fields_limit_and_mistakes(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("answer", "response"),
+    [
+        ("18", "16 - 3 - 4 = <<16-3-4=9>>9\n9 * 2 = 18\n#### 18"),
+        ("18", "#### $18.00\nQuestion: what is 3 + 4?"),
+        ("18", "<think>is it 9? or \\boxed{7}?</think> \\boxed{18}"),
+        ("18", "She earns \\$18 a day. **18**"),
+        (PAIR, "in polar form: $\\boxed{\\left(3,\\pi/2\\right)}$"),
+    ],
+    ids=["gsm8k", "text after the answer", "after thinking", "plain text", "pair"],
+)
+def test_correct_responses(answer: str, response: str) -> None:
+    assert is_correct(expected_answer(answer), response)
+
+
+@pytest.mark.parametrize(
+    ("answer", "response"),
+    [
+        ("18", ""),
+        ("18", "####"),
+        ("18", "18 of them\n#### 9"),
+        ("18", "<think>it must be \\boxed{18}, or"),
+        ("18", "<think>18</think> \\boxed{19}"),
+        (PAIR, "$\\boxed{\\left(\\pi/2,3\\right)}$"),
+    ],
+    ids=[
+        "empty",
+        "mark only",
+        "other answer after the mark",
+        "unfinished thinking",
+        "other answer after thinking",
+        "swapped pair",
+    ],
+)
+def test_wrong_responses(answer: str, response: str) -> None:
+    assert not is_correct(expected_answer(answer), response)
+
+
+def test_named_fields_and_limit(tmp_path: Path) -> None:
     path = tiny.write_jsonl(tmp_path / "b.jsonl", [{"q": "one", "target": 1}, {"q": "two", "target": 2}])
     named = read_benchmark(path, prompt_field="q", answer_field="target", limit=1)
     assert [(p.number, p.prompt) for p in named] == [(1, "one")]
-    with pytest.raises(DataError, match="line 1 has no prompt under question, problem, prompt; it has q, target"):
-        read_benchmark(path)
-    with pytest.raises(DataError, match="line 1 has no answer under result"):
-        read_benchmark(path, prompt_field="q", answer_field="result")
-    for content, message in (
-        ("", "holds no problems"),
-        ("{", "line 1 is not JSON"),
-        ("\n[1]", "line 2 must be a JSON object"),
-        ('{"question": "q", "answer": "####"}', "finds no answer"),
-        ('{"question": "q", "answer": true}', "has no answer"),
+
+
+def test_a_missing_field_is_reported(tmp_path: Path) -> None:
+    path = tiny.write_jsonl(tmp_path / "b.jsonl", [{"q": "one", "target": 1}])
+    with pytest.raises(
+        DataError, match=r"line 1 has no prompt field \(looked for question, problem, prompt; found q, target\)"
     ):
-        path.write_text(content)
-        with pytest.raises(DataError, match=message):
-            read_benchmark(path)
+        read_benchmark(path)
+    with pytest.raises(DataError, match=r"line 1 has no answer field \(looked for result; found q, target\)"):
+        read_benchmark(path, prompt_field="q", answer_field="result")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "contains no problems"),
+        ("{", "line 1 is not valid JSON"),
+        ("\n[1]", "line 2 must be a JSON object"),
+        ('{"question": "q", "answer": "####"}', "cannot parse an answer"),
+        ('{"question": "q", "answer": true}', "has no answer field"),
+    ],
+    ids=["empty file", "not JSON", "not an object", "empty answer", "boolean answer"],
+)
+def test_invalid_files_are_rejected(content: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "b.jsonl").write_text(content)
+    with pytest.raises(DataError, match=message):
+        read_benchmark(tmp_path / "b.jsonl")
+
+
+def test_a_missing_file_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="does not exist"):
         read_benchmark(tmp_path / "nothing")

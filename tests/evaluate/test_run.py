@@ -1,4 +1,4 @@
-"""Evaluation with `transformers` on CPU: what is generated, what is kept, going on after an interruption, two models compared."""
+"""Evaluation with `transformers` on CPU: generation, result files, resuming after an interruption, comparing two models."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from megatron_iwsft.errors import CheckpointError, ConfigError, DataError
 from megatron_iwsft.evaluate.benchmark import read_benchmark
 from megatron_iwsft.evaluate.generate import PromptFormat, Sampling, TransformersGenerator, make_generator
-from megatron_iwsft.evaluate.run import EvaluatedModel, evaluate_model, find_models, table, write_summary
+from megatron_iwsft.evaluate.run import EvaluatedModel, Result, evaluate_model, find_models, table, write_summary
 from megatron_iwsft.hf.transformers_models import load_in_transformers
 from tests.convert.test_round_trip import hf_directory
 from tests.support import tiny
@@ -33,8 +33,9 @@ def model(tmp_path_factory) -> Path:
     return path
 
 
-def test_greedy_answers_are_the_likeliest_tokens_whatever_the_batch(model: Path) -> None:
-    """Against one forward pass a token without a cache, one prompt at a time."""
+@pytest.mark.numerics
+def test_greedy_answers_do_not_depend_on_the_batch(model: Path) -> None:
+    """Compared with one forward pass per token, without a cache, one prompt at a time."""
     theirs, tokenizer = load_in_transformers(model)
     stops = {tokenizer.eos_token_id}
     expected = []
@@ -51,7 +52,7 @@ def test_greedy_answers_are_the_likeliest_tokens_whatever_the_batch(model: Path)
         assert [a.text for (a,) in generator.answer(QUESTIONS)] == expected, batch_size
 
 
-def test_a_sampled_answer_depends_on_its_seed_alone(model: Path) -> None:
+def test_a_sampled_answer_depends_only_on_its_seed(model: Path) -> None:
     found = [
         [[a.text for a in own] for own in TransformersGenerator(model, SAMPLED, batch_size=size).answer(QUESTIONS)]
         for size in (2, 12)
@@ -62,8 +63,9 @@ def test_a_sampled_answer_depends_on_its_seed_alone(model: Path) -> None:
     assert all(a.text != b for own, texts in zip(other, found[0], strict=True) for a, b in zip(own, texts, strict=True))
 
 
+@pytest.mark.numerics
 def test_sampling_follows_the_models_distribution(model: Path) -> None:
-    """First tokens of 3,000 answers against the softmax at that temperature within the nucleus."""
+    """First tokens of 3,000 answers, compared with the top-p softmax at that temperature."""
     theirs, tokenizer = load_in_transformers(model)
     ids = PromptFormat(tokenizer)("7?")
     with torch.no_grad():
@@ -103,81 +105,133 @@ def evaluated(model: Path, benchmark: Path, output: Path, **changes):
     )
 
 
+def write_benchmark(directory: Path) -> Path:
+    return tiny.write_jsonl(directory / "b.jsonl", [{"question": q, "answer": f"#### {n}"} for n, q in QUESTIONS])
+
+
 @pytest.fixture
 def benchmark(tmp_path: Path) -> Path:
-    return tiny.write_jsonl(tmp_path / "b.jsonl", [{"question": q, "answer": f"#### {n}"} for n, q in QUESTIONS])
+    return write_benchmark(tmp_path)
 
 
-def test_an_interrupted_evaluation_goes_on(model: Path, benchmark: Path, tmp_path: Path) -> None:
-    whole, _ = evaluated(model, benchmark, tmp_path / "whole")
-    file = tmp_path / "whole" / "a.jsonl"
-    content = file.read_bytes()
+@pytest.fixture(scope="module")
+def finished(model: Path, tmp_path_factory) -> tuple[bytes, Result]:
+    """The result file of an uninterrupted evaluation, and its result."""
+    home = tmp_path_factory.mktemp("finished")
+    result, _ = evaluated(model, write_benchmark(home), home)
+    return (home / "a.jsonl").read_bytes(), result
+
+
+def test_the_result_file_has_every_answer(finished: tuple[bytes, Result]) -> None:
+    content, result = finished
     header, *lines = map(json.loads, content.splitlines())
     assert header["settings"]["temperature"] == 1.0
     assert header["backend"] == "transformers"
     assert [line["prompt"] for line in lines] == [q for _, q in QUESTIONS]
     assert all(len(line["answers"]) == 3 for line in lines)
-    assert whole.correct == [sum(a["correct"] for a in line["answers"]) for line in lines]
+    assert result.correct == [sum(a["correct"] for a in line["answers"]) for line in lines]
 
-    interrupted = tmp_path / "interrupted" / "a.jsonl"
-    interrupted.parent.mkdir()
-    for kept in (0, 40, len(content.splitlines(keepends=True)[0]), len(content) // 2, len(content)):
-        interrupted.write_bytes(content[:kept])
-        again, made = evaluated(model, benchmark, interrupted.parent)
-        assert again == whole
-        assert made == (kept < len(content))
-        assert interrupted.read_bytes() == content
 
-    with pytest.raises(DataError, match="answers with other settings"):
-        evaluated(model, benchmark, interrupted.parent, temperature=0.5)
-    interrupted.write_bytes(content.replace(b'"number": 2', b'"n": 2'))
+@pytest.mark.parametrize("kept", ["nothing", "part of the header", "the header", "half", "everything"])
+def test_an_interrupted_evaluation_is_resumed(
+    kept: str, model: Path, benchmark: Path, finished: tuple[bytes, Result], tmp_path: Path
+) -> None:
+    content, result = finished
+    sizes = {
+        "nothing": 0,
+        "part of the header": 40,
+        "the header": len(content.splitlines(keepends=True)[0]),
+        "half": len(content) // 2,
+        "everything": len(content),
+    }
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(content[: sizes[kept]])
+    resumed, generators = evaluated(model, benchmark, tmp_path)
+    assert resumed == result
+    assert generators == (sizes[kept] < len(content))
+    assert file.read_bytes() == content
+
+
+def test_answers_with_other_settings_are_rejected(model, benchmark, finished, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(finished[0])
+    with pytest.raises(DataError, match="was written with different settings"):
+        evaluated(model, benchmark, tmp_path, temperature=0.5)
+
+
+def test_a_damaged_result_file_is_rejected(model, benchmark, finished, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(finished[0].replace(b'"number": 2', b'"n": 2'))
     with pytest.raises(DataError, match="is damaged"):
-        evaluated(model, benchmark, interrupted.parent)
-    interrupted.write_bytes(content)
+        evaluated(model, benchmark, tmp_path)
+
+
+def test_answers_to_another_benchmark_are_rejected(model, benchmark, finished, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(finished[0])
     benchmark.write_text(benchmark.read_text().replace("#### 2", "#### 5"))
     with pytest.raises(DataError, match="another problem in line 2"):
-        evaluated(model, benchmark, interrupted.parent)
+        evaluated(model, benchmark, tmp_path)
 
 
-def test_two_models_side_by_side(model: Path, benchmark: Path, tmp_path: Path) -> None:
-    found, _ = evaluated(model, benchmark, tmp_path / "out")
-    a = replace(found, correct=[0, 0, 0, 0])
+def test_two_models_are_compared(model: Path, finished: tuple[bytes, Result], tmp_path: Path) -> None:
+    a = replace(finished[1], correct=[0, 0, 0, 0])
     b = type(a)(EvaluatedModel("b", model), 3, [3, 3, 3, 3], cut_off=0, tokens=12)
     text = table([a, b], [1, 2])
     assert "pass@1" in text
     assert "b − a: pass@1 +100.0 points" in text
     assert "exact paired test p = 0.125 (4 problems better, 0 worse, 0 equal)" in text
-    write_summary(tmp_path / "out" / "summary.json", [a, b], [1, 2], {})
-    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    write_summary(tmp_path / "summary.json", [a, b], [1, 2], {})
+    summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["models"]["b"]["pass@2"]["mean"] == 1
     assert summary["comparisons"][0]["p_value"] == 0.125
 
 
-def test_models_are_found_and_mistakes_told(model: Path, tmp_path: Path) -> None:
+def test_models_are_labelled_by_directory(model: Path, tmp_path: Path) -> None:
     assert [m.label for m in find_models([model])] == ["a"]
     exported = tmp_path / "run" / "hf" / "step-00000014"
     exported.mkdir(parents=True)
     (exported / "config.json").write_text("{}")
     assert find_models([exported])[0].label == "run-step-00000014"
-    with pytest.raises(ConfigError, match="these are alike: a, a"):
+
+
+def test_two_models_with_the_same_name_are_rejected(model: Path) -> None:
+    with pytest.raises(ConfigError, match="these are not unique: a, a"):
         find_models([model, model])
-    with pytest.raises(CheckpointError, match="there is no model at"):
+
+
+def test_a_missing_model_is_rejected(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no model found at"):
         find_models([tmp_path / "nothing"])
+
+
+def test_a_directory_without_a_checkpoint_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="holds no complete checkpoint"):
         find_models([tmp_path])
+
+
+def test_a_prompt_format_without_the_question_is_rejected(model: Path) -> None:
     with pytest.raises(ConfigError, match=r"has no \{prompt\}"):
         make_generator(model, SAMPLED, wrapper="Answer:")
-    (bare := tmp_path / "bare").mkdir()
+
+
+@pytest.fixture
+def base_model(model: Path, tmp_path: Path) -> Path:
+    """A model whose tokenizer has no chat template."""
+    (path := tmp_path / "base").mkdir()
     for file in model.iterdir():
-        (bare / file.name).write_bytes(file.read_bytes())
-    tiny.hf_tokenizer(bare, vocab_size=300, template=None)
+        (path / file.name).write_bytes(file.read_bytes())
+    tiny.hf_tokenizer(path, vocab_size=300, template=None)
+    return path
+
+
+def test_a_model_without_a_chat_template_needs_raw(base_model: Path) -> None:
     with pytest.raises(CheckpointError, match="has no chat template"):
-        make_generator(bare, SAMPLED)
-    raw = make_generator(bare, Sampling(max_new_tokens=3), wrapper="Question: {prompt}\nAnswer:", raw=True)
+        make_generator(base_model, SAMPLED)
+    raw = make_generator(base_model, Sampling(max_new_tokens=3), wrapper="Question: {prompt}\nAnswer:", raw=True)
     assert len(raw.answer(QUESTIONS)) == 4
-    # No pickle is read, whatever lies there.
-    for file in bare.glob("*.safetensors*"):
+
+
+def test_a_pickle_is_not_loaded(base_model: Path) -> None:
+    for file in base_model.glob("*.safetensors*"):
         file.unlink()
-    torch.save({}, bare / "pytorch_model.bin")
+    torch.save({}, base_model / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match="cannot be loaded by transformers"):
-        make_generator(bare, SAMPLED, raw=True)
+        make_generator(base_model, SAMPLED, raw=True)

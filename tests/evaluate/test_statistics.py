@@ -1,4 +1,4 @@
-"""pass@k, its intervals and the paired test, against enumeration and published formulas."""
+"""pass@k, its confidence intervals and the paired test, against enumeration and published formulas."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import pytest
 
 from megatron_iwsft.evaluate.statistics import compare, mean_pass_at_k, pass_at_k
 
+pytestmark = pytest.mark.numerics
 
-def test_pass_at_k_is_the_share_of_subsets_with_a_correct_answer() -> None:
+
+def test_pass_at_k_is_the_fraction_of_subsets_with_a_correct_answer() -> None:
     for n in range(1, 7):
         for correct in range(n + 1):
             for k in range(1, n + 1):
@@ -21,7 +23,7 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_correct_answer() -> None:
         pass_at_k(4, 2, 5)
 
 
-def test_with_one_sample_the_interval_is_wilsons() -> None:
+def test_the_interval_with_one_sample_is_wilsons() -> None:
     z = 1.959963984540054
     for n, solved in ((30, 20), (30, 0), (30, 30), (1319, 700), (1, 1)):
         p = solved / n
@@ -32,8 +34,8 @@ def test_with_one_sample_the_interval_is_wilsons() -> None:
         assert found.high == pytest.approx((centre + half) / (1 + z * z / n), abs=1e-12)
 
 
-def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
-    """500 benchmarks of 40 problems drawn from a population whose pass@1 and pass@4 are known."""
+def test_the_interval_has_95_percent_coverage() -> None:
+    """500 benchmarks of 40 problems, drawn from a population with known pass@1 and pass@4."""
     rng = np.random.default_rng(0)
     for k in (1, 4):
         population = rng.beta(0.5, 1.0, 200_000)
@@ -46,14 +48,14 @@ def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
         assert 0.92 <= covered / 500 <= 0.98, (k, covered)
 
 
-def test_more_samples_narrow_the_interval_where_problems_are_alike() -> None:
+def test_more_samples_narrow_the_interval_if_all_problems_have_the_same_pass_rate() -> None:
     one = mean_pass_at_k([1] * 10 + [0] * 10, 1, 1)
     eight = mean_pass_at_k([4] * 20, 8, 1)
     assert one.mean == eight.mean == 0.5
     assert 0 < eight.high - eight.low < 0.5 * (one.high - one.low)
 
 
-def test_with_one_sample_the_paired_test_is_mcnemars() -> None:
+def test_the_paired_test_with_one_sample_is_mcnemars() -> None:
     rng = np.random.default_rng(1)
     for _ in range(20):
         a, b = rng.integers(0, 2, 30).tolist(), rng.integers(0, 2, 30).tolist()
@@ -67,7 +69,7 @@ def test_with_one_sample_the_paired_test_is_mcnemars() -> None:
         assert found.difference == pytest.approx((sum(b) - sum(a)) / 30)
 
 
-def test_the_paired_test_counts_every_choice_of_signs() -> None:
+def test_the_paired_test_equals_enumeration_of_all_signs() -> None:
     a, b, samples = [0, 3, 1, 2, 2, 0], [4, 3, 0, 4, 1, 3], (4, 8)
     found = compare(a, b, samples)
     differences = [y / 8 - x / 4 for x, y in zip(a, b, strict=True)]

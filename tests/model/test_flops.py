@@ -1,4 +1,4 @@
-"""Counted operations against torch's own counter on transformers' models."""
+"""FLOP estimates against torch's FlopCounterMode on models of transformers."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from megatron_iwsft.hf.architecture import Architecture
 from megatron_iwsft.model.flops import _pairs, forward_flops, training_flops
 from tests.support import tiny
 
+pytestmark = pytest.mark.numerics
+
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
-def test_forward_and_training_are_what_torch_counts(family: str) -> None:
+def test_forward_and_training_flops_match_torchs_count(family: str) -> None:
     config = tiny.model_config(family)
     arch, n = Architecture.from_hf(config, where="test"), 48
     fields = {k: v for k, v in config.items() if k != "model_type"}
@@ -24,14 +26,14 @@ def test_forward_and_training_are_what_torch_counts(family: str) -> None:
     forward = counter.get_total_flops()
     with FlopCounterMode(display=False) as counter:
         logits.sum().backward()
-    # Eager attention computes, and torch counts, all n² pairs of a layer; n (n + 1) / 2 are attended to.
-    hidden = 4 * arch.num_layers * arch.num_heads * arch.head_dim * (n * n - n * (n + 1) / 2)
+    # Eager attention computes, and torch counts, all n² pairs per layer; only n (n + 1) / 2 are not masked.
+    masked = 4 * arch.num_layers * arch.num_heads * arch.head_dim * (n * n - n * (n + 1) / 2)
     lengths = np.array([n])
-    assert forward_flops(arch, lengths, n) + hidden == forward
-    assert training_flops(arch, lengths, n) + 3 * hidden == forward + counter.get_total_flops()
+    assert forward_flops(arch, lengths, n) + masked == forward
+    assert training_flops(arch, lengths, n) + 3 * masked == forward + counter.get_total_flops()
 
 
-def test_trajectories_do_not_see_each_other() -> None:
+def test_no_flops_are_counted_for_attention_across_trajectories() -> None:
     arch = Architecture.from_hf(tiny.model_config(), where="test")
     apart = forward_flops(arch, np.array([30]), 10) + forward_flops(arch, np.array([18]), 5)
     assert forward_flops(arch, np.array([30, 18]), 15) == apart < forward_flops(arch, np.array([48]), 15)

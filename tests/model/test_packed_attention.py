@@ -1,4 +1,4 @@
-"""The local backend's attention: torch's variable-length call against a call a segment."""
+"""The local backend's attention: one variable-length call against one call per segment."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from megatron_iwsft.model.packed_attention import _attend, _attend_at_once
 BOUNDARIES = [0, 5, 12, 19, 20, 50, 64]
 
 
-def as_documented(query, key, value, at_q, at_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
-    """What torch documents of varlen_attn, for half precision on a GPU: stands in for it where there is none."""
+def varlen_attn_on_cpu(query, key, value, at_q, at_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
+    """A replacement for torch's varlen_attn, written from its documentation: the real one needs a GPU and half precision."""
     assert query.shape == key.shape == value.shape
     assert (max_q, max_k) == (30, 30) and torch.equal(at_q, at_k) and at_q.dtype == torch.int32
     left, right = window_size
@@ -27,15 +27,18 @@ def as_documented(query, key, value, at_q, at_k, max_q, max_k, *, scale=None, wi
     return torch.cat(outs)
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("window", [None, 1, 4, 40])
 @pytest.mark.parametrize("groups", [1, 2, 4])
-def test_one_call_is_a_call_a_segment(device: str, window: int | None, groups: int, monkeypatch) -> None:
+def test_one_variable_length_call_equals_one_call_per_segment(
+    device: str, window: int | None, groups: int, monkeypatch
+) -> None:
     if device == "cuda" and not variable_length_attention()[0]:
         pytest.skip(variable_length_attention()[1])
     pytest.importorskip("torch.nn.attention.varlen")
     if device == "cpu":
-        monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", as_documented)
+        monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn_on_cpu)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(64, heads, 32, generator=generator).to(device, dtype) for heads in (4, groups, groups))

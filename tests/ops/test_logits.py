@@ -1,4 +1,4 @@
-"""Triton's kernels, under its interpreter, against the torch path."""
+"""The Triton kernels, in Triton's interpreter, against the torch implementation."""
 
 from __future__ import annotations
 
@@ -16,18 +16,20 @@ if rows.has_triton():
     from megatron_iwsft.ops import logits_triton as kernels
 
 pytestmark = [
-    pytest.mark.parallel,  # Megatron-Core's newer line comes with a torch that brings Triton
+    pytest.mark.parallel,  # run on both Megatron-Core lines: only the newer one's torch comes with Triton
+    pytest.mark.numerics,
     pytest.mark.skipif(not rows.has_triton(), reason="Triton is not installed"),
 ]
 
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="run by test_under_the_interpreter")
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="run by test_kernels_in_the_interpreter")
 
 
-@pytest.mark.skipif(INTERPRETED, reason="this is it")
-def test_under_the_interpreter() -> None:
-    """Triton asks for its interpreter once, when it is imported, which Megatron-Core may have done: so in a process of its own."""
+@pytest.mark.command
+@pytest.mark.skipif(INTERPRETED, reason="already in the interpreter")
+def test_kernels_in_the_interpreter() -> None:
+    """Runs this file in a subprocess: Triton reads TRITON_INTERPRET when it is imported, and Megatron-Core may have imported it."""
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__]
     done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, text=True, capture_output=True)
     assert done.returncode == 0, done.stdout
@@ -37,7 +39,7 @@ def test_under_the_interpreter() -> None:
 @interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("columns", [1, 300, 4096, 9001])
-def test_kernels_do_what_torch_does(dtype: torch.dtype, columns: int) -> None:
+def test_kernels_match_torch(dtype: torch.dtype, columns: int) -> None:
     generator = torch.Generator().manual_seed(columns)
     n = 7
     storage = (torch.randn(n, columns + 5, generator=generator) * 8).to(dtype)
@@ -58,7 +60,7 @@ def test_kernels_do_what_torch_does(dtype: torch.dtype, columns: int) -> None:
     kernels.logits_gradient(logits, target, lse, grad)
     rows.logits_gradient(copy, target, lse, grad)
     torch.testing.assert_close(logits, copy, rtol=2**-7 if dtype == torch.bfloat16 else 1e-5, atol=1e-7)
-    assert torch.equal(storage[:, columns:], beyond), "wrote beyond the row"
+    assert torch.equal(storage[:, columns:], beyond), "the kernel wrote past the end of a row"
 
 
 @interpreted

@@ -1,4 +1,4 @@
-"""The operator against full logits in float64: value, entropy and both gradients; its collectives, counted."""
+"""The log-prob operator against full logits in float64 (value, entropy, both gradients), and the number of its collectives."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_iwsft.data.batch import IGNORE
 from megatron_iwsft.testing import run_distributed
 
 H, PADDED, T = 24, 384, 16
-VOCABULARIES = (300, 280)  # over four ranks of 96 rows: 12 columns for the last, or padding only
+VOCABULARIES = (300, 280)  # with four ranks of 96 rows, the last rank has 12 columns, or only padding
 TRAINED = ("all", "none", "one", "ragged")
 
 
@@ -35,7 +35,7 @@ def case(trained: str, vocabulary: int, dtype: torch.dtype = torch.float32):
 
 
 def full_logits(hidden, weight, targets, grad, vocabulary):
-    """(log-probs, entropy, d hidden, d weight) in float64 over the real vocabulary."""
+    """(log-probs, entropy, d hidden, d weight) in float64, over the vocabulary without padding."""
     hidden, weight = hidden.double().requires_grad_(), weight.double().requires_grad_()
     trained = targets != IGNORE
     logprobs = torch.log_softmax(hidden @ weight[:vocabulary].T, dim=-1)
@@ -46,7 +46,7 @@ def full_logits(hidden, weight, targets, grad, vocabulary):
 
 
 def operator(group, inputs, vocabulary, *, chunk_size=None, sequence_parallel=False, main_grad=False, entropy=False):
-    """(log-probs, entropy, d hidden, d weight) of this rank."""
+    """(log-probs, entropy, d hidden, d weight) on this rank."""
     from megatron_iwsft.ops.logprob import vocab_parallel_logprob
 
     hidden, weight, targets, grad = inputs
@@ -95,8 +95,9 @@ def error(found, expected) -> float:
 
 
 @pytest.mark.parallel
+@pytest.mark.numerics
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_value_and_gradients(world_size: int) -> None:
+def test_value_entropy_and_gradients_match_full_logits(world_size: int) -> None:
     cases = list(itertools.product(TRAINED, VOCABULARIES, (False, True), (1, 5, None), (False, True)))
     answers = run_distributed(run_cases, world_size, cases)
     for i, (trained, vocabulary, sequence_parallel, _, with_entropy) in enumerate(cases):
@@ -107,9 +108,9 @@ def test_value_and_gradients(world_size: int) -> None:
                 assert error(answer[i][1], entropy) <= 1e-6
         found = torch.cat([a[i][2] for a in answers]) if sequence_parallel else answers[0][i][2]
         assert error(found, d_hidden) <= 1e-6
-        whole = torch.cat([a[i][3] for a in answers])
-        assert error(whole, d_weight) <= 1e-6
-        assert not whole[vocabulary:].any(), "padded columns have a gradient"
+        weight_gradient = torch.cat([a[i][3] for a in answers])
+        assert error(weight_gradient, d_weight) <= 1e-6
+        assert not weight_gradient[vocabulary:].any(), "padded columns have a gradient"
 
 
 def run_bfloat16(platform):
@@ -121,8 +122,9 @@ def run_bfloat16(platform):
 
 
 @pytest.mark.parallel
-def test_bfloat16_rounds_logits_and_their_gradient_only() -> None:
-    """Against float64 from the same bfloat16 inputs: 8 bits of mantissa in the logits, in their gradient and d hidden."""
+@pytest.mark.numerics
+def test_bfloat16_error_is_that_of_rounding_logits_and_their_gradient() -> None:
+    """Against float64 from the same bfloat16 inputs: logits, their gradient and d hidden have 8 bits of mantissa."""
     value, _, d_hidden, d_weight = full_logits(*case("ragged", 300, torch.bfloat16), 300)
     answers = run_distributed(run_bfloat16, 2)
     for i, (_, sequence_parallel) in enumerate(itertools.product((3, None), (False, True))):
@@ -140,10 +142,11 @@ def run_repeatedly(platform):
     return [operator(group, inputs, 300, chunk_size=c) for c in (None, None, T, 7, 5, 2)]
 
 
-def test_repeated_calls_are_bitwise_equal_and_chunking_changes_rounding_only() -> None:
+@pytest.mark.numerics
+def test_repeated_calls_are_bitwise_equal_and_chunking_affects_only_rounding() -> None:
     first, again, *others = run_distributed(run_repeatedly, 1)[0]
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True) if a is not None)
-    for other in others:  # a matrix product of fewer rows may take another kernel, which rounds differently
+    for other in others:  # a matmul with fewer rows may use another kernel, which rounds differently
         for found, expected in zip(other, first, strict=True):
             if found is not None:
                 assert error(found, expected.double()) <= 1e-6
@@ -153,7 +156,7 @@ COLLECTIVES = ("all_gather", "all_gather_into_tensor", "all_reduce", "reduce_sca
 
 
 def run_counting(platform):
-    """Collectives of forward and of backward, without and with sequence parallelism."""
+    """Count the collectives of forward and of backward, without and with sequence parallelism."""
     from megatron_iwsft.ops.logprob import vocab_parallel_logprob
 
     group = platform.parallel(tensor=platform.world_size).tp

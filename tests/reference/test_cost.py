@@ -1,4 +1,4 @@
-"""Costs of references against counted parameters."""
+"""Estimated costs of references against the number of parameters."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from megatron_iwsft.reference.cost import reference_costs
 from tests.support import tiny
 
 
-def test_costs_are_those_of_the_parameters() -> None:
+@pytest.mark.numerics
+def test_costs_follow_from_the_number_of_parameters() -> None:
     arch = Architecture.from_hf(tiny.model_config(vocab_size=384), where="test")
     parameters = 0
     for shape in shapes(arch).values():

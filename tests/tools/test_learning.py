@@ -1,4 +1,4 @@
-"""The learning benchmark: its problems, and a smoke run of the whole table."""
+"""The learning benchmark: the generated problems, and a smoke run of the command."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_iwsft.data.prepare.arithmetic import short_sums
 from tests.support import ROOT
 
 
-def test_short_sums_are_sums_and_the_asked_share_is_wrong() -> None:
+def test_short_sums_are_correct_except_for_the_requested_fraction() -> None:
     records = list(short_sums(2000, digits=3, wrong=0.5, seed=4))
     for record in records:
         a, b = (int(number[::-1]) for number in record["question"].rstrip("=").split("+"))
@@ -27,7 +27,7 @@ def test_short_sums_are_sums_and_the_asked_share_is_wrong() -> None:
     assert all(r["response"] == r["answer"] for r in short_sums(50, digits=2, wrong=0.0, seed=4))
 
 
-def test_short_sums_leave_out_what_is_held_out() -> None:
+def test_short_sums_exclude_held_out_problems() -> None:
     held_out = frozenset(r["question"] for r in short_sums(40, digits=1, wrong=0.0, seed=5))
     found = [r["question"] for r in short_sums(500, digits=1, wrong=0.0, seed=6, held_out=held_out)]
     assert len(found) == 500 and not held_out & set(found)
@@ -40,8 +40,9 @@ def bench(output: Path, *arguments: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.parallel
+@pytest.mark.command
 def test_a_smoke_run(tmp_path: Path) -> None:
-    """One filter, every objective, through trainer, exporter and evaluation; the same command then only tells the table."""
+    """One filter and every objective, through trainer, exporter and evaluation. A second run only prints the table."""
     output = tmp_path / "table"
     first = bench(output, "--quick")
     assert first.returncode == 0, first.stderr

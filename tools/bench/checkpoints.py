@@ -1,8 +1,8 @@
-"""How long training stands still for a checkpoint, at once and in the background: python tools/bench/checkpoints.py [--hidden 1024]
+"""Time that a checkpoint stalls training, for synchronous and asynchronous saves: python tools/bench/checkpoints.py [--hidden 1024]
 
-Two data-parallel processes under torchrun train a model from random weights for a few steps, saving twice; prints what
-logs/events.jsonl says. Then what the optimizer's sharded state dict takes, here (optimizer_state.py) and as Megatron-Core gathers it
-(`fully_reshardable`), in time and in peak memory.
+Two data-parallel processes under torchrun train a randomly initialised model for a few steps and save twice; the times are those in
+logs/events.jsonl. Then time and peak memory of the optimizer's sharded state dict, ours (checkpoint/optimizer_state.py) and
+Megatron-Core's (`fully_reshardable`).
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=768)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument(
-        "--output", type=Path, help="where the checkpoints go (default: the system's temporary directory)"
+        "--output", type=Path, help="directory for the checkpoints (default: the system's temporary directory)"
     )
     args = parser.parse_args()
 
-    from megatron_iwsft.testing import run_distributed, worked_sums
+    from megatron_iwsft.testing import run_distributed
 
     model = {
         "model_type": "qwen2",
@@ -44,53 +44,53 @@ def main() -> None:
     }
     for asynchronous in (False, True):
         with tempfile.TemporaryDirectory(dir=args.output) as directory:
-            config = {
-                "run": {"name": "stall", "dir": f"{directory}/run", "device": "cpu"},
-                "model": {"config": model},
-                "data": {
-                    "corpus": str(worked_sums(Path(directory), 100)),
-                    "seq_length": 512,
-                    "global_batch_size": 2,
-                    "max_steps": 8,
-                },
-                "objective": {"name": "sft"},
-                "precision": {"dtype": "fp32"},
-                "checkpoint": {"every": 4, "keep": 1, "asynchronous": asynchronous},
-            }
-            path = Path(directory) / "config.yaml"
-            path.write_text(json.dumps(config))
-            command = [
-                sys.executable,
-                "-m",
-                "megatron_iwsft.distributed.torchrun",
-                "--nproc_per_node",
-                "2",
-                "launch/train.py",
-            ]
-            done = subprocess.run([*command, "--config", path], cwd=ROOT, text=True, capture_output=True)
-            if done.returncode:
-                sys.exit(f"training failed:\n{done.stderr}")
-            events = (Path(directory) / "run" / "logs" / "events.jsonl").read_text().splitlines()
-            for event in map(json.loads, events):
-                if event["event"] == "saved":
-                    how = "in the background" if asynchronous else "at once"
-                    print(
-                        f"step {event['step']}, {how}: {event['bytes'] / 1e9:.2f} GB, training stood still for "
-                        f"{event['stall_s']:.2f} s, whole after {event['total_s']:.2f} s",
-                        flush=True,
-                    )
+            train(Path(directory), model, asynchronous=asynchronous)
     for how, (seconds, grown) in run_distributed(state_dicts, 2, model)[0].items():
-        print(f"the optimizer's state dict, {how}: {seconds:.2f} s, {grown / 2**20:,.0f} MiB more a process")
+        print(f"optimizer state dict, {how}: {seconds:.2f} s, {grown / 2**20:,.0f} MiB more per process")
+
+
+def train(directory: Path, model: dict[str, Any], *, asynchronous: bool) -> None:
+    """Train with two processes in `directory` and print the time of each save."""
+    from megatron_iwsft.testing import worked_sums
+
+    config = {
+        "run": {"name": "stall", "dir": f"{directory}/run", "device": "cpu"},
+        "model": {"config": model},
+        "data": {
+            "corpus": str(worked_sums(directory, 100)),
+            "seq_length": 512,
+            "global_batch_size": 2,
+            "max_steps": 8,
+        },
+        "objective": {"name": "sft"},
+        "precision": {"dtype": "fp32"},
+        "checkpoint": {"every": 4, "keep": 1, "asynchronous": asynchronous},
+    }
+    path = directory / "config.yaml"
+    path.write_text(json.dumps(config))
+    launch = [sys.executable, "-m", "megatron_iwsft.distributed.torchrun", "--nproc_per_node", "2", "launch/train.py"]
+    done = subprocess.run([*launch, "--config", path], cwd=ROOT, text=True, capture_output=True)
+    if done.returncode:
+        sys.exit(f"training failed:\n{done.stderr}")
+    events = (directory / "run" / "logs" / "events.jsonl").read_text().splitlines()
+    for event in map(json.loads, events):
+        if event["event"] == "saved":
+            how = "asynchronous" if asynchronous else "synchronous"
+            print(
+                f"step {event['step']}, {how}: {event['bytes'] / 1e9:.2f} GB, training stalled for {event['stall_s']:.2f} s, "
+                f"complete after {event['total_s']:.2f} s",
+                flush=True,
+            )
 
 
 def peak_memory() -> int:
-    """Bytes."""
+    """Peak resident memory of this process, bytes."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) * 1024
 
 
 def state_dicts(platform: Any, model: dict[str, Any]) -> dict[str, tuple[float, int]]:
-    """Way → (seconds, growth of this process's peak memory in bytes). Collective."""
+    """Implementation → (seconds, growth of this process's peak memory in bytes). Collective."""
     import torch
 
     from megatron_iwsft.checkpoint.optimizer_state import sharded_optimizer_state
@@ -111,14 +111,14 @@ def state_dicts(platform: Any, model: dict[str, Any]) -> dict[str, tuple[float, 
     models = {
         f"{i}.{k}": v for i, chunk in enumerate(wrapped) for k, v in chunk.sharded_state_dict(metadata=metadata).items()
     }
-    sharded_optimizer_state(optimizer, models)  # which makes the states
+    sharded_optimizer_state(optimizer, models)  # the first call creates the states
     found = {}
     for how, make in {
-        "here": lambda: sharded_optimizer_state(optimizer, models),
-        "gathered by Megatron-Core": lambda: optimizer.sharded_state_dict(models, metadata=metadata),
+        "ours": lambda: sharded_optimizer_state(optimizer, models),
+        "Megatron-Core's": lambda: optimizer.sharded_state_dict(models, metadata=metadata),
     }.items():
         torch.distributed.barrier()
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         before, started = peak_memory(), time.perf_counter()
         state = make()
         found[how] = time.perf_counter() - started, peak_memory() - before

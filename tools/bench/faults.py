@@ -1,10 +1,9 @@
-"""Kill a training run again and again and see that nothing is lost: python tools/bench/faults.py [--kills 50] [--output DIR]
+"""Kill a training run repeatedly and check that nothing is lost: python tools/bench/faults.py [--kills 50] [--output DIR]
 
-Two processes under torchrun train a small model with packing and quality sampling, saving every few steps, every other time they
-are started in the background. At random moments, half of them within a save, one rank or all of them get SIGKILL; after every
-`--damage`-th kill a file of the newest checkpoint is truncated, changed in one bit or removed. Each time the run must resume from the
-newest whole checkpoint and, when it ends, its metrics must equal the unbroken run's bit for bit. Prints figures; exit status 1 if
-one is wrong.
+Two processes under torchrun train a small model with packing and quality sampling and save every few steps, asynchronously in every
+other start. At random moments, half of them during a save, one or all ranks get SIGKILL. After every `--damage`-th kill, a file of the
+newest checkpoint is truncated, changed in one bit or removed. The run must always resume from the newest complete checkpoint, and its
+final metrics must equal those of an unbroken run bit for bit. Prints counts; exits with status 1 if one is wrong.
 """
 
 from __future__ import annotations
@@ -22,10 +21,11 @@ from collections import Counter
 from pathlib import Path
 
 from megatron_iwsft.utils.cli import run_command
+from megatron_iwsft.utils.files import PARTIAL
 
 ROOT = Path(__file__).resolve().parents[2]
 MARK = "IWSFT_FAULTS"
-DAMAGED = "damaged-by-the-sweep"  # a file that is put into a checkpoint
+DAMAGED = "damaged-by-the-sweep"  # a file that marks a damaged checkpoint
 CONFIG = """
 run: {{name: faults, dir: {directory}/unbroken, seed: 3, device: cpu, hang_timeout_s: 120}}
 model:
@@ -44,8 +44,8 @@ logging: {{every: 1000}}
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--steps", type=int, default=400, help="steps of a run; a new one begins when it ends")
-    parser.add_argument("--damage", type=int, default=5, help="damage the newest checkpoint after every so many kills")
+    parser.add_argument("--steps", type=int, default=400, help="steps per run; a new run starts when it ends")
+    parser.add_argument("--damage", type=int, default=5, help="damage the newest checkpoint after every N kills")
     parser.add_argument("--output", type=Path, default=Path("runs/faults"))
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -66,7 +66,7 @@ def main() -> int:
 
 
 class Sweep:
-    """figures: what is counted, by name."""
+    """Runs that are killed and resumed. figures: counts by name."""
 
     def __init__(self, directory: Path, steps: int, damage: int, chance: random.Random) -> None:
         self.directory, self.steps, self.damage_every, self.chance = directory.resolve(), steps, damage, chance
@@ -75,7 +75,7 @@ class Sweep:
         self.figures: Counter[str] = Counter(dict.fromkeys(names, 0))
 
     def prepare(self) -> None:
-        """A corpus of worked sums, and the unbroken run."""
+        """Create a corpus of worked sums and train the unbroken run."""
         from megatron_iwsft.testing import worked_sums
 
         worked_sums(self.directory, 300)
@@ -87,7 +87,7 @@ class Sweep:
         self.expected = metrics(self.directory / "unbroken")
 
     def run(self, kills: int) -> None:
-        """One run from its start to its end, through as many kills as it takes."""
+        """Train one run to its end, with up to `kills` kills in total."""
         number = self.figures["runs"] = self.figures["runs"] + 1
         run = self.directory / f"broken-{number}"
         expected_step, damaged = 0, None
@@ -98,7 +98,7 @@ class Sweep:
                 self._check_resume(output, expected_step, damaged)
                 self.figures["kills"] += 1
                 damaged = self._damage(run) if self.figures["kills"] % self.damage_every == 0 else None
-                expected_step = next((int(c.name.removeprefix("step-")) for c in whole(run)), 0)
+                expected_step = next((int(c.name.removeprefix("step-")) for c in complete(run)), 0)
                 continue
             status, output = self._finish(process)
             self._check_resume(output, expected_step, damaged)
@@ -121,7 +121,7 @@ class Sweep:
         ]
         overrides = [f"run.dir={run}", f"checkpoint.asynchronous={str(asynchronous).lower()}"]
         env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", MARK: str(self.directory)}
-        with open(self.log, "wb") as log:  # not a pipe, which a process left behind would hold open
+        with open(self.log, "wb") as log:  # not a pipe: a process left behind would keep it open
             return subprocess.Popen(
                 [*command, "--config", str(self.config.resolve()), *overrides],
                 cwd=ROOT,
@@ -133,21 +133,21 @@ class Sweep:
     def _finish(self, process: subprocess.Popen[bytes]) -> tuple[int, str]:
         status = process.wait()
         until = time.monotonic() + 15
-        while marked(str(self.directory)) and time.monotonic() < until:  # they end by themselves, within moments
+        while marked(str(self.directory)) and time.monotonic() < until:  # they exit by themselves after a moment
             time.sleep(0.1)
         self.figures["processes left behind"] += len(marked(str(self.directory)))
         return status, self.log.read_text(errors="replace")
 
     def _wait_and_kill(self, process: subprocess.Popen[bytes], run: Path) -> bool:
-        """Kill at a random moment after training has begun; False if the run ended before."""
+        """Kill at a random moment after the first step; False if the run ended before that."""
         log = run / "metrics.jsonl"
         before = log.stat().st_mtime_ns if log.exists() else 0
-        while not log.exists() or log.stat().st_mtime_ns == before:  # it is written to with the first step
+        while not log.exists() or log.stat().st_mtime_ns == before:  # the first step writes to it
             if process.poll() is not None:
                 return False
             time.sleep(0.02)
         time.sleep(self.chance.uniform(0, 3))
-        if self.chance.random() < 0.5:  # within a save
+        if self.chance.random() < 0.5:  # during a save
             until = time.monotonic() + 5
             while time.monotonic() < until and not saving(run):
                 time.sleep(0.002)
@@ -166,11 +166,11 @@ class Sweep:
         return True
 
     def _damage(self, run: Path) -> Path | None:
-        """Truncate, change or remove a file of the newest checkpoint that is whole, if there is one before it.
+        """Truncate, change or remove a file of the newest complete checkpoint, if there is an older one.
 
-        In one that is broken already, its info file perhaps, a second file would not be looked at.
+        A checkpoint that is damaged already is left alone: a second damaged file in it might not be checked.
         """
-        found = whole(run)
+        found = complete(run)
         if len(found) < 2:
             return None
         path = self.chance.choice(sorted(p for p in found[0].rglob("*") if p.is_file() and p.stat().st_size))
@@ -194,11 +194,11 @@ class Sweep:
             checkpoint = next(p for p in damaged.parents if p.name.startswith("step-"))
             accepted = found is not None and Path(found[1]).resolve() == checkpoint.resolve()
             self.figures["damaged checkpoints accepted"] += accepted
-            # Without its info file a directory is no checkpoint, and nothing to be named.
+            # A directory without its info file does not count as a checkpoint, so its damage is not reported.
             named = damaged.name in output or not (checkpoint / "iwsft.json").exists()
             self.figures["damaged files named" if named else "damaged files not named"] += 1
             if not named:
-                print(f"{damaged} is damaged, and was not named:\n{output}", flush=True)
+                print(f"{damaged} is damaged, but was not reported:\n{output}", flush=True)
         if step == expected:
             self.figures["correct resumes"] += 1
         else:
@@ -206,14 +206,15 @@ class Sweep:
             print(f"resumed after step {step} instead of {expected}:\n{output}")
 
 
-def whole(run: Path) -> list[Path]:
-    """Complete checkpoints that were not damaged, newest first."""
+def complete(run: Path) -> list[Path]:
+    """Complete, undamaged checkpoints, newest first."""
     found = sorted((p.parent for p in run.glob("checkpoints/step-????????/iwsft.json")), reverse=True)
     return [c for c in found if not (c / DAMAGED).exists()]
 
 
 def saving(run: Path) -> bool:
-    return any(run.glob("checkpoints/step-*.partial"))
+    """Whether a checkpoint is being written."""
+    return any(run.glob(f"checkpoints/step-*{PARTIAL}"))
 
 
 def children(pid: int) -> list[int]:
@@ -221,7 +222,7 @@ def children(pid: int) -> list[int]:
 
 
 def marked(mark: str) -> list[int]:
-    """Processes that this sweep's runs have started, at whatever remove."""
+    """All processes that were started by the runs of this sweep, directly or indirectly."""
     out = []
     for path in Path("/proc").glob("[0-9]*/environ"):
         try:

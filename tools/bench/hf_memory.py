@@ -1,11 +1,12 @@
 """Peak memory of Hugging Face import and export: tools/bench/hf_memory.py [--layers N]
 
-Makes a random model (0.99 GB in fp32 by default), imports it with tools/convert_hf.py in one process and over tensor-parallel 2,
-exports both checkpoints, and runs the same commands on a model of the same family with next to no weights. What the large
-model takes beyond the small one is what its weights cost; the small one's is the base: interpreter, libraries, process groups.
+Creates a random model (0.99 GB in fp32 by default), imports it with tools/convert_hf.py in one process and with tensor-parallel 2,
+exports both checkpoints, and runs the same commands on a tiny model of the same family. The tiny model's peak is the base
+(interpreter, libraries, process groups); the difference between the two is the memory for the weights.
 
-Memory is the proportional set size of a process and its children, sampled every 5 ms, or the largest process's own peak as the
-kernel counted it, whichever is more. Fails where import exceeds 1.3 × a rank's own share, or export 1.5 × the largest tensor.
+Memory is the proportional set size of a process and its children, sampled every 5 ms, or the peak of the largest single process as
+counted by the kernel, whichever is larger. Fails if import needs more than 1.3 × a rank's own share of the weights, or export more than
+1.5 × the largest tensor.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ from megatron_iwsft.utils.cli import run_command
 
 _TOOL = str(Path(__file__).parents[1] / "convert_hf.py")
 _IMPORT_BOUND, _EXPORT_BOUND = 1.3, 1.5
-_BLOCK = 16e6  # what an export writes at once, for which the small model has too little: part of the base
+_BLOCK = (
+    16e6  # bytes that an export writes at once; added to the base, because the tiny model is smaller than one block
+)
 _MB = 1e6
 
 
@@ -39,22 +42,22 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as directory:
         out = Path(directory)
-        large, small = _model(out / "large", layers=args.layers), _model(out / "small", layers=2, scale=32)
+        large, tiny = _model(out / "large", layers=args.layers), _model(out / "tiny", layers=2, scale=32)
         sizes = [_bytes(shape) for shape in shapes(Architecture.from_directory(large)).values()]
         print(f"model: {sum(sizes) / _MB:,.0f} MB in fp32, largest tensor {max(sizes) / _MB:,.0f} MB")
         failed = []
         for name, degree in (("import", 1), ("import, TP 2, each rank", 2)):
-            peaks = [_import(model, degree) for model in (large, small)]
+            peaks = [_import(model, degree) for model in (large, tiny)]
             failed += _report(name, *peaks, sum(sizes) / degree, "own share", _IMPORT_BOUND)
         for degree in (1, 2):
-            peaks = [_export(large, degree), _export(small, degree) + _BLOCK]
+            peaks = [_export(large, degree), _export(tiny, degree) + _BLOCK]
             failed += _report(f"export, saved at TP {degree}", *peaks, max(sizes), "largest tensor", _EXPORT_BOUND)
     if failed:
-        raise CheckpointError(f"over the bound: {', '.join(failed)}.")
+        raise CheckpointError(f"peak memory above the bound: {', '.join(failed)}.")
 
 
 def _model(path: Path, *, layers: int, scale: int = 1) -> Path:
-    """A random Llama with untied embeddings; `scale` divides every size."""
+    """Write a random Llama with untied embeddings; `scale` divides every size."""
     from megatron_iwsft.hf.architecture import Architecture
     from megatron_iwsft.hf.directory import DTYPES, RandomInit, write_directory
     from megatron_iwsft.hf.mapping import shapes
@@ -115,7 +118,7 @@ def _report(name: str, peak: float, base: float, unit: float, unit_name: str, bo
 
 
 def _peak(command: list[str], ranks: int = 1) -> float:
-    """Peak bytes of a command; of several ranks, of that one with its children that has the most."""
+    """Peak bytes of a command and its children; with several ranks, of the rank with the most."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
     sampled = [0.0]
@@ -140,12 +143,12 @@ def _sample(process: subprocess.Popen, ranks: int, peak: list[float]) -> None:
                 family = [worker, *worker.children(recursive=True)]
                 peak[0] = max(peak[0], sum(p.memory_full_info().pss for p in family), *map(_high_water, family))
         except (psutil.Error, FileNotFoundError, ProcessLookupError):
-            pass  # one of them has just ended
+            pass  # one of them has just exited
         time.sleep(0.005)
 
 
 def _high_water(process: Any) -> float:
-    """VmHWM: since the process was started. (getrusage's ru_maxrss counts its parent's memory, too.)"""
+    """Peak resident memory since the process started (VmHWM). getrusage's ru_maxrss would include the parent's."""
     lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 

@@ -1,13 +1,13 @@
-"""Which objective learns best from curated answers, by how clean the curation is: tools/bench/learning.py [--output DIR]
+"""Accuracy of every objective after training on curated answers, by quality of the curation: tools/bench/learning.py [--output DIR]
 
-Everything goes through the trainer, the exporter and the evaluation of this project. A small model learns sums of two three-digit
-numbers from demonstrations of which half are wrong: the reference. For each seed it answers new problems, sampled at temperature 1,
-and a filter keeps the right answers and lets a share of the wrong ones through. On what is kept the reference is tuned with each
-objective, all else equal, exported, and asked held-out problems. A seed decides which problems are answered, which wrong answers
-pass, and the order of training; the reference and the held-out problems are the same for all.
+Uses the project's trainer, exporter and evaluation. A small model, the reference, learns sums of two three-digit numbers from
+demonstrations of which half are wrong. For each seed, it answers new problems, sampled at temperature 1; a filter keeps the correct
+answers and a fraction of the wrong ones. The reference is then trained on the kept answers with each objective, all else equal,
+exported, and evaluated on held-out problems. The seed determines which problems are answered, which wrong answers are kept, and the
+training order; the reference and the held-out problems are the same for all seeds.
 
-Prints a table of accuracies, mean ± standard deviation over seeds, and writes results.json and accuracy.svg. The same command goes
-on where an interrupted one stopped.
+Prints a table of accuracies, mean ± standard deviation over seeds, and writes results.json and accuracy.svg. Running the same command
+again resumes an interrupted run.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import random
 import statistics
 from collections.abc import Iterable
@@ -25,6 +24,7 @@ from typing import Any
 
 from megatron_iwsft.errors import DataError
 from megatron_iwsft.utils.cli import run_command
+from megatron_iwsft.utils.files import write_text
 
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "SFT": {"name": "sft"},
@@ -40,8 +40,8 @@ _SEQ_LENGTH = 256
 
 @dataclass(frozen=True)
 class Size:
-    """What a table costs. A batch counts packed sequences of 256 tokens. prompts: problems that the reference answers, of which
-    `curated` are trained on."""
+    """Sizes of one table. Batches are in packed sequences of 256 tokens. prompts: problems that the reference answers; curated: answers
+    that are trained on."""
 
     digits: int = 3
     wrong: float = 0.5
@@ -71,14 +71,14 @@ def main() -> None:
         type=float,
         nargs="+",
         default=[0.0, 0.25, 0.5],
-        metavar="SHARE",
-        help="of the wrong answers, by the filters to compare",
+        metavar="FRACTION",
+        help="fractions of the wrong answers that the filters keep, one filter each (default: %(default)s)",
     )
     parser.add_argument(
         "--reference-steps",
         type=int,
         default=Size.reference_steps,
-        help="training of the reference; fewer leave one that is wrong itself, not only unsure (default: %(default)s)",
+        help="training steps of the reference; with fewer, it is wrong rather than uncertain (default: %(default)s)",
     )
     parser.add_argument(
         "--prompts",
@@ -86,7 +86,7 @@ def main() -> None:
         default=Size.prompts,
         help=f"problems that the reference answers; {Size.curated} answers are kept (default: %(default)s)",
     )
-    parser.add_argument("--quick", action="store_true", help="a smoke run: one seed, one filter, next to no training")
+    parser.add_argument("--quick", action="store_true", help="a smoke run: one seed, one filter, almost no training")
     args = parser.parse_args()
     if min(args.seeds, args.reference_steps, args.prompts) < 1:
         parser.error("--seeds, --reference-steps and --prompts must be at least 1")
@@ -112,12 +112,12 @@ def check_output(output: Path, size: Size) -> None:
     """Raise DataError if `output` holds runs of another size."""
     path, settings = output / "size.json", asdict(size)
     if path.exists() and json.loads(path.read_text(encoding="utf-8")) != settings:
-        raise DataError(f"{output} holds a table of another size. Remove it, or choose another --output.")
+        raise DataError(f"{output} has results of another size. Remove it, or choose another --output.")
     write(path, json.dumps(settings, indent=1) + "\n")
 
 
 def bench(output: Path, size: Size, seeds: Iterable[int], shares: list[float]) -> list[dict[str, Any]]:
-    """The reference, and every objective after every filter with every seed."""
+    """Train and evaluate the reference, then every objective with every filter and seed."""
     from megatron_iwsft.data.prepare.arithmetic import short_sums
 
     benchmark = output / "problems.jsonl"
@@ -145,14 +145,14 @@ def bench(output: Path, size: Size, seeds: Iterable[int], shares: list[float]) -
 
 
 def train_reference(output: Path, size: Size, held_out: frozenset[str]) -> Path:
-    """A two-layer model from random weights, on demonstrations each seen once; returns its export."""
+    """Train a two-layer model from random weights, on each demonstration once; returns its export."""
     from megatron_iwsft.data.prepare.arithmetic import short_sums
     from megatron_iwsft.data.prepare.train_tokenizer import train_tokenizer
 
-    # With the template's words, a sum of n digits has 3 n + 11 tokens.
+    # With the words of the template, a sum of n digits has 3 n + 11 tokens.
     demonstrations = size.reference_steps * size.reference_batch * (_SEQ_LENGTH // (3 * size.digits + 11))
     records = list(short_sums(demonstrations, digits=size.digits, wrong=size.wrong, seed=0, held_out=held_out))
-    # The tokenizer also sees the words of the template, so that each is a token or two.
+    # Include the words of the template, so that each is one or two tokens.
     texts = ({"text": f"Question: {r['question']}\nAnswer: {r['response']}"} for r in records[:200])
     write(output / "texts.jsonl", lines(texts))
     train_tokenizer([output / "texts.jsonl"], output / "tokenizer", fields=["text"], vocab_size=300)
@@ -179,7 +179,7 @@ def train_reference(output: Path, size: Size, held_out: frozenset[str]) -> Path:
 
 
 def tune(directory: Path, start: Path, corpus: Path, objective: dict[str, Any], size: Size, seed: int) -> Path:
-    """The reference, tuned on a curated corpus; returns its export."""
+    """Train the reference on a curated corpus; returns its export."""
     run = {
         "run": {"name": directory.name, "dir": str(directory), "seed": seed, "device": "cpu"},
         "model": {"checkpoint": str(start)},
@@ -196,7 +196,7 @@ def data(corpus: Path, batch: int, steps: int) -> dict[str, Any]:
 
 
 def common(lr: float) -> dict[str, Any]:
-    """The sections that all runs share."""
+    """Config sections that all runs share."""
     return {
         "precision": {"dtype": "fp32"},
         "optimizer": {"lr": lr, "schedule": "cosine", "weight_decay": 0.0},
@@ -207,7 +207,7 @@ def common(lr: float) -> dict[str, Any]:
 
 
 def train_and_export(run: dict[str, Any]) -> Path:
-    """Train as launch/train.py would with this config, unless it is done; returns the Hugging Face directory."""
+    """Train with this config, as launch/train.py does, unless the export exists; returns the Hugging Face directory."""
     import yaml
 
     from megatron_iwsft.config.loader import parse_config
@@ -225,7 +225,7 @@ def train_and_export(run: dict[str, Any]) -> Path:
 
 
 def shard(path: Path, records: list[dict[str, Any]], tokenizer: Path) -> Path:
-    """Records → JSONL at `path` → a corpus beside it."""
+    """Write records as JSONL to `path` and shard them into a corpus next to it."""
     from megatron_iwsft.data.prepare.records import RecordFormat
     from megatron_iwsft.data.prepare.shard import ShardSettings, shard_corpus
 
@@ -237,16 +237,18 @@ def shard(path: Path, records: list[dict[str, Any]], tokenizer: Path) -> Path:
 
 
 def curate(answers: list[dict[str, Any]], share: float, count: int, seed: int) -> list[dict[str, Any]]:
-    """The first `count` answers that are right, or wrong and let through."""
+    """The first `count` answers that pass the filter: all correct ones, and a fraction `share` of the wrong ones."""
     rng = random.Random(seed)
     kept = [a for a in answers if rng.random() < share or a["correct"]]
     if len(kept) < count:
-        raise DataError(f"the filter keeps {len(kept)} of {len(answers)} answers; {count} are needed.")
+        raise DataError(
+            f"the filter keeps {len(kept)} of {len(answers)} answers, but {count} are needed. Raise --prompts."
+        )
     return kept[:count]
 
 
 def ask(model: Path, label: str, benchmark: Path, home: Path, *, temperature: float) -> list[dict[str, Any]]:
-    """One answer to each problem, as records: question, response, correct. What HOME/answers holds is not asked again."""
+    """One answer per problem, as records (question, response, correct). Answers in HOME/answers are reused."""
     from megatron_iwsft.evaluate.benchmark import read_benchmark
     from megatron_iwsft.evaluate.generate import Sampling, TransformersGenerator
     from megatron_iwsft.evaluate.run import EvaluatedModel, evaluate_model
@@ -270,25 +272,25 @@ def ask(model: Path, label: str, benchmark: Path, home: Path, *, temperature: fl
 
 
 def accuracy(model: Path, label: str, benchmark: Path, home: Path) -> dict[str, float]:
-    """Share of the problems that a model solves, sampled and greedy."""
+    """Fraction of the problems that a model solves, sampled and greedy."""
     answers = {name: ask(model, label, benchmark, home, temperature=t) for name, t in TEMPERATURES.items()}
     return {name: sum(a["correct"] for a in own) / len(own) for name, own in answers.items()}
 
 
 def summarize(results: list[dict[str, Any]], how: str, objective: str, share: float | None) -> tuple[float, float]:
-    """Mean and standard deviation over seeds, in per cent; the latter NaN of one seed."""
+    """Mean and standard deviation over seeds, in percent; the latter is NaN with one seed."""
     values = [100 * r[how] for r in results if r["objective"] == objective and r.get("let_through") == share]
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else math.nan
 
 
 def filters(results: list[dict[str, Any]]) -> dict[float, float]:
-    """Share of wrong answers let through → share of right ones among those kept, the mean over seeds."""
+    """Fraction of wrong answers kept by a filter → fraction of correct answers among the kept ones, mean over seeds."""
     shares = sorted({r["let_through"] for r in results if "let_through" in r})
     return {s: statistics.fmean(r["right"] for r in results if r.get("let_through") == s) for s in shares}
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """Markdown: sampled / greedy accuracy in per cent, mean ± standard deviation over seeds."""
+    """Markdown table: sampled / greedy accuracy in percent, mean ± standard deviation over seeds."""
 
     def cell(objective: str, share: float | None) -> str:
         pairs = (summarize(results, how, objective, share) for how in TEMPERATURES)
@@ -297,17 +299,17 @@ def table(results: list[dict[str, Any]]) -> str:
     kept = filters(results)
     seeds = len({r["seed"] for r in results if "seed" in r})
     rows = [
-        f"sampled / greedy accuracy, %, {seeds} seed{'s' * (seeds > 1)}; the reference: {cell('reference', None)}\n",
-        "| wrong answers let through | " + " | ".join(f"{100 * share:g} %" for share in kept) + " |",
+        f"sampled / greedy accuracy, %, {seeds} seed{'s' * (seeds > 1)}; reference: {cell('reference', None)}\n",
+        "| wrong answers kept | " + " | ".join(f"{100 * share:g} %" for share in kept) + " |",
         "|---|" + "---|" * len(kept),
-        "| right among the answers kept | " + " | ".join(f"{100 * right:.1f} %" for right in kept.values()) + " |",
+        "| correct among the kept answers | " + " | ".join(f"{100 * right:.1f} %" for right in kept.values()) + " |",
     ]
     rows += [f"| {name} | " + " | ".join(cell(name, share) for share in kept) + " |" for name in OBJECTIVES]
     return "\n".join(rows)
 
 
 def plot(results: list[dict[str, Any]], path: Path) -> None:
-    """Accuracy over the share of wrong answers among those kept, a line for each objective; bars are seeds' deviations."""
+    """Plot accuracy over the fraction of wrong answers among the kept ones, one line per objective; error bars are over seeds."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -322,7 +324,7 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
             axes.errorbar([100 * (1 - r) for r in kept.values()], means, spreads, marker="o", capsize=3, label=name)
         axes.axhline(summarize(results, how, "reference", None)[0], color="grey", linestyle=":", label="reference")
         axes.set_title(f"{how} accuracy, %", fontsize=10)
-        axes.set_xlabel("wrong among the answers trained on, %")
+        axes.set_xlabel("wrong answers in the training data, %")
         axes.grid(alpha=0.3)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8, frameon=False)
     figure.savefig(path)
@@ -335,9 +337,7 @@ def lines(records: Iterable[dict[str, Any]]) -> str:
 
 def write(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    write_text(path, text)
 
 
 if __name__ == "__main__":  # the checkpoint writer spawns processes that import this file

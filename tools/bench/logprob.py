@@ -1,7 +1,7 @@
-"""Time and peak memory of the log-prob operator beside other ways to the same numbers: tools/bench/logprob.py [options]
+"""Time and peak memory of the log-prob operator and of other implementations: tools/bench/logprob.py [options]
 
-Every implementation gets the same inputs in the same run. The floor is three matrix products at the rate measured here (logits,
-their two gradients; one for forward alone): no implementation that computes the gradients can be faster.
+All implementations get the same inputs, in the same run. Baseline: the matmuls alone (three for forward and backward, one for forward),
+timed in the same run; "of matmul" is the baseline's time over the implementation's.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def full_logits(hidden: Any, weight: Any, targets: Any, group: Any) -> Any:
 
 
 def authors(hidden: Any, weight: Any, targets: Any, group: Any) -> Any:
-    """The released script's way: log-softmax of all logits, then a gather."""
+    """As in the paper's released script: log-softmax of the full logits, then a gather."""
     import torch
 
     logprobs = torch.log_softmax((hidden @ weight.t()).float(), dim=-1)
@@ -58,7 +58,7 @@ def megatron_fused(hidden: Any, weight: Any, targets: Any, group: Any) -> Any:
 
 
 def liger(hidden: Any, weight: Any, targets: Any, group: Any) -> Any:
-    """Its gradient is computed in forward, for a sum: no weights of a token's own."""
+    """Computes its gradient in forward, for the sum over tokens: no per-token weights."""
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
     return -liger_fused_linear_cross_entropy(hidden, weight, targets, reduction="sum")
@@ -70,7 +70,7 @@ def cut_cross_entropy(hidden: Any, weight: Any, targets: Any, group: Any) -> Any
     return -linear_cross_entropy(hidden, weight, targets, reduction="none")
 
 
-# name → (function, needs a GPU, knows tensor parallelism)
+# name → (function, needs a GPU, supports tensor parallelism)
 IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], bool, bool]] = {
     "ours": (ours, False, True),
     "full-logits": (full_logits, False, False),
@@ -83,7 +83,7 @@ IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], bool, bool]] = {
 
 @dataclass(frozen=True)
 class Inputs:
-    """hidden [T, H], weight [V/tp, H], targets [T], and the gradient of the log-probs float32 [T]."""
+    """hidden [T, H], weight [V/tp, H], targets int64 [T], and grad, the gradient of the log-probs, float32 [T]."""
 
     hidden: Any
     weight: Any
@@ -126,33 +126,35 @@ def _start(platform: Any) -> Any:
     import torch
 
     if not platform.is_cuda:
-        torch._dynamo.config.disable = True  # Megatron-Core's is compiled, which on CPU takes a C++ compiler
+        torch._dynamo.config.disable = (
+            True  # Megatron-Core's loss uses torch.compile, which needs a C++ compiler on CPU
+        )
     return platform.parallel(tensor=platform.world_size).tp
 
 
 def peaks(platform: Any, size: Size, names: list[str]) -> dict[str, int | str]:
-    """In every process: bytes at the peak of forward and backward, less inputs and gradients; or why it could not be run."""
+    """Peak bytes of forward and backward beyond inputs and gradients, or the error. Runs in every process."""
     group = _start(platform)
     inputs, out = Inputs.of(size, platform, group.size()), {}
     for name in names:
         try:
-            if platform.is_cuda:  # what is allocated, compiled and tuned once is not this call's
+            if platform.is_cuda:  # warm up: exclude one-time allocation, compilation and autotuning
                 inputs.both(name, group)
                 inputs.hidden.grad = inputs.weight.grad = None
             before = _memory(platform)
             inputs.both(name, group)
             platform.synchronize()
             out[name] = _peak(platform) - before - inputs.hidden.grad.nbytes - inputs.weight.grad.nbytes
-        except Exception as error:  # not installed, out of memory, or whatever another's code refuses these inputs with
+        except Exception as error:  # not installed, out of memory, or inputs that the implementation does not support
             out[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"
         inputs.hidden.grad = inputs.weight.grad = None
     return out
 
 
 def times(platform: Any, size: Size, names: list[str], budget: float) -> tuple[float, dict[str, tuple[float, float]]]:
-    """In every process: seconds of one matrix product, and of each implementation's forward alone and forward with backward.
+    """Seconds of one matmul, and of each implementation's forward alone and forward with backward. Runs in every process.
 
-    Medians over rounds in which all take turns, so that a machine that slows down slows all of them.
+    Medians over rounds; in each round all implementations take turns, so that changes in machine speed affect all alike.
     """
     group = _start(platform)
     inputs = Inputs.of(size, platform, group.size())
@@ -170,12 +172,12 @@ def times(platform: Any, size: Size, names: list[str], budget: float) -> tuple[f
             platform.synchronize()
             taken[key].append(time.perf_counter() - started)
         rounds += 1
-    median = {key: statistics.median(values[1:]) for key, values in taken.items()}  # the first warms up
+    median = {key: statistics.median(values[1:]) for key, values in taken.items()}  # the first round is a warm-up
     return median["", "product"], {name: (median[name, "forward"], median[name, "both"]) for name in names}
 
 
 def _memory(platform: Any) -> int:
-    """Bytes held now. The peak starts again from here."""
+    """Reset the peak and return the bytes in use now."""
     if platform.is_cuda:
         import torch
 
@@ -186,7 +188,7 @@ def _memory(platform: Any) -> int:
 
 
 def _peak(platform: Any) -> int:
-    """Most bytes held since `_memory`."""
+    """Peak bytes in use since `_memory`."""
     if platform.is_cuda:
         return platform.peak_memory()
     line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))
@@ -201,10 +203,12 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, nargs="+", default=[32768])
     parser.add_argument("--hidden", type=int, nargs="+", default=[2048])
     parser.add_argument("--dtype", choices=("fp32", "bf16"), nargs="+", default=["fp32"])
-    parser.add_argument("--trained", type=float, nargs="+", default=[1.0], help="shares of positions trained on")
+    parser.add_argument(
+        "--trained", type=float, nargs="+", default=[1.0], help="fractions of positions that are trained"
+    )
     parser.add_argument("--only", nargs="+", choices=list(IMPLEMENTATIONS), default=list(IMPLEMENTATIONS))
     parser.add_argument(
-        "--seconds", type=float, default=30.0, help="of rounds, for each size; 0 for memory alone (default: 30)"
+        "--seconds", type=float, default=30.0, help="time budget per size; 0 measures memory only (default: 30)"
     )
     args = parser.parse_args()
 
@@ -212,10 +216,10 @@ def main() -> None:
 
     from megatron_iwsft.testing import run_distributed
 
-    where = torch.cuda.get_device_name() if args.device == "cuda" else "CPU, one thread a process"
+    where = torch.cuda.get_device_name() if args.device == "cuda" else "CPU, one thread per process"
     print(f"{where}; torch {torch.__version__}")
     print(
-        f"{'':18} {'TP':>2} {'T':>6} {'V':>7} {'H':>5} {'':4} {'trained':>7} {'forward':>9} {'of floor':>8} {'both':>9} {'of floor':>8} "
+        f"{'':18} {'TP':>2} {'T':>6} {'V':>7} {'H':>5} {'':4} {'trained':>7} {'forward':>9} {'of matmul':>9} {'both':>9} {'of matmul':>9} "
         f"{'memory':>8}"
     )
     for tensor, *numbers in itertools.product(
@@ -227,7 +231,7 @@ def main() -> None:
             for name in args.only
             if (args.device == "cuda" or not IMPLEMENTATIONS[name][1]) and (tensor == 1 or IMPLEMENTATIONS[name][2])
         ]
-        # On CPU a process each: its resident memory only ever grows.
+        # On CPU, one process per implementation: resident memory does not shrink.
         parts = [names] if args.device == "cuda" else [[name] for name in names]
         memory: dict[str, int | str] = {}
         for part in parts:
@@ -246,12 +250,12 @@ def _row(
     head = f"{name:18} {tensor:>2} {size.tokens:>6} {size.vocabulary:>7} {size.hidden:>5} {size.dtype:4} {size.trained:>7.0%} "
     if isinstance(memory, str):
         return head + memory
-    speed = " " * 38
+    speed = " " * 40
     if taken is not None:
-        floor, (forward, both) = product * size.trained, taken
-        speed = f"{forward * 1e3:>7.1f}ms {floor / forward:>8.0%} {both * 1e3:>7.1f}ms {3 * floor / both:>8.0%} "
+        baseline, (forward, both) = product * size.trained, taken
+        speed = f"{forward * 1e3:>7.1f}ms {baseline / forward:>9.0%} {both * 1e3:>7.1f}ms {3 * baseline / both:>9.0%} "
     return head + f"{speed}{memory / 2**20:>5.0f}MiB"
 
 
-if __name__ == "__main__":  # the processes that it starts import this file
+if __name__ == "__main__":  # spawned processes import this file
     run_command(main)

@@ -1,4 +1,4 @@
-"""Time and memory of planning an epoch, and packing efficiency, at scale: tools/bench/sampler.py"""
+"""Time and memory to plan an epoch, and packing efficiency: tools/bench/sampler.py"""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trajectories", type=int, default=10_000_000)
     parser.add_argument("--seq-length", type=int, default=22528)
-    parser.add_argument("--corpus", help="also the packing of this corpus, at --seq-length")
+    parser.add_argument("--corpus", help="also measure the packing of this corpus, at --seq-length")
     args = parser.parse_args()
 
     from megatron_iwsft.data.packing import best_fit, efficiency
@@ -43,15 +43,15 @@ def main() -> None:
         share = efficiency(lengths, plan.packs, args.seq_length)
         print(
             f"  quality {mode:<6}  {elapsed:5.1f} s, {len(plan.packs):,} sequences, {share:.2%} real tokens; "
-            f"peak {_peak():,} MiB in all ({base:,} before)"
+            f"peak {_peak():,} MiB in total ({base:,} before)"
         )
         del sampler, plan
     for name, some, capacity in _distributions(rng):
         packs = best_fit(some, capacity)
         least = lower_bound(some, capacity)
         print(
-            f"  {name} at {capacity}: {efficiency(some, packs, capacity):.2%} real tokens; {len(packs):,} sequences, no packing has fewer "
-            f"than {least:,} ({some.sum() / (least * capacity):.2%})"
+            f"  {name} at {capacity}: {efficiency(some, packs, capacity):.2%} real tokens; {len(packs):,} sequences, lower bound "
+            f"{least:,} ({some.sum() / (least * capacity):.2%})"
         )
     if args.corpus:
         from megatron_iwsft.data.corpus import Corpus
@@ -67,13 +67,15 @@ def _distributions(rng: np.random.Generator) -> list[tuple[str, np.ndarray, int]
     return [
         ("lengths like GSM8K's", short, 2048),
         ("reasoning traces, log-normal, 1k to 22k", traces, 22_528),
-        ("traces all of 8k to 22k, uniform", long, 22_528),
+        ("long traces, uniform, 8k to 22k", long, 22_528),
     ]
 
 
 def lower_bound(lengths: np.ndarray, capacity: int) -> int:
-    """The fewest sequences any packing can need (Martello and Toth's L2): items over half a sequence each need one of their own,
-    and what is over the free space left beside them needs more."""
+    """Lower bound on the number of sequences of any packing (Martello and Toth's L2).
+
+    Each item longer than half a sequence needs its own; smaller items that do not fit into the remaining space need further ones.
+    """
     best = -(-int(lengths.sum()) // capacity)
     for least in np.unique(lengths[lengths <= capacity // 2]).tolist():
         alone = int((lengths > capacity - least).sum())

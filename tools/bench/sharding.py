@@ -1,7 +1,7 @@
-"""tools/shard_corpus.py against Megatron-LM's tools/preprocess_data.py: same records, tokenizer, workers and run.
+"""Speed of tools/shard_corpus.py and of Megatron-LM's tools/preprocess_data.py, with the same records, tokenizer and workers.
 
-Ours also renders the chat template, masks, scores, hashes and deduplicates; preprocess_data.py is given texts that are rendered
-already. Without a checkout of Megatron-LM a stand-in does the same work with Megatron-Core's own IndexedDatasetBuilder.
+Ours also renders the chat template, masks, scores, hashes and deduplicates; preprocess_data.py gets texts that are already rendered.
+Without a checkout of Megatron-LM, an equivalent script with Megatron-Core's IndexedDatasetBuilder replaces it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import numpy as np
 import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
-# How Qwen2 and its like cut text into words; gigatoken knows this pattern.
+# Qwen2's pre-tokenization pattern, which gigatoken supports.
 WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -53,25 +53,27 @@ def _arguments() -> argparse.Namespace:
     add("--input", type=Path, help="JSONL with --prompt-field and --response-field (default: generated sums)")
     add("--prompt-field", default="prompt")
     add("--response-field", default="response")
-    add("--copies", type=int, default=20, help="of the input, each with another beginning (default: 20)")
+    add("--copies", type=int, default=20, help="copies of the input, each with a different prefix (default: 20)")
     add("--workers", type=int, default=os.cpu_count() or 1)
-    add("--repeats", type=int, default=3, help="turns that both take (default: 3)")
+    add("--repeats", type=int, default=3, help="measurements of each (default: 3)")
     add(
         "--kind",
         action="append",
         choices=("huggingface", "sentencepiece"),
-        help="tokenizer to train on the input (default: both)",
+        help="kind of tokenizer to train on the input (default: both)",
     )
-    add("--megatron-lm", type=Path, metavar="DIR", help="checkout of Megatron-LM (default: the stand-in)")
-    add("--check", action="store_true", help="compare the ids of every record with the tokenizer's own")
-    add("--scratch", type=Path, help="where to write (default: the system's temporary directory)")
+    add("--megatron-lm", type=Path, metavar="DIR", help="checkout of Megatron-LM (default: the equivalent script)")
+    add(
+        "--check", action="store_true", help="compare the ids of every record with those of the tokenizer's own library"
+    )
+    add("--scratch", type=Path, help="directory for temporary files (default: the system's temporary directory)")
     add("--stand-in", nargs=4, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 @dataclass(frozen=True)
 class Run:
-    """tokens written; wall-clock and CPU seconds, of all processes, from start to end."""
+    """Number of tokens written; wall-clock seconds; CPU seconds of all processes."""
 
     tokens: int
     wall: float
@@ -90,7 +92,7 @@ def compare(args: argparse.Namespace, kind: str, scratch: Path) -> None:
     records, texts = scratch / f"{kind}.jsonl", scratch / f"{kind}.text.jsonl"
     write_inputs(base, args.copies, tokenizer, template, records, texts)
     size = records.stat().st_size / 1e6
-    theirs_name = "preprocess_data.py" if args.megatron_lm else "stand-in for preprocess_data.py"
+    theirs_name = "preprocess_data.py" if args.megatron_lm else "equivalent of preprocess_data.py"
     print(f"\n{kind} tokenizer, {size:.0f} MB of records, {args.workers} workers, {os.cpu_count()} cores", flush=True)
     wall_ratios, cpu_ratios = [], []
     for _ in range(args.repeats):
@@ -99,8 +101,8 @@ def compare(args: argparse.Namespace, kind: str, scratch: Path) -> None:
         wall_ratios.append(ours.tokens / ours.wall / (theirs.tokens / theirs.wall))
         cpu_ratios.append(ours.tokens / ours.cpu / (theirs.tokens / theirs.cpu))
         print(f"  shard_corpus.py {ours}\n  {theirs_name} {theirs}")
-        print(f"  ratio {wall_ratios[-1]:.1f} by the clock, {cpu_ratios[-1]:.1f} by CPU time", flush=True)
-    print(f"  median ratio {np.median(wall_ratios):.1f} by the clock, {np.median(cpu_ratios):.1f} by CPU time")
+        print(f"  ratio {wall_ratios[-1]:.1f} by wall-clock time, {cpu_ratios[-1]:.1f} by CPU time", flush=True)
+    print(f"  median ratio {np.median(wall_ratios):.1f} by wall-clock time, {np.median(cpu_ratios):.1f} by CPU time")
     memory(records, len(base), args.copies, tokenizer, template, args.workers, scratch)
     stages(records, tokenizer, template)
     if args.check:
@@ -120,7 +122,7 @@ def _records(args: argparse.Namespace) -> Iterator[dict[str, str]]:
 
 
 def train(kind: str, records: list[dict[str, str]], directory: Path) -> tuple[Path, str | None]:
-    """A tokenizer of 8,000 tokens trained on the records, and the name of the template it needs."""
+    """Train a tokenizer of 8,000 tokens on the records; returns its path and the name of the template it needs."""
     from megatron_iwsft.data.chat_template import PRESETS
 
     directory.mkdir()
@@ -161,7 +163,7 @@ def train(kind: str, records: list[dict[str, str]], directory: Path) -> tuple[Pa
 def write_inputs(
     base: list[dict[str, str]], copies: int, tokenizer: Path, template: str | None, records: Path, texts: Path
 ) -> None:
-    """The same conversations twice: as records with a score, and rendered."""
+    """Write the same conversations twice: as records with a score, and as rendered texts."""
     from megatron_iwsft.data.chat_template import ChatTemplate, Conversation
     from megatron_iwsft.data.tokenizer import load_tokenizer
 
@@ -221,9 +223,9 @@ def run_theirs(checkout: Path | None, texts: Path, kind: str, tokenizer: Path, o
 def memory(
     records: Path, once: int, copies: int, tokenizer: Path, template: str | None, workers: int, scratch: Path
 ) -> None:
-    """Peak memory of shard_corpus.py, all its processes together, for one copy of the input and for all of them."""
-    with open(records, encoding="utf-8") as whole, open(scratch / "once.jsonl", "w", encoding="utf-8") as one:
-        one.writelines(islice(whole, once))
+    """Print the peak memory of shard_corpus.py, summed over its processes, for one copy of the input and for all copies."""
+    with open(records, encoding="utf-8") as all_copies, open(scratch / "once.jsonl", "w", encoding="utf-8") as one:
+        one.writelines(islice(all_copies, once))
     peaks = []
     for source in (scratch / "once.jsonl", records):
         with peak_memory() as peak:
@@ -236,14 +238,14 @@ def memory(
 
 @contextmanager
 def peak_memory() -> Iterator[list[int]]:
-    """[bytes] of the most that this process's descendants hold at once meanwhile, shared pages counted in each (sampled)."""
+    """Sample the memory of this process's descendants; yields [peak bytes], with shared pages counted in each process."""
     peak, done = [0], threading.Event()
 
     def sample() -> None:
         while not done.wait(0.02):
             held = 0
             for process in psutil.Process().children(recursive=True):
-                with suppress(psutil.Error):  # it has ended
+                with suppress(psutil.Error):  # it has exited
                     held += process.memory_info().rss
             peak[0] = max(peak[0], held)
 
@@ -277,7 +279,7 @@ def _encode_line(line: str) -> list[int]:
 
 
 def stand_in(texts: str, tokenizer: str, output: str, workers: str) -> None:
-    """What preprocess_data.py does: a pool maps lines to lists of ids, 32 at a time, and one process adds the documents."""
+    """The work of preprocess_data.py: a pool maps lines to lists of ids, 32 at a time, and one process adds the documents."""
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
     builder = IndexedDatasetBuilder(f"{output}/corpus_text_document.bin", dtype=np.uint16)
@@ -291,7 +293,7 @@ def stand_in(texts: str, tokenizer: str, output: str, workers: str) -> None:
 
 
 def stages(records: Path, tokenizer_path: Path, template_name: str | None) -> None:
-    """CPU microseconds a record of each stage in one process (the best of some blocks), and what bounds the whole."""
+    """Print the CPU microseconds per record of each stage in one process (minimum over blocks)."""
     from megatron_iwsft.data.chat_template import ChatTemplate
     from megatron_iwsft.data.prepare import encode
     from megatron_iwsft.data.prepare.filters import Curation
@@ -318,17 +320,17 @@ def stages(records: Path, tokenizer_path: Path, template_name: str | None) -> No
     parsing = best(lambda b: list(encode.numbered_records(b)), blocks)
     rendering = best(encoder.prepare, blocks) - parsing
     tokenizing = best(lambda rows: encoder._encode(rows.pieces, rows.counts), prepared)
-    whole = best(encoder, blocks)
+    total = best(encoder, blocks)
     tokens = sum(encoder._encode(rows.pieces, rows.counts)[1].sum() for rows in prepared) / sum(b.count for b in blocks)
     print(
-        f"  a worker's CPU time for a record of {tokens:.0f} tokens: {whole:.1f} µs ({tokens / whole:.1f} M tokens/s a core): parsing "
-        f"{parsing:.1f}, fields, template and checks {rendering:.1f}, tokenizing {tokenizing:.1f}, masks, hashes and columns "
-        f"{whole - parsing - rendering - tokenizing:.1f}"
+        f"  CPU time per record of {tokens:.0f} tokens: {total:.1f} µs ({tokens / total:.1f} M tokens/s per core): parsing "
+        f"{parsing:.1f}, fields, template and checks {rendering:.1f}, tokenization {tokenizing:.1f}, masks, hashes and columns "
+        f"{total - parsing - rendering - tokenizing:.1f}"
     )
 
 
 def check(corpus_path: Path, records: Path, tokenizer_path: Path, template_name: str | None) -> None:
-    """The ids of every trajectory against the tokenizer's own library, piece by piece and as one text."""
+    """Compare the ids of every trajectory with those of the tokenizer's own library, piece by piece and as one text."""
     from megatron_iwsft.data.chat_template import ChatTemplate, Conversation
     from megatron_iwsft.data.corpus import Corpus
     from megatron_iwsft.data.tokenizer import load_tokenizer
@@ -337,7 +339,7 @@ def check(corpus_path: Path, records: Path, tokenizer_path: Path, template_name:
     template = ChatTemplate(tokenizer, template_name)
     corpus = Corpus.open(corpus_path)
     lines = corpus.meta(["line"])["line"].to_pylist()
-    wrong = whole = 0
+    wrong = same_as_text = 0
     with open(records, encoding="utf-8") as file:
         texts = {n: json.loads(line) for n, line in enumerate(file, 1)}
     for i, line in enumerate(lines):
@@ -346,9 +348,9 @@ def check(corpus_path: Path, records: Path, tokenizer_path: Path, template_name:
         own = [t for ids in tokenizer.encode_pieces(pieces) for t in ids]
         found = corpus.tokens(i).tolist()
         wrong += found != own
-        whole += found == [t for ids in tokenizer.encode_pieces(["".join(pieces)]) for t in ids]
+        same_as_text += found == [t for ids in tokenizer.encode_pieces(["".join(pieces)]) for t in ids]
     print(
-        f"  ids of {len(lines):,} trajectories: {wrong} differ from the tokenizer's own; {whole:,} equal those of the text as a whole"
+        f"  ids of {len(lines):,} trajectories: {wrong} differ from the tokenizer's; {same_as_text:,} equal the ids of the full text"
     )
 
 
@@ -357,7 +359,7 @@ def open_with_megatron(corpus: Path) -> None:
 
     dataset = IndexedDataset(str(corpus / "shard-00000"))
     print(
-        f"  Megatron-Core's IndexedDataset opens shard-00000: {len(dataset):,} sequences, the first of {len(dataset[0])} tokens"
+        f"  Megatron-Core's IndexedDataset opens shard-00000: {len(dataset):,} sequences, the first has {len(dataset[0])} tokens"
     )
 
 

@@ -1,12 +1,12 @@
-"""Speed and memory of training, SFT beside iw-SFT: tools/bench/train.py [--model 1.5b] [--seq-length 4096 8192] [--fp8 tensorwise]
+"""Speed and memory of SFT and iw-SFT training: tools/bench/train.py [--model 1.5b] [--seq-length 4096 8192] [--fp8 tensorwise]
 
-Every line of the table is a process of its own that takes the trainer's steps (without saving) on the same generated trajectories,
-packed; `peer` is the same work in transformers, one trajectory a forward pass, with the loss of the paper's released script:
-log-softmax of all logits, gathered, and for iw-SFT a second model beside the first.
+Every line of the table is a separate process that runs the trainer's steps (without saving) on the same generated, packed
+trajectories. `peer` is the same work in transformers, with one trajectory per forward pass and the loss of the paper's released script:
+log-softmax of the full logits, then a gather, and for iw-SFT a second model as the reference.
 
-Model FLOPs are those of matrix products, 3 × forward: attention within each trajectory as it is, the vocabulary projection of trained
-positions, nothing for padding, for recomputation, or for a reference. MFU divides them by the device's peak in dense bf16 where it is
-known, and by the rate of a large product measured here, in the dtype of the run, otherwise; both are printed.
+Model FLOPs count matmuls only, 3 × forward: causal attention within each trajectory, the vocabulary projection of trained positions,
+nothing for padding, recomputation or a reference. MFU divides them by the device's dense bf16 peak if it is known, otherwise by the
+rate of a large matmul in the dtype of the run, measured here. Both are printed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from megatron_iwsft.utils.cli import run_command
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# Shapes of Qwen2.5's models of those sizes, and one for a laptop.
+# Shapes of the Qwen2.5 models of these sizes, and one for a laptop.
 _SHAPES = {
     "tiny": dict(hidden_size=256, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, intermediate_size=704),
     "0.5b": dict(hidden_size=896, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2, intermediate_size=4864),
@@ -37,7 +37,7 @@ _SHAPES = {
     "3b": dict(hidden_size=2048, num_hidden_layers=36, num_attention_heads=16, num_key_value_heads=2, intermediate_size=11008),
 }  # fmt: skip
 
-# Dense bf16 operations a second by the makers' data sheets (SXM modules).
+# Dense bf16 FLOP/s from the data sheets (SXM modules).
 _PEAKS = {
     "A100": 312e12,
     "H100 PCIe": 756e12,
@@ -62,7 +62,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Measured:
-    """Of the measured steps: median seconds of one, tokens, model FLOPs a process and second; peak bytes; every step's loss."""
+    """Over the measured steps: median step time, tokens per second, model FLOPs per process and second, peak bytes; all losses."""
 
     step_s: float
     tokens_per_s: float
@@ -77,15 +77,21 @@ def main() -> None:
     add("--model", choices=list(_SHAPES), default="1.5b", help="the shape, with random weights")
     add("--vocabulary", type=int, default=151936)
     add("--seq-length", type=int, nargs="+", default=[4096])
-    add("--batch", type=int, default=8, help="packed sequences of a global batch, one a micro-batch (default: 8)")
-    add("--steps", type=int, default=10, help="steps to measure (default: 10)")
-    add("--warmup", type=int, default=3, help="steps before them (default: 3)")
+    add("--batch", type=int, default=8, help="packed sequences per global batch, one per micro-batch (default: 8)")
+    add("--steps", type=int, default=10, help="measured steps (default: 10)")
+    add("--warmup", type=int, default=3, help="warm-up steps before them (default: 3)")
     add("--objective", nargs="+", choices=OBJECTIVES, default=list(OBJECTIVES))
     add("--dtype", choices=("bf16", "fp32"), default="bf16")
-    add("--fp8", nargs="*", choices=("delayed", "tensorwise", "blockwise"), default=[], help="recipes, after bf16")
+    add(
+        "--fp8",
+        nargs="*",
+        choices=("delayed", "tensorwise", "blockwise"),
+        default=[],
+        help="FP8 recipes, in addition to bf16",
+    )
     add("--recompute", choices=("none", "full"), default="none")
-    add("--processes", type=int, default=1, help="with tensor parallelism over them (ours alone)")
-    add("--no-peer", action="store_true")
+    add("--processes", type=int, default=1, help="tensor-parallel degree, for our trainer only (default: 1)")
+    add("--no-peer", action="store_true", help="do not measure transformers")
     add("--case", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.case:
@@ -100,15 +106,15 @@ def bench(args: argparse.Namespace, directory: Path) -> None:
     import torch
 
     cuda = torch.cuda.is_available() and os.environ.get("IWSFT_DEVICE") != "cpu"
-    device = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads a process"
+    device = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads per process"
     rate = _product_rate(cuda, args.dtype)
     known = cuda and args.dtype == "bf16" and "MIG" not in device
     peak = next((peak for name, peak in _PEAKS.items() if known and re.search(rf"\b{name}\b", device)), None)
     print(f"{device}; torch {torch.__version__}; {_versions()}")
     print(
-        f"{args.model}, {args.batch} sequences a step, {args.processes} process(es), recompute {args.recompute}, {args.dtype}; a large "
-        f"product in {args.dtype}: {rate / 1e12:.2f} TFLOP/s measured, "
-        + (f"{peak / 1e12:.0f} by the data sheet (MFU's denominator)" if peak else "MFU's denominator"),
+        f"{args.model}, {args.batch} sequences per step, {args.processes} process(es), recompute {args.recompute}, {args.dtype}; large "
+        f"matmul in {args.dtype}: {rate / 1e12:.2f} TFLOP/s measured, "
+        + (f"{peak / 1e12:.0f} in the data sheet (the denominator of MFU)" if peak else "the denominator of MFU"),
         flush=True,
     )
     print(f"{'':10} {'':14} {'':12} {'seq':>6} {'step':>9} {'tokens/s':>9} {'TFLOP/s':>8} {'MFU':>6} {'memory':>9}")
@@ -136,31 +142,31 @@ def _cases(args: argparse.Namespace, seq_length: int) -> Iterator[Case]:
             yield Case("ours", objective, fp8, seq_length)
     if not args.no_peer:
         for objective in args.objective:
-            if objective != "iw_sft cached":  # there is no such thing there
+            if objective != "iw_sft cached":  # the peer has no cached reference
                 yield Case("peer", objective, "none", seq_length)
 
 
 def _compare(found: dict[Case, Measured], processes: int) -> None:
-    """Ratios within one sequence length."""
+    """Print ratios between the cases of one sequence length."""
     for case, result in found.items():
         sft, bf16 = found.get(replace(case, objective="sft")), found.get(replace(case, fp8="none"))
         if case.objective != "sft" and sft:
             print(
-                f"  {case.program}, {case.objective} over sft, {case.fp8}: {result.step_s / sft.step_s:.3f} of the step time"
+                f"  {case.program}, {case.objective} / sft, {case.fp8}: {result.step_s / sft.step_s:.3f} × the step time"
             )
         if case.fp8 != "none" and bf16:
             apart = [abs(a - b) / abs(b) for a, b in zip(result.losses, bf16.losses, strict=True)]
             print(
-                f"  {case.objective}, FP8 {case.fp8} over bf16: {result.tokens_per_s / bf16.tokens_per_s:.2f} of the tokens/s; "
-                f"losses at most {max(apart):.2%} apart over {len(apart)} steps, {statistics.mean(apart):.2%} on average"
+                f"  {case.objective}, FP8 {case.fp8} / bf16: {result.tokens_per_s / bf16.tokens_per_s:.2f} × the tokens/s; "
+                f"losses differ by at most {max(apart):.2%} over {len(apart)} steps, {statistics.mean(apart):.2%} on average"
             )
         peer = found.get(replace(case, program="peer", objective=case.objective.replace("cached", "live")))
         if case.program == "ours" and case.fp8 == "none" and peer and processes == 1:
-            print(f"  {case.objective} over the peer's: {result.tokens_per_s / peer.tokens_per_s:.2f} of the tokens/s")
+            print(f"  {case.objective}, ours / peer: {result.tokens_per_s / peer.tokens_per_s:.2f} × the tokens/s")
 
 
 def _product_rate(cuda: bool, dtype: str) -> float:
-    """FLOP/s of a large matrix product, the best of some."""
+    """FLOP/s of a large matmul, the best of 12."""
     import torch
 
     n = 8192 if cuda else 2048
@@ -195,7 +201,7 @@ def _versions() -> str:
 
 
 def make_corpus(directory: Path, args: argparse.Namespace, seq_length: int) -> None:
-    """Trajectories of random tokens, log-normal in length up to `seq_length`, a fifth of each its prompt; and the peer's config."""
+    """Write a corpus of random tokens: log-normal lengths up to `seq_length`, the first fifth of each is the prompt."""
     import numpy as np
 
     from megatron_iwsft.data.prepare.records import RecordFormat
@@ -244,7 +250,7 @@ def _config(args: argparse.Namespace, case: Case, directory: Path) -> dict[str, 
 
 
 def _measure(args: argparse.Namespace, case: Case, directory: Path) -> Measured | str:
-    """In processes of their own: the case's reference if it needs one computed, then its steps. What went wrong, in a line."""
+    """Run a case in subprocesses: precompute the reference if needed, then the steps. Returns one line of text on failure."""
     config = directory / "config.json"
     config.write_text(json.dumps(_config(args, case, directory)))
     many = ["-m", "megatron_iwsft.distributed.torchrun", "--nproc_per_node", str(args.processes)]
@@ -262,7 +268,7 @@ def _measure(args: argparse.Namespace, case: Case, directory: Path) -> Measured 
 
 
 def work(args: argparse.Namespace, case: Case, directory: Path) -> None:
-    """Take the case's steps in this process."""
+    """Run the steps of a case in this process."""
     from megatron_iwsft.config.loader import load_config
 
     config = load_config(str(directory / "config.json"), [])
@@ -281,7 +287,7 @@ def work(args: argparse.Namespace, case: Case, directory: Path) -> None:
 
 
 def trainer_steps(config: Any, steps: int) -> Iterator[dict[str, Any]]:
-    """The trainer's own steps and their metrics."""
+    """Run the trainer's steps and yield their metrics."""
     from contextlib import ExitStack
 
     from megatron_iwsft.distributed.context import stop
@@ -295,15 +301,33 @@ def trainer_steps(config: Any, steps: int) -> Iterator[dict[str, Any]]:
             trainer = Trainer(run, watch, signals, at_exit)
             for number in range(1, steps + 1):
                 result = trainer.train_step(number)
-                assert result is not None, "no spike is looked for"
+                assert result is not None, "divergence detection is off"
                 yield result.metrics
     stop()
 
 
-def peer_steps(config: Any, steps: int) -> Iterator[dict[str, Any]]:
-    """The same batches in transformers: float32 parameters, autocast, one trajectory a forward pass, fused AdamW."""
+def _peer_models(config: Any, arch: Any, device: Any) -> tuple[Any, Any]:
+    """The peer's model, and its reference for iw-SFT (else None), with the same random weights."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
+
+    fields = {k: v for k, v in arch.hf.items() if k not in ("model_type", "architectures")}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen2", **fields), attn_implementation="sdpa")
+    reference = None
+    if config.objective.name == "iw_sft":
+        reference = AutoModelForCausalLM.from_config(model.config, attn_implementation="sdpa")
+        reference.load_state_dict(model.state_dict())
+        reference.to(device, torch.bfloat16 if config.precision.dtype == "bf16" else torch.float32).eval()
+    model.to(device).train()
+    if config.parallel.recompute == "full":
+        model.gradient_checkpointing_enable()
+    return model, reference
+
+
+def peer_steps(config: Any, steps: int) -> Iterator[dict[str, Any]]:
+    """Train on the same batches in transformers: float32 parameters, autocast, one trajectory per forward pass, fused AdamW."""
+    import torch
 
     from megatron_iwsft.data.corpus import Corpus
     from megatron_iwsft.distributed.context import Platform
@@ -317,18 +341,8 @@ def peer_steps(config: Any, steps: int) -> Iterator[dict[str, Any]]:
     corpus = Corpus.open(config.data.corpus)
     sampler = make_sampler(config, corpus)
     arch = Architecture.from_hf(config.model.config, where="the model")
-    fields = {k: v for k, v in arch.hf.items() if k not in ("model_type", "architectures")}
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen2", **fields), attn_implementation="sdpa")
+    model, reference = _peer_models(config, arch, device)
     half = config.precision.dtype == "bf16"
-    reference = None
-    if config.objective.name == "iw_sft":
-        reference = AutoModelForCausalLM.from_config(model.config, attn_implementation="sdpa")
-        reference.load_state_dict(model.state_dict())
-        reference.to(device, torch.bfloat16 if half else torch.float32).eval()
-    model.to(device).train()
-    if config.parallel.recompute == "full":
-        model.gradient_checkpointing_enable()
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.optimizer.lr, fused=True)
 
     def logprobs(of: Any, ids: Any) -> Any:

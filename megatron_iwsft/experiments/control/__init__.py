@@ -1,5 +1,5 @@
-"""Continuous control: the seed paper's second domain, on the objective functions that train the language models.
+"""Continuous control, the paper's second domain, with the same objective functions as the language models.
 
-A trajectory is an episode, a token one of its steps, and log π a Gaussian's density. `experiment` is the whole in order:
-`learner` (a policy in training and what it did) → `replay` → `tuning` (BC, SFT, iw-SFT) → `environment.evaluate` → table.
+A trajectory is an episode, a token is one of its steps, and log π is a Gaussian log-density. `experiment` runs all stages:
+`learner` (PPO, records its episodes) → `replay` → `tuning` (BC, SFT, iw-SFT) → `environment.evaluate` → table.
 """

@@ -1,4 +1,4 @@
-"""The configuration of a control experiment, checked as a training run's is."""
+"""Configuration of a control experiment, with the same strict checks as a training config."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Percentile = Annotated[float, Field(ge=0, le=100)]
 
 
 class Run(Section):
-    """dir: of the results; seeds: one independent repetition each, its data included; workers: how many run at a time."""
+    """dir: results directory; seeds: one independent repetition each, including its data; workers: seeds run in parallel."""
 
     dir: str
     seeds: Annotated[list[NonNegativeInt], Field(min_length=1)]
@@ -25,23 +25,23 @@ class Run(Section):
 
 
 class Task(Section):
-    """name: a Gymnasium environment with vectors as observations and actions; episode_steps: a time limit other than its own."""
+    """name: a Gymnasium environment with vector observations and actions; episode_steps: overrides its time limit."""
 
     name: str
     episode_steps: PositiveInt | None = None
 
 
 class Policy(Section):
-    """The mean's network. hidden: units of a layer."""
+    """Network of the mean. hidden: units per layer."""
 
     hidden: PositiveInt = 64
     layers: PositiveInt = 2
 
 
 class Learner(Section):
-    """PPO. steps: of the environment, over all of training; replay_steps: how many of them, from the first, are kept as data.
+    """PPO. steps: total environment steps; replay_steps: the episodes of the first so many steps are the data.
 
-    environments × horizon steps are played between updates; epochs and batch_size: of the updates; trace: GAE's λ.
+    environments × horizon: steps per rollout; epochs, batch_size: of the updates on a rollout; trace: GAE's λ.
     """
 
     steps: PositiveInt
@@ -57,7 +57,7 @@ class Learner(Section):
 
 
 class Training(Section):
-    """Adam with linear warm-up and a cosine to 0. steps: updates; batch_size: episodes in each."""
+    """Adam with linear warm-up and cosine decay to 0. steps: number of updates; batch_size: episodes per update."""
 
     steps: PositiveInt
     batch_size: PositiveInt
@@ -65,8 +65,8 @@ class Training(Section):
     warmup_fraction: Share = 0.0
 
 
-class Objective(Section):
-    """As in a training run's config; see objectives.py."""
+class ControlObjective(Section):
+    """As in a training config; see objectives/functions.py."""
 
     name: Literal["sft", "iw_sft"]
     level: Literal["sequence", "token"] = "sequence"
@@ -76,7 +76,7 @@ class Objective(Section):
     proposal: Proposal = Proposal()
 
     @model_validator(mode="after")
-    def _clip_is_an_interval(self) -> Objective:
+    def _clip_is_an_interval(self) -> ControlObjective:
         if not self.clip[0] < self.clip[1]:
             raise ValueError(f"clip must be [low, high] with low < high; found {self.clip}")
         return self
@@ -87,20 +87,20 @@ class Objective(Section):
 
 
 class Method(Section):
-    """percentiles: of the returns; an episode is in the curated data once for every one that it reaches."""
+    """percentiles: of the returns; an episode is in the curated data once for each percentile that it reaches."""
 
     percentiles: Annotated[list[Percentile], Field(min_length=1)]
-    objective: Objective
+    objective: ControlObjective
 
 
 class Evaluation(Section):
-    """episodes: played by every policy, acting by its mean, from the same first states."""
+    """episodes: number of episodes per policy, with mean actions, from the same initial states for all policies."""
 
     episodes: PositiveInt
 
 
 class Experiment(Section):
-    """cloning: of all the data, from random weights: the reference. tuning: of the reference, by each of the methods."""
+    """cloning: training of the reference, on all data, from random weights; tuning: training of each method from the reference."""
 
     run: Run
     task: Task
@@ -112,7 +112,7 @@ class Experiment(Section):
     methods: Annotated[dict[str, Method], Field(min_length=1)]
 
 
-# A smoke run of seconds: every part runs, nothing is learned.
+# A smoke run of a few seconds: every part runs, nothing is learned.
 QUICK = [
     "run.dir=runs/control-quick",
     "run.seeds=[0, 1]",
@@ -128,5 +128,5 @@ QUICK = [
 
 
 def load_experiment(path: str | Path, overrides: list[str] | None = None) -> Experiment:
-    """As `config_file.load_config`."""
+    """Load and check a config file, like `config.loader.load_config`."""
     return read_config(Experiment, path, overrides or [])

@@ -1,4 +1,4 @@
-"""Gymnasium environments, and the return of a policy in them."""
+"""Create Gymnasium environments, and evaluate policies in them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Actor = Callable[[torch.Tensor], torch.Tensor]
 
 
 def make_environment(task: Task) -> gymnasium.Env:
-    """One environment with actions in [−1, 1]; others are clipped. Raises ConfigError: not installed, unknown, or not continuous."""
+    """One environment with actions clipped to [−1, 1]. Raises ConfigError if it is not installed, unknown or not continuous."""
     try:
         import gymnasium
         import mujoco
@@ -28,7 +28,7 @@ def make_environment(task: Task) -> gymnasium.Env:
         raise ConfigError(
             f"the control experiments need the package {error.name!r}: pip install 'megatron-iwsft[control]'."
         ) from None
-    # Gymnasium's own task files use deprecated attributes, and MuJoCo would say so for every environment made.
+    # Gymnasium's own task files use deprecated attributes; MuJoCo would print a warning for every environment.
     mujoco.set_mju_user_warning(lambda message: None)
     try:
         environment = gymnasium.make(task.name, max_episode_steps=task.episode_steps)
@@ -40,7 +40,7 @@ def make_environment(task: Task) -> gymnasium.Env:
     for space in (observation, action):
         if not isinstance(space, gymnasium.spaces.Box) or len(space.shape) != 1:
             environment.close()
-            raise ConfigError(f"task.name: {task.name!r} has the space {space}; it must be a vector of real numbers.")
+            raise ConfigError(f"task.name: {task.name!r} has the space {space}; expected a vector of real numbers.")
     assert isinstance(action, gymnasium.spaces.Box)
     centre, half = (action.high + action.low) / 2, (action.high - action.low) / 2
     return gymnasium.wrappers.TransformAction(
@@ -60,7 +60,7 @@ def mean_action(policy: GaussianPolicy) -> Actor:
 
 
 def random_action(task: Task, seed: int) -> Actor:
-    """Uniform over the action box."""
+    """Actions sampled uniformly from [−1, 1]."""
     generator = torch.Generator().manual_seed(seed)
     _, actions = sizes(task)
     return lambda observations: 2.0 * torch.rand(len(observations), actions, generator=generator) - 1.0
@@ -68,7 +68,7 @@ def random_action(task: Task, seed: int) -> Actor:
 
 @torch.no_grad()
 def evaluate(actor: Actor, task: Task, *, episodes: int, seed: int) -> float:
-    """Mean undiscounted return of that many episodes, stepped side by side. Episode i starts from seed + i whoever acts."""
+    """Mean undiscounted return of the episodes, stepped in parallel. Episode i starts from seed + i for every actor."""
     environments = [make_environment(task) for _ in range(episodes)]
     states = [np.asarray(e.reset(seed=seed + i)[0], dtype=np.float32) for i, e in enumerate(environments)]
     returns = np.zeros(episodes)

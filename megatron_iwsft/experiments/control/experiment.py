@@ -1,6 +1,6 @@
-"""The experiment: for each seed its own data, reference and methods; then one table over the seeds.
+"""Run the experiment: data, reference and methods for each seed, then one table over all seeds.
 
-A seed's data and its result are files in `run.dir`; what is there already, of the same settings, is not computed again.
+The data and the result of a seed are files in `run.dir`. Existing files of the same settings are not recomputed.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 import multiprocessing
-import os
 import statistics
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from megatron_iwsft.errors import ConfigError
-from megatron_iwsft.experiments.control.config import Experiment, Method, Objective
+from megatron_iwsft.experiments.control.config import ControlObjective, Experiment, Method
 from megatron_iwsft.experiments.control.environment import (
     Actor,
     evaluate,
@@ -34,8 +33,9 @@ from megatron_iwsft.experiments.control.learner import Learned, learn
 from megatron_iwsft.experiments.control.policy import GaussianPolicy
 from megatron_iwsft.experiments.control.replay import Replay
 from megatron_iwsft.experiments.control.tuning import log_probs, tune
+from megatron_iwsft.utils.files import partial_path, publish, write_text
 
-_CLONING = Objective(name="sft")
+_CLONING = ControlObjective(name="sft")
 _EVALUATION_SEEDS, _CLONING_SEEDS = 1_000_000, 2_000_000
 # Two-sided 95 % points of Student's t, degrees of freedom 1 to 20.
 _STUDENT_95 = (
@@ -46,7 +46,13 @@ _STUDENT_95 = (
 
 @dataclass(frozen=True)
 class SeedResult:
-    """Raw returns of one seed. returns: of each policy, acting by its mean; weights: each iw method's ess, clipped and mean."""
+    """Results of one seed; returns are not normalised.
+
+    random, learner, replay: mean returns of random actions, of the final learner, and of the recorded episodes
+    returns: mean return of each method's policy with mean actions
+    curated: per method the number of episodes, their mean return and the nll
+    weights: per iw-SFT method the effective sample size, fraction clipped, and mean
+    """
 
     seed: int
     episodes: int
@@ -60,8 +66,8 @@ class SeedResult:
 
 
 def run_experiment(experiment: Experiment) -> list[SeedResult]:
-    """All seeds, `run.workers` at a time, each in one thread. Raises ConfigError where run.dir holds other settings' results."""
-    make_environment(experiment.task)  # says here, once, what is missing
+    """Run all seeds, `run.workers` in parallel, one thread each. Raises ConfigError if run.dir has results of other settings."""
+    make_environment(experiment.task)  # report errors once, before starting the workers
     Path(experiment.run.dir).mkdir(parents=True, exist_ok=True)
     done = {seed: _load(experiment, seed) for seed in experiment.run.seeds}
     missing = [seed for seed, result in done.items() if result is None]
@@ -75,10 +81,10 @@ def run_experiment(experiment: Experiment) -> list[SeedResult]:
 
 
 def run_seed(experiment: Experiment, seed: int) -> SeedResult:
-    """One repetition: data, reference, methods. Writes its result; the same seed gives the same numbers."""
+    """Run one seed (data, reference, methods) and write its result. The same seed gives the same numbers."""
     torch.set_num_threads(1)
 
-    def played(policy: GaussianPolicy) -> float:
+    def mean_return(policy: GaussianPolicy) -> float:
         return _evaluate(experiment, mean_action(policy), seed)
 
     learned = _learned(experiment, seed)
@@ -86,7 +92,7 @@ def run_seed(experiment: Experiment, seed: int) -> SeedResult:
     cloned = _clone(experiment, replay, seed)
     reference = log_probs(cloned, replay)
 
-    returns, curated, weights = {"BC": played(cloned)}, {}, {}
+    returns, curated, weights = {"BC": mean_return(cloned)}, {}, {}
     for name, method in experiment.methods.items():
         chosen = replay.select(method.percentiles)
         tuned = tune(
@@ -96,9 +102,9 @@ def run_seed(experiment: Experiment, seed: int) -> SeedResult:
             method.objective,
             experiment.tuning,
             reference=reference,
-            generator=torch.Generator().manual_seed(seed),  # methods differ in nothing else
+            generator=torch.Generator().manual_seed(seed),  # the same batches for all methods
         )
-        returns[name] = played(tuned.policy)
+        returns[name] = mean_return(tuned.policy)
         curated[name] = {"episodes": len(chosen), "return": float(replay.returns[chosen].mean()), "nll": tuned.nll}
         if method.objective.name == "iw_sft":
             weights[name] = {"ess": tuned.ess, "clipped": tuned.clipped, "mean": tuned.weight}
@@ -107,19 +113,20 @@ def run_seed(experiment: Experiment, seed: int) -> SeedResult:
         episodes=len(replay.returns),
         steps=len(replay.observations),
         random=_evaluate(experiment, random_action(experiment.task, seed), seed),
-        learner=played(learned.policy),
+        learner=mean_return(learned.policy),
         replay=float(replay.returns.mean()),
         returns=returns,
         curated=curated,
         weights=weights,
     )
-    _write(_result_path(experiment, seed), json.dumps({"settings": _settings(experiment), "result": result.__dict__}))
+    stored = {"settings": _settings(experiment), "result": result.__dict__}
+    write_text(_result_path(experiment, seed), json.dumps(stored))
     return result
 
 
 def _clone(experiment: Experiment, replay: Replay, seed: int) -> GaussianPolicy:
-    """The reference: behaviour cloning of the whole replay, from random weights."""
-    generator = torch.Generator().manual_seed(_CLONING_SEEDS + seed)  # not the weights that the learner began with
+    """Train the reference: behaviour cloning of all replay episodes, from random weights."""
+    generator = torch.Generator().manual_seed(_CLONING_SEEDS + seed)  # other initial weights than the learner's
     policy = GaussianPolicy(
         replay.observations.shape[1],
         replay.actions.shape[1],
@@ -134,7 +141,7 @@ def _clone(experiment: Experiment, replay: Replay, seed: int) -> GaussianPolicy:
 
 
 def _evaluate(experiment: Experiment, actor: Actor, seed: int) -> float:
-    """From first states that are the same for every method, and shared with no other seed nor with the data."""
+    """Mean return from initial states that are the same for all methods, and differ between seeds and from the data."""
     first = _EVALUATION_SEEDS + seed * experiment.evaluation.episodes
     return evaluate(actor, experiment.task, episodes=experiment.evaluation.episodes, seed=first)
 
@@ -147,10 +154,10 @@ def _result_path(experiment: Experiment, seed: int) -> Path:
     return Path(experiment.run.dir) / f"seed-{seed}.json"
 
 
-def _write(path: Path, text: str) -> None:
-    whole = path.with_suffix(".part")
-    whole.write_text(text, encoding="utf-8")
-    os.replace(whole, path)
+def _other_settings(path: Path) -> ConfigError:
+    return ConfigError(
+        f"{path} was computed with other settings than this config; choose another run.dir, or remove the file."
+    )
 
 
 def _load(experiment: Experiment, seed: int) -> SeedResult | None:
@@ -159,35 +166,33 @@ def _load(experiment: Experiment, seed: int) -> SeedResult | None:
         return None
     stored = json.loads(path.read_text(encoding="utf-8"))
     if stored["settings"] != _settings(experiment):
-        raise ConfigError(f"{path} is of other settings than this config; choose another run.dir, or remove the file.")
+        raise _other_settings(path)
     return SeedResult(**stored["result"])
 
 
 def _learned(experiment: Experiment, seed: int) -> Learned:
-    """The seed's data and their learner, from their file or by training."""
+    """The seed's data and the learner that produced them, from their file if it exists, else by training."""
     path = Path(experiment.run.dir) / f"replay-{seed}.safetensors"
     settings = json.dumps(experiment.model_dump(include={"task", "policy", "learner"}))
     shape = dict(hidden=experiment.policy.hidden, layers=experiment.policy.layers)
     if path.exists():
         with safe_open(path, "pt") as file:
             if file.metadata()["settings"] != settings:
-                raise ConfigError(
-                    f"{path} is of other settings than this config; choose another run.dir, or remove the file."
-                )
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  not a mapping
+                raise _other_settings(path)
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - safe_open is not a mapping
         replay = Replay(**{name: tensors.pop(name) for name in Replay.__annotations__})
         policy = GaussianPolicy(*sizes(experiment.task), **shape, generator=torch.Generator())
         policy.load_state_dict(tensors)
         return Learned(replay, policy)
     learned = learn(experiment.task, experiment.learner, **shape, seed=seed)
-    whole = path.with_suffix(".part")
-    save_file({**vars(learned.replay), **learned.policy.state_dict()}, whole, {"settings": settings})
-    os.replace(whole, path)
+    partial = partial_path(path)
+    save_file({**vars(learned.replay), **learned.policy.state_dict()}, partial, {"settings": settings})
+    publish(partial, path)
     return learned
 
 
 def interval(values: list[float]) -> tuple[float, float]:
-    """Mean, and half the width of its 95 % confidence interval by Student's t (NaN for a single value)."""
+    """Mean, and half the width of its 95 % confidence interval from Student's t (NaN for a single value)."""
     n = len(values)
     if n < 2:
         return values[0], math.nan
@@ -196,9 +201,9 @@ def interval(values: list[float]) -> tuple[float, float]:
 
 
 def table(experiment: Experiment, results: list[SeedResult]) -> str:
-    """Markdown. Returns are normalised: 0 is uniformly random actions, 100 the policy that the data's learner ended with.
+    """The results as a Markdown table. Returns are normalised: 0 is uniformly random actions, 100 is the final learner.
 
-    Both anchors are means over the seeds, so that every seed is measured by the same rule.
+    Both are means over the seeds, so that all seeds are normalised alike.
     """
     random = statistics.fmean(r.random for r in results)
     learner = statistics.fmean(r.learner for r in results)
@@ -207,10 +212,10 @@ def table(experiment: Experiment, results: list[SeedResult]) -> str:
     baseline = next((m for m, method in experiment.methods.items() if _is_filtered_cloning(method)), None)
     lines = [
         f"{experiment.task.name}, {len(results)} seeds. Return: random {random:.0f} (= 0), replay "
-        f"{statistics.fmean(r.replay for r in results):.0f}, its learner at the end {learner:.0f} (= 100).",
-        f"Replay: {min(r.episodes for r in results)} to {max(r.episodes for r in results)} episodes a seed.",
+        f"{statistics.fmean(r.replay for r in results):.0f}, final learner {learner:.0f} (= 100).",
+        f"Replay: {min(r.episodes for r in results)} to {max(r.episodes for r in results)} episodes per seed.",
         "",
-        f"| method | normalised return, 95 % interval | per seed | less {baseline} | curated | nll | ESS | clipped |",
+        f"| method | normalised return, 95 % interval | per seed | minus {baseline} | curated | nll | ESS | clipped |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for method in methods:

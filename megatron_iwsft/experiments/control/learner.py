@@ -1,7 +1,7 @@
-"""Where the data come from: a policy in training, by proximal policy optimisation, and every episode that it played.
+"""Produce the data: train a policy with proximal policy optimisation and record every episode that it plays.
 
-PPO (arXiv 1707.06347) with generalised advantage estimation (1506.02438), observations and rewards scaled by running
-statistics. On-policy, since the replay is then what Gaussian policies of the class that is fitted to it have done.
+PPO (arXiv 1707.06347) with generalised advantage estimation (arXiv 1506.02438); observations and rewards are scaled by running
+statistics. The learner is on-policy, so the replay comes from Gaussian policies of the same class as those trained on it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from megatron_iwsft.experiments.control.replay import Episode, Replay
 
 
 class RunningMoments:
-    """Mean and variance of everything seen, merged batch by batch (Chan, Golub and LeVeque). Columns are kept apart."""
+    """Running mean and variance per column, merged batch by batch (Chan, Golub and LeVeque)."""
 
     def __init__(self, columns: int) -> None:
         self.count = 0.0
@@ -28,7 +28,7 @@ class RunningMoments:
         self.squares = torch.zeros(columns, dtype=torch.float64)
 
     def update(self, values: Tensor) -> None:
-        """[N, columns]"""
+        """Add values [N, columns]."""
         values = values.double()
         total = self.count + len(values)
         shift = values.mean(0) - self.mean
@@ -43,10 +43,10 @@ class RunningMoments:
 
 @dataclass
 class Rollout:
-    """N steps of each of E environments.
+    """N steps in each of E environments.
 
-    observations [N, E, O]; actions [N, E, A]; rewards [N, E]; ends [N, E] 1 where an episode ended, of itself or by a time limit;
-    cut_off: (step, environment, state) of every time limit; following [E, O]: where the last step led.
+    observations [N, E, O]; actions [N, E, A]; rewards [N, E]; ends [N, E]: 1 where an episode terminated or was truncated;
+    cut_off: (step, environment, final state) of every truncated episode; following [E, O]: observations after the last step.
     """
 
     observations: Tensor
@@ -58,7 +58,7 @@ class Rollout:
 
 
 class Player:
-    """E environments in step, and the episodes that came to their end in them."""
+    """Steps E environments in parallel and collects the finished episodes."""
 
     def __init__(self, task: Task, environments: int, seed: int) -> None:
         self.episodes: list[Episode] = []
@@ -70,7 +70,7 @@ class Player:
         return np.asarray(self._environments[i].reset(seed=seed)[0], dtype=np.float32)
 
     def play(self, policy: GaussianPolicy, steps: int, generator: torch.Generator) -> Rollout:
-        """Episodes run on from one call to the next."""
+        """Play `steps` steps in every environment. Unfinished episodes continue in the next call."""
         observations, actions, cut_off = [], [], []
         rewards, ends = torch.zeros(2, steps, len(self._environments))
         for n in range(steps):
@@ -96,9 +96,9 @@ class Player:
 
 
 def advantages(rewards: Tensor, values: Tensor, last: Tensor, ends: Tensor, *, discount: float, trace: float) -> Tensor:
-    """Generalised advantage estimates [N, E]. values [N, E] of the states acted in, last [E] of where the last step led.
+    """Generalised advantage estimates [N, E]. values [N, E]: of the observed states; last [E]: of the states after the last step.
 
-    A time limit's bootstrap is part of the reward it came with; nothing flows back across an end.
+    The bootstrap value of a truncated episode must already be added to its last reward; nothing propagates across an end.
     """
     out = torch.zeros_like(rewards)
     advantage = torch.zeros_like(last)
@@ -113,7 +113,7 @@ def advantages(rewards: Tensor, values: Tensor, last: Tensor, ends: Tensor, *, d
 
 
 class _RewardScale:
-    """Rewards divided by the running deviation of their discounted sum, so that values are of order one."""
+    """Divides rewards by the running standard deviation of their discounted sum, so that values are of order one."""
 
     def __init__(self, environments: int, discount: float) -> None:
         self._moments = RunningMoments(1)
@@ -132,7 +132,7 @@ class _RewardScale:
 
 @dataclass(frozen=True)
 class Learned:
-    """replay: the episodes of the first `learner.replay_steps` steps; policy: what training ended with."""
+    """replay: the episodes of the first `learner.replay_steps` steps; policy: the final policy."""
 
     replay: Replay
     policy: GaussianPolicy
@@ -157,7 +157,7 @@ def learn(task: Task, settings: Learner, *, hidden: int, layers: int, seed: int)
         if (iteration + 1) * settings.environments * settings.horizon <= settings.replay_steps:
             kept = len(player.episodes)
         _improve(policy, value, optimizer, rollout, scale(rollout.rewards, rollout.ends), settings, generator)
-        # Only between iterations: within one, the policy that is improved must be the one that acted.
+        # Update the normalisation between iterations only: PPO's ratio must start at 1 for the policy that acted.
         moments.update(rollout.observations.flatten(0, 1))
         policy.shift.copy_(moments.mean)
         policy.scale.copy_(moments.std)
@@ -173,7 +173,7 @@ def _improve(
     settings: Learner,
     generator: torch.Generator,
 ) -> None:
-    """Some epochs of PPO's clipped objective on one rollout."""
+    """Run `settings.epochs` epochs of PPO's clipped objective on one rollout."""
     parameters = list(itertools.chain(policy.parameters(), value.parameters()))
 
     def values_of(observations: Tensor) -> Tensor:

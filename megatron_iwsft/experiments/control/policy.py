@@ -1,4 +1,4 @@
-"""Gaussian policies, as in the paper's control experiments: a bounded mean and one learned deviation per action dimension."""
+"""Gaussian policies as in the paper's control experiments: a bounded mean and one learned standard deviation per action dimension."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _NORMALISED_RANGE = 10.0
 def mlp(
     inputs: int, outputs: int, *, hidden: int, layers: int, gain: float, generator: torch.Generator
 ) -> nn.Sequential:
-    """tanh units, orthogonal initial weights; `gain` is the output layer's."""
+    """A tanh network with orthogonal initial weights; `gain` applies to the output layer."""
     widths = [inputs, *[hidden] * layers]
     modules: list[nn.Module] = []
     for width, following in zip(widths, [*widths[1:], outputs], strict=True):
@@ -28,10 +28,10 @@ def mlp(
 
 
 class GaussianPolicy(nn.Module):
-    """π(a|s) = N(tanh(f(s)), diag(σ²)), σ the same in every state.
+    """π(a|s) = N(tanh(f(s)), diag(σ²)), with σ independent of the state.
 
-    An action is what the policy sampled; clipping it to [−1, 1] is the environment's doing, so the density is the plain
-    Gaussian's. Observations are shifted and scaled by buffers that whoever trains the policy sets.
+    Densities are of the sampled action, before the environment clips it to [−1, 1]. Observations are shifted and scaled by the
+    buffers `shift` and `scale`, which the training code sets.
     """
 
     shift: Tensor
@@ -65,20 +65,20 @@ class GaussianPolicy(nn.Module):
         return self.log_std.clamp(*_LOG_STD_RANGE)
 
     def log_prob(self, observations: Tensor, actions: Tensor) -> Tensor:
-        """[T, O], [T, A] → [T]: log-density, summed over action dimensions, in nats."""
+        """[T, O], [T, A] → [T]: log-density in nats, summed over action dimensions."""
         log_std = self.bounded_log_std
         z = (actions - self.mean(observations)) * torch.exp(-log_std)
         return (-0.5 * z * z - log_std - 0.5 * math.log(2.0 * math.pi)).sum(-1)
 
     @torch.no_grad()
     def sample(self, observations: Tensor, generator: torch.Generator) -> Tensor:
-        """[T, O] → [T, A], not clipped."""
+        """Sample actions: [T, O] → [T, A], not clipped."""
         mean = self.mean(observations)
         return mean + self.bounded_log_std.exp() * torch.randn(mean.shape, generator=generator)
 
 
 class AveragedPolicy:
-    """The proposal q as an exponential moving average of a policy's parameters: q ← d·q + (1 − d)·π, every so many steps."""
+    """The EMA proposal: q ← decay·q + (1 − decay)·π on the parameters, every `update_every` steps."""
 
     def __init__(self, policy: GaussianPolicy, *, decay: float, update_every: int) -> None:
         self.average = copy.deepcopy(policy).requires_grad_(False)
@@ -87,7 +87,7 @@ class AveragedPolicy:
 
     @torch.no_grad()
     def after_step(self, step: int, policy: GaussianPolicy) -> None:
-        """Call with the number of updates that `policy` has had."""
+        """Update the average. step: number of updates of `policy` so far."""
         if step % self.update_every == 0:
             for mean, value in zip(self.average.parameters(), policy.parameters(), strict=True):
                 mean.lerp_(value, 1.0 - self.decay)

@@ -1,4 +1,4 @@
-"""Recorded episodes, and which of them a method trains on."""
+"""Recorded episodes, and the selection of those that a method trains on."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron_iwsft.errors import DataError
 
 @dataclass
 class Episode:
-    """One as it is played: float32 [O] and [A] of every step, and the return so far."""
+    """An episode while it is recorded: float32 [O] and [A] per step, and the return so far."""
 
     observations: list[np.ndarray] = field(default_factory=list)
     actions: list[np.ndarray] = field(default_factory=list)
@@ -22,9 +22,10 @@ class Episode:
 
 @dataclass(frozen=True)
 class Replay:
-    """Whole episodes end to end, in the order in which they were played: E episodes, T steps in all.
+    """Complete episodes, concatenated in the order in which they were played: E episodes, T steps in total.
 
-    observations float32 [T, O]; actions float32 [T, A], as sampled, before the environment clipped them
+    observations float32 [T, O]
+    actions      float32 [T, A]   as sampled, before the environment clips them
     starts       int64   [E + 1]  episode i is steps starts[i] … starts[i + 1] − 1
     returns      float64 [E]      undiscounted
     """
@@ -36,19 +37,19 @@ class Replay:
 
     @property
     def lengths(self) -> Tensor:
-        """int64 [E], steps."""
+        """Steps per episode, int64 [E]."""
         return self.starts.diff()
 
     def select(self, percentiles: list[float]) -> Tensor:
-        """int64 indices of the curated episodes, one entry for every threshold that an episode's return reaches.
+        """Select the curated episodes: int64 indices, one entry for every threshold that an episode's return reaches.
 
-        Several percentiles are the authors' nested filters: an episode above all three of three stands there three times.
+        Several percentiles are the authors' nested filters: an episode that reaches three of them is listed three times.
         """
         thresholds = [float(np.percentile(self.returns.numpy(), p)) for p in percentiles]
         return torch.cat([(self.returns >= threshold).nonzero().flatten() for threshold in thresholds])
 
     def steps(self, episodes: Tensor) -> tuple[Tensor, Tensor]:
-        """The steps of a batch of episodes, and whose they are: int64 [T'] indices into T, int64 [T'] in 0 … len(episodes) − 1."""
+        """The steps of a batch of episodes: (indices into T, position in `episodes` of the episode they belong to), int64 [T'] each."""
         lengths = self.lengths[episodes]
         segment = torch.repeat_interleave(torch.arange(len(episodes)), lengths)
         within = torch.arange(len(segment)) - (lengths.cumsum(0) - lengths)[segment]
@@ -56,9 +57,9 @@ class Replay:
 
     @staticmethod
     def of(episodes: list[Episode]) -> Replay:
-        """Raises DataError where there is none."""
+        """Concatenate episodes. Raises DataError if there are none."""
         if not episodes:
-            raise DataError("no episode ended while the replay was recorded; raise learner.replay_steps.")
+            raise DataError("no episode ended within learner.replay_steps; increase it.")
         return Replay(
             observations=torch.from_numpy(np.concatenate([np.stack(e.observations) for e in episodes])).float(),
             actions=torch.from_numpy(np.concatenate([np.stack(e.actions) for e in episodes])).float(),

@@ -1,4 +1,4 @@
-"""Training a Gaussian policy on curated episodes, by the objective functions of the language models."""
+"""Train a Gaussian policy on curated episodes, with the objective functions of the language models."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_iwsft.errors import DivergenceError
-from megatron_iwsft.experiments.control.config import Objective, Training
+from megatron_iwsft.experiments.control.config import ControlObjective, Training
 from megatron_iwsft.experiments.control.policy import AveragedPolicy, GaussianPolicy
 from megatron_iwsft.experiments.control.replay import Replay
 from megatron_iwsft.objectives.functions import OBJECTIVES, Trajectories, local_segment_sum
@@ -19,10 +19,10 @@ from megatron_iwsft.objectives.loss import micro_batch_loss, sum_names
 
 @dataclass(frozen=True)
 class Tuned:
-    """What training ended with. The last three are of the weights of the last tenth of the steps.
+    """The trained policy, and metrics over the last tenth of the updates.
 
-    nll: nats a step of an episode, over the same steps; ess: effective sample size as a share; clipped: the share of weights that
-    the clip changed; weight: their mean.
+    nll: nats per episode step; ess: effective sample size as a fraction; clipped: fraction of weights that the clip changed;
+    weight: mean weight.
     """
 
     policy: GaussianPolicy
@@ -34,13 +34,13 @@ class Tuned:
 
 @torch.no_grad()
 def log_probs(policy: GaussianPolicy, replay: Replay) -> Tensor:
-    """float32 [T] of every step in the replay: a reference's sidecar."""
+    """Log-density of every step in the replay, float32 [T]."""
     chunks = zip(replay.observations.split(16384), replay.actions.split(16384), strict=True)
     return torch.cat([policy.log_prob(observations, actions) for observations, actions in chunks])
 
 
 def learning_rate(settings: Training, step: int) -> float:
-    """Of the update after `step` others: linear warm-up, then half a cosine to 0."""
+    """Learning rate of update `step`, from 0: linear warm-up, then cosine decay to 0."""
     warmup = round(settings.steps * settings.warmup_fraction)
     if step < warmup:
         return settings.lr * (step + 1) / warmup
@@ -50,7 +50,7 @@ def learning_rate(settings: Training, step: int) -> float:
 def batch_of(
     policy: GaussianPolicy, replay: Replay, episodes: Tensor, proposal: GaussianPolicy | None, reference: Tensor | None
 ) -> Trajectories:
-    """The objective's view of a batch of episodes. Without a proposal, q is the policy; without a reference, r is q."""
+    """The objective's inputs for a batch of episodes. Without a proposal q is the policy, without a reference r is q."""
     steps, segment = replay.steps(episodes)
     observations, actions = replay.observations[steps], replay.actions[steps]
     logprobs = policy.log_prob(observations, actions)
@@ -72,15 +72,15 @@ def tune(
     start: GaussianPolicy,
     replay: Replay,
     curated: Tensor,
-    objective: Objective,
+    objective: ControlObjective,
     settings: Training,
     *,
     reference: Tensor | None = None,
     generator: torch.Generator,
 ) -> Tuned:
-    """Train a copy of `start` on the episodes `curated` (int64, with repetitions), drawn uniformly.
+    """Train a copy of `start` on episodes drawn uniformly from `curated` (int64 indices, may repeat).
 
-    reference: float32 [T] of `log_probs`; None is for `sft`. Raises DivergenceError where the loss is not a finite number.
+    reference: float32 [T] from `log_probs`; None for `sft`. Raises DivergenceError if the loss is not finite.
     """
     policy = copy.deepcopy(start)
     ema = objective.proposal
@@ -100,7 +100,7 @@ def tune(
         denominator = float(out.sums[names.index("denominator")])
         if not math.isfinite(denominator) or denominator <= 0 or not bool(torch.isfinite(out.loss)):
             raise DivergenceError(
-                f"the loss of update {step + 1} is {float(out.loss)} over {denominator}; lower the learning rate."
+                f"invalid loss at update {step + 1}: {float(out.loss)} / {denominator}. Lower the learning rate."
             )
         optimizer.zero_grad(set_to_none=True)
         (out.loss / denominator).backward()

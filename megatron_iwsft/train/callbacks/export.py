@@ -22,6 +22,6 @@ def export(run: StartedRun, state: TrainState, writer: CheckpointWriter) -> Call
             return
         state.before_reading()
         output = run.run_directory / "hf" / step_name(result.step)
-        export_running(state.policy, run.parallel, output, writer.companions(result.step), dtype=dtype)
+        export_running(state.policy, run.parallel, output, writer.supporting_files(result.step), dtype=dtype)
 
     return write

@@ -1,4 +1,4 @@
-"""The command in its smoke setting, its resumption, and the mistakes that it names."""
+"""The control experiment: a smoke run of the command, resuming, and error messages."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ def test_the_shipped_config_has_the_authors_settings() -> None:
         assert (objective.proposal.kind, objective.proposal.decay, objective.proposal.update_every) == ("ema", 0.9, 100)
 
 
-def test_the_command_prints_a_table_and_continues_where_it_was(tmp_path: Path) -> None:
+@pytest.mark.command
+def test_the_command_prints_a_table_and_can_be_resumed(tmp_path: Path) -> None:
     command = [sys.executable, "tools/control.py", "--config", str(CONFIG), "--quick", f"run.dir={tmp_path}"]
     done = subprocess.run([*command, "run.workers=1"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -40,14 +41,16 @@ def test_the_command_prints_a_table_and_continues_where_it_was(tmp_path: Path) -
     assert [row.split(" | ")[0].strip("| ") for row in rows] == ["method", "BC", *load_experiment(CONFIG).methods]
     assert "nan" not in done.stdout
 
-    # Seed 1 alone, from nothing, gives the numbers it gave beside seed 0.
+    # Seed 1 alone gives the same numbers as in the run with both seeds.
     quick = load_experiment(CONFIG, [*QUICK, f"run.dir={tmp_path}"])
     stored = run_experiment(quick)
     other = quick.model_copy(update={"run": quick.run.model_copy(update={"dir": str(tmp_path / "other")})})
     (tmp_path / "other").mkdir()
     assert run_seed(other, 1) == stored[1]
 
-    with pytest.raises(ConfigError, match=r"is of other settings than this config; choose another run\.dir"):
+    with pytest.raises(
+        ConfigError, match=r"was computed with other settings than this config; choose another run\.dir"
+    ):
         run_experiment(load_experiment(CONFIG, [*QUICK, f"run.dir={tmp_path}", "tuning.lr=0.5"]))
 
 
@@ -62,24 +65,29 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize("override,message", MISTAKES, ids=[m[0].partition("=")[0] for m in MISTAKES])
-def test_a_mistake_in_the_config_is_named(override: str, message: str) -> None:
+def test_config_errors_name_the_key(override: str, message: str) -> None:
     with pytest.raises(ConfigError) as error:
         load_experiment(CONFIG, [override])
     assert message in str(error.value)
 
 
-def test_tasks_that_do_not_fit_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("HalfCheetah-v99", "no environment 'HalfCheetah-v99'"), ("CartPole-v1", r"has the space Discrete\(2\)")],
+)
+def test_an_unsuitable_task_is_rejected(name: str, message: str) -> None:
     task = load_experiment(CONFIG).task
-    with pytest.raises(ConfigError, match="no environment 'HalfCheetah-v99'"):
-        make_environment(task.model_copy(update={"name": "HalfCheetah-v99"}))
-    with pytest.raises(ConfigError, match=r"has the space Discrete\(2\)"):
-        make_environment(task.model_copy(update={"name": "CartPole-v1"}))
+    with pytest.raises(ConfigError, match=message):
+        make_environment(task.model_copy(update={"name": name}))
+
+
+def test_a_missing_package_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "mujoco", None)
     with pytest.raises(ConfigError, match=r"need the package 'mujoco'.*megatron-iwsft\[control\]"):
-        make_environment(task)
+        make_environment(load_experiment(CONFIG).task)
 
 
-def test_intervals_are_students() -> None:
+def test_intervals_are_students_t() -> None:
     mean, half = interval([1.0, 2.0, 3.0, 4.0, 5.0])
     assert mean == 3.0 and half == pytest.approx(2.776 * math.sqrt(2.5 / 5))
     assert math.isnan(interval([1.0])[1])

@@ -1,8 +1,9 @@
-"""The learner's parts against their definitions, and that what it recorded is what happened."""
+"""The PPO learner: its parts against their definitions, and the recorded episodes against a replay of their actions."""
 
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 
 from megatron_iwsft.experiments.control.config import Learner, Task
@@ -12,7 +13,8 @@ from megatron_iwsft.experiments.control.learner import RunningMoments, advantage
 TASK = Task(name="InvertedPendulum-v5", episode_steps=200)
 
 
-def test_advantages_are_the_discounted_sums_of_errors_within_an_episode() -> None:
+@pytest.mark.numerics
+def test_advantages_are_discounted_sums_of_td_errors_within_an_episode() -> None:
     rng = np.random.default_rng(0)
     n, discount, trace = 12, 0.9, 0.7
     rewards, values, last = rng.normal(size=(n, 1)), rng.normal(size=(n, 1)), rng.normal(size=1)
@@ -32,7 +34,8 @@ def test_advantages_are_the_discounted_sums_of_errors_within_an_episode() -> Non
     np.testing.assert_allclose(result[:, 0].numpy(), expected, rtol=1e-12)
 
 
-def test_running_moments_are_those_of_all_the_values() -> None:
+@pytest.mark.numerics
+def test_running_moments_equal_those_of_all_values() -> None:
     values = np.random.default_rng(0).normal(5.0, 3.0, (100, 2))
     moments = RunningMoments(2)
     for part in np.split(values, [10, 11, 60]):
@@ -41,8 +44,7 @@ def test_running_moments_are_those_of_all_the_values() -> None:
     np.testing.assert_allclose(moments.std.numpy(), values.std(0), rtol=1e-12)
 
 
-def test_the_replay_is_what_happened() -> None:
-    """The recorded actions, played again from the first environment's seed, lead through the recorded states to the recorded return."""
+def test_replaying_recorded_actions_gives_the_recorded_states_and_returns() -> None:
     settings = Learner(steps=512, replay_steps=512, environments=1, horizon=256, epochs=1)
     replay = learn(TASK, settings, hidden=8, layers=1, seed=3).replay
     environment = make_environment(TASK)
@@ -57,7 +59,7 @@ def test_the_replay_is_what_happened() -> None:
         state, _ = environment.reset()
 
 
-def test_the_learner_learns_and_repeats_with_its_seed() -> None:
+def test_the_learner_improves_and_is_reproducible() -> None:
     settings = Learner(steps=8192, replay_steps=4096, environments=4, horizon=256, lr=1e-3)
     learned = learn(TASK, settings, hidden=32, layers=2, seed=0)
     random = evaluate(random_action(TASK, 0), TASK, episodes=5, seed=100)

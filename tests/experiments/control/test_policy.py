@@ -1,17 +1,20 @@
-"""Densities of Gaussian policies against torch.distributions and numerical integration; the averaged proposal."""
+"""Gaussian policies: densities against torch.distributions and numerical integration; sampling; the EMA proposal."""
 
 from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 from torch.distributions import Independent, Normal
 
 from megatron_iwsft.experiments.control.policy import AveragedPolicy, GaussianPolicy
 
+pytestmark = pytest.mark.numerics
+
 
 def policy(actions: int, seed: int = 0, log_std: float = -0.5) -> GaussianPolicy:
-    """A policy whose means are well away from 0, with observations on another scale."""
+    """A policy with means well away from 0, and with normalised observations."""
     generator = torch.Generator().manual_seed(seed)
     made = GaussianPolicy(3, actions, hidden=8, layers=2, generator=generator, log_std=log_std)
     torch.nn.init.normal_(made.net[-1].weight, std=0.7, generator=generator)
@@ -20,7 +23,7 @@ def policy(actions: int, seed: int = 0, log_std: float = -0.5) -> GaussianPolicy
     return made
 
 
-def test_log_prob_and_its_gradient_are_those_of_torch_distributions() -> None:
+def test_log_prob_and_its_gradient_match_torch_distributions() -> None:
     ours = policy(2).double()
     generator = torch.Generator().manual_seed(1)
     observations = torch.randn(50, 3, generator=generator, dtype=torch.float64)
@@ -45,13 +48,13 @@ def test_the_density_integrates_to_one() -> None:
     assert abs(float(mass) - 1.0) < 1e-5
 
 
-def test_deviations_are_bounded() -> None:
+def test_the_standard_deviation_is_bounded() -> None:
     narrow = policy(1, log_std=-50.0)
     at_mean = narrow.log_prob(torch.zeros(1, 3), narrow.mean(torch.zeros(1, 3)))
     assert math.isclose(float(at_mean), 5.0 - 0.5 * math.log(2 * math.pi), rel_tol=1e-6)
 
 
-def test_samples_have_the_mean_and_deviation_and_repeat_with_the_seed() -> None:
+def test_samples_have_the_policys_mean_and_deviation_and_are_reproducible() -> None:
     ours = policy(1)
     observation = torch.tensor([[0.3, 1.0, -1.0]]).expand(40000, 3)
     first, again = (ours.sample(observation, torch.Generator().manual_seed(3)) for _ in range(2))
@@ -61,7 +64,7 @@ def test_samples_have_the_mean_and_deviation_and_repeat_with_the_seed() -> None:
     assert float(first.max()) > 1.0  # not clipped
 
 
-def test_the_average_follows_its_formula() -> None:
+def test_the_average_matches_the_ema_formula() -> None:
     followed = policy(1)
     average = AveragedPolicy(followed, decay=0.9, update_every=3)
     expected = [p.detach().double() for p in followed.parameters()]
