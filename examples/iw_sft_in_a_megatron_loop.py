@@ -6,8 +6,7 @@ A stock GPTModel with tensor parallelism. What iw-SFT adds is marked [iw-SFT]; t
 import torch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt import GPTModel, gpt_layer_specs
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer import TransformerConfig
@@ -24,19 +23,15 @@ def main() -> None:
     tensor_parallel.model_parallel_cuda_manual_seed(1)
     size = dict(num_layers=2, hidden_size=64, num_attention_heads=4, tensor_model_parallel_size=platform.world_size)
     config = TransformerConfig(**size, hidden_dropout=0.0, attention_dropout=0.0, calculate_per_token_loss=True)
-    gpt = GPTModel(config, get_gpt_layer_local_spec(), VOCABULARY, LENGTH).to(platform.device)
+    gpt = GPTModel(config, gpt_layer_specs.get_gpt_layer_local_spec(), VOCABULARY, LENGTH).to(platform.device)
     model = DistributedDataParallel(config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), gpt)
     optimizer = get_megatron_optimizer(OptimizerConfig(optimizer="adam", lr=3e-3), [model])
 
     torch.set_default_device(platform.device)
     data = torch.randint(VOCABULARY, (ROWS, LENGTH + 1))
+    positions = torch.arange(LENGTH).repeat(ROWS, 1)
     causal = torch.ones(1, 1, LENGTH, LENGTH, dtype=torch.bool).triu(1)
-    inputs = dict(
-        input_ids=data[:, :-1],
-        position_ids=torch.arange(LENGTH).repeat(ROWS, 1),
-        attention_mask=causal,
-        labels=data[:, 1:],
-    )
+    inputs = dict(input_ids=data[:, :-1], position_ids=positions, attention_mask=causal, labels=data[:, 1:])
     rows, mask, ones = torch.arange(ROWS).repeat_interleave(LENGTH), torch.ones(ROWS * LENGTH), torch.ones(ROWS)
     reference = -model(**inputs).flatten().detach()  # [iw-SFT] the initial policy's log-probs
 

@@ -12,8 +12,8 @@ make_environment() {
   stamp=$VENV/installed$extras
   log=$VENV/install.log
   if [ ! -x "$python" ]; then
-    "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
-      echo "Python 3.10 or newer is required; set PYTHON=/path/to/python." >&2
+    "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+      echo "Python 3.11 or newer is required; set PYTHON=/path/to/python." >&2
       return 1
     }
     echo "creating the environment $VENV"

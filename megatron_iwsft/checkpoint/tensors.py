@@ -10,6 +10,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException  # a BaseException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_iwsft.checkpoint import integrity
 from megatron_iwsft.checkpoint.info import CheckpointInfo, one_line
@@ -19,7 +20,7 @@ from megatron_iwsft.hf.mapping import named_rows
 
 
 class CheckpointTensors:
-    """Reads single, whole model tensors of a checkpoint in one process, without Megatron-Core or a process group."""
+    """Reads single model tensors, unsharded, without Megatron-Core or a process group."""
 
     def __init__(self, directory: Path) -> None:
         from torch.distributed.checkpoint import FileSystemReader
@@ -42,20 +43,22 @@ class CheckpointTensors:
         """Hash a file before its first use."""
         if file not in self._checked:
             if file not in self._files:
-                raise CheckpointError(f"{self.directory / file} is not a file that this checkpoint was written with.")
+                raise CheckpointError(
+                    f"{self.directory / file} is not among the files that this checkpoint was written with."
+                )
             complaints = integrity.damage(self.directory, self._files, [file])
             if complaints:
                 raise CheckpointError(f"{complaints[0]}.")
             self._checked.add(file)
 
     def read(self, name: str) -> Tensor:
-        """The whole tensor `name`. Raises CheckpointError if the checkpoint has none or its file is damaged.
+        """The full tensor `name`. Raises CheckpointError if the checkpoint has none or its file is damaged.
 
-        Peak memory: the tensor, and one rank's shard of it where there are several.
+        Peak memory: the tensor, and one rank's shard of it if there are several.
         """
         entry = self._metadata.state_dict_metadata.get(name)
-        if entry is None:
-            raise CheckpointError(f"{self.directory} holds no tensor {name}.")
+        if not isinstance(entry, TensorStorageMetadata):
+            raise CheckpointError(f"{self.directory} has no tensor {name}.")
         out = None
         for file in sorted(self._where.get(name, ())):
             self._check(file)
@@ -74,7 +77,7 @@ class CheckpointTensors:
         return out
 
     def _shard(self, name: str, offsets: torch.Size) -> Tensor:
-        """One stored shard. `torch.distributed.checkpoint.load` would copy it from a second tensor of its size."""
+        """One stored shard. `torch.distributed.checkpoint.load` would need a second tensor of its size."""
         from torch.distributed.checkpoint.metadata import MetadataIndex
 
         place = self._metadata.storage_data[MetadataIndex(name, offsets)]

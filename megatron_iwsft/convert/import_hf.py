@@ -18,7 +18,7 @@ from megatron_iwsft.distributed.context import Platform
 from megatron_iwsft.distributed.spawn import run_job
 from megatron_iwsft.errors import CheckpointError, ConfigError
 from megatron_iwsft.hf.directory import DTYPES
-from megatron_iwsft.model.gpt import ModelSettings, build_model
+from megatron_iwsft.model.gpt import ModelSettings, PolicyModel, build_model
 
 
 def import_directory(
@@ -57,17 +57,17 @@ def _import(platform: Platform, source: str, output: str, dtype: str, degrees: d
         layout=parallel.layout,
         tokenizer_files=weights.tokenizer_files,
     )
-    return str(writer.save(TrainState([_Movable(chunk) for chunk in chunks])))
+    return str(writer.save(TrainState([_SavedOnce(chunk) for chunk in chunks])))
 
 
-class _Movable:
-    """A model that is saved for the last time: its state dict takes the parameters' memory over.
+class _SavedOnce:
+    """A model that is not needed after it is saved: its state dict takes over the parameters' memory.
 
-    Megatron-Core stores a fused parameter as its parts, and its writer copies parts that are views, all of them before it writes
-    the first: for the fused gate and up projections alone a third of a model. Here each is copied and freed in turn.
+    Megatron-Core saves a fused parameter as its parts, and its writer copies parts that are views, all of them before it writes the
+    first one: for fused gate and up projections alone that is a third of a model. Here each is copied and freed in turn.
     """
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    def __init__(self, model: PolicyModel) -> None:
         self._model = model
 
     def sharded_state_dict(self, *, metadata: dict[str, Any]) -> dict[str, Any]:

@@ -30,9 +30,11 @@ def variable_length_attention() -> tuple[bool, str]:
         return False, "torch sees no GPU"
     try:
         from torch.nn.attention.varlen import varlen_attn
+
+        has_windows = "window_size" in inspect.signature(varlen_attn).parameters
     except ImportError:
-        varlen_attn = None
-    if varlen_attn is None or "window_size" not in inspect.signature(varlen_attn).parameters:
+        has_windows = False
+    if not has_windows:
         return False, f"torch {torch.__version__} has no variable-length attention with windows (2.11 or newer has)"
     if torch.cuda.get_device_capability() < (8, 0):
         return False, "variable-length attention needs Ampere or newer"

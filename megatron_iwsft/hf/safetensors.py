@@ -90,7 +90,7 @@ class SafetensorsFile:
         if length == 0:
             return out
         # The file's bytes go directly into the tensor's memory, without a further copy.
-        target = memoryview(out.view(-1).view(torch.uint8).numpy())
+        target = out.view(-1).view(torch.uint8).numpy().data
         for i in range(rows):
             self._read_at(target[i * length : (i + 1) * length], at + i * stride)
         return out

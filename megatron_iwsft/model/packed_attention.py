@@ -89,7 +89,9 @@ def _attend_at_once(
     elif groups > 1:  # before torch 2.12
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     boundaries, longest = row.cu_seqlens_q, row.max_seqlen_q
-    return varlen_attn(query, key, value, boundaries, boundaries, longest, longest, **options)
+    out = varlen_attn(query, key, value, boundaries, boundaries, longest, longest, **options)
+    assert isinstance(out, Tensor), "it returns a tuple only if asked for more"
+    return out
 
 
 def _attend(

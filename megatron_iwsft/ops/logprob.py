@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_iwsft.data.batch import IGNORE
-from megatron_iwsft.ops import logits as rows
+from megatron_iwsft.ops.logits import add_product, add_product_on_gpu, logits_gradient, row_statistics
 
 # Maximum size of the logits buffer in bytes. Fixed, and not a fraction of free memory: weight gradients are summed over chunks,
 # so the chunk size affects rounding, and results must not depend on what else is in memory.
@@ -86,7 +86,7 @@ class _VocabParallelLogprob(torch.autograd.Function):
         stats = hidden.new_empty((3 if entropy is None else 4, index.numel()), dtype=torch.float32)
         for chunk in chunks:
             logits = torch.mm(trained[chunk], weight_rows.t(), out=buffer[: chunk.stop - chunk.start])
-            rows.row_statistics(logits, local_target[chunk], out=stats[:, chunk])
+            row_statistics(logits, local_target[chunk], out=stats[:, chunk])
         lse, target_logit, row_entropy = _merge_statistics(stats, group)
 
         ctx.save_for_backward(trained, weight, index, local_target, lse)
@@ -114,7 +114,7 @@ class _VocabParallelLogprob(torch.autograd.Function):
             logits = buffer[: chunk.stop - chunk.start]
             if recompute:
                 torch.mm(trained[chunk], weight_rows.t(), out=logits)
-            rows.logits_gradient(logits, local_target[chunk], lse[chunk], grad[chunk])
+            logits_gradient(logits, local_target[chunk], lse[chunk], grad[chunk])
             torch.mm(logits, weight_rows, out=grad_trained[chunk])
             return logits
 
@@ -185,14 +185,14 @@ class _WeightGrad:
         if dlogits.dtype == torch.float32:
             self._rows.addmm_(dlogits.t(), hidden)
         elif dlogits.is_cuda:
-            rows.add_product_on_gpu(self._rows, dlogits.t(), hidden)
+            add_product_on_gpu(self._rows, dlogits.t(), hidden)
         else:
-            rows.add_product(self._rows, dlogits.t(), hidden)
+            add_product(self._rows, dlogits.t(), hidden)
 
     def result(self) -> Tensor:
         if self.main_grad is None:
             return self.total.to(self.weight.dtype)
-        self.weight.grad_added_to_main_grad = True
+        setattr(self.weight, "grad_added_to_main_grad", True)  # noqa: B010 - an attribute of Megatron-Core's
         return torch.zeros((), dtype=self.weight.dtype, device=self.weight.device).expand(self.weight.shape)
 
 

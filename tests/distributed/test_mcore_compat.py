@@ -152,7 +152,9 @@ def names(platform: Any) -> dict[str, Any]:
     found["AsyncCallsQueue"] = all(hasattr(queue, n) for n in ("schedule_async_request", "maybe_finalize_async_calls"))
     found["async_save_options"] = set(async_save_options()) <= set(inspect.signature(save).parameters)
     start_results_queue()
-    found["results queue works"] = filesystem_async._get_write_results_queue() is filesystem_async._results_queue
+    # 0.16 calls it with an underscore.
+    queue_of = getattr(filesystem_async, "get_write_results_queue", None) or filesystem_async._get_write_results_queue
+    found["writers report to our queue"] = queue_of() is filesystem_async._results_queue
     return found
 
 

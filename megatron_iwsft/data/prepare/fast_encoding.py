@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import re
-import sys
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -40,8 +39,6 @@ class Encoder(Protocol):
 
 def gigatoken_encoder(tokenizer: Tokenizer) -> Encoder | str:
     """A gigatoken encoder for `tokenizer`, not yet compared with it, or the reason why there is none."""
-    if sys.version_info < (3, 11):
-        return "gigatoken needs Python 3.11"
     try:
         import gigatoken
     except ImportError:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -19,7 +18,6 @@ from megatron_iwsft.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_iwsft.errors import DataError
 from tests.support import tiny
 
-needs_gigatoken = pytest.mark.skipif(sys.version_info < (3, 11), reason="gigatoken needs Python 3.11")
 ALPHABET = "ab eé\u0301ß 12.,\n\t雪😀\u200d<|>_ÀZ'’"
 
 
@@ -45,7 +43,6 @@ def pieces(tokenizer: Tokenizer, n: int) -> tuple[list[str], list[int]]:
     return texts, counts
 
 
-@needs_gigatoken
 def test_gigatoken_gives_the_ids_of_the_tokenizers_own_library(tokenizer: Tokenizer) -> None:
     texts, counts = pieces(tokenizer, 500)
     encoder = gigatoken_encoder(tokenizer)
@@ -56,7 +53,6 @@ def test_gigatoken_gives_the_ids_of_the_tokenizers_own_library(tokenizer: Tokeni
     assert fast and "ids equal those of" in why
 
 
-@needs_gigatoken
 def test_a_difference_disables_gigatoken_or_stops_the_run(tokenizer: Tokenizer, monkeypatch) -> None:
     texts, counts = pieces(tokenizer, 20)
     encoder = gigatoken_encoder(tokenizer)
