@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException  # a BaseException
@@ -39,7 +38,7 @@ def verify(info: CheckpointInfo) -> None:
     """Check owner and checksum of every file; each rank checks some. Collective; raises CheckpointError on all ranks."""
     integrity.check_owner(info.directory, info.files)
     names = sorted(info.files)[dist.get_rank() :: dist.get_world_size()]
-    complaints: list[Any] = [None] * dist.get_world_size()
+    complaints: list[list[str]] = [[]] * dist.get_world_size()
     dist.all_gather_object(complaints, integrity.damage(info.directory, info.files, names))
     found = [text for rank in complaints for text in rank]
     if found:

@@ -20,15 +20,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from megatron_iwsft.distributed.mcore_compat import OptimizerShard, inner_optimizers, optimizer_shards
 
+if TYPE_CHECKING:
+    from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedTensor
+    from megatron.core.optimizer import MegatronOptimizer
 
-def sharded_optimizer_state(optimizer: Any, models: Mapping[str, Any]) -> dict[str, Any]:
+
+def sharded_optimizer_state(optimizer: MegatronOptimizer, models: Mapping[str, Any]) -> dict[str, Any]:
     """The sharded state dict of Megatron-Core's chained `optimizer`. Not collective.
 
     models: the sharded state dicts of all model chunks, merged.
@@ -48,7 +52,7 @@ def sharded_optimizer_state(optimizer: Any, models: Mapping[str, Any]) -> dict[s
 
 
 @torch.no_grad()
-def load_optimizer_state(optimizer: Any, state: Mapping[str, Any]) -> None:
+def load_optimizer_state(optimizer: MegatronOptimizer, state: Mapping[str, Any]) -> None:
     """Take over a loaded `sharded_optimizer_state`."""
     for k, shard in enumerate(optimizer_shards(optimizer)):
         for name, values in _states(shard).items():
@@ -82,20 +86,20 @@ def _states(shard: OptimizerShard) -> dict[str, Tensor]:
     return {name: state.detach().view(-1) for name, state in states.items()}
 
 
-def _counters(inner: Any) -> Iterator[dict[str, Any]]:
+def _counters(inner: torch.optim.Optimizer) -> Iterator[dict[str, Any]]:
     """Where AdamW counts its updates, as `step`: torch's by parameter, Transformer Engine's by group."""
     return (values for values in (*inner.param_groups, *inner.state.values()) if "step" in values)
 
 
-def _set_counters(inner: Any, updates: int) -> None:
+def _set_counters(inner: torch.optim.Optimizer, updates: int) -> None:
     for values in _counters(inner):
         values["step"] = torch.full_like(values["step"], updates) if isinstance(values["step"], Tensor) else updates
 
 
-def _boxes_of(held: OptimizerShard, entry: Any) -> dict[str, dict[int, Any]]:
+def _boxes_of(held: OptimizerShard, entry: ShardedBase) -> dict[str, dict[int, ShardedTensor]]:
     """State → where it begins in the flat state → `ShardedTensor`, one for each box. entry: what the parameter is saved as."""
     states = _states(held)
-    found: dict[str, dict[int, Any]] = {name: {} for name in states}
+    found: dict[str, dict[int, ShardedTensor]] = {name: {} for name in states}
     begin = 0
     for shard, first in _shards(entry):
         start, end = max(held.start, first), min(held.end, first + math.prod(shard.local_shape))
@@ -108,7 +112,7 @@ def _boxes_of(held: OptimizerShard, entry: Any) -> dict[str, dict[int, Any]]:
     return found
 
 
-def _shards(entry: Any) -> Iterator[tuple[Any, int]]:
+def _shards(entry: ShardedBase) -> Iterator[tuple[ShardedTensor, int]]:
     """What a parameter is saved as: (`ShardedTensor` without data, position of its first element in the flattened parameter).
 
     Usually one; two where gate and up projection are one parameter.
@@ -125,8 +129,8 @@ def _shards(entry: Any) -> Iterator[tuple[Any, int]]:
 
 
 def _sharded(
-    key: str, values: Tensor, shard: Any, offset: Sequence[int], sizes: Sequence[int], *, replicated: bool
-) -> Any:
+    key: str, values: Tensor, shard: ShardedTensor, offset: Sequence[int], sizes: Sequence[int], *, replicated: bool
+) -> ShardedTensor:
     """A `ShardedTensor` of the first of `values`, which are a box of `shard`."""
     from megatron.core.dist_checkpointing import ShardedTensor
 
@@ -145,7 +149,7 @@ def _sharded(
     )
 
 
-def _create_states(inner: Any) -> None:
+def _create_states(inner: torch.optim.Optimizer) -> None:
     """Create AdamW's states, which it would create at its first step, so that they can be loaded into or saved.
 
     A step at learning rate 0 with gradients of 0 changes nothing but the update counts, which are reset.

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch.distributed as dist
 
 from megatron_iwsft.checkpoint.optimizer_state import load_optimizer_state, sharded_optimizer_state
 from megatron_iwsft.distributed.mcore_compat import random_states, set_random_states
 from megatron_iwsft.reference.lagged_copy import LaggedCopy
+
+if TYPE_CHECKING:
+    from megatron.core.optimizer import MegatronOptimizer
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 
 class HostState(Protocol):
@@ -29,7 +33,7 @@ def _nothing() -> None:
 class TrainState:
     """A run's state.
 
-    policy     this rank's model chunks, without DistributedDataParallel
+    policy     this rank's model chunks: `PolicyModel`s, or what has their `sharded_state_dict`
     optimizer, schedule  Megatron-Core's; None for weights alone
     lagged     copies that follow the policy
     host       name → small state, such as the divergence monitor
@@ -38,8 +42,8 @@ class TrainState:
     """
 
     policy: list[Any]
-    optimizer: Any | None = None
-    schedule: Any | None = None
+    optimizer: MegatronOptimizer | None = None
+    schedule: OptimizerParamScheduler | None = None
     lagged: Sequence[LaggedCopy] = ()
     host: dict[str, HostState] = field(default_factory=dict)
     before_reading: Callable[[], None] = _nothing

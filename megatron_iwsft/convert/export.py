@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,6 +15,7 @@ from megatron_iwsft.convert.gather import RunningWeights
 from megatron_iwsft.distributed.context import ParallelContext
 from megatron_iwsft.hf.directory import DTYPES, write_directory
 from megatron_iwsft.hf.model_card import Provenance, SupportingFiles
+from megatron_iwsft.model.gpt import PolicyModel
 
 
 def export_checkpoint(source: str | Path, output: str | Path, *, dtype: str | None = None) -> Path:
@@ -52,7 +52,7 @@ def _return_freed_memory() -> None:
 
 
 def export_running(
-    chunks: list[Any],
+    chunks: list[PolicyModel],
     parallel: ParallelContext,
     output: Path,
     supporting_files: SupportingFiles,

@@ -18,7 +18,7 @@ from megatron_iwsft.distributed.context import Platform
 from megatron_iwsft.distributed.spawn import run_job
 from megatron_iwsft.errors import DataError
 from megatron_iwsft.hf.transformers_models import hugging_face_logprobs, load_in_transformers
-from megatron_iwsft.model.gpt import ModelSettings, build_model, forward
+from megatron_iwsft.model.gpt import ModelSettings, PolicyModel, build_model, forward
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def _context_lengths(config: dict[str, Any]) -> list[int]:
     return [n for n in candidates if isinstance(n, int)]
 
 
-def checkpoint_logprobs(model: Any, ids: list[int]) -> Tensor:
+def checkpoint_logprobs(model: PolicyModel, ids: list[int]) -> Tensor:
     """log π(token t | before) for t = 1 …, float32 [n−1], from a Megatron-Core model that this process holds entirely."""
     n = len(ids)
     batch = Batch(

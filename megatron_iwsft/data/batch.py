@@ -54,8 +54,11 @@ class Batch:
         return (self.labels[0] != IGNORE).float()
 
     def to(self, device: torch.device) -> Batch:
-        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{k: v.to(device, non_blocking=True) for k, v in values.items() if isinstance(v, Tensor)})
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved: dict[str, Any] = {
+            name: value.to(device, non_blocking=True) for name, value in values.items() if isinstance(value, Tensor)
+        }
+        return replace(self, **moved)
 
     def slice_for_context_parallel(self, rank: int, size: int) -> Batch:
         """This rank's part of every segment: of its 2·size chunks, number `rank` from the front and from the back.

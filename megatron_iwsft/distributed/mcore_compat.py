@@ -11,16 +11,22 @@ import multiprocessing
 import os
 import signal
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from multiprocessing.managers import SyncManager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from megatron_iwsft.distributed.stop_signals import STOP_SIGNALS, die_with_spawner
+
+if TYPE_CHECKING:
+    from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+    from megatron.core.distributed import DistributedDataParallel
+    from megatron.core.optimizer import MegatronOptimizer
+    from megatron.core.transformer.spec_utils import ModuleSpec
 
 
 def quiet_megatron() -> None:
@@ -42,7 +48,7 @@ def define_missing_names() -> None:
         moe_utils.te_general_gemm = None
 
 
-def moe_submodules(layer: Any) -> Any:
+def moe_submodules(layer: ModuleSpec) -> Any:
     """The mixture of experts' submodules in a layer spec: 0.16 nests specs there, 0.19 a partially called constructor."""
     mlp = layer.submodules.mlp
     return mlp.keywords["submodules"] if hasattr(mlp, "keywords") else mlp.submodules
@@ -62,7 +68,7 @@ def async_save_options() -> dict[str, Any]:
     return {"async_sharded_save": True} | ({"async_strategy": "mcore"} if "async_strategy" in known else {})
 
 
-def async_calls_queue() -> Any:
+def async_calls_queue() -> AsyncCallsQueue:
     """Where Megatron-Core keeps save requests that are being carried out."""
     from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
@@ -101,20 +107,20 @@ class OptimizerShard:
     replicated  over data-parallel ranks
     """
 
-    parameter: Any
+    parameter: torch.nn.Parameter
     start: int
     end: int
     main: Tensor
-    inner: Any
+    inner: torch.optim.Optimizer
     replicated: bool
 
 
-def inner_optimizers(optimizer: Any) -> list[Any]:
+def inner_optimizers(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer]:
     """torch's or Transformer Engine's optimizers of dense parameters and of experts, without those that this rank has none of."""
     return [part.optimizer for part in optimizer.chained_optimizers if part.optimizer is not None]
 
 
-def optimizer_shards(optimizer: Any) -> Iterator[OptimizerShard]:
+def optimizer_shards(optimizer: MegatronOptimizer) -> Iterator[OptimizerShard]:
     """Every shard of Megatron-Core's chained optimizer on this rank, in a fixed order. Not collective."""
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
@@ -138,7 +144,7 @@ def optimizer_shards(optimizer: Any) -> Iterator[OptimizerShard]:
                 yield OptimizerShard(parameter, 0, main.numel(), main, inner, replicated=True)
 
 
-def prepare_gradients(optimizer: Any) -> float:
+def prepare_gradients(optimizer: MegatronOptimizer) -> float:
     """Make the reduced gradients ready for an update; returns their global norm before clipping. Collective over all ranks.
 
     Megatron-Core's optimizers skip an update by themselves only where a gradient scaler (fp16) looks for infinities.
@@ -147,7 +153,7 @@ def prepare_gradients(optimizer: Any) -> float:
     return float(optimizer.get_grad_norm())
 
 
-def update_parameters(optimizer: Any, norm: float) -> None:
+def update_parameters(optimizer: MegatronOptimizer, norm: float) -> None:
     """Clip by the norm that `prepare_gradients` returned and update: `optimizer.step()`, which would compute the norm again."""
     from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
@@ -163,7 +169,7 @@ def update_parameters(optimizer: Any, norm: float) -> None:
     optimizer.step_with_ready_grads()
 
 
-def gather_parameters(chunks: list[Any]) -> None:
+def gather_parameters(chunks: list[DistributedDataParallel]) -> None:
     """Have every rank hold the updated parameters now; with overlapped gathering they arrive no sooner than the next forward pass."""
     for chunk in chunks:
         chunk.start_param_sync(force_sync=True)
@@ -195,7 +201,9 @@ def set_random_states(states: dict[str, Any]) -> None:
 # Without CUDA: see cpu_backend.py
 
 
-def use_torch_in_place_of_fused_kernels(l2_norm: Any, get_rng_state: Any, set_rng_state: Any) -> None:
+def use_torch_in_place_of_fused_kernels(
+    l2_norm: Callable[..., Any], get_rng_state: Callable[..., Tensor], set_rng_state: Callable[..., None]
+) -> None:
     """Have Megatron-Core take torch's optimizer and kernels: where Transformer Engine or apex can be imported, it takes theirs,
     which need CUDA. Process-wide.
     """

@@ -15,12 +15,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from megatron_iwsft.data.batch import zigzag_index
 from megatron_iwsft.distributed.capabilities import variable_length_attention
+from megatron_iwsft.model.moe import PackedRow
 
 
 class PackedAttention(torch.nn.Module):
@@ -32,7 +34,7 @@ class PackedAttention(torch.nn.Module):
 
     def __init__(
         self,
-        config: Any,
+        config: TransformerConfig,
         layer_number: int,
         softmax_scale: float | None = None,
         pg_collection: Any = None,
@@ -52,7 +54,7 @@ class PackedAttention(torch.nn.Module):
         value: Tensor,
         attention_mask: Tensor | None = None,
         *,
-        packed_seq_params: Any,
+        packed_seq_params: PackedRow,
         **unused: Any,
     ) -> Tensor:
         if self.cp_group.size() > 1:
@@ -77,7 +79,7 @@ def _fits_at_once(query: Tensor) -> bool:
 
 
 def _attend_at_once(
-    query: Tensor, key: Tensor, value: Tensor, row: Any, scale: float | None, window: int | None
+    query: Tensor, key: Tensor, value: Tensor, row: PackedRow, scale: float | None, window: int | None
 ) -> Tensor:
     """Causal attention within each segment, with one call of torch's variable-length FlashAttention (half precision, GPU)."""
     from torch.nn.attention.varlen import varlen_attn

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_iwsft.model.gpt import PolicyModel
+
 
 @dataclass
 class LaggedCopy:
@@ -22,7 +24,7 @@ class LaggedCopy:
     """
 
     name: str
-    chunks: list[Any]
+    chunks: list[PolicyModel]
     due: Callable[[int], bool]
     decay: float = 0.0
     _averages: list[dict[str, Tensor]] = field(default_factory=list)
@@ -34,7 +36,7 @@ class LaggedCopy:
             self._averages.append({name: p.data.float() for name, p in rounded} if self.decay else {})
 
     @torch.no_grad()
-    def after_step(self, step: int, policy: list[Any]) -> None:
+    def after_step(self, step: int, policy: list[PolicyModel]) -> None:
         """Update from the policy's chunks, if it is due."""
         if not self.due(step):
             return

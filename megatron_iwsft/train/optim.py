@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_iwsft.config import schema as config
+from megatron_iwsft.model.gpt import PolicyModel
 
 
-def wrap_for_gradients(chunks: list[Any], settings: config.Optimizer) -> list[DistributedDataParallel]:
+def wrap_for_gradients(chunks: list[PolicyModel], settings: config.Optimizer) -> list[DistributedDataParallel]:
     """Give each model chunk float32 gradient buffers that are reduced over data-parallel ranks."""
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
@@ -33,7 +32,9 @@ def wrap_for_gradients(chunks: list[Any], settings: config.Optimizer) -> list[Di
     return wrapped
 
 
-def build_optimizer(chunks: list[DistributedDataParallel], settings: config.Optimizer, dtype: torch.dtype) -> Any:
+def build_optimizer(
+    chunks: list[DistributedDataParallel], settings: config.Optimizer, dtype: torch.dtype
+) -> MegatronOptimizer:
     """Megatron-Core's AdamW over the wrapped chunks."""
     return get_megatron_optimizer(
         OptimizerConfig(
@@ -54,7 +55,9 @@ def build_optimizer(chunks: list[DistributedDataParallel], settings: config.Opti
     )
 
 
-def build_schedule(optimizer: Any, settings: config.Optimizer, total_steps: int) -> OptimizerParamScheduler:
+def build_schedule(
+    optimizer: MegatronOptimizer, settings: config.Optimizer, total_steps: int
+) -> OptimizerParamScheduler:
     """Linear warm-up from 0, then cosine, linear or no decay to min_lr at `total_steps`."""
     return OptimizerParamScheduler(
         optimizer,

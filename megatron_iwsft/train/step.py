@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_iwsft.data.batch import Batch
 from megatron_iwsft.distributed.context import ParallelContext
-from megatron_iwsft.model.gpt import forward
+from megatron_iwsft.model.gpt import PolicyModel, forward
 from megatron_iwsft.model.moe import Balance
 from megatron_iwsft.objectives.breakdown import Breakdown
 from megatron_iwsft.objectives.functions import Objective, Settings, Trajectories, local_segment_sum
@@ -24,7 +25,7 @@ from megatron_iwsft.train.normalization import LossTotals
 
 
 def run_schedule(
-    stages: list[Any],
+    stages: Sequence[torch.nn.Module],
     batches: list[Batch],
     forward_step: Callable[..., Any],
     parallel: ParallelContext,
@@ -41,7 +42,7 @@ def run_schedule(
     get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=iterators[0] if single else iterators,
-        model=stages[0] if single else stages,
+        model=stages[0] if single else list(stages),
         num_microbatches=len(batches),
         seq_length=batches[0].tokens.numel() * parallel.cp.size(),
         micro_batch_size=models,
@@ -61,13 +62,13 @@ class TrainStep:
     breakdown  of the corpus's trajectories into groups whose loss is reported
     """
 
-    chunks: list[Any]
+    chunks: list[DistributedDataParallel]
     parallel: ParallelContext
     device: torch.device
     objective: Objective
     settings: Settings
-    reference: list[Any] | None = None
-    proposal: list[Any] | None = None
+    reference: list[PolicyModel] | None = None
+    proposal: list[PolicyModel] | None = None
     offload: bool = False
     router_balance: float = 0.0
     breakdown: Breakdown | None = None
@@ -163,7 +164,7 @@ class TrainStep:
 
         return segment_sum
 
-    def _finalize(self, model: Any, num_tokens: Tensor | None = None, **options: Any) -> None:
+    def _finalize(self, model: object, num_tokens: Tensor | None = None, **options: Any) -> None:
         """Called by the schedule after the last backward pass; `model` may hold frozen models too, which have no gradients."""
         self._totals.finalize(self.chunks, **options)
         if self.router_balance:

@@ -19,6 +19,7 @@ from megatron_iwsft.distributed.stop_signals import StopSignals
 from megatron_iwsft.distributed.watchdog import Watchdog
 from megatron_iwsft.errors import DataError, DivergenceError, RequeueError
 from megatron_iwsft.model.flops import training_flops
+from megatron_iwsft.model.gpt import PolicyModel
 from megatron_iwsft.objectives.breakdown import Breakdown, break_down
 from megatron_iwsft.reference.lagged_copy import LaggedCopy
 from megatron_iwsft.reference.sidecar import Sidecar
@@ -194,7 +195,7 @@ class Trainer:
     def _result(self, metrics: dict[str, Any], stopping: bool) -> StepResult:
         return StepResult(metrics["step"], self.total_steps, metrics, stopping, self.run.config)
 
-    def _measure(self, packs: list[Any], trained_tokens: int, step_time_s: float) -> dict[str, Any]:
+    def _measure(self, packs: list[np.ndarray], trained_tokens: int, step_time_s: float) -> dict[str, Any]:
         lengths = self.run.corpus.lengths[np.concatenate(packs)]
         tokens = int(lengths.sum())
         # The policy's model FLOPs only: what a reference or proposal computes does not count.
@@ -218,7 +219,7 @@ class Trainer:
         for copy in self.state.lagged:
             copy.after_step(number, self.state.policy)
 
-    def _skip(self, number: int, metrics: dict[str, Any], packs: list[Any]) -> None:
+    def _skip(self, number: int, metrics: dict[str, Any], packs: list[np.ndarray]) -> None:
         """Leave parameters, optimizer and schedule unchanged. Raises DivergenceError after too many skipped steps in a row."""
         self.monitor.skip()
         metrics["skipped"] = "not finite"
@@ -239,7 +240,7 @@ class Trainer:
                 f"{self.run.run_directory}/logs/events.jsonl. Lower optimizer.lr, or remove those trajectories."
             )
 
-    def _roll_back_after_spike(self, number: int, metrics: dict[str, Any], packs: list[Any]) -> bool:
+    def _roll_back_after_spike(self, number: int, metrics: dict[str, Any], packs: list[np.ndarray]) -> bool:
         """Log a loss spike; with `run.spike.rewind`, go back to an earlier checkpoint. Returns whether that happened."""
         settings = self.run.config.run.spike
         mean = sum(self.monitor.losses) / len(self.monitor.losses)
@@ -274,7 +275,7 @@ class Trainer:
         )
         return True
 
-    def _trajectory_ids(self, packs: list[Any]) -> list[str]:
+    def _trajectory_ids(self, packs: list[np.ndarray]) -> list[str]:
         ids = self.run.corpus.meta(["id"])["id"]
         return [str(ids[int(i)]) for pack in packs for i in pack]
 
@@ -315,14 +316,16 @@ class Trainer:
 def _verified_sidecar(run: StartedRun) -> Sidecar:
     """The cached reference, each rank having verified some of its files. Collective; raises DataError on all ranks."""
     sidecar = Sidecar(run.corpus, run.identity)
-    complaints: list[Any] = [None] * run.platform.world_size
+    complaints: list[list[str]] = [[]] * run.platform.world_size
     dist.all_gather_object(complaints, sidecar.damage(run.platform.rank, run.platform.world_size))
     for complaint in (text for rank in complaints for text in rank):
         raise DataError(complaint)
     return sidecar
 
 
-def _lagged_copies(run: StartedRun, live: list[Any] | None, proposal: list[Any] | None) -> list[LaggedCopy]:
+def _lagged_copies(
+    run: StartedRun, live: list[PolicyModel] | None, proposal: list[PolicyModel] | None
+) -> list[LaggedCopy]:
     """The frozen models that are updated from the policy."""
     out, settings, refresh = [], run.config.objective.proposal, run.config.reference.refresh
     if proposal is not None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from megatron.core.distributed import DistributedDataParallel
+
 from megatron_iwsft.objectives.functions import Settings, sft
 from megatron_iwsft.train.callbacks import StepResult
 from megatron_iwsft.train.setup import StartedRun, make_sampler
 from megatron_iwsft.train.step import TrainStep
 
 
-def evaluation(run: StartedRun, chunks: list[Any]) -> Callable[[StepResult], dict[str, Any]]:
+def evaluation(run: StartedRun, chunks: list[DistributedDataParallel]) -> Callable[[StepResult], dict[str, Any]]:
     """A collective callback that returns `eval_nll`, the mean over the trained tokens of `evaluation.corpus`."""
     assert run.evaluation is not None
     data = run.config.data
