@@ -1,11 +1,10 @@
-"""The exceptions that end a command, and its exit statuses. A message for people says what was expected, what was found, where,
-and what to do."""
+"""Exceptions that end a command, and exit statuses. Messages say what was expected, what was found, where, and what to do."""
 
 from __future__ import annotations
 
 
 class UserError(Exception):
-    """Something the user can mend: printed as one message, without a traceback, with exit status 2."""
+    """A mistake the user can fix: printed as one message, without a traceback, with exit status 2."""
 
 
 class ConfigError(UserError):
@@ -25,14 +24,14 @@ class DivergenceError(UserError):
 
 
 class RequeueError(Exception):
-    """The run was told to stop, has saved and said so, and is not finished: to be started again as it was."""
+    """The run was asked to stop and has saved; start it again to continue."""
 
 
 class PeerError(Exception):
-    """Another rank has failed first, and has said why."""
+    """Another rank failed first and reported why."""
 
 
 EXIT_FAILURE = 1
 EXIT_USER_ERROR = 2
 EXIT_REQUEUE = 75  # EX_TEMPFAIL of sysexits.h
-EXIT_UNREAD = 128 + 13  # what a shell calls an end by SIGPIPE
+EXIT_UNREAD = 128 + 13  # a shell's status for SIGPIPE

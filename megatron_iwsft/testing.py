@@ -1,4 +1,4 @@
-"""For tests and benchmarks: processes that form a job, a corpus, whole gradients of a sharded model, metrics to compare."""
+"""For tests and benchmarks: jobs of CPU processes, a small corpus, unsharded gradients, metrics that can be compared."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def run_distributed(
 
 
 def comparable_metrics(run: Path) -> list[dict[str, Any]]:
-    """The whole lines of a run's metrics.jsonl, without what differs between two runs of the same numbers."""
+    """The complete lines of a run's metrics.jsonl, without metrics that measure time or memory."""
     path = run / "metrics.jsonl"
     text = path.read_text() if path.exists() else ""
     lines = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
@@ -93,8 +93,8 @@ def whole_gradients(chunks: list[Any], parallel: ParallelContext) -> dict[str, T
     out: dict[str, Tensor] = {}
     for name, row in named_rows(architecture, tensor_parallel=parallel.tp.size()):
         if isinstance(row.layout, PerExpert):
-            whole = torch.stack([shards[name, expert][0] for expert in range(row.layout.count)])
+            full = torch.stack([shards[name, expert][0] for expert in range(row.layout.count)])
         else:
-            whole = row.layout.unshard([shards[name, None][rank] for rank in range(parallel.tp.size())])
-        out |= dict(zip(row.hf, row.layout.split(whole), strict=True))
+            full = row.layout.unshard([shards[name, None][rank] for rank in range(parallel.tp.size())])
+        out |= dict(zip(row.hf, row.layout.split(full), strict=True))
     return out

@@ -31,7 +31,7 @@ class Checkpointer:
     writer  writes the run's checkpoints
     state   what is loaded and saved; `state.step` is current when a method is called
     accept  raises ConfigError if a checkpoint belongs to another run than this one
-    report  is told of saves, failures and damaged checkpoints
+    report  receives saves, failures and damaged checkpoints
 
     A save that fails is reported and retried after `settings.retry_after` steps; `settings.max_failures` failures in a row end the run.
     """

@@ -1,4 +1,4 @@
-"""Loading a checkpoint made at any layout into a model, or a whole run's state, at this one."""
+"""Loading a checkpoint saved at any layout into a model, or a run's full state, at this one."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ format, `fully_reshardable`, saves each state in its parameter's shape, and gath
 range of a row-major array is a few boxes of it. Of a parameter of 4 × 5, elements 3 … 16 are
 
     . . . a a        the rest of a row,
-    b b b b b        whole rows,
+    b b b b b        full rows,
     b b b b b
     c c . . .        and the start of one.
 

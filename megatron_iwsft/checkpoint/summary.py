@@ -8,6 +8,7 @@ import yaml
 
 from megatron_iwsft.checkpoint.info import LATEST, CheckpointInfo, complete_checkpoints
 from megatron_iwsft.errors import CheckpointError
+from megatron_iwsft.utils.files import PARTIAL
 
 
 def describe(path: Path, *, verify: bool, config: bool = False) -> tuple[str, bool]:
@@ -23,7 +24,7 @@ def describe(path: Path, *, verify: bool, config: bool = False) -> tuple[str, bo
                 line, undamaged = _line(directory, verify=verify)
                 parts.append(line)
                 healthy &= undamaged
-            unfinished = sorted(p.name for p in root.glob("step-*.partial"))
+            unfinished = sorted(p.name for p in root.glob(f"step-*{PARTIAL}"))
             parts += [f"  {name}: incomplete" for name in unfinished]
             pointer = root / LATEST
             if not pointer.exists() or pointer.read_text().strip() != found[0].name:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 import uuid
@@ -35,7 +34,7 @@ from megatron_iwsft.distributed.parallel_layout import ParallelLayout
 from megatron_iwsft.errors import CheckpointError
 from megatron_iwsft.hf.architecture import Architecture
 from megatron_iwsft.hf.model_card import Provenance, SupportingFiles
-from megatron_iwsft.utils.files import PARTIAL, gibibytes, publish, remove_directory, write_text
+from megatron_iwsft.utils.files import PARTIAL, flush_to_disk, gibibytes, publish, remove_directory, write_text
 
 # Free space required beyond the tensors: for the small files, and for others who write there meanwhile.
 _SPARE_BYTES = 64 << 20
@@ -313,8 +312,6 @@ def _bytes_to_write(state: dict[str, Any]) -> int:
 
 def _probe(path: Path) -> None:
     """Write some bytes: quotas, read-only mounts and missing inodes do not show in the free space."""
-    with open(path, "wb") as file:
-        file.write(bytes(_PROBE_BYTES))
-        file.flush()
-        os.fsync(file.fileno())
+    path.write_bytes(bytes(_PROBE_BYTES))
+    flush_to_disk(path)
     path.unlink()

@@ -58,10 +58,10 @@ class RunningWeights:
             self._cached = None
             pieces = [self._receive(piece) for piece in self._pieces[key]]
             if isinstance(row.layout, PerExpert):
-                whole = torch.stack(pieces)
+                full = torch.stack(pieces)
             else:
-                whole = pieces[0] if len(pieces) == 1 else row.layout.unshard(pieces)
-            self._cached = key, row.layout.split(whole)
+                full = pieces[0] if len(pieces) == 1 else row.layout.unshard(pieces)
+            self._cached = key, row.layout.split(full)
         return self._cached[1][row.hf.index(name)]
 
     def _receive(self, piece: tuple[_Key, int]) -> Tensor:

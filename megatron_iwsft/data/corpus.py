@@ -226,10 +226,10 @@ def _read_manifest(directory: Path) -> tuple[dict[str, Any], str]:
     """(manifest, SHA-256 of its file)."""
     path = directory / MANIFEST
     if not directory.is_dir():
-        raise DataError(f"there is no corpus at {directory}. Create one with tools/shard_corpus.py.")
+        raise DataError(f"there is no corpus at {directory}. Create one with `iwsft shard`.")
     if not path.exists():
         raise DataError(
-            f"{directory} has no {MANIFEST}: sharding was interrupted. Run the same tools/shard_corpus.py command again to finish it."
+            f"{directory} has no {MANIFEST}: sharding was interrupted. Run the same `iwsft shard` command again to finish it."
         )
     content = path.read_bytes()
     try:

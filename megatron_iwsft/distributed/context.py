@@ -71,8 +71,8 @@ class Platform:
         return self.is_cuda and transformer_engine()[0] is not None
 
     def parallel(self, layout: ParallelLayout | None = None, *, seed: int = 0, **degrees: Any) -> ParallelContext:
-        """Build the process groups of a layout, given whole or by its `degrees`. Collective over all ranks. Called again for another
-        layout, it destroys the groups of the one before.
+        """Build the process groups of a layout, given as such or by its `degrees`. Collective over all ranks. Calling it again for another
+        layout destroys the previous groups.
 
         `seed` starts torch's and Megatron-Core's tensor-parallel random states (only dropout would draw from them).
         """
@@ -89,7 +89,7 @@ class Platform:
             pipeline_model_parallel_size=layout.pipeline,
             context_parallel_size=layout.context,
             expert_model_parallel_size=layout.expert,
-            expert_tensor_parallel_size=1,  # experts are small: whole ones are spread, none is cut
+            expert_tensor_parallel_size=1,  # experts are small: they are distributed, not split
             virtual_pipeline_model_parallel_size=layout.virtual_pipeline,
         )
         torch.manual_seed(seed)

@@ -173,9 +173,9 @@ def _optional() -> list[Finding]:
     for package, extra, means in (
         ("gigatoken", "", "fast tokenization, if its ids equal the tokenizer's"),
         ("rensa", "curation", "near-duplicate removal"),
-        ("vllm", "evaluation", "fast sampling in tools/evaluate.py"),
-        ("lm-eval", "evaluation", "tools/evaluate.py --tasks"),
-        ("gymnasium", "control", "tools/control.py"),
+        ("vllm", "evaluation", "fast sampling in iwsft evaluate"),
+        ("lm-eval", "evaluation", "iwsft evaluate --tasks"),
+        ("gymnasium", "control", "iwsft control"),
         ("tensorboard", "", "logging.tensorboard"),
     ):
         version = _version(package)

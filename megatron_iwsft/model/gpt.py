@@ -1,4 +1,4 @@
-"""Megatron-Core's GPTModel for an `Architecture`, split over a `ParallelContext`, with weights from a `TensorSource`."""
+"""Megatron-Core's GPTModel for an architecture and a parallel layout, returning log-probs instead of a loss."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ from megatron_iwsft.ops.logprob import vocab_parallel_logprob
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """How a model computes, beside its parallel layout.
+    """How a model computes, apart from its parallel layout.
 
     dtype       of parameters and activations
-    recompute   activations computed again in backward: of the attention core (selective), or of whole layers (full)
+    recompute   activations computed again in backward: of the attention core (selective), or of entire layers (full)
     backend     Megatron-Core's local layers in plain torch, or Transformer Engine's
     fp8, fp8_parameters  see `config.Precision`
     bf16_edges  layers at the start and at the end that stay out of FP8
@@ -229,7 +229,7 @@ def _expert_settings(arch: Architecture, settings: ModelSettings) -> dict[str, A
 
 
 def _fp8_settings(settings: ModelSettings) -> dict[str, Any]:
-    """Gradients in E5M2 where one scale serves a whole tensor; with a scale a block E4M3's precision is worth more."""
+    """Gradients are E5M2 where a tensor has one scale; with a scale per block, E4M3's precision is worth more."""
     if settings.fp8 is None:
         return {}
     first, last = settings.bf16_edges

@@ -78,17 +78,17 @@ def _layers(arch: Architecture, layout: ParallelLayout) -> list[int]:
 def stage_parameters(arch: Architecture, layout: ParallelLayout) -> list[tuple[int, int]]:
     """(dense, experts') parameters on one rank of each pipeline stage."""
     query, kv, h = arch.num_heads * arch.head_dim, arch.num_groups * arch.head_dim, arch.hidden_size
-    cut = h * (query + 2 * kv) + query * h + (query + 2 * kv if arch.qkv_bias else 0)
-    whole = 2 * h + (2 * arch.head_dim if arch.qk_norm else 0)
+    split = h * (query + 2 * kv) + query * h + (query + 2 * kv if arch.qkv_bias else 0)
+    replicated = 2 * h + (2 * arch.head_dim if arch.qk_norm else 0)
     per_expert = 0
     if arch.experts is None:
-        cut += 3 * h * arch.ffn_size
+        split += 3 * h * arch.ffn_size
     else:
-        whole += h * arch.experts.count  # the router
+        replicated += h * arch.experts.count  # the router
         per_expert = 3 * h * arch.experts.ffn_size * arch.experts.count // layout.expert
     dense, experts = [0] * layout.pipeline, [0] * layout.pipeline
     for stage, layers in enumerate(_layers(arch, layout)):
-        dense[stage % layout.pipeline] += layers * (cut // layout.tensor + whole)
+        dense[stage % layout.pipeline] += layers * (split // layout.tensor + replicated)
         experts[stage % layout.pipeline] += layers * per_expert
     vocabulary = arch.padded_vocab(layout.tensor) // layout.tensor * h
     dense[0] += vocabulary
@@ -100,10 +100,10 @@ def stage_parameters(arch: Architecture, layout: ParallelLayout) -> list[tuple[i
 
 def _activation_bytes(arch: Architecture, layout: ParallelLayout) -> int:
     """Bytes that one layer keeps for backward, per token of this rank, in bf16. Experts: as if their load were balanced."""
-    whole = 4 * arch.hidden_size  # inputs of both norms, of the QKV and of the first feed-forward projection
+    replicated = 4 * arch.hidden_size  # inputs of both norms, of the QKV and of the first feed-forward projection
     attention = 2 * (arch.num_heads + arch.num_groups) * arch.head_dim  # query, key, value, attention's output
     feed_forward = 3 * arch.ffn_size  # gate, up, their product
     if arch.experts is not None:  # and the tokens' copies before and after their experts
         feed_forward = arch.experts.per_token * (3 * arch.experts.ffn_size + 2 * arch.hidden_size)
     split = attention + feed_forward
-    return _BF16 * (whole // (layout.tensor if layout.sequence else 1) + split // layout.tensor)
+    return _BF16 * (replicated // (layout.tensor if layout.sequence else 1) + split // layout.tensor)

@@ -42,7 +42,7 @@ class Trajectories:
     reference  float32 [T]  r_t, without gradient (equal to `proposal` where the objective needs no reference)
     mask       float32 [T]  1 where trained on
     segment    int64   [T]  index of the token's trajectory, 0 … S−1
-    lengths    float32 [S]  |M_i|, over the whole trajectory on all ranks; 0 for filler
+    lengths    float32 [S]  |M_i|, over the full trajectory on all ranks; 0 for filler
     quality    float32 [S]  s_i
     segment_sum  [T] → [S]  sum over every token of each trajectory, on all ranks that hold a part of it
     """

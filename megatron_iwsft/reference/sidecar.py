@@ -1,4 +1,4 @@
-"""The reference policy's log-probs r_t: cached in a sidecar of the corpus, or live from a frozen second model.
+"""The sidecar: reference log-probs r_t of every trajectory, computed once and cached inside the corpus directory.
 
 corpus/reference-<fingerprint>/
     shard-00000.bin, .idx    float32, aligned with the tokens, 0 where not trained on
@@ -21,14 +21,14 @@ from megatron_iwsft.data.batch import Batch
 from megatron_iwsft.data.corpus import MANIFEST, Corpus, write_manifest
 from megatron_iwsft.data.indexed import IndexedReader, write_index
 from megatron_iwsft.errors import DataError
-from megatron_iwsft.utils.files import sha256_file
+from megatron_iwsft.utils.files import partial_path, publish, sha256_file
 
 FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True)
 class ReferenceIdentity:
-    """What a sidecar must have been computed with: weights, tokenizer, template, precision."""
+    """What reference log-probs depend on: fingerprints of weights, tokenizer and template, and the precision."""
 
     weights: str
     tokenizer: str
@@ -48,20 +48,20 @@ def sidecar_directory(corpus: Corpus, identity: ReferenceIdentity) -> Path:
 class Sidecar:
     """An open, complete sidecar; `sidecar(i)` is float32 [num_tokens] of trajectory i.
 
-    Raises DataError if there is none for this reference, or if it is unfinished, truncated or of another corpus.
+    Raises DataError if there is none for this reference, or if it is incomplete, truncated or made for another corpus.
     """
 
     def __init__(self, corpus: Corpus, identity: ReferenceIdentity) -> None:
         self.directory = sidecar_directory(corpus, identity)
-        again = "Run tools/precompute_reference.py with this config."
+        again = "Run `iwsft reference` with this config."
         path = self.directory / MANIFEST
         if not path.exists():
             others = sorted(p.name for p in corpus.directory.glob("reference-*") if (p / MANIFEST).exists())
             if self.directory.is_dir():
-                raise DataError(f"the reference log-probs at {self.directory} are unfinished. {again}")
+                raise DataError(f"the reference log-probs at {self.directory} are incomplete. {again}")
             raise DataError(
-                f"{corpus.directory} has no reference log-probs of this reference model ({self.directory.name}); it has "
-                f"{', '.join(others) or 'none of any model'}. Model, tokenizer, chat template and precision.dtype must all match. {again}"
+                f"{corpus.directory} has no log-probs of this reference model ({self.directory.name}); it has "
+                f"{', '.join(others) or 'none of any model'}. Model, tokenizer, chat template and precision must all match. {again}"
             )
         try:
             manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -70,7 +70,7 @@ class Sidecar:
             raise DataError(f"{path} is damaged. Remove {self.directory}. {again}") from None
         if version != FORMAT_VERSION:
             raise DataError(
-                f"{path} has format version {version}; this program reads {FORMAT_VERSION}. Remove {self.directory}. {again}"
+                f"{path} has format version {version}; this version reads {FORMAT_VERSION}. Remove {self.directory}. {again}"
             )
         if made_for != corpus.fingerprint:
             raise DataError(f"{self.directory} was computed for another version of the corpus. Remove it. {again}")
@@ -78,15 +78,15 @@ class Sidecar:
         for k, reader in enumerate(self._shards):
             if not np.array_equal(reader.lengths, corpus.shard_lengths(k)):
                 raise DataError(
-                    f"{self.directory / corpus.shards[k]} does not fit its corpus shard. Remove {self.directory}. {again}"
+                    f"{self.directory / corpus.shards[k]} does not match its corpus shard. Remove {self.directory}. {again}"
                 )
         self._corpus, self._hashes = corpus, hashes
 
     def damage(self, rank: int, size: int) -> list[str]:
-        """One complaint for each of every `size`-th file, from the `rank`-th, that is not what was written. Reads them whole."""
-        again = f"Remove {self.directory}, and run tools/precompute_reference.py with this config."
+        """One complaint per damaged file, among rank `rank` of `size`'s share of the files. Reads all of them."""
+        again = f"Remove {self.directory}, and run `iwsft reference` with this config."
         return [
-            f"{self.directory / name} is damaged: its checksum is not the one it was written with. {again}"
+            f"{self.directory / name} is damaged: its checksum does not match. {again}"
             for name in sorted(self._hashes)[rank::size]
             if sha256_file(self.directory / name) != self._hashes[name]
         ]
@@ -97,9 +97,9 @@ class Sidecar:
 
 
 class SidecarWriter:
-    """Fills a sidecar; any number of ranks write their own positions into the same memory-mapped files.
+    """Fills a sidecar; any number of ranks write their own positions into the same files.
 
-    A trained position is NaN until its value is known, so an interrupted run sees what is left to do.
+    A trained position is NaN until its value is known, so an interrupted run finds what is left to do.
     """
 
     def __init__(self, corpus: Corpus, identity: ReferenceIdentity) -> None:
@@ -116,7 +116,7 @@ class SidecarWriter:
         return (self.directory / MANIFEST).exists()
 
     def prepare(self) -> None:
-        """Create the files that are not there yet. On one rank, before `open` on all."""
+        """Create missing files. On one rank, before `open` on all."""
         self.directory.mkdir(exist_ok=True)
         for index, name in enumerate(self.corpus.shards):
             path = self._partial(name)
@@ -128,18 +128,18 @@ class SidecarWriter:
                 for at in range(0, len(mask), 1 << 24):
                     part = mask[at : at + (1 << 24)]
                     file.write(np.where(part == 1, np.float32(np.nan), np.float32(0)).astype(np.float32).tobytes())
-            # A first token has no prediction: its log-prob is 0 by definition, also where a mask covers it.
+            # Nothing predicts a first token: its log-prob is 0 by definition, even if the mask includes it.
             values = np.memmap(fresh, np.float32, mode="r+")
             values[self._starts[index][:-1]] = 0
             values.flush()
-            os.replace(fresh, path)
+            publish(fresh, path)
 
     def open(self) -> None:
         self._maps = [np.memmap(self._partial(name), np.float32, mode="r") for name in self.corpus.shards]
         self._files = [os.open(self._partial(name), os.O_WRONLY) for name in self.corpus.shards]
 
     def _partial(self, name: str) -> Path:
-        return self.directory / f"{name}.bin.partial"
+        return partial_path(self.directory / f"{name}.bin")
 
     def done(self, i: int) -> bool:
         """Whether every position of trajectory i has its value."""
@@ -156,7 +156,7 @@ class SidecarWriter:
         values = logprobs.float().cpu().numpy()[trained]
         if np.isnan(values).any():
             raise DataError(
-                "the reference model gives NaN log-probs. Check its weights, or use a wider precision.dtype."
+                "the reference model returns NaN log-probs. Check its weights, or use precision.dtype: fp32."
             )
         segment = batch.segment.cpu().numpy()[trained]
         # A label belongs to the next token.
@@ -166,8 +166,8 @@ class SidecarWriter:
             at = segment == s
             shard, k = self.corpus.locate(int(trajectory[s]))
             runs = np.flatnonzero(np.diff(position[at]) != 1) + 1
-            # Written byte by byte, not through the mapping: nodes that share a page of it over a network file system would
-            # write back each other's stale values.
+            # Not written through the mapping: on a network file system, nodes that share a page would write back each other's
+            # stale values.
             for where, run in zip(np.split(position[at], runs), np.split(values[at], runs), strict=True):
                 os.pwrite(self._files[shard], run.tobytes(), run.itemsize * int(self._starts[shard][k] + where[0]))
 
@@ -176,7 +176,7 @@ class SidecarWriter:
             os.fsync(file)
 
     def finish(self, described: dict[str, Any]) -> None:
-        """Give the files their names and write the manifest. On one rank, after every rank has flushed."""
+        """Publish the files and write the manifest. On one rank, after every rank has flushed."""
         for file in self._files:
             os.close(file)
         missing = sum(int(np.isnan(values).sum()) for values in self._maps)
@@ -184,7 +184,7 @@ class SidecarWriter:
             raise DataError(f"{missing} positions of {self.directory} have no value. Run the same command again.")
         files: dict[str, str] = {}
         for k, name in enumerate(self.corpus.shards):
-            os.replace(self._partial(name), self.directory / f"{name}.bin")
+            publish(self._partial(name), self.directory / f"{name}.bin")
             write_index(self.directory / name, self.corpus.shard_lengths(k), np.dtype(np.float32))
             files |= {f"{name}{s}": sha256_file(self.directory / f"{name}{s}") for s in (".bin", ".idx")}
         write_manifest(

@@ -1,4 +1,4 @@
-"""The optimizer and its schedule: Megatron-Core's, from the `optimizer` section of a config."""
+"""Megatron-Core's optimizer and learning-rate schedule, from the `optimizer` section of a config."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def wrap_for_gradients(chunks: list[PolicyModel], settings: config.Optimizer) ->
         check_for_nan_in_grad=False,
         fp8_param_gather=chunks[0].config.fp8_param,
     )
-    # Interleaved chunks beyond the first run backward while the first one's buckets still fill: one bucket each.
+    # Later interleaved chunks run backward while the first one's buckets still fill: one bucket each.
     wrapped = [
         DistributedDataParallel(chunk.config, ddp, chunk, disable_bucketing=i > 0) for i, chunk in enumerate(chunks)
     ]
-    if settings.overlap_grad_reduce:  # the schedule must tell the last micro-batch from the others
+    if settings.overlap_grad_reduce:  # so that the schedule reduces only after the last micro-batch
         no_sync = [chunk.no_sync for chunk in wrapped]
         for chunk in wrapped:
             chunk.config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]

@@ -1,4 +1,4 @@
-"""One training step: Megatron-Core's schedule over the micro-batches, with the reference's and proposal's log-probs beside the policy's."""
+"""One training step: forward and backward over the micro-batches with Megatron-Core's schedule, and the step's metrics."""
 
 from __future__ import annotations
 

@@ -309,7 +309,7 @@ class Trainer:
                 f"policy and reference are the same model, yet their log-probs differ by {found:.3g} per token on the first batch "
                 f"(allowed in {precision.described}: {allowed:g}). Model, tokenizer and template match by fingerprint, so the "
                 "cached log-probs are damaged or were computed by another version: remove the corpus's reference-* directory and run "
-                "tools/precompute_reference.py again, or use reference.source: live."
+                "`iwsft reference` again, or use reference.source: live."
             )
 
 

@@ -13,7 +13,7 @@ from megatron_iwsft.config.schema import Config
 class StepResult:
     """A finished step.
 
-    step, total_steps  finished steps so far, and of the whole run
+    step, total_steps  finished steps so far, and of the complete run
     metrics      as in metrics.jsonl; what a callback returns is added for those called after it
     stopping     whether the run was asked to stop, and will save and leave after this step
     config       the run's
