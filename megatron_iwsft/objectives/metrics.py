@@ -29,6 +29,7 @@ class Metric:
     needs        logged only for objectives with a reference, or with weights
     measured     by the trainer, not from sums
     timing       differs between two runs that compute the same numbers
+    plotted      in reports
     """
 
     name: str
@@ -39,6 +40,7 @@ class Metric:
     needs: Literal["reference", "weights"] | None = None
     measured: bool = False
     timing: bool = False
+    plotted: bool = False
 
     def value(self, sums: Sums) -> Any:
         """Of one global batch, from sums over all of it. Not for a measured metric."""
@@ -72,15 +74,27 @@ def _histogram(sums: Sums) -> list[float]:
 METRICS = (
     Metric("step", "finished steps", measured=True),
     Metric("epoch", "epoch, from 0", measured=True),
-    Metric("loss", "loss", "loss", "denominator"),
-    Metric("nll", "negative log-likelihood per trained token", "nll", "tokens"),
-    Metric("eval_nll", "held-out negative log-likelihood per trained token", measured=True),
-    Metric("grad_norm", "gradient norm, before clipping", measured=True),
-    Metric("lr", "learning rate", measured=True),
-    Metric("weight_mean", "mean importance weight", "weight", "units", needs="weights"),
-    Metric("weight_max", "largest importance weight", derived=lambda sums: sums["weight_max"], needs="weights"),
-    Metric("weight_ess", "effective sample size, share of the batch", derived=_effective_sample_size, needs="weights"),
-    Metric("clip_fraction", "share of weights changed by the clip", "clipped", "units", needs="weights"),
+    Metric("loss", "loss", "loss", "denominator", plotted=True),
+    Metric("nll", "negative log-likelihood per trained token", "nll", "tokens", plotted=True),
+    Metric("eval_nll", "held-out negative log-likelihood per trained token", measured=True, plotted=True),
+    Metric("grad_norm", "gradient norm, before clipping", measured=True, plotted=True),
+    Metric("lr", "learning rate", measured=True, plotted=True),
+    Metric("weight_mean", "mean importance weight", "weight", "units", needs="weights", plotted=True),
+    Metric(
+        "weight_max",
+        "largest importance weight",
+        derived=lambda sums: sums["weight_max"],
+        needs="weights",
+        plotted=True,
+    ),
+    Metric(
+        "weight_ess",
+        "effective sample size, share of the batch",
+        derived=_effective_sample_size,
+        needs="weights",
+        plotted=True,
+    ),
+    Metric("clip_fraction", "share of weights changed by the clip", "clipped", "units", needs="weights", plotted=True),
     Metric("weight_histogram", f"shares of weights between {WEIGHT_BINS}", derived=_histogram, needs="weights"),
     Metric("log_ratio", "mean log-ratio q − r per token", "log_ratio", "tokens", needs="reference"),
     Metric("abs_log_ratio", "mean absolute log-ratio per token", "abs_log_ratio", "tokens", needs="reference"),
@@ -92,9 +106,10 @@ METRICS = (
         "weighted_log_ratio",
         "token_weight",
         needs="reference",
+        plotted=True,
     ),
     Metric("bound_sft", "SFT bound", "bound_sft", "sequences", needs="reference"),
-    Metric("bound_iw", "iw-SFT bound", "bound_iw", "sequences", needs="reference"),
+    Metric("bound_iw", "iw-SFT bound", "bound_iw", "sequences", needs="reference", plotted=True),
     Metric("bound_gap", "iw-SFT bound − SFT bound", derived=_bound_gap, needs="reference"),
     Metric("not_finite_tokens", "tokens whose log-ratio is not finite", "not_finite", needs="reference"),
     Metric("router_balance", "load-balance loss of the routers, per layer", measured=True),
@@ -103,7 +118,7 @@ METRICS = (
     Metric("tokens", "tokens, trained or not", measured=True),
     Metric("skipped_steps", "steps skipped so far because a number was not finite", measured=True),
     Metric("step_time_s", "seconds per step", measured=True, timing=True),
-    Metric("tokens_per_s", "tokens per second", measured=True, timing=True),
+    Metric("tokens_per_s", "tokens per second", measured=True, timing=True, plotted=True),
     Metric("tflops_per_gpu", "model TFLOP/s per GPU", measured=True, timing=True),
     Metric("peak_memory_bytes", "peak memory, bytes", measured=True, timing=True),
 )

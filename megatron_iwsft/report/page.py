@@ -12,23 +12,11 @@ from typing import Any
 import numpy as np
 
 from megatron_iwsft.errors import DataError
+from megatron_iwsft.objectives.metrics import METRICS
 from megatron_iwsft.utils.files import write_text
 
 # metric → title of its plot
-PLOTS = {
-    "nll": "negative log-likelihood per trained token",
-    "eval_nll": "held-out negative log-likelihood per token",
-    "loss": "loss",
-    "grad_norm": "gradient norm",
-    "weight_mean": "mean importance weight",
-    "weight_max": "largest importance weight",
-    "weight_ess": "effective sample size, share of the batch",
-    "clip_fraction": "share of weights changed by the clip",
-    "kl_to_reference": "estimated KL to the reference, nats per token",
-    "bound_iw": "iw-SFT bound (solid) and SFT bound (dashed)",
-    "lr": "learning rate",
-    "tokens_per_s": "tokens per second",
-}
+_PLOTS = {metric.name: metric.title for metric in METRICS if metric.plotted}
 _STYLE = (
     "body{font:16px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;color:#222}"
     "table{border-collapse:collapse}td,th{padding:.3rem .8rem;border-bottom:1px solid #ddd;text-align:right}"
@@ -90,7 +78,7 @@ def _page(
 ) -> str:
     """The HTML page. metrics, configs: by run name; header, rows: the table of final metrics."""
     names = list(metrics)
-    shown = [m for m in PLOTS if any(m in line for lines in metrics.values() for line in lines)]
+    shown = [m for m in _PLOTS if any(m in line for lines in metrics.values() for line in lines)]
     body = [
         f"<h1>{html.escape(' · '.join(names))}</h1>",
         "<table><tr>" + "".join(f"<th>{h}</th>" for h in header) + "</tr>",
@@ -135,7 +123,7 @@ def _plot(metric: str, metrics: dict[str, list[dict[str, Any]]]) -> str:
                     label=name if line_style == "-" else None,
                     linewidth=1.2,
                 )
-    axes.set_title(PLOTS[metric], fontsize=10)
+    axes.set_title(_PLOTS[metric] + (" (dashed: SFT bound)" if metric == "bound_iw" else ""), fontsize=10)
     axes.set_xlabel("step")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, frameon=False)
