@@ -10,30 +10,57 @@
 
 A checkpoint is written (writer.py) under `step-….partial` and renamed when every rank is done.
 
-`.metadata`, `common.pt` and parts of `*.distcp` are pickles, by Megatron-Core's and torch's format. Before one is read, its owner and
-checksum are checked (integrity.py).
+`.metadata`, `common.pt` and parts of `*.distcp` are pickles, by Megatron-Core's and torch's format. Before they are loaded, owners and
+checksums of all files are checked (integrity.py), and the pickles themselves (pickles.py).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch.distributed.checkpoint.api import CheckpointException  # a BaseException
+from typing_extensions import TypedDict  # pydantic asks for this one before Python 3.12
 
 from megatron_iwsft.checkpoint import integrity
 from megatron_iwsft.distributed.parallel_layout import ParallelLayout
 from megatron_iwsft.errors import CheckpointError
 from megatron_iwsft.hf.architecture import Architecture
-from megatron_iwsft.utils.files import PARTIAL
+from megatron_iwsft.utils.json_files import KEEP_UNKNOWN_KEYS, PlainPath, check_json, is_regular_file, read_json
 
 INFO = "iwsft.json"
 LATEST = "latest"
 TOKENIZER = "tokenizer"
 FORMAT_VERSION = 4
+_NAME = re.compile(r"step-\d{8,}")
+
+
+class _Layout(TypedDict):
+    __pydantic_config__ = KEEP_UNKNOWN_KEYS  # type: ignore[misc]
+    tensor: int
+    pipeline: int
+    virtual_pipeline: int | None
+    context: int
+    expert: int
+    data: int
+    sequence: bool
+    layers_per_stage: list[int] | None
+
+
+class _Info(TypedDict):
+    step: int
+    architecture: dict[str, Any]
+    layout: _Layout
+    config: dict[str, Any]
+    template_hash: str | None
+    corpus: str | None
+    objective: str | None
+    host: dict[str, Any]
+    files: dict[PlainPath, integrity.FileSum]
 
 
 @dataclass(frozen=True)
@@ -64,43 +91,33 @@ class CheckpointInfo:
 
         Raises CheckpointError if there is none, or if it is incomplete or damaged.
         """
-        given = directory = Path(directory)
-        if not (directory / INFO).exists():
-            for parent in (directory, directory / "checkpoints"):
-                if (parent / LATEST).exists():
-                    newest = parent / (parent / LATEST).read_text().strip()
-                    if not (
-                        newest / INFO
-                    ).exists():  # the run was killed between replacing a checkpoint and updating `latest`
-                        newest = next(iter(complete_checkpoints(parent)), newest)
-                    directory = newest
-                    break
+        given, directory = Path(directory), _newest(Path(directory))
         path = directory / INFO
-        if not path.exists():
+        if not is_regular_file(path):
             raise CheckpointError(f"{given} holds no complete checkpoint: it has no {INFO}.")
-        try:
-            info = json.loads(path.read_text(encoding="utf-8"))
-            if info["format_version"] != FORMAT_VERSION:
-                raise CheckpointError(
-                    f"{path} has format version {info['format_version']}; this version reads {FORMAT_VERSION}. Export the checkpoint "
-                    "with the version that wrote it."
-                )
-            if info.pop("checksum") != info_checksum(info):
-                raise CheckpointError(f"{path} is damaged: its checksum does not match.")
-            return CheckpointInfo(
-                directory=directory,
-                step=info["step"],
-                architecture=Architecture.from_hf(info["architecture"], where=str(path)),
-                config=info["config"],
-                layout=ParallelLayout.from_json(info["layout"]),
-                template_hash=info["template_hash"],
-                corpus=info["corpus"],
-                objective=info["objective"],
-                host=info["host"],
-                files=info["files"],
+        advice = "Use another checkpoint."
+        found = read_json(path, dict[str, Any], CheckpointError, advice=advice)
+        version = found.get("format_version")
+        if version != FORMAT_VERSION:
+            raise CheckpointError(
+                f"{path} has format version {version!r}; this version reads {FORMAT_VERSION}. Export the checkpoint with the version that "
+                "wrote it."
             )
-        except (ValueError, KeyError, TypeError):
-            raise CheckpointError(f"{path} is damaged.") from None
+        if found.pop("checksum", None) != info_checksum(found):
+            raise CheckpointError(f"{path} is damaged: its checksum does not match. {advice}")
+        info = check_json(found, _Info, CheckpointError, where=str(path), advice=advice)
+        return CheckpointInfo(
+            directory=directory,
+            step=info["step"],
+            architecture=Architecture.from_hf(info["architecture"], where=str(path)),
+            config=info["config"],
+            layout=ParallelLayout.from_json(dict(info["layout"])),
+            template_hash=info["template_hash"],
+            corpus=info["corpus"],
+            objective=info["objective"],
+            host=info["host"],
+            files=info["files"],
+        )
 
     @property
     def size(self) -> int:
@@ -110,6 +127,27 @@ class CheckpointInfo:
     def damage(self, *, contents: bool = True) -> list[str]:
         """One complaint per file that is missing, truncated or (with `contents`, which reads all of it) changed."""
         return integrity.damage(self.directory, self.files, sorted(self.files), contents=contents)
+
+
+def _newest(directory: Path) -> Path:
+    """`directory` itself, or the newest checkpoint below it if it is a run directory or a directory of checkpoints."""
+    if (directory / INFO).exists():
+        return directory
+    for parent in (directory, directory / "checkpoints"):
+        if (parent / LATEST).exists():
+            newest = parent / _read_latest(parent)
+            # A run can be killed between replacing a checkpoint and updating `latest`.
+            return newest if (newest / INFO).exists() else next(iter(complete_checkpoints(parent)), newest)
+    return directory
+
+
+def _read_latest(parent: Path) -> str:
+    """The name in `latest`; any other content is as good as none."""
+    try:
+        name = (parent / LATEST).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return "step-unknown"
+    return name if _NAME.fullmatch(name) else "step-unknown"
 
 
 def info_checksum(info: dict[str, Any]) -> str:
@@ -126,9 +164,9 @@ def step_of(directory: Path) -> int:
 
 
 def complete_checkpoints(root: Path) -> list[Path]:
-    """Complete checkpoints under `root`, newest first."""
-    found = [p for p in root.glob("step-*") if not p.name.endswith(PARTIAL) and (p / INFO).exists()]
-    return sorted(found, reverse=True)
+    """Complete checkpoints under `root`, newest first. Directories of other names, such as copies, are the user's."""
+    found = [p for p in root.glob("step-*") if _NAME.fullmatch(p.name) and (p / INFO).exists()]
+    return sorted(found, key=step_of, reverse=True)
 
 
 def one_line(error: BaseException) -> str:

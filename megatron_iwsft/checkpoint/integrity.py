@@ -1,22 +1,26 @@
-"""Checks before a checkpoint's files are read: are they undamaged, and does a trusted user own them?
+"""Checks before a checkpoint's files are read: only its own files, undamaged, that only trusted users could have written.
 
-Checksums are part of the checkpoint, so they find damage, not malice. Ownership protects against malice: only files of this user, of
-root, or of a user named in IWSFT_TRUSTED_USERS are unpickled.
+Checksums are part of the checkpoint, so they find damage, not malice. Ownership protects against malice: everything in the directory
+must belong to this user, to root, or to a user named in IWSFT_TRUSTED_USERS, and nobody else may be able to write to it. What is
+unpickled is restricted besides (pickles.py).
 """
 
 from __future__ import annotations
 
+import grp
 import os
 import pwd
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TypedDict
+
+from typing_extensions import TypedDict  # pydantic asks for this one before Python 3.12
 
 from megatron_iwsft.errors import CheckpointError
 from megatron_iwsft.utils.files import sha256_file
 
 TRUSTED_USERS = "IWSFT_TRUSTED_USERS"
+TRUSTED_GROUPS = "IWSFT_TRUSTED_GROUPS"
 
 
 class FileSum(TypedDict):
@@ -47,38 +51,88 @@ def damage(directory: Path, files: Mapping[str, FileSum], names: Iterable[str], 
     return out
 
 
-def check_owner(directory: Path, names: Iterable[str]) -> None:
-    """Raise CheckpointError if someone who is not trusted could have written a file that will be unpickled."""
-    trusted = _trusted_users()
-    for path in (directory, *(directory / name for name in names)):
-        try:
-            status = path.stat()
-        except OSError:
-            continue  # missing: `damage` reports it
-        if status.st_uid not in trusted:
-            raise CheckpointError(
-                f"{path} belongs to {_name(status.st_uid)}. Megatron-Core's checkpoints contain Python pickles, which can run code when "
-                f"loaded. If you trust that user, set {TRUSTED_USERS}={_name(status.st_uid)}, or copy the checkpoint."
-            )
-        if status.st_mode & stat.S_IWOTH and not status.st_mode & stat.S_ISVTX:
-            raise CheckpointError(
-                f"{path} can be written by every user. It contains Python pickles, which can run code when loaded. If you trust its "
-                f"content: chmod -R o-w {directory}"
-            )
+def check_trust(directory: Path, listed: Iterable[str]) -> None:
+    """Raise CheckpointError unless `directory` contains the files `listed` and nothing else, and only trusted users can write there.
+
+    Missing files are no matter of trust: `damage` reports them.
+    """
+    users, groups = _trusted_users(), _trusted_groups()
+    allowed = set(listed)
+    for path in (directory, *_everything_below(directory)):
+        status = os.lstat(path)
+        _check_writers(path, status, users, groups, directory)
+        if stat.S_ISDIR(status.st_mode):
+            continue
+        if not stat.S_ISREG(status.st_mode):
+            kind = "a symbolic link" if stat.S_ISLNK(status.st_mode) else "not a regular file"
+            raise CheckpointError(f"{path} is {kind}. A checkpoint consists of files and directories; remove it.")
+        if path.relative_to(directory).as_posix() not in allowed:
+            raise CheckpointError(f"{path} is not part of the checkpoint: iwsft.json does not list it. Remove it.")
+
+
+def _everything_below(directory: Path) -> Iterable[Path]:
+    with os.scandir(directory) as entries:
+        for entry in entries:
+            yield Path(entry.path)
+            if entry.is_dir(follow_symlinks=False):
+                yield from _everything_below(Path(entry.path))
+
+
+def _check_writers(path: Path, status: os.stat_result, users: set[int], groups: set[int], directory: Path) -> None:
+    why = "Megatron-Core's checkpoints contain Python pickles, which can run code when loaded."
+    if status.st_uid not in users:
+        name = _user_name(status.st_uid)
+        raise CheckpointError(
+            f"{path} belongs to {name}. {why} If you trust that user, set {TRUSTED_USERS}={name}, or copy the checkpoint."
+        )
+    if status.st_mode & stat.S_IWOTH and not stat.S_ISLNK(status.st_mode):
+        raise CheckpointError(
+            f"{path} can be written by every user. {why} If you trust its content: chmod -R o-w {directory}"
+        )
+    if status.st_mode & stat.S_IWGRP and status.st_gid not in groups and not stat.S_ISLNK(status.st_mode):
+        name = _group_name(status.st_gid)
+        raise CheckpointError(
+            f"{path} can be written by the group {name}. {why} If you trust that group, set {TRUSTED_GROUPS}={name}; if you trust only "
+            f"the content: chmod -R g-w {directory}"
+        )
 
 
 def _trusted_users() -> set[int]:
-    out = {0, os.geteuid()}
-    for user in filter(None, os.environ.get(TRUSTED_USERS, "").split(",")):
+    return {0, os.geteuid()} | _named(TRUSTED_USERS, lambda name: pwd.getpwnam(name).pw_uid, "user")
+
+
+def _trusted_groups() -> set[int]:
+    """Root's; this user's own group, if nobody else is in it; and those named in the environment."""
+    found = {0} | _named(TRUSTED_GROUPS, lambda name: grp.getgrnam(name).gr_gid, "group")
+    try:
+        me = pwd.getpwuid(os.geteuid())
+        own = grp.getgrgid(me.pw_gid)
+        if own.gr_name == me.pw_name and set(own.gr_mem) <= {me.pw_name}:
+            found.add(me.pw_gid)
+    except KeyError:  # a user without an entry, as in some containers
+        pass
+    return found
+
+
+def _named(variable: str, identify: Callable[[str], int], kind: str) -> set[int]:
+    out = set()
+    for name in filter(None, os.environ.get(variable, "").split(",")):
         try:
-            out.add(int(user) if user.isdigit() else pwd.getpwnam(user).pw_uid)
+            out.add(int(name) if name.isdigit() else identify(name))
         except KeyError:
-            raise CheckpointError(f"{TRUSTED_USERS} names {user}, which is not a user of this machine.") from None
+            raise CheckpointError(f"{variable} names {name}, which is not a {kind} of this machine.") from None
     return out
 
 
-def _name(uid: int) -> str:
+def _user_name(uid: int) -> str:
     try:
         return pwd.getpwuid(uid).pw_name
     except KeyError:
         return str(uid)
+
+
+def _group_name(gid: int) -> str:
+    try:
+        return grp.getgrgid(gid).gr_name
+    except KeyError:
+        return str(gid)

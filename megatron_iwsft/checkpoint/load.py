@@ -8,7 +8,8 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException  # a BaseException
 
 from megatron_iwsft.checkpoint import integrity
-from megatron_iwsft.checkpoint.info import CheckpointInfo, one_line
+from megatron_iwsft.checkpoint.info import INFO, CheckpointInfo, one_line
+from megatron_iwsft.checkpoint.pickles import check_pickles, read_metadata
 from megatron_iwsft.checkpoint.state import TrainState
 from megatron_iwsft.errors import CheckpointError
 
@@ -35,11 +36,24 @@ def load(directory: Path, state: TrainState, *, random: bool = False) -> None:
 
 
 def verify(info: CheckpointInfo) -> None:
-    """Check owner and checksum of every file; each rank checks some. Collective; raises CheckpointError on all ranks."""
-    integrity.check_owner(info.directory, info.files)
-    names = sorted(info.files)[dist.get_rank() :: dist.get_world_size()]
+    """Check who could have written the files, their checksums and their pickles; each rank checks some files. Collective.
+
+    Raises CheckpointError on all ranks.
+    """
     complaints: list[list[str]] = [[]] * dist.get_world_size()
-    dist.all_gather_object(complaints, integrity.damage(info.directory, info.files, names))
-    found = [text for rank in complaints for text in rank]
+    dist.all_gather_object(complaints, _complaints(info))
+    found = list(dict.fromkeys(text for rank in complaints for text in rank))
     if found:
         raise CheckpointError("; ".join(found) + ".")
+
+
+def _complaints(info: CheckpointInfo) -> list[str]:
+    """About this rank's share of the files."""
+    names = sorted(info.files)[dist.get_rank() :: dist.get_world_size()]
+    try:
+        if dist.get_rank() == 0:  # it looks at every file
+            integrity.check_trust(info.directory, [*info.files, INFO])
+        damaged = integrity.damage(info.directory, info.files, names)
+        return damaged or check_pickles(info.directory, read_metadata(info.directory), names)
+    except CheckpointError as error:
+        return [str(error).removesuffix(".")]

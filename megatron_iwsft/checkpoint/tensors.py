@@ -13,7 +13,8 @@ from torch.distributed.checkpoint.api import CheckpointException  # a BaseExcept
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_iwsft.checkpoint import integrity
-from megatron_iwsft.checkpoint.info import CheckpointInfo, one_line
+from megatron_iwsft.checkpoint.info import INFO, CheckpointInfo, one_line
+from megatron_iwsft.checkpoint.pickles import METADATA, read_metadata
 from megatron_iwsft.errors import CheckpointError
 from megatron_iwsft.hf.architecture import Architecture
 from megatron_iwsft.hf.mapping import named_rows
@@ -23,18 +24,12 @@ class CheckpointTensors:
     """Reads single model tensors, unsharded, without Megatron-Core or a process group."""
 
     def __init__(self, directory: Path) -> None:
-        from torch.distributed.checkpoint import FileSystemReader
-
         self.directory = directory
         self._files = CheckpointInfo.read(directory).files
         self._checked: set[str] = set()
-        integrity.check_owner(directory, self._files)
-        self._check(".metadata")
-        self._reader = FileSystemReader(str(directory))
-        try:
-            self._metadata = self._reader.read_metadata()
-        except Exception as error:  # an unreadable pickle raises anything
-            raise CheckpointError(f"{directory / '.metadata'} cannot be read: {one_line(error)}") from None
+        integrity.check_trust(directory, [*self._files, INFO])
+        self._check(METADATA)
+        self._metadata = read_metadata(directory)
         self._where: dict[str, set[str]] = {}
         for index, stored in self._metadata.storage_data.items():
             self._where.setdefault(index.fqn, set()).add(stored.relative_path)

@@ -216,6 +216,7 @@ class CheckpointWriter:
         info = json.loads(json.dumps(info))  # as it will be read: the checksum covers that
         text = json.dumps(info | {"checksum": info_checksum(info)}, indent=1, ensure_ascii=False)
         write_text(directory / INFO, text + "\n")
+        _take_write_permissions(directory)
         if final.exists():
             remove_directory(final)
         publish(directory, final)
@@ -308,6 +309,12 @@ def _bytes_to_write(state: dict[str, Any]) -> int:
     total = torch.tensor(own, dtype=torch.int64, device=torch.cuda.current_device())
     dist.all_reduce(total)
     return int(total)
+
+
+def _take_write_permissions(directory: Path) -> None:
+    """From group and others, whatever the umask: a checkpoint that others can write is refused when it is loaded."""
+    for path in (directory, *directory.rglob("*")):
+        path.chmod(path.stat().st_mode & ~0o022)
 
 
 def _probe(path: Path) -> None:
