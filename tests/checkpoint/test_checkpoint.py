@@ -80,11 +80,11 @@ def write_and_load(platform, tmp: Path) -> dict[str, str]:
                 damage(copy / file, kind)
             torch.distributed.barrier()
             try:
-                load(copy, TrainState(chunks))
+                load(CheckpointInfo.read(copy), TrainState(chunks))
                 said[f"{file} {kind}"] = "loaded"
             except CheckpointError as error:
                 said[f"{file} {kind}"] = str(error)
-    load(last, TrainState(chunks))
+    load(CheckpointInfo.read(last), TrainState(chunks))
     return said
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemReader
 
+from megatron_iwsft.checkpoint.info import CheckpointInfo
 from megatron_iwsft.checkpoint.load import load
 from megatron_iwsft.checkpoint.optimizer_state import boxes
 from megatron_iwsft.checkpoint.state import TrainState
@@ -135,16 +136,16 @@ def save_and_load(platform: Any, tmp: Path) -> dict[str, Any]:
         found[f"{family} saved"] = wrong_states(optimizer, chunks, first)
         for layout in layouts[1:]:
             _, chunks, optimizer = build(layout, LOADED)
-            load(first, TrainState(chunks, optimizer))
+            load(CheckpointInfo.read(first), TrainState(chunks, optimizer))
             found[f"{family} {layout} loaded"] = wrong_states(optimizer, chunks, first)
             found[f"{family} {layout} not states"] = settings_and_counts(optimizer) ^ {(5e-2, 0.5, 0.6), UPDATES}
             again = writer.save(TrainState(chunks, optimizer, step=2))
             found[f"{family} {layout} saved"] = different(first, again)
         # An optimizer that is not distributed has the same states, whole.
         _, chunks, optimizer = build(layouts[-1], LOADED.model_copy(update={"distributed": False}))
-        load(first, TrainState(chunks, optimizer))
+        load(CheckpointInfo.read(first), TrainState(chunks, optimizer))
         found[f"{family} not distributed"] = different(first, writer.save(TrainState(chunks, optimizer, step=2)))
-        load(fresh, TrainState(chunks, optimizer))  # from before the first update
+        load(CheckpointInfo.read(fresh), TrainState(chunks, optimizer))  # from before the first update
         found[f"{family} fresh"] = settings_and_counts(optimizer) ^ {(5e-2, 0.5, 0.6), 0}
     return found
 

@@ -122,7 +122,7 @@ def names(platform: Any) -> dict[str, Any]:
     from megatron.core.transformer.moe import moe_utils
     from megatron.core.transformer.moe.router import TopKRouter
 
-    from megatron_iwsft.distributed.mcore_compat import async_calls_queue, async_save_options, start_results_queue
+    from megatron_iwsft.distributed.mcore_compat import async_calls_queue, async_save_options, write_results
     from megatron_iwsft.model.moe import BalancedRouter
 
     policy, chunks, _ = built(platform)
@@ -151,10 +151,10 @@ def names(platform: Any) -> dict[str, Any]:
     queue = async_calls_queue()
     found["AsyncCallsQueue"] = all(hasattr(queue, n) for n in ("schedule_async_request", "maybe_finalize_async_calls"))
     found["async_save_options"] = set(async_save_options()) <= set(inspect.signature(save).parameters)
-    start_results_queue()
+    ours = write_results()
     # 0.16 calls it with an underscore.
     queue_of = getattr(filesystem_async, "get_write_results_queue", None) or filesystem_async._get_write_results_queue
-    found["writers report to our queue"] = queue_of() is filesystem_async._results_queue
+    found["writers report to our queue"] = queue_of() is ours
     return found
 
 
