@@ -19,7 +19,7 @@ from megatron_iwsft.config.schema import Config
 from megatron_iwsft.errors import ConfigError, DataError
 from megatron_iwsft.version import __version__
 from tests.support import ROOT, tiny
-from tests.support.malformed import VALID
+from tests.support.malformed_commands import VALID
 
 HEAVY = ("torch", "numpy", "pydantic", "yaml", "transformers", "megatron.core")
 

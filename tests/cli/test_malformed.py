@@ -15,7 +15,7 @@ from tests.support import ROOT
 @pytest.mark.command
 def test_every_malformed_config_and_command_line_gets_one_message() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "tests.support.malformed"],
+        [sys.executable, "-m", "tests.support.malformed_commands"],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         text=True,

@@ -21,7 +21,7 @@ from megatron_iwsft.hf.directory import RandomInit
 from megatron_iwsft.hf.mapping import shapes
 from megatron_iwsft.objectives.functions import OBJECTIVES, Settings
 from megatron_iwsft.testing import run_distributed, whole_gradients
-from tests.support import plain, tiny
+from tests.support import plain_model, tiny
 
 TOLERANCE = 1e-5
 LENGTHS = [37, 12, 64, 5, 29, 50, 18, 41, 33, 9, 27, 60]
@@ -228,12 +228,12 @@ def expected(corpus_dir: str, packing: str, tied: bool, has_experts: bool, loss:
         tokens = torch.from_numpy(corpus.tokens(i).astype(np.int64))
         mask = torch.from_numpy(corpus.mask(i)[1:].astype(np.int64))
         routed: list = []
-        logprobs = plain.logprobs(weights, config, tokens, routed)
+        logprobs = plain_model.logprobs(weights, config, tokens, routed)
         batch.append((logprobs, torch.from_numpy(reference(i)[1:]), mask, float(np.float32(corpus.scores[i]))))
         unit = int(mask.sum()) if loss.settings.normalize == "tokens" else 1
-        balance = balance + unit * plain.router_balance(routed, config, torch.cat([mask, mask.new_zeros(1)]))
+        balance = balance + unit * plain_model.router_balance(routed, config, torch.cat([mask, mask.new_zeros(1)]))
         units += unit
-    value, coefficient = plain.loss(batch, {"name": loss.name, **vars(loss.settings)}), router_balance(case, loss)
+    value, coefficient = plain_model.loss(batch, {"name": loss.name, **vars(loss.settings)}), router_balance(case, loss)
     gradients = torch.autograd.grad(value + coefficient * balance / units, list(weights.values()))
     balance = balance / (units * config["num_hidden_layers"]) if coefficient else 0.0
     return (value.item(), float(balance)), dict(zip(weights, gradients, strict=True))

@@ -1,4 +1,4 @@
-"""Malformed configs and command lines: python -m tests.support.malformed [--fresh] runs each and prints its output, as JSON lines.
+"""Malformed configs and command lines: python -m tests.support.malformed_commands [--fresh] runs each and prints its output, as JSON lines.
 
 Each runs in a fork of this process, which has imported only the config schema of the package. With --fresh each runs in a new process,
 and the time of the slowest is printed.

@@ -1,0 +1,108 @@
+"""Training runs that several tests share, trained when a test first asks for one. A run that fails fails its own tests only."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from megatron_iwsft.checkpoint.info import CheckpointInfo, step_of
+from megatron_iwsft.checkpoint.tensors import CheckpointTensors
+from megatron_iwsft.config.schema import Config
+from megatron_iwsft.testing import run_distributed
+
+
+class SharedRuns:
+    """Runs of two processes by name, each in a subdirectory of `directory`.
+
+    prepare  returns a run's config; it may call this object for another run that this one starts from
+    groups   runs that are trained in one job, which saves the start of the others; a run in no group has a job of its own
+
+    The error of a failed run is raised for every test that asks for it. The rest of its group is trained in a new job.
+    """
+
+    def __init__(
+        self, directory: Path, prepare: Callable[[SharedRuns, str], Config], groups: Sequence[Sequence[str]] = ()
+    ) -> None:
+        self.directory, self._prepare, self._groups = directory, prepare, groups
+        self._errors: dict[str, Exception | None] = {}
+
+    def __call__(self, name: str) -> Path:
+        """The directory of run `name`, which is trained now if it has not been."""
+        if name not in self._errors:
+            self._train(next((group for group in self._groups if name in group), [name]))
+        error = self._errors[name]
+        if error is not None:
+            raise AssertionError(f"run {name} failed:\n{error}") from error
+        return self.directory / name
+
+    def _train(self, names: Sequence[str]) -> None:
+        configs = {}
+        for name in names:
+            try:
+                configs[name] = self._prepare(self, name)
+            except Exception as error:  # a config that is wrong, or a failed run that this one starts from
+                self._errors[name] = error
+        while configs:
+            with tempfile.TemporaryDirectory() as directory:
+                log = Path(directory) / "started"
+                log.touch()
+                try:
+                    run_distributed(_train_each, 2, configs, log)
+                    self._errors |= dict.fromkeys(configs)
+                    return
+                except AssertionError as error:
+                    started = log.read_text().splitlines()
+                    if not started:  # the job itself failed
+                        self._errors |= dict.fromkeys(configs, error)
+                        return
+                    self._errors |= dict.fromkeys(started) | {started[-1]: error}
+                    configs = {name: settings for name, settings in configs.items() if name not in started}
+
+
+def _train_each(platform, configs: dict[str, Config], log: Path) -> None:
+    """Train one after the other, writing to `log` which have been started."""
+    from megatron_iwsft.train.trainer import train
+
+    for name, settings in configs.items():
+        if platform.rank == 0:
+            with open(log, "a", encoding="utf-8") as file:
+                file.write(f"{name}\n")
+        dist.barrier()
+        train(settings)
+
+
+def train_on(world_size: int, settings: Config) -> None:
+    """Train in a job of `world_size` processes."""
+    run_distributed(_train, world_size, settings)
+
+
+def _train(platform, settings: Config) -> None:
+    from megatron_iwsft.train.trainer import train
+
+    train(settings)
+
+
+def copy_without_checkpoints_after(step: int, source: Path, target: Path) -> None:
+    """Copy a run as if it had been interrupted after it saved `step`."""
+    shutil.copytree(source, target)
+    for directory in (target / "checkpoints").glob("step-*"):
+        if step_of(directory) > step:
+            shutil.rmtree(directory)
+
+
+def assert_same_checkpoints(a: Path, b: Path) -> None:
+    """The newest checkpoints of two runs hold the same step, weights and optimizer states, bit for bit."""
+    infos = [CheckpointInfo.read(run) for run in (a, b)]
+    assert infos[0].step == infos[1].step
+    stored = FileSystemReader(str(infos[0].directory)).read_metadata().state_dict_metadata
+    names = [name for name, entry in stored.items() if isinstance(entry, TensorStorageMetadata)]
+    assert any(".exp_avg_sq." in name for name in names)
+    first, second = (CheckpointTensors(info.directory) for info in infos)
+    assert [name for name in names if not torch.equal(first.read(name), second.read(name))] == []
