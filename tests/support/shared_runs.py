@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
@@ -16,10 +15,11 @@ from megatron_iwsft.checkpoint.info import CheckpointInfo, step_of
 from megatron_iwsft.checkpoint.tensors import CheckpointTensors
 from megatron_iwsft.config.schema import Config
 from megatron_iwsft.testing import run_distributed
+from tests.support.jobs import result, run_each
 
 
 class SharedRuns:
-    """Runs of two processes by name, each in a subdirectory of `directory`.
+    """Runs of `world_size` processes by name, each in a subdirectory of `directory`.
 
     prepare  returns a run's config; it may call this object for another run that this one starts from
     groups   runs that are trained in one job, which saves the start of the others; a run in no group has a job of its own
@@ -28,65 +28,44 @@ class SharedRuns:
     """
 
     def __init__(
-        self, directory: Path, prepare: Callable[[SharedRuns, str], Config], groups: Sequence[Sequence[str]] = ()
+        self,
+        directory: Path,
+        prepare: Callable[[SharedRuns, str], Config],
+        groups: Sequence[Sequence[str]] = (),
+        *,
+        world_size: int = 2,
     ) -> None:
-        self.directory, self._prepare, self._groups = directory, prepare, groups
-        self._errors: dict[str, Exception | None] = {}
+        self.directory, self._world_size = directory, world_size
+        self._prepare, self._groups = prepare, groups
+        self._outcomes: dict[str, Any | Exception] = {}
 
     def __call__(self, name: str) -> Path:
         """The directory of run `name`, which is trained now if it has not been."""
-        if name not in self._errors:
+        if name not in self._outcomes:
             self._train(next((group for group in self._groups if name in group), [name]))
-        error = self._errors[name]
-        if error is not None:
-            raise AssertionError(f"run {name} failed:\n{error}") from error
+        result(self._outcomes, name)
         return self.directory / name
 
     def _train(self, names: Sequence[str]) -> None:
         configs = {}
         for name in names:
             try:
-                configs[name] = self._prepare(self, name)
+                configs[name] = (self._prepare(self, name),)
             except Exception as error:  # a config that is wrong, or a failed run that this one starts from
-                self._errors[name] = error
-        while configs:
-            with tempfile.TemporaryDirectory() as directory:
-                log = Path(directory) / "started"
-                log.touch()
-                try:
-                    run_distributed(_train_each, 2, configs, log)
-                    self._errors |= dict.fromkeys(configs)
-                    return
-                except AssertionError as error:
-                    started = log.read_text().splitlines()
-                    if not started:  # the job itself failed
-                        self._errors |= dict.fromkeys(configs, error)
-                        return
-                    self._errors |= dict.fromkeys(started) | {started[-1]: error}
-                    configs = {name: settings for name, settings in configs.items() if name not in started}
+                self._outcomes[name] = error
+        self._outcomes |= run_each(train_job, self._world_size, configs)
 
 
-def _train_each(platform, configs: dict[str, Config], log: Path) -> None:
-    """Train one after the other, writing to `log` which have been started."""
+def train_job(platform, settings: Config) -> None:
+    """Train, in a job of processes."""
     from megatron_iwsft.train.trainer import train
 
-    for name, settings in configs.items():
-        if platform.rank == 0:
-            with open(log, "a", encoding="utf-8") as file:
-                file.write(f"{name}\n")
-        dist.barrier()
-        train(settings)
+    train(settings)
 
 
 def train_on(world_size: int, settings: Config) -> None:
     """Train in a job of `world_size` processes."""
-    run_distributed(_train, world_size, settings)
-
-
-def _train(platform, settings: Config) -> None:
-    from megatron_iwsft.train.trainer import train
-
-    train(settings)
+    run_distributed(train_job, world_size, settings)
 
 
 def copy_without_checkpoints_after(step: int, source: Path, target: Path) -> None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def add_configured_callbacks(trainer: Trainer, writer: CheckpointWriter, at_exit: ExitStack) -> None:
-    """Evaluation first, so that its metrics are logged; saving last. `at_exit` closes loggers."""
+    """Evaluation, loggers, custom callbacks, export and saving. `at_exit` closes loggers."""
     run, config = trainer.run, trainer.run.config
     if run.evaluation is not None:
         trainer.add_callback(
@@ -36,15 +36,17 @@ def add_configured_callbacks(trainer: Trainer, writer: CheckpointWriter, at_exit
             trainer.add_callback(wandb_logger(config, at_exit))
         if config.logging.tensorboard:
             trainer.add_callback(tensorboard_logger(run.run_directory / "logs"))
-    trainer.callbacks += [custom_callback(name, trainer.events) for name in config.logging.callbacks]
+    for name in config.logging.callbacks:
+        trainer.insert_callback(custom_callback(name, trainer.events))
     trainer.add_callback(
         export(run, trainer.state, writer),
         every=config.export.every,
         at_end=config.export.at_end,
         collective=True,
         phase="exporting",
+        saves=True,
     )
-    trainer.add_callback(lambda result: trainer.checkpointer.after_step(), collective=True, phase="saving")
+    trainer.add_callback(lambda result: trainer.checkpointer.after_step(), collective=True, phase="saving", saves=True)
 
 
 def _start_run_directory(run: StartedRun) -> None:
