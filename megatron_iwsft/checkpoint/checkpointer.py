@@ -84,7 +84,8 @@ class Checkpointer:
             try:
                 info = CheckpointInfo.read(directory)
                 self._accept(info)
-                load(info.directory, self._state, random=info.layout == self._writer.layout)
+                has_random_states = self._state.optimizer is not None  # as the writer saves them
+                load(info.directory, self._state, random=has_random_states and info.layout == self._writer.layout)
             except CheckpointError as error:
                 problem = str(error)
             # All ranks must take the same checkpoint, even if only one of them found the damage.
