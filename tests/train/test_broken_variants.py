@@ -1,4 +1,4 @@
-"""The layout sweep catches what it is there to catch: four classic mistakes, each put in, found, and taken out again."""
+"""The layout comparison detects four classic mistakes: each is patched in, detected, and removed again."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def nothing(*args, **kwargs) -> None:
 
 
 def of_this_rank_only(step, batch: Batch):
-    """Trajectories' sums without what other context-parallel ranks hold."""
+    """Sums of trajectories without the parts on other context-parallel ranks."""
     return local_segment_sum(batch.segment, batch.num_segments)
 
 
@@ -63,23 +63,24 @@ LOSS = Loss("iw_sft", Settings(clip=(0.2, 3.0)))
 
 
 def run_variants(platform, corpus_dir: str) -> dict[str, list]:
-    """Of each variant: (loss, gradients) with the mistake, and after it is taken out."""
+    """For each variant: (loss, gradients) with the mistake, and after it was removed."""
     out = {}
     for name, (target, mistake, case) in VARIANTS.items():
         with patch(target, mistake):
             broken = run_cases(platform, corpus_dir, [case], [LOSS])
-        mended = run_cases(platform, corpus_dir, [case], [LOSS])
-        out[name] = [next(iter((x or {None: None}).values())) for x in (broken, mended)]
+        fixed = run_cases(platform, corpus_dir, [case], [LOSS])
+        out[name] = [next(iter((x or {None: None}).values())) for x in (broken, fixed)]
     return out
 
 
 @pytest.mark.parallel
-def test_each_mistake_is_caught(corpus: Corpus) -> None:
+@pytest.mark.numerics
+def test_each_mistake_is_detected(corpus: Corpus) -> None:
     answers = run_distributed(run_variants, 2, str(corpus.directory))[0]
-    print(f"\n{'mistake':50} {'loss off by':>11} {'worst gradient':>14}   {'taken out':>9}")
-    for name, (broken, mended) in answers.items():
+    print(f"\n{'mistake':50} {'loss off by':>11} {'worst gradient':>14}   {'removed':>9}")
+    for name, (broken, fixed) in answers.items():
         want_loss, want = expected(str(corpus.directory), "best_fit", False, False, LOSS)
-        worst = [max(relative_error(g[n], want[n]) for n in want) for _, g in (broken, mended)]
+        worst = [max(relative_error(g[n], want[n]) for n in want) for _, g in (broken, fixed)]
         off = abs(broken[0][0] - want_loss[0]) / abs(want_loss[0])
         print(f"{name:50} {off:11.1e} {worst[0]:14.1e}   {worst[1]:9.1e}")
         assert worst[0] > 100 * TOLERANCE, name
