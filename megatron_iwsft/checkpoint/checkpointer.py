@@ -82,7 +82,8 @@ class Checkpointer:
             try:
                 info = read_on_first_rank(directory)
                 self._accept(info)
-                load(info, self._state, random=info.layout == self._writer.layout)
+                has_random_states = self._state.optimizer is not None  # as the writer saves them
+                load(info, self._state, random=has_random_states and info.layout == self._writer.layout)
             except CheckpointError as error:  # on all ranks
                 first_problem = first_problem or str(error)
                 self._report("damaged checkpoint", f"skipping a checkpoint: {error}")

@@ -117,13 +117,20 @@ class Trainer:
         at_end: bool = False,
         collective: bool = False,
         phase: str = "callback",
+        saves: bool = False,
     ) -> None:
         """Call `function` with the `StepResult` after every `every`-th step, and after the last one with `at_end`.
 
-        Callbacks run in the order in which they were added. collective: on every rank, else on the main rank only. A dict that a
-        collective function returns is added to the step's metrics. phase: what the watchdog calls a collective one.
+        collective: on every rank, else on the main rank only. A dict that a collective function returns is added to the step's metrics:
+        these run first, then those on the main rank, which log the metrics, then those that save. Within each of these groups
+        callbacks run in the order in which they were added. phase: what the watchdog calls a collective one.
         """
-        self.callbacks.append(Callback(function, every, at_end, collective, phase))
+        self.insert_callback(Callback(function, every, at_end, collective, phase, saves))
+
+    def insert_callback(self, callback: Callback) -> None:
+        """Add a callback behind those of its `order`."""
+        self.callbacks.append(callback)
+        self.callbacks.sort(key=lambda other: other.order)
 
     def train(self) -> dict[str, Any]:
         """Train to the end; returns the last step's metrics."""
