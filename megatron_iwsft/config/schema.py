@@ -234,13 +234,14 @@ class Parallel(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Parallel:
-        broken = ParallelLayout(**self.degrees()).broken_rule()
+        # The data-parallel degree is not known yet: one that every expert-parallel degree fits.
+        broken = ParallelLayout(**self.degrees(), data=self.expert).broken_rule()
         if broken:
             raise ValueError(broken)
         return self
 
     def degrees(self) -> dict[str, Any]:
-        """What of it makes a `ParallelLayout`."""
+        """Arguments for `ParallelLayout`."""
         degrees = self.model_dump(exclude={"recompute"})
         return degrees | {"layers_per_stage": tuple(self.layers_per_stage) if self.layers_per_stage else None}
 

@@ -124,7 +124,7 @@ def build_model(
 ) -> list[PolicyModel]:
     """This rank's model chunks (one, or one per virtual stage), with uninitialised parameters: see `load_weights`."""
     layout = parallel.layout
-    broken = layout.broken_rule_for(arch)
+    broken = layout.broken_rule(arch)
     if broken:
         raise ConfigError(f"parallel: {broken}.")
     config = _transformer_config(arch, layout, platform, settings)
