@@ -47,11 +47,6 @@ class ParallelContext:
     def is_last_stage(self) -> bool:
         return self.pp.rank() == self.pp.size() - 1
 
-    @property
-    def last_stage_rank(self) -> int:
-        """Global rank of the last pipeline stage in this rank's pipeline."""
-        return dist.get_process_group_ranks(self.pp)[-1]
-
 
 @dataclass(frozen=True)
 class Platform:
