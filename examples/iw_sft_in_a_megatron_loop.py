@@ -29,9 +29,8 @@ def main() -> None:
 
     torch.set_default_device(platform.device)
     data = torch.randint(VOCABULARY, (ROWS, LENGTH + 1))
-    positions = torch.arange(LENGTH).repeat(ROWS, 1)
-    causal = torch.ones(1, 1, LENGTH, LENGTH, dtype=torch.bool).triu(1)
-    inputs = dict(input_ids=data[:, :-1], position_ids=positions, attention_mask=causal, labels=data[:, 1:])
+    inputs = dict(input_ids=data[:, :-1], labels=data[:, 1:], position_ids=torch.arange(LENGTH).repeat(ROWS, 1),
+                  attention_mask=torch.ones(1, 1, LENGTH, LENGTH, dtype=torch.bool).triu(1))  # fmt: skip
     rows, mask, ones = torch.arange(ROWS).repeat_interleave(LENGTH), torch.ones(ROWS * LENGTH), torch.ones(ROWS)
     reference = -model(**inputs).flatten().detach()  # [iw-SFT] the initial policy's log-probs
 

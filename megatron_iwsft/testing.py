@@ -30,7 +30,7 @@ def run_distributed(
     multiprocessing.set_forkserver_preload(_PRELOADED)
     start_method: Literal["spawn", "forkserver"] = "spawn" if device == "cuda" else "forkserver"
     try:
-        return run_job(function, world_size, *args, device=device, start_method=start_method)
+        return run_job(function, world_size, *args, device=device, start_method=start_method, timeout_s=120, threads=1)
     except (RuntimeError, UserError) as error:
         raise AssertionError(str(error)) from None
 

@@ -8,6 +8,14 @@
 
 say() { printf '%s [job %s, restart %s] %s\n' "$(date '+%F %T')" "$SLURM_JOB_ID" "${SLURM_RESTART_COUNT:-0}" "$*"; }
 
+# A stop signal at any moment: requeue the job, unless it ends by itself. `supervise` forwards signals meanwhile.
+stopping=''
+trap 'stopping=1' USR1 TERM
+trap 'on_exit $?' EXIT
+on_exit() {
+  if [ -n "$stopping" ] && [ "$1" != 0 ] && [ "$1" != 2 ] && [ "$1" != 75 ]; then requeue "stopped with status $1"; fi
+}
+
 # Unbuffered output, so that the last lines before a crash are in the log.
 export PYTHONUNBUFFERED=1
 # The ranks of a node share its cores: a thread pool in each would oversubscribe them.
@@ -68,8 +76,9 @@ check_nodes() {
 # supervise DIR COMMAND…: run COMMAND, forwarding stop signals. Requeues the job if COMMAND was stopped (status 75) or crashed; gives
 # up after too many crashes with no new checkpoint under DIR. Statuses 0 and 2 (a user's mistake) end the job.
 supervise() {
-  local directory=$1 status=0 again stopping='' child
+  local directory=$1 status=0 again child
   shift
+  [ -z "$stopping" ] || requeue "stopped before it began"
   say "$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -sd' '): $processes processes per node"
   "$@" &
   child=$!

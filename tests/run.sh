@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# Environment and tests: bash tests/run.sh [--python VERSION] [--megatron VERSION] [SET] [pytest options]
+# Create the environment and run tests: bash tests/run.sh [--python VERSION] [--megatron VERSION] [SET] [pytest options]
 #
 #   SET is one of
-#     (none)        the default set, some 8 minutes on two cores
-#     --fast        only tests that start no processes, under 2 minutes
-#     --all         the slow ones too, as CI runs them
-#     --slurm       the batch scripts on a real two-node Slurm on this machine (as root, on Debian; installed if missing);
-#                   every scenario with --slurm -m slurm
-#     --gpu         the tests that need a GPU, with Transformer Engine; where no environment can be made, run
-#                   `python -m pytest -m gpu` with whatever is installed
+#     (none)        the default set, under 8 minutes on two cores
+#     --fast        only tests that start no job and no command, under 1 minute
+#     --all         the slow ones too, as in CI
+#     --slurm       the batch scripts on a two-node Slurm on this machine (as root, on Debian; installed if missing);
+#                   add -m slurm for the long scenarios
+#     --gpu         the tests that need a GPU, with Transformer Engine; if no environment can be created, run
+#                   `python -m pytest -m gpu` with what is installed
 #
-#   --python 3.12   another interpreter, in an environment of its own: Megatron-Core's newer lines (a large download)
-#   --megatron V    another Megatron-Core over that environment, installed beside it
+#   --python 3.12   another interpreter, in a separate environment: for newer Megatron-Core versions (a large download)
+#   --megatron V    another Megatron-Core version, installed beside that environment
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 if [ "${1:-}" = --python ]; then

@@ -1,33 +1,24 @@
-"""The examples run, and do what they say."""
+"""The examples run and print what they claim."""
 
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 
 import pytest
 
-from tests.support import ROOT, command_environment
+from tests.support import ROOT, run_python, torchrun
 
 pytestmark = [pytest.mark.parallel, pytest.mark.command]
 
 
 def run(name: str) -> str:
-    command = [
-        sys.executable,
-        "-m",
-        "megatron_iwsft.distributed.torchrun",
-        "--nproc_per_node",
-        "2",
-        f"examples/{name}.py",
-    ]
-    done = subprocess.run(command, cwd=ROOT, env=command_environment(), text=True, capture_output=True)
+    """Standard output of an example on two processes."""
+    done = run_python(*torchrun(2), f"examples/{name}.py")
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
-def test_iw_sft_in_a_bare_megatron_loop_learns() -> None:
+def test_iw_sft_in_a_megatron_loop_learns() -> None:
     lines = (ROOT / "examples" / "iw_sft_in_a_megatron_loop.py").read_text().splitlines()
     assert len(lines) < 60
     found = re.findall(r"loss ([\d.]+), mean weight ([\d.]+)", run("iw_sft_in_a_megatron_loop"))
@@ -36,6 +27,6 @@ def test_iw_sft_in_a_bare_megatron_loop_learns() -> None:
     assert weights[0] == 1.0 and weights[-1] > 1.2
 
 
-def test_the_operator_under_torchrun() -> None:
+def test_the_operator_under_torchrun_gives_exact_log_probs() -> None:
     (difference,) = re.findall(r"differ by at most (\S+)", run("logprobs_under_torchrun"))
     assert float(difference) < 1e-5

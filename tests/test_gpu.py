@@ -1,4 +1,4 @@
-"""What only a GPU shows: kernels against float64, Transformer Engine against the local backend, FP8 from start to export.
+"""Tests that need a GPU: kernels against float64, Transformer Engine against the local backend, FP8 training and export.
 
 `bash tests/run.sh --gpu` runs them and prints what they measure.
 """
@@ -27,8 +27,7 @@ from megatron_iwsft.objectives.functions import Settings, iw_sft
 from megatron_iwsft.ops import logits as rows
 from megatron_iwsft.testing import comparable_metrics, run_distributed, whole_gradients
 from megatron_iwsft.train.trainer import START_TOLERANCE
-from tests.support import tiny
-from tests.support.interrupt import events
+from tests.support import events, tiny
 
 pytestmark = [
     pytest.mark.gpu,
@@ -54,7 +53,7 @@ def error(found, expected) -> float:
 @pytest.mark.skipif(not rows.has_triton(), reason="Triton is not installed")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("columns", [1, 300, 4096, 151936, 151937])
-def test_kernels_do_what_float64_does(dtype: torch.dtype, columns: int) -> None:
+def test_kernels_agree_with_float64(dtype: torch.dtype, columns: int) -> None:
     generator = torch.Generator("cuda").manual_seed(columns)
     n = 37
     storage = (torch.randn(n, columns + 8, generator=generator, device="cuda") * 8).to(dtype)
@@ -77,7 +76,7 @@ def test_kernels_do_what_float64_does(dtype: torch.dtype, columns: int) -> None:
     expected[at, target[at]] += grad.double()[at]
     rows.logits_gradient(logits, target, lse, grad)
     assert error(logits, expected) < (4e-3 if dtype == torch.bfloat16 else 1e-5)
-    assert torch.equal(storage[:, columns:], beyond), "wrote beyond the row"
+    assert torch.equal(storage[:, columns:], beyond), "wrote past the end of the row"
 
 
 def operator(platform, tokens: int, vocabulary: int, hidden_size: int, dtype: torch.dtype) -> list[float]:
@@ -100,14 +99,14 @@ def operator(platform, tokens: int, vocabulary: int, hidden_size: int, dtype: to
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_operator_is_right(dtype: torch.dtype) -> None:
+def test_the_operator_agrees_with_float64(dtype: torch.dtype) -> None:
     found = run_distributed(operator, 1, 1500, 20011, 256, dtype, device="cuda")[0]
     print(f"\noperator, {dtype}: value, d hidden and d weight off by {', '.join(f'{x:.1e}' for x in found)}")
     assert max(found) < (1e-2 if dtype == torch.bfloat16 else 1e-5)
 
 
 def gradients(platform, corpus_dir: str, cases: list[tuple[str, str, str]]):
-    """(loss, whole gradients) of one global batch for each (dtype, backend, packing)."""
+    """(loss, complete gradients) of one global batch for each (dtype, backend, packing)."""
     from megatron_iwsft.model.gpt import ModelSettings, build_model
     from megatron_iwsft.model.parameters import load_weights
     from megatron_iwsft.train.optim import wrap_for_gradients
@@ -136,7 +135,7 @@ def gradients(platform, corpus_dir: str, cases: list[tuple[str, str, str]]):
 
 
 def test_backends_and_packing_agree(corpus: Corpus) -> None:
-    """All of the corpus is one batch, so packed and unpacked are the same sum; half precision is judged by what it costs locally."""
+    """The batch is all of the corpus, so packed and unpacked sums are equal. bf16 is compared with the local backend's error in bf16."""
     exact = ("fp32", "local", "none")
     local, local_packed = ("bf16", "local", "none"), ("bf16", "local", "best_fit")
     cases = [exact, ("fp32", "local", "best_fit"), local, local_packed]
@@ -177,7 +176,7 @@ PRECISIONS["tensorwise-parameters"] = PRECISIONS["tensorwise"] | {"fp8_parameter
 
 
 def all_runs(platform, corpus_dir: str, directory: Path, name: str) -> list[str]:
-    """One precision cached, live, interrupted, and a longer run. Returns the modules of the first layer's parts."""
+    """Runs of one precision: cached, live, resumed, long. Returns the Python modules of the first layer's submodules."""
     from megatron_iwsft.train.precompute import precompute_reference
     from megatron_iwsft.train.setup import check, start
     from megatron_iwsft.train.trainer import train
@@ -197,7 +196,7 @@ def all_runs(platform, corpus_dir: str, directory: Path, name: str) -> list[str]
 
 @pytest.fixture(scope="module")
 def runs(corpus: Corpus, tmp_path_factory):
-    """Of a precision: its runs' directory, made when it is first asked for; its own processes, so that one's failure is its own."""
+    """The directory of a precision's runs, trained in a job of their own when a test first asks for them."""
     made: dict[str, Path] = {}
 
     def of(name: str) -> Path:
@@ -209,7 +208,7 @@ def runs(corpus: Corpus, tmp_path_factory):
             (modules,) = run_distributed(all_runs, 1, str(corpus.directory), made[name], name, device="cuda")
             (made[name] / "modules.json").write_text(json.dumps(modules))
         if not (made[name] / "modules.json").exists():
-            pytest.fail("its runs failed: see the first of the tests that use them")
+            pytest.fail("its runs failed: see the first test that uses them")
         return made[name]
 
     return of
@@ -223,13 +222,15 @@ def test_weights_start_at_one(runs, name: str) -> None:
     for source in ("cached", "live"):
         first = comparable_metrics(runs(name) / source)[0]
         ratio, weight = first["abs_log_ratio"], abs(first["weight_max"] - 1)
-        print(f"\n{name}, {source}: mean |log-ratio| a token {ratio:.2e}, largest weight off 1 by {weight:.2e}", end="")
+        print(
+            f"\n{name}, {source}: mean |log-ratio| per token {ratio:.2e}, largest weight off 1 by {weight:.2e}", end=""
+        )
         allowed = START_TOLERANCE["fp8" if "fp8" in PRECISIONS[name] else "bf16"]
         assert ratio <= allowed and weight <= 2 * allowed, source
 
 
 @every_precision
-def test_a_resumed_run_goes_on(runs, name: str) -> None:
+def test_a_resumed_run_continues(runs, name: str) -> None:
     whole, resumed = (comparable_metrics(runs(name) / kind) for kind in ("cached", "resumed"))
     (event,) = events(runs(name) / "resumed", "resumed")
     assert event["step"] == 3 and len(whole) == len(resumed) == 6
@@ -239,8 +240,8 @@ def test_a_resumed_run_goes_on(runs, name: str) -> None:
 
 
 @every_precision
-def test_fp8_learns_what_bf16_does(runs, name: str) -> None:
-    """The band: losses 0.05 nats a token apart on average while the loss falls, 0.1 over all 200 steps."""
+def test_fp8_losses_stay_close_to_bf16(runs, name: str) -> None:
+    """At most 0.05 nats per token apart on average over the first 50 steps, 0.1 over all 200."""
     found, bf16 = ([m["loss"] for m in comparable_metrics(runs(n) / "long")] for n in (name, "bf16"))
     assert bf16[-1] < bf16[0] - 0.5
     apart = [abs(a - b) for a, b in zip(found, bf16, strict=True)]
@@ -250,7 +251,7 @@ def test_fp8_learns_what_bf16_does(runs, name: str) -> None:
 
 
 @every_precision
-def test_exports_are_in_bf16_and_whole(runs, name: str) -> None:
+def test_exports_are_complete_and_in_bf16(runs, name: str) -> None:
     from transformers import AutoModelForCausalLM
 
     directory = runs(name) / "cached" / "hf" / "step-00000006"
@@ -260,7 +261,7 @@ def test_exports_are_in_bf16_and_whole(runs, name: str) -> None:
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
-def test_transformer_engine_is_what_runs_where_it_is_installed(runs) -> None:
+def test_transformer_engine_is_used_where_it_is_installed(runs) -> None:
     if importlib.util.find_spec("transformer_engine") is None:
         pytest.skip("Transformer Engine is not installed")
     assert transformer_engine()[0] is not None, transformer_engine()[1]
@@ -270,7 +271,7 @@ def test_transformer_engine_is_what_runs_where_it_is_installed(runs) -> None:
 
 
 def chosen_attention(platform, corpus_dir: str) -> int:
-    """How often the local backend's model, in bf16, attends at once in one step."""
+    """How often the local backend calls variable-length attention in one bf16 step."""
     from megatron_iwsft.model import packed_attention as attention
 
     calls: list[int] = []
@@ -280,7 +281,7 @@ def chosen_attention(platform, corpus_dir: str) -> int:
     return len(calls)
 
 
-def test_the_local_backend_attends_at_once(corpus: Corpus) -> None:
+def test_the_local_backend_uses_variable_length_attention(corpus: Corpus) -> None:
     can, why = variable_length_attention()
     if not can:
         pytest.skip(why)

@@ -1,4 +1,4 @@
-"""Folders are layers: imports between them point down, also those inside functions."""
+"""Folders are layers: a module imports from its own layer and lower ones only, also inside functions."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def layer_of(name: str) -> int | None:
 @pytest.mark.parametrize(
     "path", [p for p in modules(".") if p != PACKAGE / "__init__.py"], ids=lambda p: str(p.relative_to(PACKAGE))
 )
-def test_imports_point_down(path: Path) -> None:
+def test_imports_are_from_the_same_or_a_lower_layer(path: Path) -> None:
     name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
     own = layer_of(name)
     assert own is not None, f"{name} belongs to no layer of LAYERS"
@@ -90,22 +90,22 @@ def test_imports_point_down(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", modules(*FREE), ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_the_mathematics_is_free_of_megatron_and_of_collectives(path: Path) -> None:
+def test_the_mathematics_imports_neither_megatron_core_nor_torch_distributed(path: Path) -> None:
     assert not {i for i in imports(path) if i.startswith(("megatron.", "torch.distributed"))}
 
 
 @pytest.mark.parametrize("path", modules(*WITHOUT_TORCH), ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_configs_are_checked_without_torch(path: Path) -> None:
+def test_checking_a_config_imports_no_torch(path: Path) -> None:
     assert not {i for i in imports(path, typing_only=False, in_functions=False) if i.split(".")[0] == "torch"}
 
 
-def test_one_module_asks_for_process_groups() -> None:
+def test_only_one_module_reads_parallel_state() -> None:
     asking = {str(p.relative_to(PACKAGE)) for p in modules(".") if any("parallel_state" in i for i in imports(p))}
     assert asking == ASK_FOR_GROUPS
 
 
 def test_no_two_classes_have_the_same_name() -> None:
-    """Sections of a config's schema apart, which are named after their keys."""
+    """Except sections of the config schema, which are named after their keys."""
     classes: dict[str, list[str]] = {}
     for path in modules("."):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:

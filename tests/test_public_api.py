@@ -1,14 +1,11 @@
-"""`import megatron_iwsft` gives the operator, the objectives and the loss, and leaves the process as it was."""
+"""`import megatron_iwsft` provides the operator, the objectives and the loss, and changes nothing in the process."""
 
 from __future__ import annotations
-
-import subprocess
-import sys
 
 import pytest
 
 import megatron_iwsft as iwsft
-from tests.support import ROOT, command_environment
+from tests.support import run_python
 
 
 def test_every_name_exists() -> None:
@@ -59,12 +56,11 @@ with torch.overrides.BaseTorchFunctionMode() as mode:
 
 @pytest.mark.command
 @pytest.mark.parallel
-def test_it_works_without_megatron_and_changes_nothing_in_the_process(tmp_path) -> None:
+def test_the_api_works_without_megatron_core_and_changes_nothing_in_the_process(tmp_path) -> None:
     from tests.convert.test_convert import model_with_tokenizer
 
     source = model_with_tokenizer(tmp_path / "hf")
     program = tmp_path / "program.py"
     program.write_text("if __name__ == '__main__':\n" + "".join(f"    {line}\n" for line in PROGRAM.splitlines()))
-    command = [sys.executable, str(program), str(source), str(tmp_path / "ck")]
-    done = subprocess.run(command, cwd=ROOT, env=command_environment(), text=True, capture_output=True)
+    done = run_python(program, source, tmp_path / "ck")
     assert done.returncode == 0, done.stdout + done.stderr

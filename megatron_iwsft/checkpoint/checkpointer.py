@@ -7,10 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch.distributed as dist
-
 from megatron_iwsft.checkpoint.info import CheckpointInfo, complete_checkpoints, step_of
-from megatron_iwsft.checkpoint.load import load
+from megatron_iwsft.checkpoint.load import load, read_on_first_rank
 from megatron_iwsft.checkpoint.state import TrainState
 from megatron_iwsft.checkpoint.writer import CheckpointWriter, Saved
 from megatron_iwsft.config.schema import Checkpoint
@@ -79,24 +77,23 @@ class Checkpointer:
         return info.step
 
     def _load_first_of(self, candidates: list[Path]) -> CheckpointInfo | None:
+        first_problem = ""
         for directory in candidates:
-            problem = ""
             try:
-                info = CheckpointInfo.read(directory)
+                info = read_on_first_rank(directory)
                 self._accept(info)
-                load(info.directory, self._state, random=info.layout == self._writer.layout)
-            except CheckpointError as error:
-                problem = str(error)
-            # All ranks must take the same checkpoint, even if only one of them found the damage.
-            problems: list[str] = [""] * dist.get_world_size()
-            dist.all_gather_object(problems, problem)
-            if not any(problems):
-                self._last_good = directory
-                return info
-            self._report("damaged checkpoint", f"skipping a checkpoint: {next(filter(None, problems))}")
+                has_random_states = self._state.optimizer is not None  # as the writer saves them
+                load(info, self._state, random=has_random_states and info.layout == self._writer.layout)
+            except CheckpointError as error:  # on all ranks
+                first_problem = first_problem or str(error)
+                self._report("damaged checkpoint", f"skipping a checkpoint: {error}")
+                continue
+            self._last_good = directory
+            return info
         if candidates:
             raise CheckpointError(
-                f"none of the {len(candidates)} checkpoints in {self.directory} can be loaded. Move them away to start over."
+                f"none of the {len(candidates)} checkpoints in {self.directory} can be loaded. The newest one: {first_problem} To start "
+                "over instead, choose another run.dir."
             )
         return None
 
@@ -109,9 +106,12 @@ class Checkpointer:
         else:
             self._attempt(self._writer.poll)
 
-    def save_now(self) -> bool:
-        """Save this step, unless it is saved already, and wait until the checkpoint is complete; returns whether that succeeded."""
-        if not self._attempt(self._writer.wait):
+    def save_now(self, *, leaving: bool = False) -> bool:
+        """Save this step, unless it is saved already, and wait until the checkpoint is complete; returns whether that succeeded.
+
+        leaving: the run ends whatever happens, so a failure is reported and nothing more.
+        """
+        if not self._attempt(self._writer.wait, leaving):
             return False
         if self._last_good is not None and step_of(self._last_good) == self._state.step:
             return True
@@ -120,7 +120,7 @@ class Checkpointer:
             self._writer.save(self._state)
             self._writer.wait()
 
-        return self._attempt(save)
+        return self._attempt(save, leaving)
 
     def finish(self) -> None:
         """Save the last step, retrying until `max_failures` in a row. Raises CheckpointError."""
@@ -132,25 +132,26 @@ class Checkpointer:
         self._attempt(self._writer.wait)
 
     @property
-    def standing(self) -> str:
+    def last_checkpoint_text(self) -> str:
         """Which checkpoint is the last good one, as a sentence for people."""
         return f"The last good checkpoint is {self._last_good}." if self._last_good else "There is no checkpoint yet."
 
-    def _attempt(self, action: Callable[[], Any]) -> bool:
+    def _attempt(self, action: Callable[[], Any], leaving: bool = False) -> bool:
         step = self._state.step
         try:
             action()
         except CheckpointError as error:
             self._failures += 1
-            if self._failures >= self._settings.max_failures:
+            if self._failures >= self._settings.max_failures and not leaving:
                 raise CheckpointError(
-                    f"{error} This is failure {self._failures} in a row (checkpoint.max_failures), so the run ends. {self.standing}"
+                    f"{error} This is failure {self._failures} in a row (checkpoint.max_failures), so the run ends. "
+                    f"{self.last_checkpoint_text}"
                 ) from None
             self._retry_at = step + self._settings.retry_after
+            retry = f"Training continues, and the save is retried after {self._settings.retry_after} steps. "
             self._report(
                 "save failed",
-                f"saving after step {step} failed: {error} Training continues, and the save is retried after "
-                f"{self._settings.retry_after} steps. {self.standing}",
+                f"saving after step {step} failed: {error} {'' if leaving else retry}{self.last_checkpoint_text}",
                 step=step,
             )
             return False

@@ -7,7 +7,9 @@ import json
 from contextlib import closing
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
+from megatron.core.fp8_utils import is_float8tensor
 
 from megatron_iwsft.checkpoint.info import CheckpointInfo
 from megatron_iwsft.checkpoint.load import load
@@ -15,6 +17,7 @@ from megatron_iwsft.checkpoint.names import TOKENIZER
 from megatron_iwsft.checkpoint.state import TrainState
 from megatron_iwsft.config.schema import Model
 from megatron_iwsft.distributed.context import ParallelContext
+from megatron_iwsft.errors import DataError
 from megatron_iwsft.hf.architecture import Architecture
 from megatron_iwsft.hf.directory import RandomInit, ReadingProgress, SafetensorsDirectory, tokenizer_files
 from megatron_iwsft.model.gpt import PolicyModel
@@ -58,10 +61,14 @@ class InitialWeights:
         self.fingerprint = hashlib.sha256(identity.encode()).hexdigest()
 
     def load(self, chunks: list[PolicyModel], parallel: ParallelContext) -> None:
-        """Fill this rank's chunks. Collective over all ranks for a checkpoint."""
+        """Fill this rank's chunks. Collective over all ranks for a checkpoint. Raises DataError for weights that are not finite."""
         if self._source is not None:
             total = sum(p.numel() for chunk in chunks for p in chunk.parameters())
             with closing(ReadingProgress(self._source, total, shown=dist.get_rank() == 0)) as source:
                 load_weights(chunks, source, parallel)
         else:
-            load(self._info.directory, TrainState(chunks))
+            load(self._info, TrainState(chunks))
+        for chunk in chunks:
+            for name, parameter in chunk.named_parameters():
+                if not is_float8tensor(parameter) and not bool(torch.isfinite(parameter).all()):
+                    raise DataError(f"{self.described}: {name} contains values that are not finite. Use other weights.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException  # a BaseException
@@ -15,7 +16,21 @@ from megatron_iwsft.checkpoint.state import TrainState
 from megatron_iwsft.errors import CheckpointError
 
 
-def load(directory: Path, state: TrainState, *, random: bool = False) -> None:
+def read_on_first_rank(directory: str | Path) -> CheckpointInfo:
+    """`CheckpointInfo.read`, by the first rank for all. Collective: a broadcast. Raises CheckpointError on all ranks."""
+    outcome: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = CheckpointInfo.read(directory)
+        except CheckpointError as error:
+            outcome[1] = error
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def load(info: CheckpointInfo, state: TrainState, *, random: bool = False) -> None:
     """Load what `state` has parts for; `random` states only at the layout that the checkpoint was saved at.
 
     Collective over all ranks, which share the work of checking its files. Raises CheckpointError on all of them if it is damaged
@@ -23,14 +38,13 @@ def load(directory: Path, state: TrainState, *, random: bool = False) -> None:
     """
     from megatron.core import dist_checkpointing
 
-    info = CheckpointInfo.read(directory)
     verify(info)
     wanted = state.sharded(random=random)
     try:
         # Megatron-Core's access check gathers every rank's requests on every rank, and ignores pieces of parameters.
-        loaded = dist_checkpointing.load(wanted, str(directory), validate_access_integrity=False)
+        loaded = dist_checkpointing.load(wanted, str(info.directory), validate_access_integrity=False)
     except (Exception, CheckpointException) as error:  # a damaged file raises many kinds
-        raise CheckpointError(f"{directory} cannot be loaded: {one_line(error)}") from error
+        raise CheckpointError(f"{info.directory} cannot be loaded: {one_line(error)}") from error
     state.load_sharded(loaded)
     state.load_host_states(info.host)
     state.step = info.step

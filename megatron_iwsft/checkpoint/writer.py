@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -28,7 +30,7 @@ from megatron_iwsft.checkpoint.integrity import FileSum, file_sum
 from megatron_iwsft.checkpoint.names import INFO, LATEST, TOKENIZER
 from megatron_iwsft.checkpoint.state import TrainState
 from megatron_iwsft.data.tokenizer import CHAT_TEMPLATE
-from megatron_iwsft.distributed.mcore_compat import async_calls_queue, async_save_options, start_results_queue
+from megatron_iwsft.distributed.mcore_compat import async_calls_queue, async_save_options, write_results
 from megatron_iwsft.distributed.parallel_layout import ParallelLayout
 from megatron_iwsft.errors import CheckpointError
 from megatron_iwsft.hf.architecture import Architecture
@@ -83,6 +85,7 @@ class CheckpointWriter:
     on_saved: Callable[[Saved], None] | None = None
     _queue: Any = field(default=None, init=False)
     _swept: bool = field(default=False, init=False)
+    _partial: Path | None = field(default=None, init=False)
 
     def supporting_files(self, step: int) -> SupportingFiles:
         """The files that go with the weights of `step` when they are exported."""
@@ -94,7 +97,7 @@ class CheckpointWriter:
         from megatron.core import dist_checkpointing
 
         self.wait()
-        start_results_queue()
+        write_results().clear()
         started = time.perf_counter()
         state.gather_parameters()
         final = self.root / step_name(state.step)
@@ -107,8 +110,9 @@ class CheckpointWriter:
         request.add_finalize_fn(lambda: self._complete(pending))
         if request.async_fn is not None:
             request = request._replace(async_fn=partial(_write_and_hash, request.async_fn, directory, dist.get_rank()))
+        self._partial = directory
         # A synchronous save is written by a forked process, too: if a full disk kills the writer, training survives.
-        with _as_checkpoint_error(final):
+        with self._as_checkpoint_error(final):
             self._calls().schedule_async_request(request)
             if self.asynchronous:
                 pending.stall_s = time.perf_counter() - started
@@ -119,13 +123,13 @@ class CheckpointWriter:
     def poll(self) -> None:
         """Complete a background save if its files are written."""
         if self._queue is not None:
-            with _as_checkpoint_error(self.root):
+            with self._as_checkpoint_error(self.root):
                 self._queue.maybe_finalize_async_calls(blocking=False)
 
     def wait(self) -> None:
         """Wait for a background save and complete it, if there is one."""
         if self._queue is not None:
-            with _as_checkpoint_error(self.root):
+            with self._as_checkpoint_error(self.root):
                 self._queue.maybe_finalize_async_calls(blocking=True)
 
     def discard_after(self, step: int) -> None:
@@ -139,6 +143,22 @@ class CheckpointWriter:
                     remove_directory(later)
 
         _on_first_rank(discard, self.root)
+
+    @contextmanager
+    def _as_checkpoint_error(self, what: Path) -> Iterator[None]:
+        """Turn Megatron-Core's exception for a failed write, raised on all ranks, into a CheckpointError; keep nothing of that save."""
+        try:
+            yield
+        except (CheckpointException, CheckpointError) as error:
+            if self._partial is not None and dist.get_rank() == 0:
+                shutil.rmtree(self._partial, ignore_errors=True)
+            self._partial = None
+            if isinstance(error, CheckpointError):
+                raise
+            reason = one_line(error)
+            if "Worker failure" in reason:  # torch.save and 0.19 leave out the system's error
+                reason += "; usually the disk is full, or a quota or a limit on file sizes is reached."
+            raise CheckpointError(f"{what} could not be written: {reason}") from None
 
     def _point_at(self, final: Path) -> None:
         write_text(self.root / LATEST, final.name + "\n")
@@ -161,7 +181,11 @@ class CheckpointWriter:
             # A unique name: a writer that has outlived a killed run may still be writing into that run's directory.
             directory = self.root / f"{final.name}.{uuid.uuid4().hex[:8]}{PARTIAL}"
             directory.mkdir()
-            _probe(directory / "probe")
+            try:
+                _probe(directory / "probe")
+            except OSError:
+                shutil.rmtree(directory, ignore_errors=True)
+                raise
             return directory.name
 
         return self.root / _on_first_rank(prepare, final)
@@ -181,6 +205,7 @@ class CheckpointWriter:
         sums: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
         dist.gather_object(_take_sums(pending.partial, dist.get_rank()), sums)
         size = _on_first_rank(lambda: self._publish(pending, sums or []), pending.final)
+        self._partial = None
         total = time.perf_counter() - pending.started
         if self.on_saved is not None:
             self.on_saved(Saved(pending.final, pending.step, size, pending.stall_s or total, total))
@@ -241,7 +266,12 @@ class _Pending:
 
 def _write_and_hash(write: Callable[..., None], directory: Path, rank: int, *args: Any, **kwargs: Any) -> None:
     """In the writing process: Megatron-Core's writer, then the checksums of this rank's files for `_take_sums`."""
-    write(*args, **kwargs)
+    try:
+        write(*args, **kwargs)
+    except Exception as error:  # without a result the cause would be lost
+        full = isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename is None
+        write_results().put(RuntimeError(f"{error}{' in /dev/shm' if full else ''}"))
+        return
     try:
         sums = {path.name: file_sum(path) for path in directory.glob(f"__{rank}_*.distcp")}
         (directory / _sums_name(rank)).write_text(json.dumps(sums), encoding="utf-8")
@@ -261,22 +291,6 @@ def _take_sums(directory: Path, rank: int) -> dict[str, FileSum]:
 
 def _sums_name(rank: int) -> str:
     return f"checksums-{rank}.json"
-
-
-class _as_checkpoint_error:
-    """Turn Megatron-Core's exception for a failed write, raised on all ranks, into a CheckpointError."""
-
-    def __init__(self, what: Path) -> None:
-        self.what = what
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, CheckpointException):
-            reason = one_line(error)
-            if "Worker failure" in reason:  # torch.save and 0.19 leave out the system's error
-                reason += "; usually the disk is full, or a quota or a limit on file sizes is reached."
-            raise CheckpointError(f"{self.what} could not be written: {reason}") from None
 
 
 def _on_first_rank(function: Callable[[], Any], what: Path) -> Any:

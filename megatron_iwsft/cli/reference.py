@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 
 from megatron_iwsft.cli.options import add_config
+from megatron_iwsft.distributed.stop_signals import leave_on_stop_signals
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,14 +20,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    leave_on_stop_signals()
+
     from megatron_iwsft.config.loader import load_config
 
     config = load_config(args.config, args.overrides)  # before torch is imported, so that a mistake is reported at once
 
-    from megatron_iwsft.distributed.context import stop
-    from megatron_iwsft.distributed.mcore_compat import quiet_megatron
+    from megatron_iwsft.distributed.context import prepare, stop
 
-    quiet_megatron()
+    prepare(config.run.device)
 
     from megatron_iwsft.train.precompute import precompute_reference
 

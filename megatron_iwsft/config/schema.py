@@ -383,7 +383,8 @@ class Logging(Section):
     tensorboard: bool = False
     """Write TensorBoard event files to the run directory."""
     callbacks: list[str] = []
-    """Your own callbacks, as path/to/file.py:function. Each is called on the main rank with every step's result (a `StepResult`)."""
+    """Your own callbacks, as path/to/file.py:function. Each is called with a step's result (a `StepResult`): after every step on the main
+    rank, unless its attributes `every`, `at_end` and `collective` say otherwise. A dict that it returns is added to the metrics."""
 
 
 class Evaluation(Section):

@@ -14,6 +14,7 @@ from megatron_iwsft.checkpoint.names import TOKENIZER
 from megatron_iwsft.checkpoint.tensors import hugging_face_reader
 from megatron_iwsft.convert.gather import RunningWeights
 from megatron_iwsft.distributed.context import ParallelContext
+from megatron_iwsft.errors import CheckpointError, UserError
 from megatron_iwsft.hf.directory import DTYPES, write_directory
 from megatron_iwsft.hf.model_card import Provenance, SupportingFiles
 from megatron_iwsft.model.gpt import PolicyModel
@@ -62,23 +63,31 @@ def export_running(
 ) -> None:
     """Write a model in training, at any layout, as a Hugging Face directory; does nothing if `output` exists.
 
-    Collective over all ranks: rank 0 writes, holding one full parameter at a time; the others send it their shards.
+    Collective over all ranks: rank 0 writes, holding one full parameter at a time; the others send it their shards. Raises
+    CheckpointError on all ranks if it cannot be written.
     """
     exists = [output.exists()]
     dist.broadcast_object_list(exists, src=0)
     if exists[0]:
         return
     weights = RunningWeights(chunks, parallel)
+    failure = [""]
     if dist.get_rank() == 0:
         architecture = weights.architecture
-        write_directory(
-            output,
-            architecture,
-            weights.read,
-            names=weights.names,
-            dtype=dtype,
-            finish=lambda partial: supporting_files.write(partial, architecture),
-        )
+        try:
+            write_directory(
+                output,
+                architecture,
+                weights.read,
+                names=weights.names,
+                dtype=dtype,
+                finish=lambda partial: supporting_files.write(partial, architecture),
+            )
+        except (OSError, UserError) as error:
+            weights.discard_rest()
+            failure = [f"{output} could not be written: {error}"]
     else:
         weights.serve()
-    dist.barrier()
+    dist.broadcast_object_list(failure, src=0)
+    if failure[0]:
+        raise CheckpointError(failure[0])

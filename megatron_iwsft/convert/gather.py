@@ -33,6 +33,7 @@ class RunningWeights:
         self._rows = dict(named_rows(self.architecture, tensor_parallel=parallel.tp.size()))
         self.names = [hf for row in self._rows.values() for hf in row.hf]
         self._row_of = {hf: name for name, row in self._rows.items() for hf in row.hf}
+        self._unread = list(self._rows)
         self._cached: tuple[str, list[Tensor]] | None = None
         # What a parameter consists of: tensor-parallel shards, or experts.
         self._pieces: dict[str, list[tuple[_Key, int]]] = {}
@@ -57,12 +58,19 @@ class RunningWeights:
         if self._cached is None or self._cached[0] != key:
             self._cached = None
             pieces = [self._receive(piece) for piece in self._pieces[key]]
+            self._unread.remove(key)
             if isinstance(row.layout, PerExpert):
                 full = torch.stack(pieces)
             else:
                 full = pieces[0] if len(pieces) == 1 else row.layout.unshard(pieces)
             self._cached = key, row.layout.split(full)
         return self._cached[1][row.hf.index(name)]
+
+    def discard_rest(self) -> None:
+        """On rank 0, when it cannot write: receive what the others are going to send, so that they are not left waiting."""
+        for key in self._unread:
+            for piece in self._pieces[key]:
+                self._receive(piece)
 
     def _receive(self, piece: tuple[_Key, int]) -> Tensor:
         holder, shape = self._holders[piece]

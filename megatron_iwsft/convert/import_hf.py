@@ -17,7 +17,7 @@ from megatron_iwsft.config.schema import Model
 from megatron_iwsft.distributed.context import Platform
 from megatron_iwsft.distributed.spawn import run_job
 from megatron_iwsft.errors import CheckpointError, ConfigError
-from megatron_iwsft.hf.directory import DTYPES
+from megatron_iwsft.hf.directory import DTYPES, SafetensorsDirectory
 from megatron_iwsft.model.gpt import ModelSettings, PolicyModel, build_model
 
 
@@ -35,8 +35,10 @@ def import_directory(
     Starts pipeline × lcm(tensor, expert) processes, each of which reads, holds and writes its own part of the model; the calling
     process is not changed. Raises CheckpointError or ConfigError, and then leaves nothing.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if "TORCHELASTIC_RUN_ID" in os.environ:
         raise ConfigError("an import starts its own processes. Run it without torchrun.")
+    SafetensorsDirectory(source)  # before processes are started, which takes seconds
+    _refuse_existing(Path(output))
     degrees = {"tensor": tensor, "pipeline": pipeline, "expert": expert, "sequence": tensor > 1}
     world_size = pipeline * math.lcm(tensor, expert)
     return Path(run_job(_import, world_size, str(source), str(output), dtype, degrees)[0])
@@ -44,8 +46,7 @@ def import_directory(
 
 def _import(platform: Platform, source: str, output: str, dtype: str, degrees: dict[str, Any]) -> str:
     """On every rank."""
-    if (Path(output) / LATEST).exists():
-        raise CheckpointError(f"{output} already holds checkpoints. Choose another --output.")
+    _refuse_existing(Path(output))
     weights = InitialWeights(Model(hf=source), seed=0)
     parallel = platform.parallel(**degrees)
     chunks = build_model(weights.architecture, parallel, platform, ModelSettings(dtype=DTYPES[dtype]))
@@ -58,6 +59,11 @@ def _import(platform: Platform, source: str, output: str, dtype: str, degrees: d
         tokenizer_files=weights.tokenizer_files,
     )
     return str(writer.save(TrainState([_SavedOnce(chunk) for chunk in chunks])))
+
+
+def _refuse_existing(output: Path) -> None:
+    if (output / LATEST).exists():
+        raise CheckpointError(f"{output} already holds checkpoints. Choose another --output.")
 
 
 class _SavedOnce:

@@ -141,27 +141,37 @@ def chosen_device(device: DeviceChoice) -> str:
     return choice
 
 
-def start(device: DeviceChoice = "auto", *, timeout_s: float = 600.0) -> Platform:
-    """Join the job that torchrun describes in the environment (or be a job of one process), on the chosen device.
+def prepare(device: DeviceChoice = "auto") -> bool:
+    """Make this process ready for the chosen device, before it imports Megatron-Core; returns whether that is CUDA.
 
-    Collective over all ranks. Raises ConfigError if the device is not available.
+    Importing Megatron-Core may import Transformer Engine, which asks the GPU for its capabilities: on CPU the stand-ins must be in
+    place. Calling it again changes nothing. Raises ConfigError if the device is not available.
     """
     choice = chosen_device(device)
     has_cuda = torch.cuda.is_available()
     if choice == "cuda" and not has_cuda:
         raise ConfigError("CUDA was requested, but torch sees no GPU. Run on CPU with IWSFT_DEVICE=cpu.")
-    use_cuda = has_cuda and choice != "cpu"
-
     quiet_megatron()
+    if has_cuda and choice != "cpu":
+        return True
+    from megatron_iwsft.distributed import cpu_backend
+
+    cpu_backend.install()
+    return False
+
+
+def start(device: DeviceChoice = "auto", *, timeout_s: float = 600.0) -> Platform:
+    """Join the job that torchrun describes in the environment (or be a job of one process), on the chosen device.
+
+    Collective over all ranks. Raises ConfigError if the device is not available.
+    """
+    use_cuda = prepare(device)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent()  # a killed torchrun leaves its workers running, and they leave the writers they have forked
         forks_die_with_their_parent()
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(name, value)
     if not use_cuda:
-        from megatron_iwsft.distributed import cpu_backend
-
-        cpu_backend.install()
         torch_device = torch.device("cpu")
     else:
         torch_device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))

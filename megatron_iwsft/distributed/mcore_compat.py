@@ -6,21 +6,18 @@ tests/distributed/test_mcore_compat.py has a canary for every name, which fails 
 from __future__ import annotations
 
 import inspect
+import io
 import logging
-import multiprocessing
 import os
-import signal
+import pickle
+import queue
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from multiprocessing import resource_tracker
-from multiprocessing.managers import SyncManager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-
-from megatron_iwsft.distributed.stop_signals import STOP_SIGNALS, die_with_spawner
 
 if TYPE_CHECKING:
     from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
@@ -75,23 +72,48 @@ def async_calls_queue() -> AsyncCallsQueue:
     return AsyncCallsQueue()
 
 
-def start_results_queue() -> None:
-    """Start the process that Megatron-Core's checkpoint writers report to, such that it ends with this one.
+class WriteResults:
+    """What checkpoint writers tell the process that forked them: a queue in anonymous memory.
 
-    Megatron-Core starts it at the first save. It would outlive a killed trainer and hold its output open, or die of the stop
-    signals that Slurm sends to all processes of a job, and the save with it.
+    Megatron-Core's own queue is a process with a socket, which can be killed, ends the run when it cannot start, and outlives a
+    killed trainer.
     """
+
+    def __init__(self) -> None:
+        self._file = os.memfd_create("write-results")
+        self._read = 0
+
+    def put(self, result: object) -> None:
+        """Append a result. One process at a time writes: a save starts when the one before is complete."""
+        content = memoryview(pickle.dumps(result))
+        os.lseek(self._file, 0, os.SEEK_END)
+        while content:
+            content = content[os.write(self._file, content) :]
+
+    def get_nowait(self) -> Any:
+        """The oldest result that was not taken yet. Raises queue.Empty if there is none, or not a whole one."""
+        content = os.pread(self._file, os.fstat(self._file).st_size - self._read, self._read)
+        stream = io.BytesIO(content)
+        try:
+            result = pickle.load(stream)
+        except (EOFError, pickle.UnpicklingError):
+            raise queue.Empty from None
+        self._read += stream.tell()
+        return result
+
+    def clear(self) -> None:
+        """Before a save: drop what an earlier one that failed has left."""
+        os.ftruncate(self._file, 0)
+        self._read = 0
+
+
+def write_results() -> WriteResults:
+    """This process's queue of write results, put in the place of Megatron-Core's."""
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-    if filesystem_async._results_queue is None:
-        manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
-        resource_tracker.ensure_running()  # otherwise it starts within the manager's start, and unblocks SIGTERM
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # which a new process inherits
-        try:
-            manager.start(initializer=die_with_spawner)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        filesystem_async._results_queue = manager.Queue()  # keeps the manager alive
+    if not isinstance(filesystem_async._results_queue, WriteResults):
+        filesystem_async._results_queue = WriteResults()
+    return filesystem_async._results_queue
 
 
 # The optimizer
@@ -144,16 +166,16 @@ def optimizer_shards(optimizer: MegatronOptimizer) -> Iterator[OptimizerShard]:
                 yield OptimizerShard(parameter, 0, main.numel(), main, inner, replicated=True)
 
 
-def prepare_gradients(optimizer: MegatronOptimizer) -> float:
+def prepare_gradients(optimizer: MegatronOptimizer) -> float | Tensor:
     """Make the reduced gradients ready for an update; returns their global norm before clipping. Collective over all ranks.
 
     Megatron-Core's optimizers skip an update by themselves only where a gradient scaler (fp16) looks for infinities.
     """
     optimizer.prepare_grads()
-    return float(optimizer.get_grad_norm())
+    return optimizer.get_grad_norm()
 
 
-def update_parameters(optimizer: MegatronOptimizer, norm: float) -> None:
+def update_parameters(optimizer: MegatronOptimizer, norm: float | Tensor) -> None:
     """Clip by the norm that `prepare_gradients` returned and update: `optimizer.step()`, which would compute the norm again."""
     from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 

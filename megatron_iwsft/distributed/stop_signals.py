@@ -7,7 +7,6 @@ the signal numbers from the interpreter's wakeup pipe.
 from __future__ import annotations
 
 import ctypes
-import multiprocessing
 import os
 import signal
 import sys
@@ -20,6 +19,13 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 # Slurm signals every process of a job step, and srun and torchrun forward theirs: one request arrives several times.
 _ONE_REQUEST_S = 3.0
+
+
+def leave_on_stop_signals() -> None:
+    """Exit with status 75 on a stop signal, until `StopSignals` is entered: for a start-up, in which nothing can be lost yet."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, lambda *_: os._exit(EXIT_REQUEUE))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
 
 class StopSignals:
@@ -88,11 +94,3 @@ def forks_die_with_their_parent() -> None:
             os._exit(EXIT_FAILURE)
 
     os.register_at_fork(before=note, after_in_child=follow)
-
-
-def die_with_spawner() -> None:
-    """`die_with_parent` for a spawned multiprocessing process, whose parent may exit while it is starting."""
-    die_with_parent()
-    parent = multiprocessing.parent_process()
-    if parent is not None and os.getppid() != parent.pid:
-        os._exit(EXIT_FAILURE)

@@ -1,8 +1,8 @@
 """torchrun that returns its workers' exit status, prints no traceback of its own, and waits for workers that stop on a signal.
 
 `python -m megatron_iwsft.distributed.torchrun [torchrun options] SCRIPT ARGS…`. Plain torchrun works too, but it always exits with
-status 1, prints its own traceback after a worker's error message, kills workers that are still saving 30 s after a SIGTERM, and,
-before torch 2.13, uses the same port for every run on a machine.
+status 1, prints its own traceback after a worker's error message, kills workers that are still saving 30 s after a SIGTERM, and has
+jobs on one machine listen on every network interface.
 """
 
 from __future__ import annotations
@@ -13,69 +13,93 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
+from typing import TYPE_CHECKING
 
-import psutil
-
+from megatron_iwsft.distributed.stop_signals import STOP_SIGNALS
 from megatron_iwsft.errors import EXIT_REQUEUE
 
-_STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
 # srun ends all nodes when the first one exits; this gives the others time to exit with the same status.
 _LEAVING_S = 2.0
+_LOOK_S = 0.2
+_STOPPED = (EXIT_REQUEUE, *(-number for number in STOP_SIGNALS))
+
+
+class StopNotice:
+    """Stop signals to this process. They are forwarded to every worker once, also to workers that start later."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self.workers_may_run = False
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._on_signal)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # launch/local.sh blocks them until here
+
+    def _on_signal(self, number: int, _: object) -> None:
+        if not self.workers_may_run:  # nothing has begun, so nothing is lost
+            os._exit(EXIT_REQUEUE)
+        self.signal = number
+        threading.Thread(target=self._forward, args=(number,), daemon=True).start()
+
+    def _forward(self, number: int) -> None:
+        import psutil
+
+        told: set[int] = set()
+        while True:
+            for worker in psutil.Process().children():
+                if worker.pid not in told:
+                    told.add(worker.pid)
+                    with contextlib.suppress(psutil.Error):  # it has just exited
+                        worker.send_signal(number)
+            time.sleep(_LOOK_S)
 
 
 def main() -> int:
+    notice = StopNotice()  # before anything that takes time
     # Workers share the machine's cores: one thread each unless the user sets another number.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     # torchrun's own SIGTERM handler would kill the workers.
     os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGINT,SIGHUP,SIGQUIT")
     if "SLURM_NODEID" in os.environ:
         os.environ.setdefault("PET_NODE_RANK", os.environ["SLURM_NODEID"])
-    signals = _forward_stop_signals()
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
     from torch.distributed.run import parse_args
 
+    from megatron_iwsft.distributed.loopback import keep_to_loopback, register_with_torchrun
+
     arguments = sys.argv[1:]
     parsed = parse_args(arguments)
-    if parsed.nnodes in ("1", "1:1") and parsed.master_port == 29500:  # the default before torch 2.13
-        arguments = ["--master_port", str(_free_port()), *arguments]
+    if parsed.nnodes in ("1", "1:1"):
+        keep_to_loopback()
+        if parsed.rdzv_backend == "static" and not parsed.standalone:
+            arguments = [f"--rdzv_backend={register_with_torchrun()}", *arguments]
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
+    notice.workers_may_run = True
     try:
         torchrun(arguments)
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        if failure.exitcode == EXIT_REQUEUE:
-            time.sleep(_LEAVING_S)
-        if failure.exitcode >= 0:
-            return failure.exitcode
-        if signals:  # the worker had not installed its handler yet, so nothing is lost
-            return EXIT_REQUEUE
-        name = signal.Signals(-failure.exitcode).name
-        print(f"rank {rank} (process {failure.pid} on {socket.gethostname()}) was ended by {name}.", file=sys.stderr)
-        return 128 - failure.exitcode
+        return _status(error, notice)
     return 0
 
 
-def _free_port() -> int:
-    with socket.socket() as unused:
-        unused.bind(("", 0))
-        return unused.getsockname()[1]
-
-
-def _forward_stop_signals() -> list[int]:
-    """Forward stop signals to the workers. Returns a list to which every received signal is appended."""
-    received: list[int] = []
-
-    def forward(number: int, _: object) -> None:
-        received.append(number)
-        for worker in psutil.Process().children():
-            with contextlib.suppress(psutil.Error):  # it may have just exited
-                worker.send_signal(number)
-
-    for number in _STOP_SIGNALS:
-        signal.signal(number, forward)
-    return received
+def _status(error: ChildFailedError, notice: StopNotice) -> int:
+    """The exit status of a job with a worker that failed."""
+    rank, failure = error.get_first_failure()
+    if failure.exitcode == EXIT_REQUEUE:
+        time.sleep(_LEAVING_S)
+    # A worker that a stop signal ended had not installed its handler yet, so nothing is lost.
+    if notice.signal and any(f.exitcode in _STOPPED for f in error.failures.values()):
+        return EXIT_REQUEUE
+    if failure.exitcode >= 0:
+        return failure.exitcode
+    name = signal.Signals(-failure.exitcode).name
+    print(f"rank {rank} (process {failure.pid} on {socket.gethostname()}) was ended by {name}.", file=sys.stderr)
+    return 128 - failure.exitcode
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch.distributed as dist
 
 from megatron_iwsft.errors import EXIT_FAILURE, PeerError, RequeueError, UserError
@@ -38,28 +37,37 @@ _LOST_BEATS = 5
 
 @dataclass(frozen=True)
 class Peer:
-    """A rank's process. place: host and PID namespace; process ids are comparable only between equal places."""
+    """A rank's process.
+
+    place    host and PID namespace; process ids are comparable only between equal places
+    started  in clock ticks since boot, which does not change when the machine's clock is set
+    """
 
     rank: int
     host: str
     place: str
     pid: int
-    started: float
+    started: int
 
     @staticmethod
     def own(rank: int) -> Peer:
         host, pid = socket.gethostname(), os.getpid()
-        return Peer(rank, host, f"{host} {os.readlink('/proc/self/ns/pid')}", pid, psutil.Process(pid).create_time())
+        return Peer(rank, host, f"{host} {os.readlink('/proc/self/ns/pid')}", pid, _start_ticks(pid) or 0)
 
     def alive(self) -> bool:
-        try:
-            process = psutil.Process(self.pid)
-            return process.create_time() == self.started and process.status() != psutil.STATUS_ZOMBIE
-        except psutil.Error:
-            return False
+        return _start_ticks(self.pid) == self.started
 
     def __str__(self) -> str:
         return f"rank {self.rank} (process {self.pid} on {self.host})"
+
+
+def _start_ticks(pid: int) -> int | None:
+    """When a process was started (proc(5), stat, field 22); None if it has ended."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else int(fields[19])
 
 
 class Watchdog:

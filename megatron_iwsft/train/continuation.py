@@ -84,20 +84,30 @@ def lock_run(run_dir: Path, at_exit: ExitStack) -> None:
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     file = at_exit.enter_context((run_dir / "lock").open("a+", encoding="utf-8"))
-    until = time.monotonic() + _LOCK_PATIENCE_S
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except BlockingIOError:
-            if time.monotonic() > until:
-                file.seek(0)
-                raise ConfigError(
-                    f"{run_dir} is in use by another job ({file.read().strip()}). Wait for it, stop it, or choose another run.dir."
-                ) from None
-            time.sleep(1)
-        except OSError:
-            return
+    directory = os.open(run_dir, os.O_RDONLY)
+    at_exit.callback(os.close, directory)
+    # The directory, too, because the file may be removed while the job runs; network file systems lock only files.
+    for handle in (directory, file.fileno()):
+        if not _locked(handle):
+            file.seek(0)
+            raise ConfigError(
+                f"{run_dir} is in use by another job ({file.read().strip()}). Wait for it, stop it, or choose another run.dir."
+            )
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}, Slurm job {os.environ.get('SLURM_JOB_ID', 'none')}\n")
     file.flush()
+
+
+def _locked(handle: int) -> bool:
+    """Lock a file or directory, or find it locked by another process for `_LOCK_PATIENCE_S`. True where there are no locks."""
+    until = time.monotonic() + _LOCK_PATIENCE_S
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() > until:
+                return False
+            time.sleep(1)
+        except OSError:
+            return True

@@ -12,7 +12,7 @@ import torch
 from megatron_iwsft.checkpoint.initial_weights import InitialWeights
 from megatron_iwsft.checkpoint.names import CHECKPOINTS
 from megatron_iwsft.checkpoint.writer import CheckpointWriter
-from megatron_iwsft.config.schema import Config, Model
+from megatron_iwsft.config.schema import Config, Model, QualityConfig
 from megatron_iwsft.data.batch_builder import BatchBuilder, ReferenceLogprobs, RowShape
 from megatron_iwsft.data.corpus import TOKENIZER, Corpus
 from megatron_iwsft.data.sampler import Quality, Sampler
@@ -30,6 +30,8 @@ from megatron_iwsft.model.gpt import ModelSettings, PolicyModel, build_model
 from megatron_iwsft.objectives.custom import find_objective, source_hash
 from megatron_iwsft.objectives.functions import Objective, Settings
 from megatron_iwsft.reference.sidecar import ReferenceIdentity
+from megatron_iwsft.train.callbacks import CallbackFunction
+from megatron_iwsft.train.callbacks.custom import load_callbacks
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class CheckedRun:
     policy, reference the initial weights of each, not yet read; the same object where the reference is the initial policy
     identity          of the reference log-probs
     evaluation        the held-out corpus, if there is one
+    callbacks         the user's own: name in the config → function
     """
 
     config: Config
@@ -52,6 +55,7 @@ class CheckedRun:
     reference: InitialWeights
     identity: ReferenceIdentity
     evaluation: Corpus | None
+    callbacks: dict[str, CallbackFunction]
 
     @property
     def run_directory(self) -> Path:
@@ -166,6 +170,7 @@ def check(config: Config, *, world_size: int) -> CheckedRun:
             dtype=config.precision.described,
         ),
         evaluation=_evaluation(config, corpus),
+        callbacks=load_callbacks(config.logging.callbacks),
     )
 
 
@@ -226,7 +231,14 @@ def _evaluation(config: Config, corpus: Corpus) -> Corpus | None:
             f"evaluation.corpus {evaluation.directory} was made with a different tokenizer than {corpus.directory}. Shard it again with "
             "the same one."
         )
+    evaluation_sampler(config, evaluation)
     return evaluation
+
+
+def evaluation_sampler(config: Config, evaluation: Corpus) -> Sampler:
+    """Every trajectory of the held-out corpus once. Raises DataError if one does not fit into a row."""
+    data = config.data.model_copy(update={"quality": QualityConfig()})
+    return make_sampler(config.model_copy(update={"data": data}), evaluation)
 
 
 def make_sampler(config: Config, corpus: Corpus) -> Sampler:

@@ -17,7 +17,7 @@ from megatron_iwsft.config.schema import Config
 from megatron_iwsft.distributed.mcore_compat import gather_parameters, prepare_gradients, update_parameters
 from megatron_iwsft.distributed.stop_signals import StopSignals
 from megatron_iwsft.distributed.watchdog import Watchdog
-from megatron_iwsft.errors import DataError, DivergenceError, RequeueError
+from megatron_iwsft.errors import CheckpointError, DataError, DivergenceError, RequeueError
 from megatron_iwsft.model.flops import training_flops
 from megatron_iwsft.model.gpt import PolicyModel
 from megatron_iwsft.objectives.breakdown import Breakdown, break_down
@@ -40,7 +40,8 @@ START_TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2, "fp8": 1e-1}
 def train(config: Config) -> dict[str, Any]:
     """Run (or continue) the training that `config` describes; returns the last step's metrics. Collective over all ranks.
 
-    Raises RequeueError when asked to stop (SIGUSR1, SIGTERM) before the end, after saving.
+    Raises CheckpointError after the end if an export failed on the way; RequeueError when asked to stop (SIGUSR1, SIGTERM) before the
+    end, after saving.
     """
     with StopSignals() as stop:
         run = start(check(config, world_size=int(os.environ.get("WORLD_SIZE", "1"))))
@@ -96,6 +97,7 @@ class Trainer:
         )
         self.batches = run.batches(run.corpus, run.sampler, sidecar)
         self.callbacks: list[Callback] = []
+        self.failures: list[str] = []
         writer = checkpoint_writer(run)
         self.checkpointer = Checkpointer(
             writer,
@@ -115,20 +117,29 @@ class Trainer:
         at_end: bool = False,
         collective: bool = False,
         phase: str = "callback",
+        saves: bool = False,
     ) -> None:
         """Call `function` with the `StepResult` after every `every`-th step, and after the last one with `at_end`.
 
-        Callbacks run in the order in which they were added. collective: on every rank, else on the main rank only. A dict that a
-        collective function returns is added to the step's metrics. phase: what the watchdog calls a collective one.
+        collective: on every rank, else on the main rank only. A dict that a collective function returns is added to the step's metrics:
+        these run first, then those on the main rank, which log the metrics, then those that save. Within each of these groups
+        callbacks run in the order in which they were added. phase: what the watchdog calls a collective one.
         """
-        self.callbacks.append(Callback(function, every, at_end, collective, phase))
+        self.insert_callback(Callback(function, every, at_end, collective, phase, saves))
+
+    def insert_callback(self, callback: Callback) -> None:
+        """Add a callback behind those of its `order`."""
+        self.callbacks.append(callback)
+        self.callbacks.sort(key=lambda other: other.order)
 
     def train(self) -> dict[str, Any]:
         """Train to the end; returns the last step's metrics."""
         state = self.state
         if self.run.platform.any(self.stop.requested):
             self.events(
-                "stopped", f"stopped before step {state.step + 1}. {self.checkpointer.standing}", step=state.step
+                "stopped",
+                f"stopped before step {state.step + 1}. {self.checkpointer.last_checkpoint_text}",
+                step=state.step,
             )
             raise RequeueError
         metrics: dict[str, Any] = {}
@@ -140,14 +151,30 @@ class Trainer:
             self._call_back(result)
             if result.stopping and not result.is_last:
                 self._save_and_leave()
-        self.watch.at(state.step, "saving at the end")
-        self.checkpointer.finish()
+        self._finish()
+        return metrics
+
+    def save(self, result: StepResult) -> None:
+        """After a step: save if this step is due, and in any case after the last one."""
+        if result.is_last:
+            self.checkpointer.finish()
+        elif not result.stopping:  # saving then follows the other callbacks
+            self.checkpointer.after_step()
+
+    def report_failure(self, text: str) -> None:
+        """Log what failed although training continues; the run then ends with CheckpointError, after its last step."""
+        self.events("failed", f"{text} Training continues.", step=self.state.step)
+        self.failures.append(text)
+
+    def _finish(self) -> None:
+        step, newest = self.state.step, self.checkpointer.directory / step_name(self.state.step)
+        past = f" Nothing to train: the run's end is step {self.total_steps}." if step > self.total_steps else ""
         self.events(
             "finished",
-            f"finished {self.total_steps} steps. Metrics: {self.run.run_directory}/metrics.jsonl. Checkpoint: "
-            f"{self.checkpointer.directory / step_name(self.total_steps)}",
+            f"finished {step} steps.{past} Metrics: {self.run.run_directory}/metrics.jsonl. Checkpoint: {newest}",
         )
-        return metrics
+        if self.failures:
+            raise CheckpointError(f"training is finished and saved as {newest}, but " + "; ".join(self.failures))
 
     def _call_back(self, result: StepResult) -> None:
         for callback in self.callbacks:
@@ -172,9 +199,15 @@ class Trainer:
         batches = self.batches.from_packs(packs)
         self.watch.at(number, "forward and backward")
         metrics |= self.step.forward_backward(batches)
+        if not metrics["trained_tokens"]:
+            raise DataError(
+                f"step {number} would train no token: the masks of its trajectories are all 0 ({', '.join(self._trajectory_ids(packs))}). "
+                f"Check the corpus with `iwsft inspect {run.corpus.directory}`."
+            )
         if number == 1 and run.objective.needs_reference:
             self._check_start(metrics)
-        metrics["grad_norm"] = prepare_gradients(self.optimizer)
+        norm = prepare_gradients(self.optimizer)
+        metrics["grad_norm"] = float(norm)
         verdict = self.monitor.judge(metrics["loss"], metrics["grad_norm"], metrics["trained_tokens"])
         self.watch.at(number, "update")
         asked_to_stop, worst = run.platform.largest(self.stop.requested, verdict)
@@ -184,7 +217,7 @@ class Trainer:
         if worst == Verdict.NOT_FINITE:
             self._skip(number, metrics, packs)
         else:
-            update_parameters(self.optimizer, metrics["grad_norm"])
+            update_parameters(self.optimizer, norm)
             self.schedule.step(increment=1)
             self.monitor.updated(metrics["loss"])
         self._update_lagged_copies(number)
@@ -236,7 +269,7 @@ class Trainer:
             self.checkpointer.wait()
             raise DivergenceError(
                 f"{self.monitor.in_a_row} steps in a row (run.max_bad_steps) had a loss or gradient that is not finite, the last one at "
-                f"step {number} ({what}). {self.checkpointer.standing} The trajectories are listed in "
+                f"step {number} ({what}). {self.checkpointer.last_checkpoint_text} The trajectories are listed in "
                 f"{self.run.run_directory}/logs/events.jsonl. Lower optimizer.lr, or remove those trajectories."
             )
 
@@ -257,7 +290,7 @@ class Trainer:
         if self.monitor.rewinds >= settings.max_rewinds:
             raise DivergenceError(
                 f"the loss spiked again at step {number}, after {self.monitor.rewinds} rewinds (run.spike.max_rewinds). "
-                f"{self.checkpointer.standing}"
+                f"{self.checkpointer.last_checkpoint_text}"
             )
         first = max(1, number - settings.batches + 1)
         rewinds, passed_over = self.monitor.rewinds + 1, {*self.monitor.passed_over, *range(first, number + 1)}
@@ -282,8 +315,13 @@ class Trainer:
     def _save_and_leave(self) -> None:
         step = self.state.step
         self.watch.at(step, "saving before leaving")
-        outcome = "start the run again to continue." if self.checkpointer.save_now() else self.checkpointer.standing
-        self.events("stopped", f"stopped after step {step} of {self.total_steps}; {outcome}", step=step)
+        saved = self.checkpointer.save_now(leaving=True)
+        outcome = "is saved." if saved else f"could not be saved. {self.checkpointer.last_checkpoint_text}"
+        self.events(
+            "stopped",
+            f"stopped after step {step} of {self.total_steps}, which {outcome} Start the run again to continue.",
+            step=step,
+        )
         raise RequeueError
 
     def _resume(self) -> None:

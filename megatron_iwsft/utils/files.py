@@ -97,7 +97,8 @@ def sampled_fingerprint(directory: Path, pattern: str) -> str:
         digest.update(f"{path.name}\0{size}\0".encode())
         with open(path, "rb") as file:
             last = max(0, size - _SAMPLE_BYTES)
-            for at in sorted({last * k // (_SAMPLES - 1) for k in range(_SAMPLES)}):
+            # In floating point: sidecars name models by these positions.
+            for at in sorted({int(k * (last / (_SAMPLES - 1))) for k in range(_SAMPLES - 1)} | {last}):
                 file.seek(at)
                 digest.update(file.read(_SAMPLE_BYTES))
     return digest.hexdigest()

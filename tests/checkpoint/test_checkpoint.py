@@ -1,11 +1,9 @@
-"""What is written, kept, and found damaged; and whose pickles are read."""
+"""Checkpoints on disk: which are kept, how damage is detected, and whose pickles are read."""
 
 from __future__ import annotations
 
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -24,7 +22,7 @@ from megatron_iwsft.hf.directory import RandomInit
 from megatron_iwsft.model.gpt import ModelSettings, build_model
 from megatron_iwsft.model.parameters import load_weights
 from megatron_iwsft.testing import run_distributed
-from tests.support import ROOT, tiny
+from tests.support import run_python, tiny
 
 pytestmark = pytest.mark.parallel
 
@@ -43,7 +41,7 @@ def damage(path: Path, kind: str) -> None:
 
 
 class Counter:
-    """Host state of one number."""
+    """A host state that is one number."""
 
     def __init__(self, step: int) -> None:
         self.step = step
@@ -56,7 +54,7 @@ class Counter:
 
 
 def write_and_load(platform, tmp: Path) -> dict[str, str]:
-    """Checkpoints of steps 1 to 6, and what loading copies of the last says, each damaged in one way."""
+    """Save steps 1 to 6; then damage one file of a copy of the last, in each way, and load it. Returns the errors."""
     parallel = platform.parallel(tensor=2)
     architecture = Architecture.from_hf(tiny.model_config(num_hidden_layers=1), where="test")
     chunks = build_model(architecture, parallel, platform, ModelSettings(dtype=torch.float32))
@@ -71,7 +69,7 @@ def write_and_load(platform, tmp: Path) -> dict[str, str]:
         writer.wait()
     assert [s.step for s in saved] == [1, 2, 3, 4, 5, 6]
     last = tmp / "run" / "checkpoints" / "step-00000006"
-    said = {}
+    errors = {}
     for file in sorted(CheckpointInfo.read(last).files):
         for kind in KINDS:
             copy = tmp / f"{file.strip('.')}-{kind}"
@@ -80,12 +78,12 @@ def write_and_load(platform, tmp: Path) -> dict[str, str]:
                 damage(copy / file, kind)
             torch.distributed.barrier()
             try:
-                load(copy, TrainState(chunks))
-                said[f"{file} {kind}"] = "loaded"
+                load(CheckpointInfo.read(copy), TrainState(chunks))
+                errors[f"{file} {kind}"] = "loaded"
             except CheckpointError as error:
-                said[f"{file} {kind}"] = str(error)
-    load(last, TrainState(chunks))
-    return said
+                errors[f"{file} {kind}"] = str(error)
+    load(CheckpointInfo.read(last), TrainState(chunks))
+    return errors
 
 
 @pytest.fixture(scope="module")
@@ -99,22 +97,22 @@ def test_every_damaged_file_is_detected_and_named_on_all_ranks(written) -> None:
     _, first, second = written
     assert first == second
     assert len(first) >= 4 * len(KINDS)
-    for case, said in first.items():
+    for case, error in first.items():
         file, kind = case.rsplit(" ", 1)
         expected = {"missing": "is missing", "truncated": "is truncated", "bit-flipped": "is damaged: its checksum"}[
             kind
         ]
-        assert file in said and expected in said, (case, said)
+        assert file in error and expected in error, (case, error)
 
 
-def test_the_newest_and_every_so_many_stay(written) -> None:
+def test_the_newest_and_every_third_are_kept(written) -> None:
     root = written[0] / "run" / "checkpoints"
     assert sorted(p.name for p in root.iterdir()) == ["latest", "step-00000003", "step-00000005", "step-00000006"]
     assert CheckpointInfo.read(root).step == 6
     assert CheckpointInfo.read(root).host == {"counter": {"step": 6}}
 
 
-def test_the_info_file_vouches_for_itself(written, tmp_path: Path) -> None:
+def test_a_changed_info_file_is_detected(written, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(written[0] / "run" / "checkpoints" / "step-00000006", tmp_path / "copy"))
     info = copy / "iwsft.json"
     info.write_text(info.read_text().replace('"step": 6', '"step": 7', 1))
@@ -123,7 +121,7 @@ def test_the_info_file_vouches_for_itself(written, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_export_checks_what_it_reads(written, tmp_path: Path, kind: str) -> None:
+def test_reading_a_tensor_checks_its_file(written, tmp_path: Path, kind: str) -> None:
     copy = Path(shutil.copytree(written[0] / "run" / "checkpoints" / "step-00000006", tmp_path / "copy"))
     name = "embedding.word_embeddings.weight"
     CheckpointTensors(copy).read(name)
@@ -136,7 +134,7 @@ def test_an_export_checks_what_it_reads(written, tmp_path: Path, kind: str) -> N
         CheckpointTensors(copy)
 
 
-def test_pickles_of_others_are_not_read(written, tmp_path: Path, monkeypatch) -> None:
+def test_pickles_of_other_users_are_not_read(written, tmp_path: Path, monkeypatch) -> None:
     copy = Path(shutil.copytree(written[0] / "run" / "checkpoints" / "step-00000006", tmp_path / "copy"))
     (copy / ".metadata").chmod(0o666)
     with pytest.raises(CheckpointError, match="can be written by every user"):
@@ -155,16 +153,16 @@ def test_pickles_of_others_are_not_read(written, tmp_path: Path, monkeypatch) ->
         CheckpointTensors(copy)
 
 
-def test_inspection_tells_whole_from_damaged(written, tmp_path: Path) -> None:
+@pytest.mark.command
+def test_inspection_reports_damaged_checkpoints(written, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(written[0] / "run", tmp_path / "run"))
     text, healthy = describe(copy, verify=True)
     assert healthy
     assert "step          6" in text and "TP 2" in text and "all checksums match" in text
     damage(next((copy / "checkpoints" / "step-00000005").glob("*.distcp")), "bit-flipped")
-    assert describe(copy, verify=False)[1], "sizes are as they were"
+    assert describe(copy, verify=False)[1], "sizes are unchanged"
     text, healthy = describe(copy, verify=True)
     assert not healthy
     assert "step-00000005: 0.000 GB, DAMAGED, 1 files" in text
-    command = [sys.executable, "tools/inspect_checkpoint.py", str(copy), "--verify"]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, text=True, capture_output=True)
+    done = run_python("tools/inspect_checkpoint.py", copy, "--verify")
     assert done.returncode == 1 and done.stdout.strip() == text.strip()

@@ -1,4 +1,4 @@
-"""Optimizer states saved and loaded in pieces at many layouts, against what Megatron-Core gathers for its own format."""
+"""Optimizer states saved and loaded at many layouts, compared with those that Megatron-Core gathers for its own format."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemReader
 
+from megatron_iwsft.checkpoint.info import CheckpointInfo
 from megatron_iwsft.checkpoint.load import load
 from megatron_iwsft.checkpoint.optimizer_state import boxes
 from megatron_iwsft.checkpoint.state import TrainState
@@ -40,12 +41,12 @@ LAYOUTS = {
 }
 EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=40, norm_topk_prob=True)
 SAVED = Optimizer()
-LOADED = Optimizer(lr=5e-2, betas=[0.5, 0.6])  # what is not a state comes from the config
+LOADED = Optimizer(lr=5e-2, betas=[0.5, 0.6])  # settings that are not state come from the config
 UPDATES = 7
 
 
 @pytest.mark.parametrize("shape", [(7,), (4, 5), (1, 6), (6, 1), (3, 4, 5), (2, 1, 3, 2)])
-def test_boxes_are_the_range_in_its_order(shape: tuple[int, ...]) -> None:
+def test_boxes_cover_a_range_in_order(shape: tuple[int, ...]) -> None:
     whole = np.arange(math.prod(shape)).reshape(shape)
     for start, end in product(range(whole.size + 1), repeat=2):
         found = list(boxes(shape, start, end))
@@ -57,7 +58,7 @@ def test_boxes_are_the_range_in_its_order(shape: tuple[int, ...]) -> None:
 
 
 def distinct_states(optimizer: Any, tensor_rank: int) -> None:
-    """Fill every state with numbers that depend on the parameter and the place in it."""
+    """Fill every state with random numbers that depend on the parameter and the position in it."""
     for part in optimizer.chained_optimizers:
         for parameter in part.model_param_gbuf_map:
             held = part._get_model_param_range_map(parameter)["param"]
@@ -90,7 +91,7 @@ def gathered(optimizer: Any, chunks: list[Any]) -> list[Any]:
 
 
 def wrong_states(optimizer: Any, chunks: list[Any], directory: Path) -> list[str]:
-    """Which of a checkpoint's states are not those that Megatron-Core gathers."""
+    """Names of a checkpoint's states that differ from those that Megatron-Core gathers."""
     stored = CheckpointTensors(directory)
     entries = gathered(optimizer, chunks)
     assert len(entries) > 30
@@ -98,7 +99,7 @@ def wrong_states(optimizer: Any, chunks: list[Any], directory: Path) -> list[str
 
 
 def different(a: Path, b: Path) -> list[str]:
-    """Which tensors of two checkpoints are not the same."""
+    """Names of the optimizer states that differ between two checkpoints."""
     names = [set(FileSystemReader(str(path)).read_metadata().state_dict_metadata) for path in (a, b)]
     states = {name for name in names[0] | names[1] if name.startswith("optimizer.")}
     assert len(states) > 30
@@ -129,29 +130,29 @@ def save_and_load(platform: Any, tmp: Path) -> dict[str, Any]:
             return parallel, chunks, build_optimizer(chunks, settings, torch.float32)
 
         parallel, chunks, optimizer = build(layouts[0], SAVED)
-        fresh = writer.save(TrainState(chunks, optimizer, step=0))  # which gives it its states
+        fresh = writer.save(TrainState(chunks, optimizer, step=0))  # creates the optimizer's states
         distinct_states(optimizer, parallel.tp.rank())
         first = writer.save(TrainState(chunks, optimizer, step=1))
         found[f"{family} saved"] = wrong_states(optimizer, chunks, first)
         for layout in layouts[1:]:
             _, chunks, optimizer = build(layout, LOADED)
-            load(first, TrainState(chunks, optimizer))
+            load(CheckpointInfo.read(first), TrainState(chunks, optimizer))
             found[f"{family} {layout} loaded"] = wrong_states(optimizer, chunks, first)
             found[f"{family} {layout} not states"] = settings_and_counts(optimizer) ^ {(5e-2, 0.5, 0.6), UPDATES}
             again = writer.save(TrainState(chunks, optimizer, step=2))
             found[f"{family} {layout} saved"] = different(first, again)
-        # An optimizer that is not distributed has the same states, whole.
+        # An optimizer that is not distributed has the same states, unsharded.
         _, chunks, optimizer = build(layouts[-1], LOADED.model_copy(update={"distributed": False}))
-        load(first, TrainState(chunks, optimizer))
+        load(CheckpointInfo.read(first), TrainState(chunks, optimizer))
         found[f"{family} not distributed"] = different(first, writer.save(TrainState(chunks, optimizer, step=2)))
-        load(fresh, TrainState(chunks, optimizer))  # from before the first update
+        load(CheckpointInfo.read(fresh), TrainState(chunks, optimizer))  # from before the first update
         found[f"{family} fresh"] = settings_and_counts(optimizer) ^ {(5e-2, 0.5, 0.6), 0}
     return found
 
 
 @pytest.mark.parallel
 @pytest.mark.slow
-def test_states_are_those_that_megatron_gathers(tmp_path: Path) -> None:
+def test_states_equal_those_that_megatron_core_gathers(tmp_path: Path) -> None:
     ranks = run_distributed(save_and_load, 4, tmp_path)
     assert len(ranks[0]) == sum(3 * len(layouts) for layouts in LAYOUTS.values())
     for found in ranks:

@@ -179,7 +179,7 @@ def save_and_attack(platform: Any, tmp: Path) -> dict[str, str]:
         shutil.copytree(saved, home / "step-00000006")
         attack(home / "step-00000006", home / CODE_RAN)
         try:
-            load(home / "step-00000006", TrainState(chunks))
+            load(CheckpointInfo.read(home / "step-00000006"), TrainState(chunks))
             said[attack.__name__] = "loaded"
         except CheckpointError as error:
             said[attack.__name__] = str(error)
@@ -236,7 +236,7 @@ def save_without_umask(platform: Any, tmp: Path) -> str:
         writer = CheckpointWriter(tmp / f"run-{asynchronous}", architecture, asynchronous=asynchronous)
         saved = writer.save(TrainState(chunks, step=6))
         writer.wait()
-        load(saved, TrainState(chunks))
+        load(CheckpointInfo.read(saved), TrainState(chunks))
     return "loaded"
 
 

@@ -1,13 +1,11 @@
-"""The iwsft command: instant help, the same options everywhere, and the commands that need no model."""
+"""The iwsft command: help without heavy imports, consistent options, and the commands that need no model."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,20 +16,14 @@ from megatron_iwsft.config.describe import fields
 from megatron_iwsft.config.schema import Config
 from megatron_iwsft.errors import ConfigError, DataError
 from megatron_iwsft.version import __version__
-from tests.support import ROOT, tiny
-from tests.support.malformed import VALID
+from tests.support import run_python, tiny, torchrun
+from tests.support.malformed_commands import VALID
 
 HEAVY = ("torch", "numpy", "pydantic", "yaml", "transformers", "megatron.core")
 
 
 def iwsft(*arguments: str, command: tuple[str, ...] = ("-m", "megatron_iwsft")) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *command, *arguments],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        text=True,
-        capture_output=True,
-    )
+    return run_python(*command, *arguments)
 
 
 @pytest.fixture
@@ -101,7 +93,7 @@ def test_a_script_is_an_alias(script: str, usage: str) -> None:
 
 @pytest.mark.command
 def test_under_torchrun_a_mistake_is_reported_once(config: str) -> None:
-    launcher = ("-m", "megatron_iwsft.distributed.torchrun", "--nproc_per_node", "2", "-m", "megatron_iwsft")
+    launcher = (*torchrun(2), "-m", "megatron_iwsft")
     done = iwsft("train", "--config", config, "data.seq_lenght=1", command=launcher)
     assert done.returncode == 2
     assert done.stderr.count("data.seq_lenght is not a known key. Did you mean seq_length?") == 1

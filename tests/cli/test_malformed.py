@@ -3,24 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 
-from tests.support import ROOT
+from tests.support import run_python
 
 
 @pytest.mark.command
 def test_every_malformed_config_and_command_line_gets_one_message() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.support.malformed"],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        text=True,
-        capture_output=True,
-    )
+    done = run_python("-m", "tests.support.malformed_commands")
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(found) >= 300

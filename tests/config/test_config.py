@@ -29,7 +29,7 @@ def test_shipped_configs_are_valid(path: Path) -> None:
     load_config(path)
 
 
-def test_an_unknown_objective_is_refused_with_the_nearest() -> None:
+def test_an_unknown_objective_is_rejected_with_the_nearest_name() -> None:
     with pytest.raises(
         ConfigError,
         match=r"objective.name: must be one of sft, iw_sft, dft, psft or .* \(nearest: iw_sft\); found 'iwsft'",

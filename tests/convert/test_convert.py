@@ -1,4 +1,4 @@
-"""Import and export at several layouts, from a running model and from checkpoints; what goes with the weights; parity."""
+"""Import and export at several layouts, from a running model and from checkpoints; supporting files; parity with transformers."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ PROVENANCE = Provenance(
 
 
 def model_with_tokenizer(path: Path, **changes) -> Path:
-    """A random model whose base stops at <|endoftext|> alone, though its template ends turns with <|im_end|>."""
+    """A random model that stops only at <|endoftext|>, though its template ends turns with <|im_end|>."""
     hf_directory(path, **changes)
     tiny.hf_tokenizer(path, vocab_size=290)
     (path / "generation_config.json").write_text(json.dumps({"eos_token_id": 0, "top_k": 20}))
@@ -61,7 +61,7 @@ def export_while_running(platform, source: str, output: str) -> None:
         weights.load(chunks, parallel)
         for dtype in ("fp32", "bf16"):
             target = Path(output) / f"{name}-{dtype}"
-            for _ in range(2):  # the second finds it there and leaves it
+            for _ in range(2):  # the second export finds the first and leaves it unchanged
                 export_running(chunks, parallel, target, supporting_files, dtype=DTYPES[dtype])
 
 
@@ -81,7 +81,7 @@ def test_a_running_model_is_exported_bit_for_bit(tmp_path: Path) -> None:
 
 
 @pytest.mark.parallel
-def test_imported_over_ranks_exported_bit_for_bit(tmp_path: Path) -> None:
+def test_an_imported_checkpoint_is_exported_bit_for_bit(tmp_path: Path) -> None:
     source = model_with_tokenizer(tmp_path / "hf", vocab_size=297)
     written = import_directory(source, tmp_path / "ck", tensor=2)
     with pytest.raises(CheckpointError, match="already holds checkpoints"):
@@ -90,7 +90,7 @@ def test_imported_over_ranks_exported_bit_for_bit(tmp_path: Path) -> None:
     same_tensors(output, source)
     assert {p.name for p in output.iterdir()} >= {"tokenizer.json", "generation_config.json", "README.md"}
 
-    # A damaged checkpoint leaves no directory under the export's name, nor under another.
+    # Exporting a damaged checkpoint leaves no directory, not even a partial one.
     shards = sorted(written.glob("*.distcp"))
     shards[-1].write_bytes(shards[-1].read_bytes()[:-3000])
     with pytest.raises(CheckpointError, match=r"is truncated: .* bytes of"):
@@ -108,7 +108,8 @@ def same_tensors(exported: Path, source: Path) -> None:
     assert [k for k in original if not torch.equal(found[k], original[k])] == []
 
 
-def test_an_import_that_fails_leaves_nothing(tmp_path: Path) -> None:
+@pytest.mark.parallel
+def test_a_failed_import_leaves_nothing(tmp_path: Path) -> None:
     source = model_with_tokenizer(tmp_path / "hf")
     file = sorted(source.glob("*.safetensors"))[0]
     file.write_bytes(file.read_bytes()[:-10])
@@ -117,7 +118,7 @@ def test_an_import_that_fails_leaves_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "ck").exists()
 
 
-def test_what_goes_with_the_weights(tmp_path: Path) -> None:
+def test_tokenizer_generation_config_and_model_card_are_exported(tmp_path: Path) -> None:
     import transformers
 
     source = model_with_tokenizer(tmp_path / "hf")
@@ -139,7 +140,7 @@ def test_what_goes_with_the_weights(tmp_path: Path) -> None:
     ):
         assert fact in card
 
-    # No generation config of its own: one is made. A template that ends turns with another token brings that one.
+    # Without a generation config, one is created. Its end-of-turn token is that of the template.
     bare = tmp_path / "bare"
     bare.mkdir()
     template = "{% for m in messages %}<|im_start|>{{ m.content }}<|endoftext|>{% endfor %}"
@@ -149,7 +150,7 @@ def test_what_goes_with_the_weights(tmp_path: Path) -> None:
 
 
 @pytest.mark.parallel
-def test_verify_goes_beyond_the_context_and_finds_a_changed_weight(tmp_path: Path) -> None:
+def test_verify_tests_beyond_the_context_and_finds_a_changed_weight(tmp_path: Path) -> None:
     source = model_with_tokenizer(tmp_path / "hf", max_position_embeddings=96)
     original = shutil.copytree(source, tmp_path / "original")
     import_directory(source, tmp_path / "ck")

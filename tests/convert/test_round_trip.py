@@ -1,9 +1,10 @@
-"""Hugging Face directories in and out: log-probs as `transformers` computes them, tensors bit for bit."""
+"""Import from and export to Hugging Face: log-probs equal those of `transformers`, tensors are equal bit for bit."""
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,8 @@ from megatron_iwsft.hf.architecture import Architecture
 from megatron_iwsft.hf.directory import SafetensorsDirectory
 from megatron_iwsft.hf.mapping import shapes
 from megatron_iwsft.hf.transformers_models import hugging_face_logprobs
-from megatron_iwsft.testing import run_distributed
 from tests.support import tiny
+from tests.support.jobs import result, run_each
 
 YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=32)
 LLAMA3 = dict(
@@ -65,60 +66,89 @@ def hf_directory(path: Path, **changes) -> Path:
     return path
 
 
-def roundtrip(platform, directories: dict[str, str], layouts: list[dict], out: str):
-    """Import each model at each layout; its log-probs where one process holds it, a checkpoint, and an export as it stands."""
+def import_and_export(platform, directory: Path, layouts: list[dict], out: Path) -> dict[str, torch.Tensor]:
+    """Import a model at each layout, save a checkpoint at out/LAYOUT, and export the running model to out/LAYOUT-running.
+
+    Returns the log-probs of IDS at the layouts in which one process has a complete model.
+    """
     from megatron_iwsft.model.gpt import ModelSettings, build_model
     from megatron_iwsft.model.parameters import load_weights
 
-    found = {}
-    for name, directory in directories.items():
-        source = SafetensorsDirectory(directory)
-        for layout in layouts:
-            if "expert" in layout and source.architecture.experts is None:
-                continue
-            parallel = platform.parallel(**layout, sequence="tensor" in layout)
-            chunks = build_model(source.architecture, parallel, platform, ModelSettings())
-            load_weights(chunks, source, parallel)
-            if parallel.pp.size() == 1 and parallel.ep.size() == 1:
-                found[name, str(layout)] = checkpoint_logprobs(chunks[0], IDS)
-            label = "-".join(f"{k}{v}" for k, v in layout.items()) or "one"
-            root = Path(out) / f"{name}@{label}"
-            writer = CheckpointWriter(root, source.architecture, layout=parallel.layout)
-            writer.save(TrainState(chunks))
-            export_running(chunks, parallel, Path(f"{root}-running"), writer.supporting_files(0), dtype=torch.float32)
-    return found
+    logprobs = {}
+    source = SafetensorsDirectory(directory)
+    for layout in layouts:
+        if "expert" in layout and source.architecture.experts is None:
+            continue
+        parallel = platform.parallel(**layout, sequence="tensor" in layout)
+        chunks = build_model(source.architecture, parallel, platform, ModelSettings())
+        load_weights(chunks, source, parallel)
+        name = "-".join(f"{k}{v}" for k, v in layout.items()) or "one"
+        if parallel.pp.size() == 1 and parallel.ep.size() == 1:
+            logprobs[name] = checkpoint_logprobs(chunks[0], IDS)
+        writer = CheckpointWriter(out / name, source.architecture, layout=parallel.layout)
+        writer.save(TrainState(chunks))
+        export_running(chunks, parallel, out / f"{name}-running", writer.supporting_files(0), dtype=torch.float32)
+    return logprobs
+
+
+class RoundTrips:
+    """The models of MODELS imported and exported at LAYOUTS, all of a number of processes in one job when first asked for."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory, self._outcomes = directory, {}
+
+    def source(self, model: str) -> Path:
+        """The Hugging Face directory that is imported."""
+        path = self.directory / model
+        return path if path.exists() else hf_directory(path, **MODELS[model])
+
+    def __call__(self, model: str, world_size: int) -> tuple[dict[str, torch.Tensor], Path]:
+        """`import_and_export`'s result and output directory."""
+        out = self.directory / f"on-{world_size}"
+        if world_size not in self._outcomes:
+            cases = {name: (self.source(name), LAYOUTS[world_size], out / name) for name in MODELS}
+            self._outcomes[world_size] = run_each(import_and_export, world_size, cases)
+        return result(self._outcomes[world_size], model), out / model
+
+
+@pytest.fixture(scope="module")
+def round_trips(tmp_path_factory: pytest.TempPathFactory) -> RoundTrips:
+    return RoundTrips(tmp_path_factory.mktemp("round-trips"))
 
 
 @pytest.mark.parallel
-@pytest.mark.parametrize("world_size", LAYOUTS)
-def test_logprobs_and_bit_exact_roundtrip(world_size: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    "world_size",
+    [pytest.param(n, marks=pytest.mark.numerics) for n in (1, 2)] + [pytest.param(4, marks=pytest.mark.slow)],
+)
+def test_logprobs_equal_transformers_and_the_round_trip_is_bit_exact(
+    world_size: int, model: str, round_trips: RoundTrips, tmp_path: Path
+) -> None:
     import transformers
     from safetensors.torch import load_file
 
-    directories = {name: hf_directory(tmp_path / name, **changes) for name, changes in MODELS.items()}
-    found = run_distributed(
-        roundtrip, world_size, {k: str(v) for k, v in directories.items()}, LAYOUTS[world_size], str(tmp_path / "ck")
-    )[0]
-    for name, directory in directories.items():
-        theirs = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-        with torch.no_grad():
-            expected = hugging_face_logprobs(theirs, IDS)
-        for (model, layout), logprobs in found.items():
-            if model == name:
-                assert (logprobs - expected).abs().max() <= 1e-4, (name, layout)
-        original = {k: v for f in directory.glob("*.safetensors") for k, v in load_file(f).items()}
-        for source in sorted((tmp_path / "ck").glob(f"{name}@*")):
-            running = source.name.endswith("-running")
-            output = source if running else export_checkpoint(source, tmp_path / "out" / source.name)
-            exported = load_file(output / "model.safetensors")
-            assert exported.keys() == original.keys()
-            assert all(torch.equal(exported[k], original[k]) for k in original), source.name
-        again = transformers.AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
-        with torch.no_grad():
-            assert torch.equal(hugging_face_logprobs(again, IDS), expected)
+    found, checkpoints = round_trips(model, world_size)
+    directory = round_trips.source(model)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    with torch.no_grad():
+        expected = hugging_face_logprobs(theirs, IDS)
+    for layout, logprobs in found.items():
+        assert (logprobs - expected).abs().max() <= 1e-4, layout
+
+    original = {k: v for f in directory.glob("*.safetensors") for k, v in load_file(f).items()}
+    for source in sorted(checkpoints.iterdir()):
+        running = source.name.endswith("-running")
+        output = source if running else export_checkpoint(source, tmp_path / source.name)
+        exported = load_file(output / "model.safetensors")
+        assert exported.keys() == original.keys()
+        assert all(torch.equal(exported[k], original[k]) for k in original), source.name
+    again = transformers.AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
+    with torch.no_grad():
+        assert torch.equal(hugging_face_logprobs(again, IDS), expected)
 
 
-def test_export_is_sharded_and_leaves_nothing_half_done(tmp_path: Path) -> None:
+def test_an_export_is_sharded_and_a_failed_one_leaves_nothing(tmp_path: Path) -> None:
     from megatron_iwsft.hf.directory import write_directory
 
     source = SafetensorsDirectory(hf_directory(tmp_path / "in"))
@@ -142,64 +172,110 @@ def test_export_is_sharded_and_leaves_nothing_half_done(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out"]
 
 
-def test_damaged_directories_are_refused_by_name(tmp_path: Path) -> None:
-    good = hf_directory(tmp_path / "good")
-    first = sorted(good.glob("*.safetensors"))[0].name
+def edit_index(change: Callable[[dict], None]) -> Callable[[Path], None]:
+    """Edits the weight map of a directory's index."""
 
-    def edit_index(directory: Path, change) -> None:
+    def edit(directory: Path) -> None:
         index = directory / "model.safetensors.index.json"
         content = json.loads(index.read_text())
         change(content["weight_map"])
         index.write_text(json.dumps(content))
 
-    def swap_in_index(directory: Path) -> None:
-        last = sorted(directory.glob("*.safetensors"))[-1].name
-        edit_index(directory, lambda weight_map: weight_map.update({"model.embed_tokens.weight": last}))
+    return edit
 
-    def add_to_index(directory: Path) -> None:
-        edit_index(directory, lambda weight_map: weight_map.update(other="again.safetensors"))
 
-    def edit_config(**changes):
-        return lambda d: (d / "config.json").write_text(
-            json.dumps(json.loads((d / "config.json").read_text()) | changes)
-        )
+def edit_config(**changes) -> Callable[[Path], None]:
+    def edit(directory: Path) -> None:
+        path = directory / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
-    cases = [
-        (lambda d: (d / first).unlink(), f"{first} is missing"),
-        (lambda d: (d / first).write_bytes((d / first).read_bytes()[:-9]), "cannot be read as safetensors"),
-        (
-            lambda d: (d / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../../x"}}'),
-            "names a file outside its directory",
-        ),
-        (lambda d: (d / "model.safetensors.index.json").write_text("[]"), "is not a valid index"),
-        (swap_in_index, "lists tensor .* in model-.*, which does not contain it"),
-        (lambda d: shutil.copy(d / first, d / "again.safetensors") and add_to_index(d), "is in two files"),
-        (lambda d: (d / "model.safetensors.index.json").unlink(), "has neither model.safetensors nor"),
-        (edit_config(intermediate_size=100), r"has shape \(96, 64\), but config.json implies \(100, 64\)"),
-        (edit_config(num_hidden_layers=5, layer_types=None), "model.layers.4.input_layernorm.weight is missing"),
-        (edit_config(num_hidden_layers=3, layer_types=None), "unexpected tensor .*, which a qwen2 model does not have"),
-        (edit_config(model_type="gpt2"), "model_type 'gpt2' is not supported"),
-        (edit_config(rope_parameters={"rope_type": "longrope"}), "rope type 'longrope' is not supported"),
-        (edit_config(rope_parameters={"rope_type": "yarn"}), "rope type yarn needs factor"),
-        (edit_config(rope_parameters={"rope_type": "linear", "factor": "4"}), "factor must be a number; found '4'"),
-        (edit_config(layer_types=["full_attention"]), "layer_types must list 4 layers"),
-        (
-            edit_config(layer_types=["chunked_attention"] * 4),
-            "layer type 'chunked_attention' is not supported",
-        ),
-        (edit_config(hidden_act="gelu"), "hidden_act 'gelu' is not supported"),
-        (edit_config(new_feature=1), "unsupported config key for qwen2: new_feature"),
-        (edit_config(hidden_size="64"), "hidden_size must be a positive integer; found '64'"),
-        (lambda d: (d / "config.json").write_text("{"), "is not valid JSON"),
-        (lambda d: (d / "config.json").unlink(), "it has no config.json"),
-    ]
-    for damage, message in cases:
-        copy = tmp_path / "copy"
-        shutil.rmtree(copy, ignore_errors=True)
-        shutil.copytree(good, copy)
-        damage(copy)
-        with pytest.raises(CheckpointError, match=message):
-            SafetensorsDirectory(copy)
+    return edit
+
+
+def write(name: str, text: str) -> Callable[[Path], None]:
+    return lambda directory: (directory / name).write_text(text) and None
+
+
+def first_file(directory: Path) -> Path:
+    return sorted(directory.glob("*.safetensors"))[0]
+
+
+def swap_in_index(directory: Path) -> None:
+    last = sorted(directory.glob("*.safetensors"))[-1].name
+    edit_index(lambda weight_map: weight_map.update({"model.embed_tokens.weight": last}))(directory)
+
+
+def store_twice(directory: Path) -> None:
+    shutil.copy(first_file(directory), directory / "again.safetensors")
+    edit_index(lambda weight_map: weight_map.update(other="again.safetensors"))(directory)
+
+
+INDEX = "model.safetensors.index.json"
+DAMAGED = {
+    "a missing file": (lambda d: first_file(d).unlink(), r"model-00001-\S+ is missing"),
+    "a truncated file": (
+        lambda d: first_file(d).write_bytes(first_file(d).read_bytes()[:-9]),
+        "cannot be read as safetensors",
+    ),
+    "a path out of the directory": (
+        write(INDEX, '{"weight_map": {"a": "../../x"}}'),
+        "names a file outside its directory",
+    ),
+    "an index that is a list": (write(INDEX, "[]"), "is not a valid index"),
+    "an index with a wrong file": (swap_in_index, "lists tensor .* in model-.*, which does not contain it"),
+    "a tensor stored twice": (store_twice, "is in two files"),
+    "no index": (lambda d: (d / INDEX).unlink(), "has neither model.safetensors nor"),
+    "a wrong shape": (
+        edit_config(intermediate_size=100),
+        r"has shape \(96, 64\), but config.json implies \(100, 64\)",
+    ),
+    "a missing layer": (
+        edit_config(num_hidden_layers=5, layer_types=None),
+        "model.layers.4.input_layernorm.weight is missing",
+    ),
+    "a layer too many": (
+        edit_config(num_hidden_layers=3, layer_types=None),
+        "unexpected tensor .*, which a qwen2 model does not have",
+    ),
+    "an unknown family": (edit_config(model_type="gpt2"), "model_type 'gpt2' is not supported"),
+    "an unknown rope": (
+        edit_config(rope_parameters={"rope_type": "longrope"}),
+        "rope type 'longrope' is not supported",
+    ),
+    "yarn without factor": (edit_config(rope_parameters={"rope_type": "yarn"}), "rope type yarn needs factor"),
+    "a factor that is text": (
+        edit_config(rope_parameters={"rope_type": "linear", "factor": "4"}),
+        "factor must be a number; found '4'",
+    ),
+    "too few layer types": (edit_config(layer_types=["full_attention"]), "layer_types must list 4 layers"),
+    "an unknown layer type": (
+        edit_config(layer_types=["chunked_attention"] * 4),
+        "layer type 'chunked_attention' is not supported",
+    ),
+    "an unknown activation": (edit_config(hidden_act="gelu"), "hidden_act 'gelu' is not supported"),
+    "an unknown config key": (edit_config(new_feature=1), "unsupported config key for qwen2: new_feature"),
+    "a size that is text": (
+        edit_config(hidden_size="64"),
+        "hidden_size must be a positive integer; found '64'",
+    ),
+    "a config that is not JSON": (write("config.json", "{"), "is not valid JSON"),
+    "no config": (lambda d: (d / "config.json").unlink(), "it has no config.json"),
+}
+
+
+@pytest.fixture(scope="module")
+def undamaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return hf_directory(tmp_path_factory.mktemp("undamaged") / "hf")
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_a_damaged_directory_is_rejected_with_the_reason(damage: str, undamaged: Path, tmp_path: Path) -> None:
+    function, message = DAMAGED[damage]
+    copy = Path(shutil.copytree(undamaged, tmp_path / "copy"))
+    SafetensorsDirectory(copy)
+    function(copy)
+    with pytest.raises(CheckpointError, match=message):
+        SafetensorsDirectory(copy)
 
 
 def test_vocabulary_padding_does_not_depend_on_the_layout() -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,12 +12,13 @@ from megatron_iwsft.config.loader import parse_config
 from megatron_iwsft.data.batch_builder import RowShape
 from megatron_iwsft.distributed.capabilities import fp8_refusal, transformer_engine
 from megatron_iwsft.errors import ConfigError
-from tests.support import ROOT, tiny
+from tests.support import run_python, tiny
 
 
 @pytest.mark.command
 def test_the_doctor_reports_versions_and_chosen_implementations() -> None:
-    found = subprocess.run([sys.executable, ROOT / "tools" / "doctor.py"], capture_output=True, text=True, check=True)
+    found = run_python("tools/doctor.py")
+    assert found.returncode == 0, found.stderr
     assert torch.__version__ in found.stdout
     assert importlib.metadata.version("megatron-core") in found.stdout
     engine, why = transformer_engine()

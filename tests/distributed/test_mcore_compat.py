@@ -1,6 +1,6 @@
-"""Canaries: every name or contract of Megatron-Core's that is not public API, on the line that is installed.
+"""Every private name or behaviour of Megatron-Core that the package relies on, in the installed version.
 
-When one fails, the message says what moved; `distributed/mcore_compat.py` is the place to adapt, or the module that the test names.
+A failure says what changed; adapt `distributed/mcore_compat.py`, or the module that the test names.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.parallel
 
 
 def built(platform: Any, *, distributed: bool = True, dtype: torch.dtype = torch.float32, **degrees: Any) -> Any:
-    """(policy, wrapped chunks, optimizer) of a tiny mixture of experts."""
+    """(policy, wrapped chunks, optimizer) of a small mixture of experts."""
     from megatron_iwsft.config.schema import Optimizer
     from megatron_iwsft.hf.architecture import Architecture
     from megatron_iwsft.hf.directory import RandomInit
@@ -45,7 +45,7 @@ def fill_gradients(chunks: list[Any]) -> None:
 
 
 def update_both_ways(platform: Any, distributed: bool, dtype: torch.dtype) -> tuple[float, float, list[str]]:
-    """Norms, and the parameters that differ after our update and after Megatron-Core's own step."""
+    """(our gradient norm, Megatron-Core's, names of parameters that differ after our update and after its step)."""
     from megatron_iwsft.distributed.mcore_compat import prepare_gradients, update_parameters
 
     found = []
@@ -66,11 +66,11 @@ def update_both_ways(platform: Any, distributed: bool, dtype: torch.dtype) -> tu
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("distributed", [True, False])
-def test_an_update_with_a_known_norm_is_megatrons_step(distributed: bool, dtype: torch.dtype) -> None:
+def test_an_update_equals_megatron_cores_step(distributed: bool, dtype: torch.dtype) -> None:
     """`optimizer.prepare_grads`, `get_grad_norm`, `clip_grad_by_total_norm_fp32`, `step_with_ready_grads`."""
     for norm, expected, different in run_distributed(update_both_ways, 2, distributed, dtype):
         assert norm == expected and different == []
-        assert norm > 0.5, "clipping has something to do"
+        assert norm > 0.5, "nothing was clipped"
 
 
 def shard_facts(platform: Any, distributed: bool, dtype: torch.dtype) -> dict[str, Any]:
@@ -97,7 +97,7 @@ def shard_facts(platform: Any, distributed: bool, dtype: torch.dtype) -> dict[st
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("distributed", [True, False])
-def test_optimizer_shards_are_the_parameters(distributed: bool, dtype: torch.dtype) -> None:
+def test_optimizer_shards_cover_the_parameters(distributed: bool, dtype: torch.dtype) -> None:
     """`model_param_gbuf_map`, `_get_model_param_range_map`, `model_param_group_index_map`, `float16_groups`."""
     ranks = run_distributed(shard_facts, 2, distributed, dtype)
     for facts in ranks:
@@ -112,7 +112,7 @@ def test_optimizer_shards_are_the_parameters(distributed: bool, dtype: torch.dty
 
 
 def names(platform: Any) -> dict[str, Any]:
-    """Whether each name that is set or read is there, or what is wrong with it."""
+    """For each private name that is set or read: whether it exists and is as expected."""
     from megatron.core import optimizer as optimizers
     from megatron.core.dist_checkpointing import save
     from megatron.core.dist_checkpointing.strategies import filesystem_async
@@ -122,7 +122,7 @@ def names(platform: Any) -> dict[str, Any]:
     from megatron.core.transformer.moe import moe_utils
     from megatron.core.transformer.moe.router import TopKRouter
 
-    from megatron_iwsft.distributed.mcore_compat import async_calls_queue, async_save_options, start_results_queue
+    from megatron_iwsft.distributed.mcore_compat import async_calls_queue, async_save_options, write_results
     from megatron_iwsft.model.moe import BalancedRouter
 
     policy, chunks, _ = built(platform)
@@ -151,14 +151,14 @@ def names(platform: Any) -> dict[str, Any]:
     queue = async_calls_queue()
     found["AsyncCallsQueue"] = all(hasattr(queue, n) for n in ("schedule_async_request", "maybe_finalize_async_calls"))
     found["async_save_options"] = set(async_save_options()) <= set(inspect.signature(save).parameters)
-    start_results_queue()
+    ours = write_results()
     # 0.16 calls it with an underscore.
     queue_of = getattr(filesystem_async, "get_write_results_queue", None) or filesystem_async._get_write_results_queue
-    found["writers report to our queue"] = queue_of() is filesystem_async._results_queue
+    found["writers report to our queue"] = queue_of() is ours
     return found
 
 
-def test_every_private_name_is_where_it_was() -> None:
+def test_every_private_name_exists() -> None:
     assert [name for name, there in run_distributed(names, 1)[0].items() if not there] == []
 
 

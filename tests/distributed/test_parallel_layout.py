@@ -1,4 +1,4 @@
-"""Layout arithmetic: rules named, parameters counted as the built model has them."""
+"""Parallel layouts: broken rules are named, estimates follow the formulas, parameter counts match built models."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def arch(**changes) -> Architecture:
         (ParallelLayout(data=2, expert=2), "expert 2, but the qwen2 family has no experts"),
     ],
 )
-def test_rules_are_named(layout: ParallelLayout, rule: str) -> None:
+def test_a_broken_rule_is_named(layout: ParallelLayout, rule: str) -> None:
     changes = dict(num_attention_heads=12, num_key_value_heads=6, head_dim=8) if "key-value" in rule else {}
     assert rule in str(layout.broken_rule(arch(**changes)))
 
@@ -43,7 +43,7 @@ MOE = dict(family="qwen3_moe", head_dim=16, num_experts=4, num_experts_per_tok=2
         (ParallelLayout(tensor=2, expert=2), "a mixture of experts with tensor ≥ 2 needs sequence: true"),
     ],
 )
-def test_rules_of_experts_are_named(layout: ParallelLayout, rule: str) -> None:
+def test_a_broken_rule_of_experts_is_named(layout: ParallelLayout, rule: str) -> None:
     assert rule in str(layout.broken_rule(arch(**MOE)))
 
 
@@ -97,7 +97,8 @@ def counted() -> list[tuple[str, ParallelLayout]]:
     return [(n, x) for n, c in COUNTED_MODELS.items() for x in COUNTED if x.broken_rule(arch(**c)) is None]
 
 
-def test_parameters_are_counted_as_they_are_built() -> None:
+@pytest.mark.parallel
+def test_parameter_counts_equal_those_of_built_models() -> None:
     built = run_distributed(built_parameters, 2)
     for name, layout in counted():
         counts = [sum(c) for c in stage_parameters(arch(**COUNTED_MODELS[name]), layout)]

@@ -1,4 +1,4 @@
-"""Losses by score and by source, and scores as the sampler weighs by them."""
+"""Loss by score and by source, and the scores that the sampler uses."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def batch(trajectory: list[int], labels: list[int], segment: list[int]) -> Batch
     )
 
 
-def test_each_token_counts_for_its_score_and_its_source() -> None:
+def test_each_token_counts_towards_its_score_and_its_source() -> None:
     groups = break_down(np.array([0.0, 1.0, 1.0]), ["math/train.jsonl", "code/train.jsonl", "math/train.jsonl"])
     assert groups is not None
     row = batch([2, 0, -1], [5, 6, IGNORE, 7, IGNORE], [0, 0, 1, 1, 2])  # the last segment is filler
@@ -40,14 +40,14 @@ def test_each_token_counts_for_its_score_and_its_source() -> None:
     }
 
 
-def test_groups_where_nothing_tells_trajectories_apart() -> None:
+def test_one_group_is_none_and_many_scores_become_quartiles() -> None:
     assert break_down(np.full(3, np.nan), ["a"] * 3) is None
     many = break_down(np.arange(100) / 1e6, ["a"] * 100)
     assert many is not None and len(set(many.names)) == 4
     assert np.bincount(many.of[0].numpy()).tolist() == [25, 25, 25, 25]
 
 
-def test_scores_of_each_source_are_scaled_and_percentiles_become_scores() -> None:
+def test_scores_are_scaled_by_source_and_percentiles_become_scores() -> None:
     scores = normalized_by_source(np.array([2.0, 4.0, 3.0, 7.0, 7.0]), ["a", "a", "a", "b", "b"])
     assert scores.tolist() == [0.0, 1.0, 0.5, 1.0, 1.0]
     with pytest.raises(DataError, match="1 have none"):

@@ -1,4 +1,4 @@
-"""A user's own objective: loaded from a file, tried before a run, refused with what it does wrong."""
+"""Custom objectives: loaded from a file, tried on made-up trajectories, rejected with the rule that they break."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WEIGHT = "    w = torch.sigmoid(t.proposal - t.reference) * t.mask\n"
 RETURN = "    return Weighted(loss=-w * t.logprobs, weight=w, clipped=torch.zeros_like(w))\n"
 
 
-def test_a_sound_objective_is_taken(tmp_path: Path) -> None:
+def test_a_valid_objective_is_loaded(tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text(HEAD + WEIGHT + RETURN)
     found = find_objective(f"{tmp_path}/own.py:mine")
     assert found.needs_reference and found.weighted and found.name.endswith("own.py:mine")
@@ -37,7 +37,7 @@ def test_a_sound_objective_is_taken(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("body", "complaint"),
+    ("body", "message"),
     [
         ("    return 1 / 0\n", "fails: ZeroDivisionError"),
         ("    return (t.logprobs * t.mask).mean()\n", "fails: AttributeError"),
@@ -54,13 +54,13 @@ def test_a_sound_objective_is_taken(tmp_path: Path) -> None:
         (WEIGHT + RETURN.replace("-w * t.logprobs", "-w * (t.logprobs - 5).sqrt()"), "finite"),
     ],
 )
-def test_an_unsound_one_is_refused(tmp_path: Path, body: str, complaint: str) -> None:
+def test_an_invalid_objective_is_rejected(tmp_path: Path, body: str, message: str) -> None:
     (tmp_path / "own.py").write_text(HEAD + body)
-    with pytest.raises(ConfigError, match=complaint.replace("\\\\", "\\")):
+    with pytest.raises(ConfigError, match=message.replace("\\\\", "\\")):
         find_objective(f"{tmp_path}/own.py:mine")
 
 
-def test_files_that_lead_nowhere(tmp_path: Path) -> None:
+def test_an_objective_that_cannot_be_loaded_is_a_config_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nowhere.py is not a Python file"):
         find_objective("nowhere.py:f")
     (tmp_path / "own.py").write_text("x = 1\n")

@@ -1,4 +1,4 @@
-"""Objectives and metrics against the written formulas, in float64 numpy."""
+"""Objectives and metrics against the published formulas in float64 numpy."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ from megatron_iwsft.objectives.functions import (
 from megatron_iwsft.objectives.loss import LossSums, micro_batch_loss, reported_metrics, sum_names
 from megatron_iwsft.objectives.metrics import WEIGHT_BINS, summarize
 
+pytestmark = pytest.mark.numerics
+
 LENGTHS = [5, 1, 9, 3]
 
 
 def data(seed: int = 0, spread: float = 1.0):
-    """Log-probs of four trajectories, with untrained positions between and after them."""
+    """(log-probs, reference, mask, segment, quality) of four trajectories, with untrained positions between and after them."""
     rng = np.random.default_rng(seed)
     ell, r, mask, segment = [], [], [], []
     for i, n in enumerate(LENGTHS):
@@ -54,7 +56,7 @@ def trajectories(ell, r, mask, segment, quality) -> Trajectories:
     )
 
 
-def written_formula(name, settings: Settings, ell, r, mask, segment, quality):
+def published_formula(name, settings: Settings, ell, r, mask, segment, quality):
     """(L, dL/dℓ, per-token weights) as published: L = −(1/N) Σ_i s_i Σ_t w_t ℓ_t, for psft −min(ρ, clip ρ) in place of −w_t ℓ_t."""
     low, high = settings.clip
     weight = np.zeros_like(ell)
@@ -98,25 +100,25 @@ CASES = [
 
 
 @pytest.mark.parametrize(("name", "settings"), CASES)
-def test_loss_and_gradient(name: str, settings: Settings) -> None:
+def test_loss_and_gradient_follow_the_formula(name: str, settings: Settings) -> None:
     values = data()
     t = trajectories(*values)
     out = micro_batch_loss(OBJECTIVES[name], t, settings)
     denominator = out.sums[sum_names(OBJECTIVES[name]).index("denominator")]
     (out.loss / denominator).backward()
-    loss, gradient, weight = written_formula(name, settings, *values)
+    loss, gradient, weight = published_formula(name, settings, *values)
     assert out.loss.item() / denominator.item() == pytest.approx(loss, rel=1e-6)
     np.testing.assert_allclose(t.logprobs.grad.double().numpy(), gradient, rtol=1e-6, atol=1e-9)
     assert out.weight_max.item() == pytest.approx(weight.max(), rel=1e-6)
 
 
 @pytest.mark.parametrize("level", ["sequence", "token"])
-def test_metrics(level: str) -> None:
+def test_metrics_follow_their_definitions(level: str) -> None:
     ell, r, mask, segment, _quality = values = data()
     settings = Settings(level=level, temperature=1.0, clip=(0.6, 1.4))
     out = micro_batch_loss(iw_sft, trajectories(*values), settings)
     metrics = metrics_of(iw_sft, out)
-    _, _, weight = written_formula("iw_sft", settings, *values)
+    _, _, weight = published_formula("iw_sft", settings, *values)
     at = mask == 1
     units = weight[at] if level == "token" else np.array([weight[(segment == i) & at][0] for i in range(len(LENGTHS))])
     means = np.array([(ell - r)[(segment == i) & at].mean() for i in range(len(LENGTHS))])
@@ -142,8 +144,8 @@ def test_metrics(level: str) -> None:
         assert metrics[name] == pytest.approx(value, rel=1e-5), name
 
 
-def test_bounds_are_ordered_and_meet_at_the_reference() -> None:
-    """1 + log x ≤ x: the iw-SFT bound is the tighter one, and both are equal where the policy is the reference."""
+def test_the_iw_sft_bound_is_tighter_and_equal_at_the_reference() -> None:
+    """Since 1 + log x ≤ x. Both are equal where the policy is the reference."""
     settings = Settings(clip=(0.0, 1e9))
     apart = micro_batch_loss(iw_sft, trajectories(*data()), settings)
     metrics = metrics_of(iw_sft, apart)
@@ -161,7 +163,7 @@ def test_enormous_ratios_stay_finite() -> None:
     assert torch.isfinite(out.loss)
 
 
-def test_infinite_ratios_are_clipped_counted_and_kept_from_the_loss() -> None:
+def test_infinite_ratios_are_clipped_and_counted() -> None:
     ell, r, mask, segment, quality = data()
     trained = np.flatnonzero(mask)
     r[trained[0]], r[trained[7]] = -np.inf, np.nan  # the reference gave a token no probability; a damaged value

@@ -1,4 +1,4 @@
-"""Small real things for tests: tokenizers, corpora and model configs, all generated."""
+"""Small generated inputs: tokenizers, corpora and model configs."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from megatron_iwsft.data.chat_template import PRESETS
 from megatron_iwsft.data.corpus import Corpus
 from megatron_iwsft.data.prepare.records import RecordFormat
 from megatron_iwsft.data.prepare.shard import ShardSettings, shard_corpus
+
+LENGTHS = [30 + (i * 37) % 90 for i in range(40)]  # tokens per trajectory of a small corpus
 
 TEXTS = [
     "What is 12 plus 30? 12 plus 30 is 42.",

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
 from megatron_iwsft.data.prepare.arithmetic import short_sums
-from tests.support import ROOT
+from tests.support import run_python
 
 
 def test_short_sums_are_correct_except_for_the_requested_fraction() -> None:
@@ -34,15 +32,14 @@ def test_short_sums_exclude_held_out_problems() -> None:
 
 
 def bench(output: Path, *arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "tools/bench/learning.py", "--output", str(output), *arguments]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    return run_python("tools/bench/learning.py", "--output", output, *arguments, OMP_NUM_THREADS="1")
 
 
+@pytest.mark.slow
 @pytest.mark.parallel
 @pytest.mark.command
-def test_a_smoke_run(tmp_path: Path) -> None:
-    """One filter and every objective, through trainer, exporter and evaluation. A second run only prints the table."""
+def test_the_quick_benchmark_compares_every_objective(tmp_path: Path) -> None:
+    """One filter, every objective: trained, exported and evaluated. A second run only prints the table."""
     output = tmp_path / "table"
     first = bench(output, "--quick")
     assert first.returncode == 0, first.stderr

@@ -1,4 +1,4 @@
-"""The layout sweep catches what it is there to catch: four classic mistakes, each put in, found, and taken out again."""
+"""The layout comparison detects four classic mistakes: each is patched in, detected, and removed again."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from megatron_iwsft.data.batch import IGNORE, Batch
 from megatron_iwsft.data.corpus import Corpus
 from megatron_iwsft.objectives.functions import Objective, Settings, Trajectories, local_segment_sum
 from megatron_iwsft.objectives.loss import LossSums, micro_batch_loss, sum_names
-from megatron_iwsft.testing import run_distributed
-from tests.train.test_layouts import TOLERANCE, Case, Loss, expected, relative_error, run_cases
+from tests.support.jobs import result, run_each
+from tests.train.test_layouts import TOLERANCE, Case, Loss, expected, relative_error, run_case
 from tests.train.test_layouts import corpus as corpus  # the fixture
 
 SLICE = Batch.slice_for_context_parallel
@@ -40,7 +40,7 @@ def nothing(*args, **kwargs) -> None:
 
 
 def of_this_rank_only(step, batch: Batch):
-    """Trajectories' sums without what other context-parallel ranks hold."""
+    """Sums of trajectories without the parts on other context-parallel ranks."""
     return local_segment_sum(batch.segment, batch.num_segments)
 
 
@@ -62,25 +62,25 @@ VARIANTS = {
 LOSS = Loss("iw_sft", Settings(clip=(0.2, 3.0)))
 
 
-def run_variants(platform, corpus_dir: str) -> dict[str, list]:
-    """Of each variant: (loss, gradients) with the mistake, and after it is taken out."""
-    out = {}
-    for name, (target, mistake, case) in VARIANTS.items():
-        with patch(target, mistake):
-            broken = run_cases(platform, corpus_dir, [case], [LOSS])
-        mended = run_cases(platform, corpus_dir, [case], [LOSS])
-        out[name] = [next(iter((x or {None: None}).values())) for x in (broken, mended)]
-    return out
+def run_variant(platform, corpus_dir: str, name: str) -> list[tuple]:
+    """(losses, gradients) with the mistake, and after it was removed."""
+    target, mistake, case = VARIANTS[name]
+    with patch(target, mistake):
+        broken = run_case(platform, corpus_dir, case, [LOSS])
+    return [broken[LOSS], run_case(platform, corpus_dir, case, [LOSS])[LOSS]]
+
+
+@pytest.fixture(scope="module")
+def outcomes(corpus: Corpus) -> dict:
+    return run_each(run_variant, 2, {name: (str(corpus.directory), name) for name in VARIANTS})
 
 
 @pytest.mark.parallel
-def test_each_mistake_is_caught(corpus: Corpus) -> None:
-    answers = run_distributed(run_variants, 2, str(corpus.directory))[0]
-    print(f"\n{'mistake':50} {'loss off by':>11} {'worst gradient':>14}   {'taken out':>9}")
-    for name, (broken, mended) in answers.items():
-        want_loss, want = expected(str(corpus.directory), "best_fit", False, False, LOSS)
-        worst = [max(relative_error(g[n], want[n]) for n in want) for _, g in (broken, mended)]
-        off = abs(broken[0][0] - want_loss[0]) / abs(want_loss[0])
-        print(f"{name:50} {off:11.1e} {worst[0]:14.1e}   {worst[1]:9.1e}")
-        assert worst[0] > 100 * TOLERANCE, name
-        assert worst[1] <= TOLERANCE, name
+@pytest.mark.numerics
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_mistake_is_detected(name: str, corpus: Corpus, outcomes: dict) -> None:
+    _, want = expected(str(corpus.directory), "best_fit", False, False, LOSS)
+    broken, fixed = (max(relative_error(g[n], want[n]) for n in want) for _, g in result(outcomes, name))
+    print(f"\n{name}: worst gradient off by {broken:.1e}, without the mistake {fixed:.1e}", end="")
+    assert broken > 100 * TOLERANCE
+    assert fixed <= TOLERANCE

@@ -1,4 +1,4 @@
-"""Warnings about weights, with advice, not at every step."""
+"""Warnings about degenerate importance weights, at most once per hundred steps."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def result(step: int, metrics: dict) -> StepResult:
     return StepResult(step, 500, metrics, stopping=False, config=parse_config(CONFIG, [], where="test"))
 
 
-def test_weights_that_say_little_are_warned_about(tmp_path: Path, capsys) -> None:
+def test_degenerate_weights_are_reported_but_not_at_every_step(tmp_path: Path, capsys) -> None:
     warnings = WeightWarnings(Logging(warn_ess_below=0.3), Events(tmp_path / "events.jsonl"))
     for step in range(1, 202):
         warnings(result(step, {"weight_ess": 0.2 if step > 1 else 0.9, "clip_fraction": 0.6 if step == 7 else 0.0}))

@@ -1,4 +1,4 @@
-"""What is said of a run that goes on with other settings."""
+"""The log of a run that is continued with other settings."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def config(*overrides: str):
     return parse_config(CONFIG, list(overrides), where="c.yaml")
 
 
-def test_what_changed_is_said() -> None:
+def test_changed_settings_are_described() -> None:
     earlier = config().model_dump()
     assert described_changes(config("run.dir=elsewhere"), earlier) == ""
     assert described_changes(config("parallel.tensor=2", "logging.wandb.mode=offline"), earlier) == (
@@ -26,7 +26,7 @@ def test_what_changed_is_said() -> None:
         assert "; the learning-rate schedule was recomputed" in described_changes(config(change), earlier)
 
 
-def test_a_setting_that_the_checkpoint_does_not_know_has_not_changed() -> None:
+def test_a_setting_missing_in_the_checkpoint_counts_as_unchanged() -> None:
     earlier = config().model_dump()
     del earlier["checkpoint"]["keep_every"], earlier["data"]["quality"]["normalize"], earlier["export"]
     new = config("checkpoint.keep_every=5", "data.quality.normalize=true", "export.at_end=true")

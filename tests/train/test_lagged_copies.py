@@ -1,9 +1,8 @@
-"""Lagged proposals and refreshed references through the trainer's own step, against float64 formulas in plain torch."""
+"""Lagged proposals and refreshed references in the trainer, against the formulas in float64 and plain torch."""
 
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +17,9 @@ from megatron_iwsft.config.schema import Config
 from megatron_iwsft.data.corpus import Corpus
 from megatron_iwsft.errors import ConfigError
 from megatron_iwsft.reference.frozen_stage import StageWithFrozenModels
-from megatron_iwsft.testing import run_distributed
 from megatron_iwsft.train.setup import make_sampler
-from tests.support import plain, tiny
+from tests.support import plain_model, tiny
+from tests.support.shared_runs import SharedRuns, copy_without_checkpoints_after
 
 pytestmark = pytest.mark.parallel
 
@@ -55,42 +54,40 @@ checkpoint: {{every: 1, keep: 9}}
     return parse_config(text, list(overrides), where=name)
 
 
-def all_runs(platform, tmp: Path) -> None:
-    from megatron_iwsft.train.trainer import train
+# What distinguishes each run from `config`. A resumed run is interrupted after step 3.
+RUNS = {name: (setting,) for name, setting in PROPOSALS.items()} | {
+    "offload": (PROPOSALS["ema"], "reference.offload=true"),
+    "interleaved": (PROPOSALS["ema"], *PIPELINE),
+    "bf16": BFLOAT16,
+    "experts": EXPERTS,
+    "resumed": (PROPOSALS["ema"],),
+    "resumed-interleaved": (PROPOSALS["ema"], *PIPELINE),
+    "resumed-bf16": BFLOAT16,
+    "resumed-experts": EXPERTS,
+}
+UNINTERRUPTED = {"resumed": "ema", "resumed-interleaved": "ema", "resumed-bf16": "bf16", "resumed-experts": "experts"}
+GROUPS = [[*PROPOSALS], ["offload", "interleaved", "bf16", "experts"], [*UNINTERRUPTED]]
 
-    for name, setting in PROPOSALS.items():
-        train(config(tmp, name, setting))
-    train(config(tmp, "offload", PROPOSALS["ema"], "reference.offload=true"))
-    train(config(tmp, "interleaved", PROPOSALS["ema"], *PIPELINE))
-    train(config(tmp, "bf16", *BFLOAT16))
-    train(config(tmp, "experts", *EXPERTS, f"evaluation.corpus={tmp}/corpus"))
-    for name, (unbroken, overrides) in {
-        "resumed": ("ema", (PROPOSALS["ema"],)),
-        "resumed-interleaved": ("ema", (PROPOSALS["ema"], *PIPELINE)),
-        "resumed-bf16": ("bf16", BFLOAT16),
-        "resumed-experts": ("experts", (*EXPERTS, f"evaluation.corpus={tmp}/corpus")),
-    }.items():
-        if platform.rank == 0:
-            shutil.copytree(tmp / unbroken, tmp / name)
-            for later in sorted((tmp / name / "checkpoints").glob("step-*"))[3:]:
-                shutil.rmtree(later)
-        torch.distributed.barrier()
-        train(config(tmp, name, *overrides))
+
+def prepare(runs: SharedRuns, name: str) -> Config:
+    if name in UNINTERRUPTED:
+        copy_without_checkpoints_after(3, runs(UNINTERRUPTED[name]), runs.directory / name)
+    evaluation = [f"evaluation.corpus={runs.directory}/corpus"] if "experts" in name else []
+    return config(runs.directory, name, *RUNS[name], *evaluation)
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> Path:
-    tmp = tmp_path_factory.mktemp("lagged")
-    tiny.token_corpus(tmp, [20 + (i * 37) % 70 for i in range(20)], scores=True)
-    run_distributed(all_runs, 2, tmp)
-    return tmp
+def lagged_runs(tmp_path_factory: pytest.TempPathFactory) -> SharedRuns:
+    directory = tmp_path_factory.mktemp("lagged")
+    tiny.token_corpus(directory, [20 + (i * 37) % 70 for i in range(20)], scores=True)
+    return SharedRuns(directory, prepare, GROUPS)
 
 
 def losses(run: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def policies(tmp: Path, run: str) -> list[dict[str, Tensor]]:
+def policies(run: Path) -> list[dict[str, Tensor]]:
     """The policy's weights before each step, float64: the initial ones, then every checkpoint's."""
     from megatron_iwsft.hf.architecture import Architecture
     from megatron_iwsft.hf.directory import RandomInit
@@ -99,16 +96,16 @@ def policies(tmp: Path, run: str) -> list[dict[str, Tensor]]:
     arch = Architecture.from_hf(MODEL, where="test")
     source = RandomInit(arch, 3)
     out = [{name: source.read(name, (0, 0, shape[0])).double() for name, shape in shapes(arch).items()}]
-    for directory in sorted((tmp / run / "checkpoints").glob("step-*")):
+    for directory in sorted((run / "checkpoints").glob("step-*")):
         read, names = hugging_face_reader(directory, CheckpointInfo.read(directory).architecture)
         out.append({name: read(name).double() for name in names})
     return out
 
 
-def expected_losses(tmp: Path, run: str) -> list[float]:
-    """Every step's loss from the policies of the run, with proposal and reference as the config describes them."""
-    settings, corpus = config(tmp, run, PROPOSALS[run]), Corpus.open(tmp / "corpus")
-    sampler, weights = make_sampler(settings, corpus), policies(tmp, run)
+def expected_losses(runs: SharedRuns, run: str) -> list[float]:
+    """Every step's loss in float64 from the run's policies, with proposal and reference as its config describes them."""
+    settings, corpus = config(runs.directory, run, PROPOSALS[run]), Corpus.open(runs.directory / "corpus")
+    sampler, weights = make_sampler(settings, corpus), policies(runs(run))
     steps_in_epoch = sampler.steps_in(0)
     proposal: dict[str, Tensor] | None = weights[0] if "refresh" not in run else None
     reference = weights[0]
@@ -126,34 +123,38 @@ def expected_losses(tmp: Path, run: str) -> list[float]:
         for i in np.concatenate(sampler.packs_at(step)).tolist():
             tokens = torch.from_numpy(corpus.tokens(i).astype(np.int64))
             mask = torch.from_numpy(corpus.mask(i)[1:].astype(np.int64))
-            ell, r, q = (plain.logprobs(w, MODEL, tokens) for w in (policy, reference, proposal or policy))
+            ell, r, q = (plain_model.logprobs(w, MODEL, tokens) for w in (policy, reference, proposal or policy))
             batch.append((ell, r, mask, float(np.float32(corpus.scores[i])), q))
-        out.append(float(plain.loss(batch, objective)))
+        out.append(float(plain_model.loss(batch, objective)))
     return out
 
 
+@pytest.mark.numerics
 @pytest.mark.parametrize("run", PROPOSALS)
-def test_proposals_and_refreshed_references_follow_the_formula(run: str, runs: Path) -> None:
-    found, expected = losses(runs / run), expected_losses(runs, run)
+def test_proposals_and_refreshed_references_follow_the_formula(run: str, lagged_runs: SharedRuns) -> None:
+    found, expected = losses(lagged_runs(run)), expected_losses(lagged_runs, run)
     assert np.allclose(found, expected, rtol=2e-6, atol=0), (found, expected)
     assert len(set(found)) == STEPS
 
 
 @pytest.mark.parametrize(
-    ("run", "unbroken"), [("resumed", 0.0), ("offload", 0.0), ("resumed-interleaved", 1e-5), ("interleaved", 1e-5)]
+    ("run", "tolerance"), [("resumed", 0.0), ("offload", 0.0), ("resumed-interleaved", 1e-5), ("interleaved", 1e-5)]
 )
-def test_the_same_wherever_the_copies_lie_and_after_a_resume(run: str, unbroken: float, runs: Path) -> None:
-    assert np.allclose(losses(runs / run), losses(runs / "ema"), rtol=unbroken, atol=0)
+def test_an_ema_is_the_same_at_any_layout_offloaded_and_resumed(
+    run: str, tolerance: float, lagged_runs: SharedRuns
+) -> None:
+    assert np.allclose(losses(lagged_runs(run)), losses(lagged_runs("ema")), rtol=tolerance, atol=0)
 
 
 @pytest.mark.parametrize("run", ["bf16", "experts"])
-def test_averages_beside_bfloat16_and_of_experts_are_resumed(run: str, runs: Path) -> None:
-    assert losses(runs / f"resumed-{run}") == losses(runs / run)
-    assert len(set(losses(runs / run))) == STEPS
+def test_an_ema_in_bf16_or_of_experts_is_resumed_bit_for_bit(run: str, lagged_runs: SharedRuns) -> None:
+    uninterrupted = losses(lagged_runs(run))
+    assert losses(lagged_runs(f"resumed-{run}")) == uninterrupted
+    assert len(set(uninterrupted)) == STEPS
 
 
-def test_microbatch_marks_reach_every_model() -> None:
-    """Megatron-Core's schedules call the method where a model has it; Transformer Engine would use stale FP8 weights without."""
+def test_every_model_learns_of_the_first_micro_batch() -> None:
+    """Megatron-Core's schedules call `set_is_first_microbatch` on the stage; without it Transformer Engine uses stale FP8 weights."""
     marked = []
 
     class Stage(torch.nn.Module):
@@ -168,14 +169,17 @@ def test_microbatch_marks_reach_every_model() -> None:
     assert marked == ["policy", "reference", "proposal"]
 
 
-def test_settings_that_do_not_go_together(tmp_path: Path) -> None:
-    for override, complaint in {
-        "objective.proposal={kind: ema}": "kind ema takes decay and update_every; found none",
-        "objective.proposal={kind: current, decay: 0.5}": "kind current takes no other field; found decay",
-        "objective={name: sft, proposal: {kind: snapshot, update_every: 2}}": "proposal.kind snapshot needs iw_sft",
-        "reference={source: cached, refresh: 3}": "refresh needs source: live",
-        "reference={source: live, refresh: sometimes}": "refresh",
-        "data.quality={mode: thresholds, thresholds: ['150%']}": "or a percentile from 0% to 100%; found '150%'",
-    }.items():
-        with pytest.raises(ConfigError, match=complaint):
-            config(tmp_path, "x", override)
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("objective.proposal={kind: ema}", "kind ema takes decay and update_every; found none"),
+        ("objective.proposal={kind: current, decay: 0.5}", "kind current takes no other field; found decay"),
+        ("objective={name: sft, proposal: {kind: snapshot, update_every: 2}}", "proposal.kind snapshot needs iw_sft"),
+        ("reference={source: cached, refresh: 3}", "refresh needs source: live"),
+        ("reference={source: live, refresh: sometimes}", "refresh"),
+        ("data.quality={mode: thresholds, thresholds: ['150%']}", "or a percentile from 0% to 100%; found '150%'"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_rejected(override: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        config(tmp_path, "x", override)

@@ -1,10 +1,12 @@
-"""The same loss and gradients at every layout, against an independent model in plain torch.
+"""Loss and gradients at every layout, against an independent model in plain torch and float64.
 
-`bash tests/run.sh -s tests/test_layouts.py` prints the table: layout × objective → relative error of loss and worst gradient.
+`bash tests/run.sh -s tests/train/test_layouts.py` prints for each layout and objective the relative errors of the loss and of the
+worst gradient.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
 
@@ -20,8 +22,9 @@ from megatron_iwsft.hf.architecture import Architecture
 from megatron_iwsft.hf.directory import RandomInit
 from megatron_iwsft.hf.mapping import shapes
 from megatron_iwsft.objectives.functions import OBJECTIVES, Settings
-from megatron_iwsft.testing import run_distributed, whole_gradients
-from tests.support import plain, tiny
+from megatron_iwsft.testing import whole_gradients
+from tests.support import plain_model, tiny
+from tests.support.jobs import result, run_each
 
 TOLERANCE = 1e-5
 LENGTHS = [37, 12, 64, 5, 29, 50, 18, 41, 33, 9, 27, 60]
@@ -30,7 +33,7 @@ SEQ_LENGTH = 64
 
 @dataclass(frozen=True)
 class Case:
-    """Parallel degrees, and what else may not change a number. expert None: a dense model."""
+    """Parallel degrees and other settings that must not change a number. expert None: a dense model."""
 
     tensor: int = 1
     pipeline: int = 1
@@ -124,7 +127,7 @@ LOSSES = [
     Loss("dft", Settings(clip=CLIP)),
     Loss("psft", Settings("token", clip=(0.8, 1.28))),
 ]
-ROUTER_BALANCE = 0.1  # where there are experts and a denominator known beforehand
+ROUTER_BALANCE = 0.1  # for experts, where the denominator is known before the forward pass
 
 
 def model(case: Case) -> dict:
@@ -140,7 +143,7 @@ def router_balance(case: Case, loss: Loss) -> float:
 
 
 def reference_logprobs(corpus: Corpus):
-    """Made-up reference log-probs, near what a random model gives, so that weights spread around 1."""
+    """Random reference log-probs close to those of a random model, so that weights are spread around 1."""
 
     def read(i: int) -> np.ndarray:
         rng = np.random.default_rng(i)
@@ -183,35 +186,32 @@ def batches(corpus: Corpus, case: Case, data_rank: int, data_size: int, context_
     )
 
 
-def run_cases(platform, corpus_dir: str, cases: list[Case], losses: list[Loss]):
-    """In every process: loss and whole gradients of step 0 for each layout and objective."""
+def run_case(platform, corpus_dir: str, case: Case, losses: Sequence[Loss] = LOSSES) -> dict[Loss, tuple]:
+    """(losses, complete gradients) of one global batch for each objective, in a job of processes."""
     from megatron_iwsft.model.gpt import ModelSettings, build_model
     from megatron_iwsft.model.parameters import load_weights
     from megatron_iwsft.train.optim import wrap_for_gradients
     from megatron_iwsft.train.step import TrainStep
 
-    corpus = Corpus.open(corpus_dir)
+    corpus, parallel = Corpus.open(corpus_dir), platform.parallel(**case.degrees)
+    arch = Architecture.from_hf(model(case), where="test")
+    policy = build_model(arch, parallel, platform, ModelSettings(recompute=case.recompute))
+    load_weights(policy, RandomInit(arch, 5), parallel)
+    chunks = wrap_for_gradients(policy, Optimizer(distributed=False, overlap_grad_reduce=case.overlap))
+    builder = batches(corpus, case, parallel.dp.rank(), parallel.dp.size(), parallel.cp.rank())
     out = {}
-    for case in cases:
-        parallel = platform.parallel(**case.degrees)
-        arch = Architecture.from_hf(model(case), where="test")
-        policy = build_model(arch, parallel, platform, ModelSettings(recompute=case.recompute))
-        load_weights(policy, RandomInit(arch, 5), parallel)
-        chunks = wrap_for_gradients(policy, Optimizer(distributed=False, overlap_grad_reduce=case.overlap))
-        builder = batches(corpus, case, parallel.dp.rank(), parallel.dp.size(), parallel.cp.rank())
-        for loss in losses:
-            step = TrainStep(
-                chunks,
-                parallel,
-                platform.device,
-                OBJECTIVES[loss.name],
-                loss.settings,
-                router_balance=router_balance(case, loss),
-            )
-            metrics = step.forward_backward(builder.at_step(compared_step(case.packing)))
-            found = (metrics["loss"], metrics.get("router_balance", 0.0))
-            out[case, loss] = (found, whole_gradients(chunks, parallel))
-    return out if platform.rank == 0 else None
+    for loss in losses:
+        step = TrainStep(
+            chunks,
+            parallel,
+            platform.device,
+            OBJECTIVES[loss.name],
+            loss.settings,
+            router_balance=router_balance(case, loss),
+        )
+        metrics = step.forward_backward(builder.at_step(compared_step(case.packing)))
+        out[loss] = (metrics["loss"], metrics.get("router_balance", 0.0)), whole_gradients(chunks, parallel)
+    return out
 
 
 @lru_cache
@@ -228,12 +228,12 @@ def expected(corpus_dir: str, packing: str, tied: bool, has_experts: bool, loss:
         tokens = torch.from_numpy(corpus.tokens(i).astype(np.int64))
         mask = torch.from_numpy(corpus.mask(i)[1:].astype(np.int64))
         routed: list = []
-        logprobs = plain.logprobs(weights, config, tokens, routed)
+        logprobs = plain_model.logprobs(weights, config, tokens, routed)
         batch.append((logprobs, torch.from_numpy(reference(i)[1:]), mask, float(np.float32(corpus.scores[i]))))
         unit = int(mask.sum()) if loss.settings.normalize == "tokens" else 1
-        balance = balance + unit * plain.router_balance(routed, config, torch.cat([mask, mask.new_zeros(1)]))
+        balance = balance + unit * plain_model.router_balance(routed, config, torch.cat([mask, mask.new_zeros(1)]))
         units += unit
-    value, coefficient = plain.loss(batch, {"name": loss.name, **vars(loss.settings)}), router_balance(case, loss)
+    value, coefficient = plain_model.loss(batch, {"name": loss.name, **vars(loss.settings)}), router_balance(case, loss)
     gradients = torch.autograd.grad(value + coefficient * balance / units, list(weights.values()))
     balance = balance / (units * config["num_hidden_layers"]) if coefficient else 0.0
     return (value.item(), float(balance)), dict(zip(weights, gradients, strict=True))
@@ -244,27 +244,45 @@ def corpus(tmp_path_factory) -> Corpus:
     return tiny.token_corpus(tmp_path_factory.mktemp("layouts"), LENGTHS, scores=True)
 
 
-WORLD_SIZES = [1, 2, *(pytest.param(n, marks=pytest.mark.slow) for n in (4, 8))]
+class Sweep:
+    """The cases of CASES: loss and gradients of each, computed in one job for each number of processes when first asked for."""
+
+    def __init__(self, corpus: Corpus) -> None:
+        self.directory, self._outcomes = str(corpus.directory), {}
+
+    def __call__(self, world_size: int, case: Case) -> dict[Loss, tuple]:
+        if world_size not in self._outcomes:
+            cases = {str(c): (self.directory, c) for c in CASES[world_size]}
+            self._outcomes[world_size] = run_each(run_case, world_size, cases)
+        return result(self._outcomes[world_size], str(case))
+
+
+@pytest.fixture(scope="module")
+def sweep(corpus: Corpus) -> Sweep:
+    return Sweep(corpus)
+
+
+ALL_CASES = [
+    pytest.param(n, case, id=f"{n}-{case}", marks=[pytest.mark.slow] if n > 2 else [])
+    for n, cases in CASES.items()
+    for case in cases
+]
 
 
 @pytest.mark.parallel
 @pytest.mark.numerics
-@pytest.mark.parametrize("world_size", WORLD_SIZES)
-def test_layouts_agree_with_plain_torch(world_size: int, corpus: Corpus) -> None:
-    found = run_distributed(run_cases, world_size, str(corpus.directory), CASES[world_size], LOSSES)[0]
-    print(
-        f"\n{'layout, of ' + str(world_size) + ' processes':64} {'objective':26} {'loss off by':>11} {'worst gradient':>14}"
-    )
+@pytest.mark.parametrize(("world_size", "case"), ALL_CASES)
+def test_a_layout_agrees_with_plain_torch(world_size: int, case: Case, sweep: Sweep) -> None:
     complaints = []
-    for (case, loss), (losses, gradients) in found.items():
-        want_losses, want = expected(str(corpus.directory), case.packing, case.tied, case.expert is not None, loss)
+    for loss, (losses, gradients) in sweep(world_size, case).items():
+        want_losses, want = expected(sweep.directory, case.packing, case.tied, case.expert is not None, loss)
         loss_error = max(abs(x - y) / abs(y) if y else abs(x) for x, y in zip(losses, want_losses, strict=True))
         errors = {name: relative_error(gradients[name], gradient) for name, gradient in want.items()}
-        print(f"{case!s:64} {loss!s:26} {loss_error:11.1e} {max(errors.values()):14.1e}")
+        print(f"\n{world_size} {case!s:62} {loss!s:26} {loss_error:8.1e} {max(errors.values()):8.1e}", end="")
         if not loss_error <= TOLERANCE:
-            complaints.append(f"[{case}] {loss}: loss, router balance {losses}, expected {want_losses}")
+            complaints.append(f"{loss}: loss, router balance {losses}, expected {want_losses}")
         complaints += [
-            f"[{case}] {loss}: {name} off by {error:.2e}; norms {gradients[name].norm():.6g}, expected {want[name].norm():.6g}"
+            f"{loss}: {name} off by {error:.2e}; norms {gradients[name].norm():.6g}, expected {want[name].norm():.6g}"
             for name, error in errors.items()
             if not error <= TOLERANCE
         ]

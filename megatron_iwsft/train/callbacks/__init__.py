@@ -38,6 +38,7 @@ class Callback:
     """`function` after every `every`-th step (0 for none), and after the last one with `at_end`.
 
     collective: called on every rank, else on the main rank only. phase: what the watchdog calls it, for a collective one.
+    saves: writes the model, after everything else.
     """
 
     function: CallbackFunction
@@ -45,6 +46,12 @@ class Callback:
     at_end: bool = False
     collective: bool = False
     phase: str = "callback"
+    saves: bool = False
+
+    @property
+    def order(self) -> int:
+        """Collective callbacks come first, since the loggers on the main rank need the metrics that they return; saving comes last."""
+        return 2 if self.saves else 0 if self.collective else 1
 
     def due(self, result: StepResult) -> bool:
         return (self.every > 0 and result.step % self.every == 0) or (self.at_end and result.is_last)

@@ -3,33 +3,41 @@
 from __future__ import annotations
 
 import traceback
+from typing import Any
 
 from megatron_iwsft.errors import ConfigError
-from megatron_iwsft.train.callbacks import Callback, StepResult
+from megatron_iwsft.train.callbacks import Callback, CallbackFunction, StepResult
 from megatron_iwsft.train.callbacks.events import Events
 from megatron_iwsft.utils.user_code import load_from_file
 
 
-def custom_callback(name: str, events: Events) -> Callback:
+def load_callbacks(names: list[str]) -> dict[str, CallbackFunction]:
+    """The functions that `logging.callbacks` names. Raises ConfigError if one cannot be loaded."""
+    found = {name: load_from_file(name, "logging.callbacks") for name in names}
+    for name, function in found.items():
+        if not callable(function):
+            raise ConfigError(f"logging.callbacks: {name} is not a function.")
+        every = getattr(function, "every", 1)
+        if type(every) is not int or every < 0:
+            raise ConfigError(f"logging.callbacks: {name}.every must be a number of steps; found {every!r}.")
+    return found
+
+
+def custom_callback(name: str, function: CallbackFunction, events: Events) -> Callback:
     """A user's function as a callback. Its attributes `every`, `at_end` and `collective` set when and where it is called.
 
     If a function that is not collective raises, this is reported once and it is not called again: a broken logger must not cost a
-    training run. A collective one ends the run, since its ranks may wait for each other. Raises ConfigError if it cannot be loaded.
+    training run. A collective one ends the run, since its ranks may wait for each other.
     """
-    function = load_from_file(name, "logging.callbacks")
-    if not callable(function):
-        raise ConfigError(f"logging.callbacks: {name} is not a function.")
     every = getattr(function, "every", 1)
     at_end, collective = (bool(getattr(function, attribute, False)) for attribute in ("at_end", "collective"))
-    if type(every) is not int or every < 0:
-        raise ConfigError(f"logging.callbacks: {name}.every must be a number of steps; found {every!r}.")
     failed = False
 
-    def guarded(result: StepResult) -> None:
+    def guarded(result: StepResult) -> dict[str, Any] | None:
         nonlocal failed
         if not failed:
             try:
-                function(result)
+                return function(result)
             except Exception:  # a user's function can raise anything
                 failed = True
                 events(
@@ -38,5 +46,6 @@ def custom_callback(name: str, events: Events) -> Callback:
                     + traceback.format_exc(),
                     step=result.step,
                 )
+        return None
 
     return Callback(function if collective else guarded, every, at_end, collective, phase=name)

@@ -22,12 +22,14 @@ if TYPE_CHECKING:
 
 
 def add_configured_callbacks(trainer: Trainer, writer: CheckpointWriter, at_exit: ExitStack) -> None:
-    """Evaluation first, so that its metrics are logged; saving last. `at_exit` closes loggers."""
+    """Evaluation, custom callbacks, loggers, saving and export. `at_exit` closes loggers."""
     run, config = trainer.run, trainer.run.config
     if run.evaluation is not None:
         trainer.add_callback(
             evaluation(run, trainer.chunks), every=config.evaluation.every, collective=True, phase="evaluation"
         )
+    for name, function in run.callbacks.items():
+        trainer.insert_callback(custom_callback(name, function, trainer.events))
     if run.is_main:
         _start_run_directory(run)
         trainer.add_callback(MetricsFile(run.run_directory / "metrics.jsonl", trainer.state.step))
@@ -37,15 +39,15 @@ def add_configured_callbacks(trainer: Trainer, writer: CheckpointWriter, at_exit
             trainer.add_callback(wandb_logger(config, at_exit))
         if config.logging.tensorboard:
             trainer.add_callback(tensorboard_logger(run.run_directory / "logs"))
-    trainer.callbacks += [custom_callback(name, trainer.events) for name in config.logging.callbacks]
+    trainer.add_callback(trainer.save, collective=True, phase="saving", saves=True)
     trainer.add_callback(
-        export(run, trainer.state, writer),
+        export(run, trainer.state, writer, trainer.report_failure),
         every=config.export.every,
         at_end=config.export.at_end,
         collective=True,
         phase="exporting",
+        saves=True,
     )
-    trainer.add_callback(lambda result: trainer.checkpointer.after_step(), collective=True, phase="saving")
 
 
 def _start_run_directory(run: StartedRun) -> None:

@@ -8,13 +8,19 @@ from megatron_iwsft.checkpoint.info import step_name
 from megatron_iwsft.checkpoint.state import TrainState
 from megatron_iwsft.checkpoint.writer import CheckpointWriter
 from megatron_iwsft.convert.export import export_running
+from megatron_iwsft.errors import CheckpointError
 from megatron_iwsft.hf.directory import DTYPES
 from megatron_iwsft.train.callbacks import StepResult
 from megatron_iwsft.train.setup import StartedRun
 
 
-def export(run: StartedRun, state: TrainState, writer: CheckpointWriter) -> Callable[[StepResult], None]:
-    """A collective callback that writes run.dir/hf/step-…; not on the way out of a run that was asked to stop."""
+def export(
+    run: StartedRun, state: TrainState, writer: CheckpointWriter, report_failure: Callable[[str], None]
+) -> Callable[[StepResult], None]:
+    """A collective callback that writes run.dir/hf/step-…; not on the way out of a run that was asked to stop.
+
+    A failure is reported on every rank, and training continues.
+    """
     dtype = DTYPES[run.config.export.dtype or run.config.precision.dtype]
 
     def write(result: StepResult) -> None:
@@ -22,6 +28,9 @@ def export(run: StartedRun, state: TrainState, writer: CheckpointWriter) -> Call
             return
         state.gather_parameters()
         output = run.run_directory / "hf" / step_name(result.step)
-        export_running(state.policy, run.parallel, output, writer.supporting_files(result.step), dtype=dtype)
+        try:
+            export_running(state.policy, run.parallel, output, writer.supporting_files(result.step), dtype=dtype)
+        except CheckpointError as error:
+            report_failure(f"the export of step {result.step} failed: {error}")
 
     return write

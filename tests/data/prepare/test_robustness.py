@@ -55,7 +55,9 @@ def settings(tokenizer: Path) -> ShardSettings:
     return ShardSettings(str(tokenizer), None, RecordFormat(score_fields=("score",)), 60_000, CURATION)
 
 
-def test_a_run_killed_twenty_times_gives_the_same_corpus(tmp_path: Path, tokenizer: Path) -> None:
+@pytest.mark.command
+@pytest.mark.parametrize("times", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_run_that_is_killed_repeatedly_gives_the_same_corpus(times: int, tmp_path: Path, tokenizer: Path) -> None:
     inputs = [tiny.write_jsonl(tmp_path / f"{k}.jsonl", records(5000, k)) for k in range(2)]
     shard_corpus(inputs, tmp_path / "uninterrupted", settings(tokenizer), show_progress=False)
     expected = files_of(tmp_path / "uninterrupted")
@@ -63,7 +65,7 @@ def test_a_run_killed_twenty_times_gives_the_same_corpus(tmp_path: Path, tokeniz
     rng = random.Random(0)
     line = command(inputs, tmp_path / "killed", tokenizer, "--workers", "2")
     kills, longest = 0, 1.0
-    while kills < 20:
+    while kills < times:
         process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         started = time.monotonic()
         with contextlib.suppress(subprocess.TimeoutExpired):

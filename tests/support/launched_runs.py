@@ -1,9 +1,7 @@
-"""Training runs of two processes under torchrun, for tests that interrupt them."""
+"""Training runs started from the command line under torchrun, for tests that stop, kill or starve them."""
 
 from __future__ import annotations
 
-import json
-import os
 import subprocess
 import sys
 import time
@@ -13,14 +11,14 @@ from pathlib import Path
 import psutil
 import yaml
 
-from megatron_iwsft.testing import comparable_metrics as metrics
-from tests.support import ROOT, tiny
+from megatron_iwsft.testing import comparable_metrics
+from tests.support import ROOT, command_environment, tiny, torchrun
 
 
-def write_config(directory: Path, scores: list[float] | None = None, **sections: dict) -> Path:
-    """A small run over a generated corpus, packed, drawn by quality; `sections` are merged into its config."""
+def write_config(directory: Path, **sections: dict) -> Path:
+    """The config of a small SFT run over a generated corpus, packed and sampled by quality, with `sections` merged into it."""
     if not (directory / "corpus").exists():
-        tiny.token_corpus(directory, [30 + (i * 37) % 90 for i in range(40)], scores=scores or True)
+        tiny.token_corpus(directory, tiny.LENGTHS, scores=True)
     config: dict[str, dict] = {
         "run": {"name": "interrupted", "dir": str(directory / "run"), "seed": 7, "device": "cpu"},
         "model": {"config": tiny.model_config(num_hidden_layers=2, tie_word_embeddings=True)},
@@ -38,58 +36,52 @@ def write_config(directory: Path, scores: list[float] | None = None, **sections:
     return path
 
 
-class Run:
-    """A run started from the command line. output: of a finished one."""
+class LaunchedRun:
+    """A training run that was started from the command line. output: what a finished one has printed."""
 
-    def __init__(
-        self, config: Path, directory: Path, *overrides: str, processes: int = 2, env: dict[str, str] | None = None
-    ) -> None:
+    def __init__(self, config: Path, directory: Path, *overrides: str, **environment: str) -> None:
         self.directory = directory
-        command = [
-            sys.executable,
-            "-m",
-            "megatron_iwsft.distributed.torchrun",
-            "--nproc_per_node",
-            str(processes),
-            "launch/train.py",
-        ]
+        command = [sys.executable, *torchrun(2), "launch/train.py", "--config", str(config), f"run.dir={directory}"]
         self.process = subprocess.Popen(
-            [*command, "--config", str(config), f"run.dir={directory}", *overrides],
+            [*command, *overrides],
             cwd=ROOT,
-            env=os.environ | {"PYTHONPATH": str(ROOT)} | (env or {}),
+            env=command_environment(**environment),
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
         )
         self.output = ""
 
-    def until(self, condition: Callable[[], bool]) -> Run:
+    def wait_until(self, condition: Callable[[], bool]) -> LaunchedRun:
+        """Raises AssertionError with the run's output if it ends before the condition holds."""
         end = time.monotonic() + 240
         while not condition():
             if self.process.poll() is not None or time.monotonic() > end:
-                raise AssertionError(f"the run did not get there:\n{self.process.communicate()[0]}")
+                self.process.kill()
+                raise AssertionError(f"the condition did not come to hold:\n{self.process.communicate()[0]}")
             time.sleep(0.05)
         return self
 
-    def steps(self, count: int) -> Run:
-        return self.until(lambda: len(metrics(self.directory)) >= count)
+    def wait_for_steps(self, count: int) -> LaunchedRun:
+        return self.wait_until(lambda: len(comparable_metrics(self.directory)) >= count)
 
     @property
     def workers(self) -> list[psutil.Process]:
-        """By rank."""
+        """The job's processes, by rank."""
         children = psutil.Process(self.process.pid).children()
         return sorted(children, key=lambda child: int(child.environ()["RANK"]))
 
+    @property
+    def all_processes(self) -> list[psutil.Process]:
+        """torchrun, the job's processes, and those that they have started."""
+        top = psutil.Process(self.process.pid)
+        return [top, *top.children(recursive=True)]
+
     def finish(self) -> int:
-        """The exit status."""
+        """Wait for the end; returns the exit status."""
         try:
             self.output = self.process.communicate(timeout=300)[0]
         except subprocess.TimeoutExpired:
             self.process.kill()
             raise
         return self.process.returncode
-
-
-def events(run: Path, kind: str) -> list[dict]:
-    lines = [json.loads(line) for line in (run / "logs" / "events.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["event"] == kind]

@@ -1,4 +1,4 @@
-"""Malformed configs and command lines: python -m tests.support.malformed [--fresh] runs each and prints its output, as JSON lines.
+"""Malformed configs and command lines: python -m tests.support.malformed_commands [--fresh] runs each and prints its output, as JSON lines.
 
 Each runs in a fork of this process, which has imported only the config schema of the package. With --fresh each runs in a new process,
 and the time of the slowest is printed.
@@ -9,14 +9,13 @@ from __future__ import annotations
 import json
 import os
 import runpy
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from tests.support import ROOT
+from tests.support import ROOT, run_python
 
 SHARD = ["tools/shard_corpus.py", "a", "--output", "b", "--tokenizer", "c"]
 VALID = {
@@ -48,9 +47,7 @@ def cases(directory: Path) -> dict[str, tuple[list[str], str]]:
         out[f"{key} of the wrong type"] = ([*train, f"{key}={{a: [1, {{b: 2}}]}}"], key.rpartition(".")[0] or key)
         out[f"{key} misspelt"] = ([*train, f"{key}_=1"], f"{key}_ is not a known key")
         out[f"{key} as a section"] = ([*train, f"{key}=1", f"{key}.x=1"], key.rpartition(".")[2])
-    out.pop(
-        "model.config of the wrong type", None
-    )  # any mapping may be a model's config, as far as this stage can tell
+    out.pop("model.config of the wrong type", None)  # at this stage any mapping can be a model's config
     texts = {
         "empty": ("", "must be a mapping with sections"),
         "a list": ("- run\n- model\n", "must be a mapping with sections"),
@@ -234,7 +231,7 @@ def run_forked(command: list[str]) -> dict[str, Any]:
 
 
 def run_fresh(command: list[str]) -> dict[str, Any]:
-    done = subprocess.run([sys.executable, *command], text=True, capture_output=True)
+    done = run_python(*command)
     return {"status": done.returncode, "output": done.stdout + done.stderr, "torch": False}
 
 

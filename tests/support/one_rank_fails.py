@@ -1,4 +1,4 @@
-"""Run by test_faults under torchrun: one rank raises while the others wait for it."""
+"""A job in which one rank raises while the others wait for it in a collective. test_faults runs this module under torchrun."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """An independent reference: a decoder in plain torch with Hugging Face's tensor names, and the objectives from full logits.
 
-Shares no code with the package. One trajectory at a time, no packing, no parallelism, any dtype.
+It shares no code with the package: one trajectory at a time, no packing, no parallelism, any dtype.
 """
 
 from __future__ import annotations

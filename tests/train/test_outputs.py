@@ -1,0 +1,60 @@
+"""What a run leaves: evaluation in its metrics, exports, and the checkpoints that it is configured to keep."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_iwsft.data.corpus import Corpus
+from megatron_iwsft.testing import comparable_metrics
+from tests.support.shared_runs import SharedRuns
+from tests.support.tiny import LENGTHS
+
+pytestmark = pytest.mark.parallel
+
+
+def test_evaluation_does_not_change_training(runs: SharedRuns) -> None:
+    evaluated = [{k: v for k, v in line.items() if k != "eval_nll"} for line in comparable_metrics(runs("evaluated"))]
+    assert evaluated == comparable_metrics(runs("cached"))
+
+
+def test_unpacked_sequences_are_trained_on_and_evaluated(runs: SharedRuns) -> None:
+    lines = comparable_metrics(runs("unpacked"))
+    assert len(lines) == 2 * len(LENGTHS) // 4
+    assert [("eval_nll" in m) for m in lines] == [i % 2 == 1 for i in range(len(lines))]
+    assert lines[-1]["eval_nll"] < lines[1]["eval_nll"]
+
+
+def test_every_due_checkpoint_and_the_last_are_saved(runs: SharedRuns) -> None:
+    kept = sorted(p.name for p in (runs("cached") / "checkpoints").iterdir())
+    assert kept == ["latest", *(f"step-{step:08d}" for step in (3, 6, 9, 12, 14))]
+
+
+def test_old_checkpoints_are_removed(runs: SharedRuns) -> None:
+    assert len(sorted((runs("sft") / "checkpoints").glob("step-*"))) == 1, "checkpoint.keep is 1"
+
+
+def test_an_exported_model_gives_the_reported_evaluation_loss(runs: SharedRuns, tmp_path: Path) -> None:
+    from megatron_iwsft.convert.export import export_checkpoint
+    from megatron_iwsft.evaluate.score import score_corpus
+
+    run = runs("unpacked")
+    reported = comparable_metrics(run)[-1]["eval_nll"]
+    score = score_corpus(export_checkpoint(run, tmp_path / "hf"), runs.directory / "corpus")
+    assert score.nll == pytest.approx(reported, abs=1e-4)
+    assert score.trajectories == len(LENGTHS)
+
+
+def test_exports_during_training_equal_exports_of_its_checkpoints(runs: SharedRuns, tmp_path: Path) -> None:
+    from megatron_iwsft.convert.export import export_checkpoint
+
+    run = runs("overlap")
+    exports = run / "hf"
+    assert sorted(p.name for p in exports.iterdir()) == ["step-00000007", "step-00000014"]
+    offline = export_checkpoint(run, tmp_path / "hf")
+    for file in offline.iterdir():
+        assert (exports / "step-00000014" / file.name).read_bytes() == file.read_bytes(), file.name
+    card = (offline / "README.md").read_text()
+    assert Corpus.open(runs.directory / "corpus").fingerprint in card
+    assert "run: overlap" in card

@@ -1,0 +1,39 @@
+"""A resumed run repeats the uninterrupted one: bit for bit at the same layout, within rounding at another."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+from megatron_iwsft.testing import comparable_metrics
+from tests.support.iw_sft_runs import RESUMED, RESUMED_ELSEWHERE, config
+from tests.support.metrics import assert_close_metrics
+from tests.support.shared_runs import SharedRuns, assert_same_checkpoints, train_on
+
+pytestmark = pytest.mark.parallel
+
+
+@pytest.mark.parametrize("run", RESUMED)
+def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(run: str, runs: SharedRuns) -> None:
+    resumed, uninterrupted = runs(run), runs(RESUMED[run])
+    assert comparable_metrics(resumed) == comparable_metrics(uninterrupted)
+    assert_same_checkpoints(resumed, uninterrupted)
+
+
+@pytest.mark.parametrize("run", RESUMED_ELSEWHERE)
+def test_a_run_resumes_at_another_layout(run: str, runs: SharedRuns) -> None:
+    resumed, uninterrupted = comparable_metrics(runs(run)), comparable_metrics(runs(RESUMED_ELSEWHERE[run]))
+    assert_close_metrics(resumed, uninterrupted, 1e-5)
+
+
+def test_a_run_resumes_from_the_newest_undamaged_checkpoint(runs: SharedRuns) -> None:
+    run = shutil.copytree(runs("cached"), runs.directory / "damaged")
+    before, newest = sorted((run / "checkpoints").glob("step-*"))[-2:]
+    for file in newest.glob("*.distcp"):
+        file.write_bytes(b"")
+    for name in ("common.pt", "metadata.json"):  # every rank reads these, not only its own shard
+        (before / name).write_bytes(b"")
+    train_on(2, config(runs.directory, "damaged"))
+    assert comparable_metrics(run) == comparable_metrics(runs("cached"))
+    assert_same_checkpoints(run, runs("cached"))
