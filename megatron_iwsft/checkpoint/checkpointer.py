@@ -69,7 +69,7 @@ class Checkpointer:
     def roll_back(self, *, before: int) -> int | None:
         """Load the newest checkpoint of step `before` or earlier, and remove later ones; returns its step, None if there is none."""
         self.wait()
-        self._state.before_reading()
+        self._state.gather_parameters()
         info = self._load_first_of([d for d in complete_checkpoints(self.directory) if step_of(d) <= before])
         if info is None:
             return None

@@ -27,14 +27,12 @@ from torch.distributed.checkpoint.api import CheckpointException  # a BaseExcept
 from typing_extensions import TypedDict  # pydantic asks for this one before Python 3.12
 
 from megatron_iwsft.checkpoint import integrity
+from megatron_iwsft.checkpoint.names import CHECKPOINTS, INFO, LATEST
 from megatron_iwsft.distributed.parallel_layout import ParallelLayout
 from megatron_iwsft.errors import CheckpointError
 from megatron_iwsft.hf.architecture import Architecture
 from megatron_iwsft.utils.json_files import KEEP_UNKNOWN_KEYS, PlainPath, check_json, is_regular_file, read_json
 
-INFO = "iwsft.json"
-LATEST = "latest"
-TOKENIZER = "tokenizer"
 FORMAT_VERSION = 4
 _NAME = re.compile(r"step-\d{8,}")
 
@@ -133,7 +131,7 @@ def _newest(directory: Path) -> Path:
     """`directory` itself, or the newest checkpoint below it if it is a run directory or a directory of checkpoints."""
     if (directory / INFO).exists():
         return directory
-    for parent in (directory, directory / "checkpoints"):
+    for parent in (directory, directory / CHECKPOINTS):
         if (parent / LATEST).exists():
             newest = parent / read_latest(parent)
             # A run can be killed between replacing a checkpoint and updating `latest`.

@@ -11,8 +11,9 @@ import torch
 import torch.distributed as dist
 from megatron.core.fp8_utils import is_float8tensor
 
-from megatron_iwsft.checkpoint.info import TOKENIZER, CheckpointInfo
+from megatron_iwsft.checkpoint.info import CheckpointInfo
 from megatron_iwsft.checkpoint.load import load
+from megatron_iwsft.checkpoint.names import TOKENIZER
 from megatron_iwsft.checkpoint.state import TrainState
 from megatron_iwsft.config.schema import Model
 from megatron_iwsft.distributed.context import ParallelContext

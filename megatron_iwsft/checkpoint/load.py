@@ -9,7 +9,8 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException  # a BaseException
 
 from megatron_iwsft.checkpoint import integrity
-from megatron_iwsft.checkpoint.info import INFO, CheckpointInfo, one_line
+from megatron_iwsft.checkpoint.info import CheckpointInfo, one_line
+from megatron_iwsft.checkpoint.names import INFO
 from megatron_iwsft.checkpoint.pickles import check_pickles, read_metadata
 from megatron_iwsft.checkpoint.state import TrainState
 from megatron_iwsft.errors import CheckpointError

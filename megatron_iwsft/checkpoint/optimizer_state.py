@@ -2,7 +2,7 @@
 
 Megatron-Core's distributed optimizer gives a data-parallel rank a range of each parameter's flattened elements. Its own reshardable
 format, `fully_reshardable`, saves each state in its parameter's shape, and gathers all ranges on every rank to get there. But a
-range of a row-major array is a few boxes of it. Of a parameter of 4 × 5, elements 3 … 16 are
+range of a row-major array decomposes into a few rectangular blocks. Elements 3 … 16 of a parameter of 4 × 5 are
 
     . . . a a        the rest of a row,
     b b b b b        full rows,

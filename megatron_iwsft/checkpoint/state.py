@@ -37,7 +37,7 @@ class TrainState:
     optimizer, schedule  Megatron-Core's; None for weights alone
     lagged     copies that follow the policy
     host       name → small state, such as the divergence monitor
-    before_reading  called before parameters are saved or exported: overlapped gathering may not have delivered them yet
+    gather_parameters  completes an overlapped all-gather of parameters; called before they are saved or exported
     step       finished steps
     """
 
@@ -46,7 +46,7 @@ class TrainState:
     schedule: OptimizerParamScheduler | None = None
     lagged: Sequence[LaggedCopy] = ()
     host: dict[str, HostState] = field(default_factory=dict)
-    before_reading: Callable[[], None] = _nothing
+    gather_parameters: Callable[[], None] = _nothing
     step: int = 0
 
     def sharded(self, *, random: bool) -> dict[str, Any]:
@@ -88,7 +88,7 @@ class TrainState:
         return {name: part.state() for name, part in self.host.items()}
 
     def load_host_states(self, states: dict[str, Any]) -> None:
-        """A state that the checkpoint does not have stays as it is."""
+        """States missing from the checkpoint are left unchanged."""
         for name, part in self.host.items():
             if name in states:
                 part.load_state(states[name])

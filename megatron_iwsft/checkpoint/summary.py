@@ -6,7 +6,8 @@ from pathlib import Path
 
 import yaml
 
-from megatron_iwsft.checkpoint.info import LATEST, CheckpointInfo, complete_checkpoints, read_latest
+from megatron_iwsft.checkpoint.info import CheckpointInfo, complete_checkpoints, read_latest
+from megatron_iwsft.checkpoint.names import CHECKPOINTS, LATEST
 from megatron_iwsft.errors import CheckpointError
 from megatron_iwsft.utils.files import PARTIAL
 
@@ -17,7 +18,7 @@ def describe(path: Path, *, verify: bool, config: bool = False) -> tuple[str, bo
     verify: hash every file instead of comparing sizes only. Raises CheckpointError if there is none.
     """
     parts, healthy = [], True
-    for root in (path / "checkpoints", path):
+    for root in (path / CHECKPOINTS, path):
         found = complete_checkpoints(root)
         if found:
             for directory in found:

@@ -13,7 +13,8 @@ from torch.distributed.checkpoint.api import CheckpointException  # a BaseExcept
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_iwsft.checkpoint import integrity
-from megatron_iwsft.checkpoint.info import INFO, CheckpointInfo, one_line
+from megatron_iwsft.checkpoint.info import CheckpointInfo, one_line
+from megatron_iwsft.checkpoint.names import INFO
 from megatron_iwsft.checkpoint.pickles import METADATA, read_metadata
 from megatron_iwsft.errors import CheckpointError
 from megatron_iwsft.hf.architecture import Architecture

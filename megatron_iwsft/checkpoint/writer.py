@@ -20,9 +20,6 @@ from torch.distributed.checkpoint.api import CheckpointException  # a BaseExcept
 
 from megatron_iwsft.checkpoint.info import (
     FORMAT_VERSION,
-    INFO,
-    LATEST,
-    TOKENIZER,
     complete_checkpoints,
     info_checksum,
     one_line,
@@ -30,7 +27,9 @@ from megatron_iwsft.checkpoint.info import (
     step_of,
 )
 from megatron_iwsft.checkpoint.integrity import FileSum, file_sum
+from megatron_iwsft.checkpoint.names import INFO, LATEST, TOKENIZER
 from megatron_iwsft.checkpoint.state import TrainState
+from megatron_iwsft.data.tokenizer import CHAT_TEMPLATE
 from megatron_iwsft.distributed.mcore_compat import async_calls_queue, async_save_options, write_results
 from megatron_iwsft.distributed.parallel_layout import ParallelLayout
 from megatron_iwsft.errors import CheckpointError
@@ -100,7 +99,7 @@ class CheckpointWriter:
         self.wait()
         write_results().clear()
         started = time.perf_counter()
-        state.before_reading()
+        state.gather_parameters()
         final = self.root / step_name(state.step)
         sharded = state.sharded(random=state.optimizer is not None)
         directory = self._prepare(final, _bytes_to_write(sharded))
@@ -218,7 +217,7 @@ class CheckpointWriter:
         for file in self.tokenizer_files:
             shutil.copyfile(file, directory / TOKENIZER / file.name)
         if self.chat_template is not None:
-            (directory / TOKENIZER / "chat_template.jinja").write_text(self.chat_template, encoding="utf-8")
+            (directory / TOKENIZER / CHAT_TEMPLATE).write_text(self.chat_template, encoding="utf-8")
         files = {name: entry for rank in sums for name, entry in rank.items()}
         for path in sorted(p for p in directory.rglob("*") if p.is_file()):
             name = path.relative_to(directory).as_posix()

@@ -1,4 +1,4 @@
-"""Show what this machine has, what that enables, what to install for more, and which implementations a run here uses.
+"""Show what this machine has, what that enables, what to install for more, and which implementations runs use.
 
 Lines that start with ! name something missing.
 
@@ -27,5 +27,5 @@ def run(args: argparse.Namespace) -> None:
             print(line.rstrip(), flush=True)
 
     show(examine())
-    print("\nA run here takes")
+    print("\nImplementations used on this machine")
     show(paths())

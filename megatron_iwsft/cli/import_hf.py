@@ -1,4 +1,4 @@
-"""Convert a Hugging Face directory (safetensors) to a checkpoint, with one process per tensor × pipeline rank.
+"""Convert a Hugging Face directory (safetensors) to a checkpoint, with pipeline × lcm(tensor, expert) processes.
 
 A config can also load the directory itself (model.hf); a checkpoint is worth it when many runs start from it.
 

@@ -14,11 +14,12 @@ import argparse
 import sys
 from pathlib import Path
 
+from megatron_iwsft.checkpoint.names import CHECKPOINTS, INFO, LATEST
 from megatron_iwsft.errors import ConfigError, DataError
 from megatron_iwsft.utils.cli import positive_int
 
 _CORPUS_FILES = ("manifest.json", "shard-*")
-_CHECKPOINT_FILES = ("iwsft.json", "latest", "checkpoints", "step-*")
+_CHECKPOINT_FILES = (INFO, LATEST, CHECKPOINTS, "step-*")
 _CORPUS_OPTIONS = ("seq_length", "samples", "seed", "html", "to_jsonl")
 
 

@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> None:
         data=args.data,
         sequence=args.tensor > 1,
     )
-    broken = layout.broken_rule_for(arch)
+    broken = layout.broken_rule(arch)
     if broken:
         raise ConfigError(f"{broken}.")
     print(f"{'':20} {'FLOPs':>8} {'GB per GPU':>11} {'GB host':>9} {'GB disk':>9}")

@@ -10,6 +10,7 @@ import yaml
 from pydantic import Field, field_validator, model_validator
 
 from megatron_iwsft.config.section import NonNegativeFloat, NonNegativeInt, PositiveInt, Section, Share
+from megatron_iwsft.distributed.fp8_recipes import FP8Recipe
 from megatron_iwsft.distributed.parallel_layout import ParallelLayout
 from megatron_iwsft.objectives.functions import OBJECTIVES
 
@@ -142,6 +143,15 @@ class Proposal(Section):
         return self
 
 
+def _default_clips() -> str:
+    texts = []
+    for objective in OBJECTIVES.values():
+        if objective.needs_reference:
+            levels = (f"[{low:g}, {high:g}] at {level} level" for level, (low, high) in objective.default_clip.items())
+            texts.append(f"{objective.name} {', '.join(levels)}")
+    return "; ".join(texts) + "."
+
+
 class Objective(Section):
     """The loss: L = −(1/N) Σ_i s_i Σ_t w_t log π(a_t | s_t), with the weights w_t from proposal and reference."""
 
@@ -151,9 +161,10 @@ class Objective(Section):
     """For iw_sft. sequence: one weight per trajectory, from its mean log-ratio. token: one weight per token."""
     temperature: NonNegativeFloat = 1.0
     """τ in w = clip(exp(τ · log-ratio))."""
-    clip: list[float] | None = None
-    """[low, high] bounds of the weights; for psft of the probability ratio.
-    null: [0, 16] at sequence level, [0.2, 1.8] at token level, [0.8, 1.28] for psft."""
+    clip: list[float] | None = Field(
+        default=None,
+        description="[low, high] bounds of the weights; for psft of the probability ratio.\nnull: " + _default_clips(),
+    )
     normalize: Literal["tokens", "weights", "sequences"] = "tokens"
     """The denominator N of the loss, over the global batch.
     tokens: trained tokens. weights: the sum of s_i w_t over tokens.
@@ -175,9 +186,10 @@ class Objective(Section):
 
     @model_validator(mode="after")
     def _has_a_proposal(self) -> Objective:
-        built_in = OBJECTIVES.get(self.name)
-        if self.proposal.kind != "current" and built_in is not None and not built_in.uses_proposal:
-            raise ValueError(f"proposal.kind {self.proposal.kind} needs iw_sft; {self.name} uses no proposal")
+        built_in = OBJECTIVES.get(self.name)  # a custom one is not loaded yet
+        conflict = built_in.proposal_conflict(self.proposal.kind) if built_in is not None else None
+        if conflict:
+            raise ValueError(conflict)
         return self
 
     @model_validator(mode="after")
@@ -234,13 +246,14 @@ class Parallel(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Parallel:
-        broken = ParallelLayout(**self.degrees()).broken_rule()
+        # The data-parallel degree is not known yet: one that every expert-parallel degree fits.
+        broken = ParallelLayout(**self.degrees(), data=self.expert).broken_rule()
         if broken:
             raise ValueError(broken)
         return self
 
     def degrees(self) -> dict[str, Any]:
-        """What of it makes a `ParallelLayout`."""
+        """Arguments for `ParallelLayout`."""
         degrees = self.model_dump(exclude={"recompute"})
         return degrees | {"layers_per_stage": tuple(self.layers_per_stage) if self.layers_per_stage else None}
 
@@ -250,7 +263,7 @@ class Precision(Section):
 
     dtype: Literal["fp32", "bf16"] = "bf16"
     """Of parameters and activations."""
-    fp8: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] | None = None
+    fp8: FP8Recipe | None = None
     """FP8 recipe of Transformer Engine's matmuls, with everything else in bf16. null: no FP8."""
     fp8_parameters: bool = False
     """Store parameters in FP8, and all-gather them in FP8 in the distributed optimizer."""

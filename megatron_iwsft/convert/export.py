@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_iwsft.checkpoint.info import TOKENIZER, CheckpointInfo
+from megatron_iwsft.checkpoint.info import CheckpointInfo
+from megatron_iwsft.checkpoint.names import TOKENIZER
 from megatron_iwsft.checkpoint.tensors import hugging_face_reader
 from megatron_iwsft.convert.gather import RunningWeights
 from megatron_iwsft.distributed.context import ParallelContext

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from megatron_iwsft.checkpoint.info import LATEST
 from megatron_iwsft.checkpoint.initial_weights import InitialWeights
+from megatron_iwsft.checkpoint.names import LATEST
 from megatron_iwsft.checkpoint.state import TrainState
 from megatron_iwsft.checkpoint.writer import CheckpointWriter
 from megatron_iwsft.config.schema import Model
@@ -32,8 +32,8 @@ def import_directory(
 ) -> Path:
     """Write a Hugging Face directory as a checkpoint (step 0, weights only) under `output`; returns the checkpoint.
 
-    Starts tensor × pipeline processes (or as many as experts are spread over), each of which reads, holds and writes its own part of
-    the model; the calling process stays as it is. Raises CheckpointError or ConfigError, and then leaves nothing.
+    Starts pipeline × lcm(tensor, expert) processes, each of which reads, holds and writes its own part of the model; the calling
+    process is not changed. Raises CheckpointError or ConfigError, and then leaves nothing.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         raise ConfigError("an import starts its own processes. Run it without torchrun.")

@@ -21,7 +21,7 @@ import jinja2.ext
 import jinja2.sandbox
 
 from megatron_iwsft.data.template_tracing import TracedFrame, trace, traceable
-from megatron_iwsft.data.tokenizer import Tokenizer
+from megatron_iwsft.data.tokenizer import CHAT_TEMPLATE, Tokenizer
 from megatron_iwsft.errors import DataError
 
 Messages = Sequence[Mapping[str, Any]]
@@ -124,7 +124,7 @@ class ChatTemplate:
         if source is None:
             raise DataError(
                 f"the tokenizer has no chat template. Choose one with --template ({', '.join(PRESETS)}), or add "
-                "chat_template.jinja to the tokenizer's directory."
+                f"{CHAT_TEMPLATE} to the tokenizer's directory."
             )
         self.hash = hashlib.sha256(source.encode()).hexdigest()
         self.source, self.rendering = source, rendering

@@ -20,8 +20,9 @@ import numpy as np
 
 from megatron_iwsft.errors import DataError
 
+CHAT_TEMPLATE = "chat_template.jinja"
 # The files beside tokenizer.json, all optional. They are copied into corpora and exports.
-_CONFIG_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+_CONFIG_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", CHAT_TEMPLATE)
 
 
 class Tokenizer(ABC):
@@ -252,8 +253,8 @@ def _token_text(value: Any) -> str | None:
 
 
 def _chat_template(directory: Path, config: dict[str, Any]) -> str | None:
-    if (directory / "chat_template.jinja").exists():
-        return (directory / "chat_template.jinja").read_text(encoding="utf-8")
+    if (directory / CHAT_TEMPLATE).exists():
+        return (directory / CHAT_TEMPLATE).read_text(encoding="utf-8")
     template = config.get("chat_template")
     if isinstance(template, list):  # a list of named templates
         template = next((t["template"] for t in template if t.get("name") == "default"), None)

@@ -9,6 +9,8 @@ import inspect
 
 import torch
 
+from megatron_iwsft.distributed.fp8_recipes import FP8_RECIPES, FP8Recipe
+
 
 def transformer_engine() -> tuple[str | None, str]:
     """(version, "") if Transformer Engine can be imported, else (None, reason)."""
@@ -50,28 +52,16 @@ def has_gradient_accumulation_fusion(device: torch.device) -> bool:
     return device.type == "cuda" and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
 
 
-# recipe → (lowest compute capability, GPU generations)
-_FP8_NEEDS = {
-    "delayed": ((8, 9), "Ada, Hopper or newer"),
-    "tensorwise": ((8, 9), "Ada, Hopper or newer"),
-    "blockwise": ((9, 0), "Hopper or newer"),
-    "mxfp8": ((10, 0), "Blackwell"),
-}
-
-
-FP8_RECIPES = tuple(_FP8_NEEDS)
-
-
-def fp8_refusal(recipe: str, *, on_cpu: bool = False) -> str | None:
+def fp8_refusal(recipe: FP8Recipe, *, on_cpu: bool = False) -> str | None:
     """Why this machine (or a run on its CPU) cannot run an FP8 recipe, and what is needed; None if it can."""
-    needs, generation = _FP8_NEEDS[recipe]
+    needs = FP8_RECIPES[recipe]
     if on_cpu:
-        return f"needs a GPU ({generation}), and this run is on the CPU"
+        return f"needs a GPU ({needs.generation}), and this run is on the CPU"
     if not torch.cuda.is_available():
-        return f"needs a GPU ({generation}), and torch sees none"
+        return f"needs a GPU ({needs.generation}), and torch sees none"
     capability = torch.cuda.get_device_capability()
-    if capability < needs:
-        return f"needs {generation}; this is {torch.cuda.get_device_name()}, compute capability {capability[0]}.{capability[1]}"
+    if capability < needs.capability:
+        return f"needs {needs.generation}; this is {torch.cuda.get_device_name()}, compute capability {capability[0]}.{capability[1]}"
     engine, why = transformer_engine()
     if engine is None:
         return f"needs Transformer Engine, which is {why}"

@@ -47,11 +47,6 @@ class ParallelContext:
     def is_last_stage(self) -> bool:
         return self.pp.rank() == self.pp.size() - 1
 
-    @property
-    def last_stage_rank(self) -> int:
-        """Global rank of the last pipeline stage in this rank's pipeline."""
-        return dist.get_process_group_ranks(self.pp)[-1]
-
 
 @dataclass(frozen=True)
 class Platform:
@@ -71,16 +66,27 @@ class Platform:
         return self.is_cuda and transformer_engine()[0] is not None
 
     def parallel(self, layout: ParallelLayout | None = None, *, seed: int = 0, **degrees: Any) -> ParallelContext:
-        """Build the process groups of a layout, given as such or by its `degrees`. Collective over all ranks. Calling it again for another
-        layout destroys the previous groups.
+        """Build the process groups of a layout. Collective over all ranks. Calling it again destroys the previous groups.
 
-        `seed` starts torch's and Megatron-Core's tensor-parallel random states (only dropout would draw from them).
+        layout   of exactly this job's processes; or instead
+        degrees  of `ParallelLayout`; the rest is data parallel, all of it if none is given
+        seed     starts torch's and Megatron-Core's tensor-parallel random states (only dropout would draw from them)
+
+        Raises ConfigError if the layout breaks a rule or has another world size, TypeError if both layout and degrees are given.
         """
         from megatron.core import parallel_state
         from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-        layout = layout or ParallelLayout.for_world(self.world_size, **degrees)
-        broken = layout.broken_rule_of_world()
+        if layout is None:
+            layout = ParallelLayout.for_world(self.world_size, **degrees)
+        elif degrees:
+            raise TypeError(f"parallel takes a layout or degrees, not both; found a layout and {', '.join(degrees)}")
+        if layout.world_size != self.world_size:
+            raise ConfigError(
+                f"parallel: {layout.describe()} is a layout of {layout.world_size} processes; this job has {self.world_size}. "
+                f"Start {layout.world_size}, or use ParallelLayout.for_world({self.world_size}, …)."
+            )
+        broken = layout.broken_rule()
         if broken:
             raise ConfigError(f"parallel: {broken}.")
         parallel_state.destroy_model_parallel()

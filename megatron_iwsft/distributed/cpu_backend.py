@@ -97,7 +97,7 @@ def _with_sizes_as_lists(all_to_all_single: Callable[..., Any]) -> Callable[...,
 
 
 def install() -> None:
-    """Make Megatron-Core run on CPU in this process, for good. Call before any Megatron-Core module is built; again does nothing.
+    """Make Megatron-Core run on CPU in this process, permanently. Call before any Megatron-Core module is built. Idempotent.
 
     Raises ConfigError in a process that uses CUDA already.
     """

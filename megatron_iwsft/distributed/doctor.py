@@ -10,12 +10,12 @@ import shutil
 from dataclasses import dataclass
 
 from megatron_iwsft.distributed.capabilities import (
-    FP8_RECIPES,
     fp8_refusal,
     has_gradient_accumulation_fusion,
     transformer_engine,
     variable_length_attention,
 )
+from megatron_iwsft.distributed.fp8_recipes import FP8_RECIPES
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What Megatron-Core keeps private, or does differently in each of its lines (0.16, 0.18, 0.19): nothing else here reaches for it.
+"""The only module that uses Megatron-Core's private names or handles differences between its versions (0.16, 0.18, 0.19).
 
 tests/distributed/test_mcore_compat.py has a canary for every name, which fails on the line where the name or its contract moved.
 """
@@ -138,7 +138,7 @@ class OptimizerShard:
 
 
 def inner_optimizers(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer]:
-    """torch's or Transformer Engine's optimizers of dense parameters and of experts, without those that this rank has none of."""
+    """torch's or Transformer Engine's optimizers of dense parameters and of experts, skipping those without parameters on this rank."""
     return [part.optimizer for part in optimizer.chained_optimizers if part.optimizer is not None]
 
 

@@ -32,9 +32,9 @@ class ParallelLayout:
 
     @staticmethod
     def for_world(world_size: int, **degrees: Any) -> ParallelLayout:
-        """The layout of `world_size` processes under `degrees`; what they leave is data parallel.
+        """The layout of `world_size` processes under `degrees`; the rest is data parallel.
 
-        Raises ConfigError if the degrees do not divide the world, or break a rule.
+        Raises ConfigError if the degrees do not divide the world, or break a rule that holds for every model.
         """
         layout = ParallelLayout(**degrees)
         product = layout.tensor * layout.pipeline * layout.context
@@ -76,7 +76,7 @@ class ParallelLayout:
 
     @property
     def ranks_per_stage(self) -> int:
-        """Over which experts are spread."""
+        """Tensor-, context- and data-parallel ranks of a pipeline stage, over which experts are distributed."""
         return self.tensor * self.context * self.data
 
     def describe(self) -> str:
@@ -86,8 +86,15 @@ class ParallelLayout:
         text += ", SP" if self.sequence else ""
         return text + (f", {self.virtual_pipeline} virtual stages" if self.virtual_pipeline else "")
 
-    def broken_rule(self) -> str | None:
-        """The first rule that the degrees break, whatever the model, in one sentence; None if there is none."""
+    def broken_rule(self, arch: Architecture | None = None) -> str | None:
+        """The first rule that the layout breaks, in one sentence; None if it breaks none. Without a model: rules for every model."""
+        return (
+            self._broken_degree_rule()
+            or self._broken_expert_group_rule()
+            or (self._broken_model_rule(arch) if arch is not None else None)
+        )
+
+    def _broken_degree_rule(self) -> str | None:
         if self.virtual_pipeline == 1:
             return "virtual_pipeline is 1; use null for a pipeline that is not interleaved, or 2 and more"
         if self.virtual_pipeline is not None and self.pipeline < 2:
@@ -103,20 +110,19 @@ class ParallelLayout:
             return f"sequence: true needs tensor ≥ 2; it is {self.tensor}"
         return None
 
-    def broken_rule_of_world(self) -> str | None:
-        """The same for rules that need the data-parallel degree, too."""
-        if self.ranks_per_stage % self.expert:
-            return f"expert {self.expert} does not divide the {self.ranks_per_stage} ranks of a pipeline stage"
+    def _broken_expert_group_rule(self) -> str | None:
+        """Depends on the data-parallel degree."""
+        ranks = self.ranks_per_stage
+        if ranks % self.expert:
+            divisors = ", ".join(map(str, _divisors(ranks)))
+            return (
+                f"expert {self.expert} does not divide the {ranks} ranks of a pipeline stage (tensor × context × data parallel); "
+                f"with these, expert can be {divisors}"
+            )
         return None
 
-    def broken_rule_for(self, arch: Architecture) -> str | None:
-        """The first rule that the layout breaks with this model, in one sentence; None if it can hold it."""
-        return (
-            self.broken_rule()
-            or self._broken_layer_rule(arch)
-            or self._broken_tensor_rule(arch)
-            or self._broken_expert_rule(arch)
-        )
+    def _broken_model_rule(self, arch: Architecture) -> str | None:
+        return self._broken_layer_rule(arch) or self._broken_tensor_rule(arch) or self._broken_expert_rule(arch)
 
     def _broken_layer_rule(self, arch: Architecture) -> str | None:
         if self.layers_per_stage is not None:
@@ -147,7 +153,7 @@ class ParallelLayout:
             return f"expert {self.expert} does not divide the model's {arch.experts.count} experts"
         if self.tensor > 1 and not self.sequence:
             return "a mixture of experts with tensor ≥ 2 needs sequence: true; each rank routes its own tokens"
-        return self.broken_rule_of_world()
+        return None
 
     def micro_batches(self, *, global_batch_size: int, micro_batch_size: int) -> int:
         """Micro-batches per step and pipeline. Raises ConfigError if the sizes do not fit the layout."""
@@ -184,7 +190,7 @@ def valid_layouts(
                             data=gpus // (tensor * pipeline * context),
                             sequence=tensor > 1,
                         )
-                        if layout.broken_rule_for(arch) is None:
+                        if layout.broken_rule(arch) is None:
                             yield layout
 
 

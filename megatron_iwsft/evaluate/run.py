@@ -16,6 +16,7 @@ from typing import Any
 from tqdm import tqdm
 
 from megatron_iwsft.checkpoint.info import CheckpointInfo
+from megatron_iwsft.checkpoint.names import CHECKPOINTS
 from megatron_iwsft.convert.export import export_checkpoint
 from megatron_iwsft.errors import CheckpointError, ConfigError, DataError
 from megatron_iwsft.evaluate.benchmark import Problem, is_correct
@@ -55,7 +56,7 @@ def _find_model(path: Path) -> EvaluatedModel:
         raise CheckpointError(f"no model found at {path}: there is no such directory.")
     info = CheckpointInfo.read(path)
     root = info.directory.parent
-    run = root.parent if root.name == "checkpoints" else root
+    run = root.parent if root.name == CHECKPOINTS else root
     exported = run / "hf" / info.directory.name
     if not exported.exists():
         print(f"exporting {info.directory} to {exported}", flush=True)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from megatron_iwsft.data.tokenizer import CHAT_TEMPLATE
 from megatron_iwsft.errors import CheckpointError
 from megatron_iwsft.hf.architecture import Architecture
 from megatron_iwsft.hf.mapping import Span, shapes
@@ -27,7 +28,7 @@ _TOKENIZER_FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
-    "chat_template.jinja",
+    CHAT_TEMPLATE,
     "vocab.json",
     "merges.txt",
 )

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_iwsft.data.chat_template import ChatTemplate
-from megatron_iwsft.data.tokenizer import load_tokenizer
+from megatron_iwsft.data.tokenizer import CHAT_TEMPLATE, load_tokenizer
 from megatron_iwsft.errors import CheckpointError, DataError
 from megatron_iwsft.hf.architecture import Architecture
 from megatron_iwsft.hf.directory import GENERATION
@@ -39,7 +39,7 @@ class SupportingFiles:
         for file in self.tokenizer_files:
             shutil.copyfile(file, directory / file.name)
         if self.chat_template is not None:
-            write_text(directory / "chat_template.jinja", self.chat_template)
+            write_text(directory / CHAT_TEMPLATE, self.chat_template)
         write_json(directory / GENERATION, _generation_config(directory, architecture), indent=2, sort_keys=True)
         write_text(directory / "README.md", _model_card(self.provenance))
 

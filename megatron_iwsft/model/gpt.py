@@ -17,6 +17,7 @@ from torch import Tensor
 from megatron_iwsft.data.batch import Batch
 from megatron_iwsft.distributed.capabilities import has_gradient_accumulation_fusion
 from megatron_iwsft.distributed.context import ParallelContext, Platform
+from megatron_iwsft.distributed.fp8_recipes import FP8_RECIPES, FP8Recipe
 from megatron_iwsft.distributed.mcore_compat import moe_submodules
 from megatron_iwsft.distributed.parallel_layout import ParallelLayout
 from megatron_iwsft.errors import ConfigError
@@ -41,7 +42,7 @@ class ModelSettings:
     dtype: torch.dtype = torch.float32
     recompute: Literal["none", "selective", "full"] = "none"
     backend: Literal["local", "transformer_engine"] = "local"
-    fp8: str | None = None
+    fp8: FP8Recipe | None = None
     fp8_parameters: bool = False
     bf16_edges: tuple[int, int] = (0, 0)
 
@@ -124,7 +125,7 @@ def build_model(
 ) -> list[PolicyModel]:
     """This rank's model chunks (one, or one per virtual stage), with uninitialised parameters: see `load_weights`."""
     layout = parallel.layout
-    broken = layout.broken_rule_for(arch)
+    broken = layout.broken_rule(arch)
     if broken:
         raise ConfigError(f"parallel: {broken}.")
     config = _transformer_config(arch, layout, platform, settings)
@@ -146,8 +147,8 @@ def build_model(
         model.rotary_pos_emb.inv_freq = arch.rope.inverse_frequencies(arch.head_dim).to(platform.device)
         for name, parameter in model.named_parameters():
             if is_expert(name):
-                # Reduced over the ranks that hold the same expert. Megatron-Core says so only with expert parallelism, but
-                # without it too those are others than a dense parameter's where tensor parallelism cuts only the latter.
+                # With TP, expert gradients are reduced over a different group than dense ones, even at EP 1. Megatron-Core
+                # marks them only at EP ≥ 2.
                 parameter.allreduce = False
         chunks.append(model.to(platform.device))
     return chunks
@@ -229,12 +230,11 @@ def _expert_settings(arch: Architecture, settings: ModelSettings) -> dict[str, A
 
 
 def _fp8_settings(settings: ModelSettings) -> dict[str, Any]:
-    """Gradients are E5M2 where a tensor has one scale; with a scale per block, E4M3's precision is worth more."""
     if settings.fp8 is None:
         return {}
     first, last = settings.bf16_edges
     return dict(
-        fp8="hybrid" if settings.fp8 in ("delayed", "tensorwise") else "e4m3",
+        fp8=FP8_RECIPES[settings.fp8].format,
         fp8_recipe=settings.fp8,
         fp8_param=settings.fp8_parameters,
         first_last_layers_bf16=bool(first or last),

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_iwsft.errors import ConfigError
 from megatron_iwsft.objectives.functions import OBJECTIVES, Objective, Settings, Trajectories, local_segment_sum
-from megatron_iwsft.objectives.loss import own_sums
+from megatron_iwsft.objectives.loss import SUMS, micro_batch_loss, own_sums, sum_names
 from megatron_iwsft.utils.user_code import load_from_file
 
 # Two made-up trajectories, end to end.
@@ -41,7 +42,7 @@ def check_objective(objective: Objective, name: str) -> None:
 
     Loss, weights and extra sums must be float32 [T], finite, and 0 where not trained on. The loss must have a finite gradient that is
     not 0 everywhere and is 0 where not trained on. A trajectory's loss must not depend on other trajectories: which ones share a
-    micro-batch depends on the layout.
+    micro-batch depends on the layout. Each of its metrics must be a number, or a list of numbers, computed from known sums.
     """
     together = _evaluate(objective, name, [0, 1])
     for i, part in enumerate(_parts()):
@@ -51,17 +52,48 @@ def check_objective(objective: Objective, name: str) -> None:
                     f"objective.name: {name} must not let one trajectory's loss depend on another. Return per-token values, without means "
                     "over the batch."
                 )
+    _check_metrics(objective, name)
+
+
+def _check_metrics(objective: Objective, name: str) -> None:
+    out = micro_batch_loss(objective, _trajectories([0, 1]), _settings(objective))
+    names = sum_names(objective)
+    sums = dict(zip(names, out.sums.tolist(), strict=True)) | {"weight_max": float(out.weight_max)}
+    for metric in objective.metrics:
+        what = f"objective.name: {name}: metric {metric.name!r}"
+        try:
+            value = metric.value(sums)
+        except Exception as error:  # a user's function can raise anything
+            raise ConfigError(
+                f"{what} fails: {type(error).__name__}: {error}. It can read the sums {', '.join(sums)}; a sum of Weighted.extra is among "
+                "them if a metric names it as numerator or denominator."
+            ) from error
+        if not _is_number(value) and not (isinstance(value, list) and all(map(_is_number, value))):
+            raise ConfigError(f"{what} must be a number or a list of numbers; found {type(value).__name__}.")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float)
+
+
+def _settings(objective: Objective) -> Settings:
+    return Settings(clip=objective.default_clip["sequence"])
 
 
 def _evaluate(objective: Objective, name: str, which: list[int]) -> tuple[Tensor, Tensor]:
     """(loss, its gradient), each [T], of some of the trajectories."""
     t = _trajectories(which)
     try:
-        out = objective.function(t, Settings(clip=objective.default_clip["sequence"]))
-        fields = {"loss": out.loss, "weight": out.weight, "clipped": out.clipped}
-        fields |= {f"extra[{sum_!r}]": out.extra[sum_] for sum_ in own_sums(objective)}
+        out = objective.function(t, _settings(objective))
+        fields: dict[str, Any] = {"loss": out.loss, "weight": out.weight, "clipped": out.clipped}
+        fields |= {f"extra[{sum_!r}]": out.extra.get(sum_) for sum_ in own_sums(objective)}
     except Exception as error:  # a user's function can raise anything
         raise ConfigError(f"objective.name: {name} fails: {type(error).__name__}: {error}.") from error
+    shadowed = sorted(out.extra.keys() & SUMS.keys())
+    if shadowed:
+        raise ConfigError(
+            f"objective.name: {name} returns extra[{shadowed[0]!r}], which is the name of a built-in sum. Rename it."
+        )
 
     def require(condition: bool, what: str) -> None:
         if not condition:

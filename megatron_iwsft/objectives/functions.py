@@ -20,7 +20,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
-from megatron_iwsft.objectives.metrics import Metric
+from megatron_iwsft.errors import ConfigError
+from megatron_iwsft.objectives.metrics import METRICS, Metric
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,6 +32,8 @@ Clip = tuple[float, float]
 
 # exp of more than this overflows float32; a ratio that large is far above every sensible clip.
 _MAX_LOG_RATIO = 80.0
+
+_DEFAULT_CLIP: Mapping[Level, Clip] = {"sequence": (0.0, 16.0), "token": (0.2, 1.8)}
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ class Settings:
 
     level: Level = "sequence"
     temperature: float = 1.0
-    clip: Clip = (0.0, 16.0)
+    clip: Clip = _DEFAULT_CLIP["sequence"]
     normalize: Normalize = "tokens"
 
 
@@ -95,18 +98,20 @@ class Weighted:
 ObjectiveFunction = Callable[[Trajectories, Settings], Weighted]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Objective:
-    """An objective, built in or custom, with everything the trainer needs to know about it.
+    """An objective, built in or custom, with everything the trainer needs to know about it. Compared and hashed by identity.
 
     name             in configs and logs
     function         computes the loss and weights of a micro-batch
     needs_reference  whether it reads `reference`; if not, none is loaded or computed
-    weighted         whether its weights say anything; metrics of weights are left out if not
+    weighted         whether weights vary, so weight metrics are logged
     per_token        whether a weight belongs to a token at every level
     uses_proposal    whether it can follow a lagged proposal
     default_clip     for each level
     metrics          its own, of sums of `Weighted.extra`
+
+    Raises ConfigError for a metric of its own that has the name of another metric, or that only the trainer could measure.
     """
 
     name: str
@@ -115,8 +120,28 @@ class Objective:
     weighted: bool = True
     per_token: bool = False
     uses_proposal: bool = True
-    default_clip: Mapping[Level, Clip] = field(default_factory=lambda: {"sequence": (0.0, 16.0), "token": (0.2, 1.8)})
+    default_clip: Mapping[Level, Clip] = field(default_factory=lambda: _DEFAULT_CLIP)
     metrics: tuple[Metric, ...] = ()
+
+    def __post_init__(self) -> None:
+        taken = {metric.name for metric in METRICS}
+        for metric in self.metrics:
+            if metric.name in taken:
+                raise ConfigError(
+                    f"objective {self.name}: there is already a metric {metric.name!r}. Choose another name."
+                )
+            if metric.measured:
+                raise ConfigError(
+                    f"objective {self.name}: metric {metric.name!r} is marked as measured, which only the trainer's own metrics are. "
+                    "Give it a numerator or derived."
+                )
+            taken.add(metric.name)
+
+    def proposal_conflict(self, kind: str) -> str | None:
+        """Why it cannot run with `objective.proposal.kind`, in one sentence; None if it can."""
+        if kind == "current" or self.uses_proposal:
+            return None
+        return f"proposal.kind {kind} needs iw_sft or a custom objective that uses the proposal; {self.name} uses none"
 
     def reports(self, metric: Metric) -> bool:
         """Whether `metric` says anything under this objective."""

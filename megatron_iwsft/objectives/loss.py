@@ -14,7 +14,7 @@ from megatron_iwsft.objectives.metrics import HISTOGRAM, METRICS, WEIGHT_BINS, M
 
 @dataclass(frozen=True)
 class _Terms:
-    """What sums are taken of. Everything is [T], but `loss`, which is the sum already.
+    """Per-token terms [T] to be summed; `loss` is already a sum.
 
     share  1/|M_i| where trained: sums over it count trajectories, also where ranks hold parts of them
     unit   what a weight belongs to: `share` for a trajectory's, the mask for a token's

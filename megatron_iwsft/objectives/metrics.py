@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from megatron_iwsft.errors import ConfigError
+
 # Edges of the histogram of weights.
 WEIGHT_BINS = (0.125, 0.25, 0.5, 0.8, 1.0, 1.25, 2.0, 4.0, 8.0)
 HISTOGRAM = tuple(f"weight_bin_{i}" for i in range(len(WEIGHT_BINS) + 1))  # the last: above all edges
@@ -20,7 +22,7 @@ Sums = Mapping[str, float]
 
 @dataclass(frozen=True)
 class Metric:
-    """One row of the table.
+    """One row of the table. Raises ConfigError unless exactly one of numerator, derived and measured says where the value comes from.
 
     name         in metrics.jsonl
     title        for people
@@ -42,11 +44,31 @@ class Metric:
     timing: bool = False
     plotted: bool = False
 
+    def __post_init__(self) -> None:
+        sources = [
+            name
+            for name, given in (
+                ("numerator", self.numerator is not None),
+                ("derived", self.derived is not None),
+                ("measured", self.measured),
+            )
+            if given
+        ]
+        if len(sources) != 1:
+            raise ConfigError(
+                f"metric {self.name!r} needs one of numerator, derived and measured; it has {', '.join(sources) or 'none'}. For a mean "
+                "over trained tokens of a sum in Weighted.extra, write numerator='SUM', denominator='tokens'."
+            )
+        if self.denominator is not None and self.numerator is None:
+            raise ConfigError(
+                f"metric {self.name!r} has a denominator without a numerator. Name the sum that is divided."
+            )
+
     def value(self, sums: Sums) -> Any:
         """Of one global batch, from sums over all of it. Not for a measured metric."""
         if self.derived is not None:
             return self.derived(sums)
-        assert self.numerator is not None
+        assert self.numerator is not None, "measured"
         if self.denominator is None:
             return round(sums[self.numerator])
         return _ratio(sums[self.numerator], sums[self.denominator])

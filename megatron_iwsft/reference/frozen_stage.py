@@ -31,7 +31,7 @@ class StageWithFrozenModels(torch.nn.Module):
             stage.set_input_tensor([None if part is None else (part if i == 0 else part.detach()).contiguous()])
 
     def set_is_first_microbatch(self) -> None:
-        """Megatron-Core's schedules call it where it is: Transformer Engine then converts weights to FP8 anew."""
+        """Called by Megatron-Core's schedule if present; Transformer Engine then re-quantises FP8 weights."""
         for model in (self.module, *self.frozen):
             if hasattr(model, "set_is_first_microbatch"):
                 model.set_is_first_microbatch()

@@ -23,8 +23,8 @@ _MAY_CHANGE = {
     "data": {"corpus", "micro_batch_size", "epochs", "max_steps"},
 }
 _MUST_STAY = ("model", "data", "objective", "reference", "precision", "run")
-_OF_NO_EFFECT = {"run.name", "run.dir"}
-_OF_THE_RATE = {
+_NOT_REPORTED = {"run.name", "run.dir"}
+_AFFECTS_LR_SCHEDULE = {
     "data.epochs",
     "data.max_steps",
     *(f"optimizer.{k}" for k in ("lr", "min_lr", "schedule", "warmup_fraction")),
@@ -37,9 +37,9 @@ def described_changes(config: Config, earlier: dict[str, Any]) -> str:
     """How `config` differs from the one that a checkpoint was saved with, for the log; empty if it does not."""
     found = {".".join(path): (value, before) for path, value, before in _differences(config, earlier)}
     text = ", ".join(
-        f"{key} {now!r} (was {before!r})" for key, (now, before) in found.items() if key not in _OF_NO_EFFECT
+        f"{key} {now!r} (was {before!r})" for key, (now, before) in found.items() if key not in _NOT_REPORTED
     )
-    if found.keys() & _OF_THE_RATE:
+    if found.keys() & _AFFECTS_LR_SCHEDULE:
         text += "; the learning-rate schedule was recomputed from the new settings"
     return text
 

@@ -19,7 +19,10 @@ from megatron_iwsft.objectives.metrics import summarize
 
 
 class LossTotals:
-    """The sums of one global batch under one objective.
+    """The sums of one global batch under one objective: add micro-batches, `finalize` or `reduce` once, then read.
+
+    Calls in another order raise RuntimeError: a second reduction would count each sum once per rank, and sums that are read before it
+    are this rank's alone.
 
     dp_cp      group of the data- and context-parallel ranks, which hold different micro-batches or parts of them
     pp         group of the pipeline's stages, of which the last one has the loss; None without pipeline parallelism
@@ -42,9 +45,11 @@ class LossTotals:
         self.sums = torch.zeros(len(sum_names(objective)), dtype=torch.float64, device=device)
         self.weight_max = torch.zeros((), dtype=torch.float64, device=device)
         self.extra = extra
+        self._reduced = False
 
     def add(self, loss: LossSums) -> None:
         """Add a micro-batch."""
+        self._require_unreduced()
         self.sums += loss.sums
         self.weight_max = torch.maximum(self.weight_max, loss.weight_max)
 
@@ -52,6 +57,8 @@ class LossTotals:
         """Sum over ranks; every rank then has the same. Collectives: two or three all-reduces over `dp_cp`, and with a pipeline as
         many broadcasts from its last stage.
         """
+        self._require_unreduced()
+        self._reduced = True
         sums = [self.sums] if self.extra is None else [self.sums, self.extra]
         for value in sums:
             dist.all_reduce(value, group=self._dp_cp)
@@ -69,6 +76,7 @@ class LossTotals:
         """
         from megatron.core.distributed import finalize_model_grads
 
+        self._require_unreduced()
         finalize_model_grads(chunks, None, **options)
         self.reduce()
         if self["denominator"] > 0:
@@ -76,10 +84,24 @@ class LossTotals:
                 chunk.scale_gradients(1.0 / self["denominator"])
 
     def __getitem__(self, name: str) -> float:
-        """A sum by its name."""
+        """A sum by its name, after `reduce`."""
+        self._require_reduced()
         return self.sums[sum_names(self.objective).index(name)].item()
 
     def metrics(self) -> dict[str, Any]:
         """The objective's metrics, after `reduce`: the same on every rank."""
+        self._require_reduced()
         sums = dict(zip(sum_names(self.objective), self.sums.tolist(), strict=True))
         return summarize(sums | {"weight_max": float(self.weight_max)}, reported_metrics(self.objective))
+
+    def _require_unreduced(self) -> None:
+        if self._reduced:
+            raise RuntimeError(
+                "LossTotals is reduced already (`finalize` includes `reduce`); make a new one for each global batch"
+            )
+
+    def _require_reduced(self) -> None:
+        if not self._reduced:
+            raise RuntimeError(
+                "LossTotals holds this rank's sums only; call `reduce` on all ranks first (`finalize` includes it)"
+            )

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from megatron_iwsft.checkpoint.initial_weights import InitialWeights
+from megatron_iwsft.checkpoint.names import CHECKPOINTS
 from megatron_iwsft.checkpoint.writer import CheckpointWriter
 from megatron_iwsft.config.schema import Config, Model, QualityConfig
 from megatron_iwsft.data.batch_builder import BatchBuilder, ReferenceLogprobs, RowShape
@@ -20,6 +21,7 @@ from megatron_iwsft.data.tokenizer import load_tokenizer
 from megatron_iwsft.distributed import context
 from megatron_iwsft.distributed.capabilities import fp8_refusal
 from megatron_iwsft.distributed.context import ParallelContext, Platform
+from megatron_iwsft.distributed.fp8_recipes import FP8_RECIPES
 from megatron_iwsft.distributed.parallel_layout import ParallelLayout
 from megatron_iwsft.distributed.watchdog import Watchdog
 from megatron_iwsft.errors import CheckpointError, ConfigError, DataError
@@ -30,9 +32,6 @@ from megatron_iwsft.objectives.functions import Objective, Settings
 from megatron_iwsft.reference.sidecar import ReferenceIdentity
 from megatron_iwsft.train.callbacks import CallbackFunction
 from megatron_iwsft.train.callbacks.custom import load_callbacks
-
-# An FP8 matrix product needs a multiple of so many rows on each rank.
-_FP8_ALIGNMENT = {"delayed": 16, "tensorwise": 16, "blockwise": 16, "mxfp8": 32}
 
 
 @dataclass(frozen=True)
@@ -124,7 +123,7 @@ class StartedRun(CheckedRun):
                 tensor=layout.tensor,
                 context=layout.context,
                 row_length=row,
-                alignment=_FP8_ALIGNMENT.get(self.config.precision.fp8 or "", 1),
+                alignment=FP8_RECIPES[self.config.precision.fp8].alignment if self.config.precision.fp8 else 1,
             ),
             micro_batch_size=data.micro_batch_size,
             data_rank=self.parallel.dp.rank(),
@@ -144,10 +143,9 @@ def check(config: Config, *, world_size: int) -> CheckedRun:
     corpus = Corpus.open(config.data.corpus)
     sampler = make_sampler(config, corpus)
     objective, objective_source = find_objective(config.objective.name), source_hash(config.objective.name)
-    if config.objective.proposal.kind != "current" and not objective.uses_proposal:
-        raise ConfigError(
-            f"objective.proposal.kind is {config.objective.proposal.kind}, but {objective.name} has no proposal."
-        )
+    conflict = objective.proposal_conflict(config.objective.proposal.kind)
+    if conflict:
+        raise ConfigError(f"objective.{conflict}.")
     policy = InitialWeights(config.model, config.run.seed)
     check_tokenizer(corpus, policy)
     if config.objective.router_balance and policy.architecture.experts is None:
@@ -194,7 +192,7 @@ def checkpoint_writer(run: StartedRun) -> CheckpointWriter:
     config, template = run.config, run.corpus.manifest["template"]
     named = template and run.corpus.manifest["settings"]["template"] != "tokenizer"
     return CheckpointWriter(
-        run.run_directory / "checkpoints",
+        run.run_directory / CHECKPOINTS,
         architecture=run.policy.architecture,
         config=config.model_dump(),
         layout=run.layout,

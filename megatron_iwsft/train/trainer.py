@@ -81,7 +81,7 @@ class Trainer:
             self.schedule,
             lagged=_lagged_copies(run, live, proposal),
             host={"divergence": self.monitor},
-            before_reading=self._gather_parameters,
+            gather_parameters=self._gather_parameters,
         )
         self.step = TrainStep(
             self.chunks,

@@ -74,7 +74,7 @@ def positive_int(text: str) -> int:
 
 
 def _output_is_closed() -> bool:
-    """Whether the reader of standard output has gone; if not, a broken pipe was some other pipe."""
+    """Whether the reader of standard output has closed it; otherwise the broken pipe was a different one."""
     output = select.poll()
     output.register(1, 0)
     return any(event & (select.POLLERR | select.POLLHUP) for _, event in output.poll(0))

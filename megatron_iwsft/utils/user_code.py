@@ -2,25 +2,48 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-from megatron_iwsft.errors import ConfigError
+from megatron_iwsft.errors import ConfigError, UserError
 
 
 def load_from_file(name: str, key: str) -> Any:
-    """What `path/to/file.py:name` defines. key: of the config, for messages. Raises ConfigError if it cannot be loaded."""
+    """What `path/to/file.py:name` defines. key: of the config, for messages. Raises ConfigError if it cannot be loaded.
+
+    A file is executed once per process and version of its contents, so that several names of one file share its state.
+    """
     path, _, attribute = name.rpartition(":")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path) if Path(path).is_file() else None
-    if spec is None or spec.loader is None:
+    module = _load(Path(path), key) if Path(path).is_file() else None
+    if module is None:
         raise ConfigError(f"{key}: {path or name} is not a Python file. Write path/to/file.py:name.")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:  # a user's file can raise anything
-        raise ConfigError(f"{key}: {path} cannot be loaded: {type(error).__name__}: {error}.") from error
     found = getattr(module, attribute, None)
     if found is None:
         raise ConfigError(f"{key}: {path} does not define {attribute}.")
     return found
+
+
+def _load(path: Path, key: str) -> ModuleType | None:
+    """The file as a module; None if it is not a Python file."""
+    identity = str(path.resolve()).encode() + b"\0" + path.read_bytes()
+    name = f"iwsft_user_{path.stem}_{hashlib.sha256(identity).hexdigest()[:16]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        return None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # where dataclasses look up annotations that are strings
+    try:
+        spec.loader.exec_module(module)
+    except UserError as error:  # of an objective or a metric that it defines
+        del sys.modules[name]
+        raise ConfigError(f"{key}: {path}: {error}") from error
+    except Exception as error:  # a user's file can raise anything
+        del sys.modules[name]
+        raise ConfigError(f"{key}: {path} cannot be loaded: {type(error).__name__}: {error}.") from error
+    return module

@@ -24,7 +24,10 @@ def test_the_doctor_reports_versions_and_chosen_implementations() -> None:
     engine, why = transformer_engine()
     line = next(line for line in found.stdout.splitlines() if "Transformer Engine" in line)
     assert (engine or why) in line and line.startswith("  " if engine else "! ")
-    takes = dict(line.split(maxsplit=1) for line in found.stdout.partition("A run here takes\n")[2].splitlines())
+    takes = dict(
+        line.split(maxsplit=1)
+        for line in found.stdout.partition("Implementations used on this machine\n")[2].splitlines()
+    )
     assert {"layers", "attention", "log-probs", "optimizer", "FP8"} < set(takes)
     if not torch.cuda.is_available():
         assert takes["optimizer"].startswith("torch's AdamW") and takes["FP8"].startswith("none")

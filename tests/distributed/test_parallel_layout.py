@@ -29,7 +29,7 @@ def arch(**changes) -> Architecture:
 )
 def test_a_broken_rule_is_named(layout: ParallelLayout, rule: str) -> None:
     changes = dict(num_attention_heads=12, num_key_value_heads=6, head_dim=8) if "key-value" in rule else {}
-    assert rule in str(layout.broken_rule_for(arch(**changes)))
+    assert rule in str(layout.broken_rule(arch(**changes)))
 
 
 MOE = dict(family="qwen3_moe", head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=48)
@@ -44,7 +44,7 @@ MOE = dict(family="qwen3_moe", head_dim=16, num_experts=4, num_experts_per_tok=2
     ],
 )
 def test_a_broken_rule_of_experts_is_named(layout: ParallelLayout, rule: str) -> None:
-    assert rule in str(layout.broken_rule_for(arch(**MOE)))
+    assert rule in str(layout.broken_rule(arch(**MOE)))
 
 
 def test_every_offered_layout_is_valid_and_uses_all_gpus() -> None:
@@ -55,7 +55,7 @@ def test_every_offered_layout_is_valid_and_uses_all_gpus() -> None:
         (2, 2, 2, 1),
         (1, 1, 1, 8),
     }
-    assert all(x.world_size == 8 and x.broken_rule_for(arch()) is None for x in found)
+    assert all(x.world_size == 8 and x.broken_rule(arch()) is None for x in found)
 
 
 def test_cost_follows_the_published_formulas() -> None:
@@ -94,7 +94,7 @@ def built_parameters(platform) -> dict[tuple[str, ParallelLayout], int]:
 
 
 def counted() -> list[tuple[str, ParallelLayout]]:
-    return [(n, x) for n, c in COUNTED_MODELS.items() for x in COUNTED if x.broken_rule_for(arch(**c)) is None]
+    return [(n, x) for n, c in COUNTED_MODELS.items() for x in COUNTED if x.broken_rule(arch(**c)) is None]
 
 
 @pytest.mark.parallel

@@ -4,9 +4,9 @@ Creates a random model (0.99 GB in fp32 by default), imports it with tools/conve
 exports both checkpoints, and runs the same commands on a tiny model of the same family. The tiny model's peak is the base
 (interpreter, libraries, process groups); the difference between the two is the memory for the weights.
 
-Memory is the proportional set size of a process and its children, sampled every 5 ms, or the peak of the largest single process as
-counted by the kernel, whichever is larger. Fails if import needs more than 1.3 × a rank's own share of the weights, or export more than
-1.5 × the largest tensor.
+An import starts one process per rank; the rank with the most memory counts. Memory is the proportional set size of a process and
+its children, sampled every 5 ms, or the peak of the largest single process as counted by the kernel, whichever is larger. Fails if
+import needs more than 1.3 × a rank's own share of the weights, or export more than 1.5 × the largest tensor.
 """
 
 from __future__ import annotations
@@ -93,11 +93,8 @@ def _checkpoint(model: Path, degree: int) -> Path:
 
 
 def _import(model: Path, degree: int) -> float:
-    start = [sys.executable]
-    if degree > 1:
-        start += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(degree)]
-    command = [*start, _TOOL, "import", "--hf", str(model), "--output", str(_checkpoint(model, degree))]
-    return _peak([*command, "--tensor", str(degree)], degree)
+    command = [sys.executable, _TOOL, "import", "--hf", str(model), "--output", str(_checkpoint(model, degree))]
+    return _peak([*command, "--tensor", str(degree)], ranks=True)
 
 
 def _export(model: Path, degree: int) -> float:
@@ -117,8 +114,8 @@ def _report(name: str, peak: float, base: float, unit: float, unit_name: str, bo
     return [name] if ratio > bound else []
 
 
-def _peak(command: list[str], ranks: int = 1) -> float:
-    """Peak bytes of a command and its children; with several ranks, of the rank with the most."""
+def _peak(command: list[str], *, ranks: bool = False) -> float:
+    """Peak bytes of a command and its children; with `ranks`, of the process it starts per rank, the largest of them."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
     sampled = [0.0]
@@ -129,22 +126,29 @@ def _peak(command: list[str], ranks: int = 1) -> float:
     sampler.join()
     if process.wait():
         raise CheckpointError(f"{' '.join(command)} failed:\n{output.decode(errors='replace')}")
+    if not sampled[0]:
+        raise CheckpointError(f"{' '.join(command)} started no process whose memory could be measured.")
     return sampled[0]
 
 
-def _sample(process: subprocess.Popen, ranks: int, peak: list[float]) -> None:
+def _sample(process: subprocess.Popen, ranks: bool, peak: list[float]) -> None:
     import psutil
 
     root = psutil.Process(process.pid)
     while process.poll() is None:
         try:
-            workers = [p for p in root.children() if "RANK" in p.environ()] if ranks > 1 else [root]
+            workers = [p for p in root.children() if _is_rank(p)] if ranks else [root]
             for worker in workers:
                 family = [worker, *worker.children(recursive=True)]
                 peak[0] = max(peak[0], sum(p.memory_full_info().pss for p in family), *map(_high_water, family))
         except (psutil.Error, FileNotFoundError, ProcessLookupError):
             pass  # one of them has just exited
         time.sleep(0.005)
+
+
+def _is_rank(process: Any) -> bool:
+    """Whether it is a worker of multiprocessing, as opposed to its resource tracker."""
+    return any("spawn_main" in argument for argument in process.cmdline())
 
 
 def _high_water(process: Any) -> float:

@@ -25,6 +25,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from megatron_iwsft.distributed.fp8_recipes import FP8_RECIPES
 from megatron_iwsft.utils.cli import run_command
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -85,7 +86,7 @@ def main() -> None:
     add(
         "--fp8",
         nargs="*",
-        choices=("delayed", "tensorwise", "blockwise"),
+        choices=FP8_RECIPES,
         default=[],
         help="FP8 recipes, in addition to bf16",
     )

@@ -45,7 +45,7 @@ from megatron_iwsft.data.prepare.fast_encoding import choose_encoder
 from megatron_iwsft.data.prepare.filters import Curation
 from megatron_iwsft.data.prepare.readers import Block, Input, find_inputs, fingerprint, read_blocks, rows_of
 from megatron_iwsft.data.prepare.records import Dropped, RecordFormat, parse
-from megatron_iwsft.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_iwsft.data.tokenizer import CHAT_TEMPLATE, Tokenizer, load_tokenizer
 from megatron_iwsft.errors import DataError
 from megatron_iwsft.utils.files import sha256_file
 
@@ -157,7 +157,7 @@ def write_corpus(
         writer.finish()
     job.tokenizer.copy_to(output / TOKENIZER)
     if job.template is not None and settings.template is not None:
-        (output / TOKENIZER / "chat_template.jinja").write_text(job.template.source, encoding="utf-8")
+        (output / TOKENIZER / CHAT_TEMPLATE).write_text(job.template.source, encoding="utf-8")
     manifest = _manifest(output, progress, job)
     write_manifest(output, manifest)
     remove_progress(output, [shard["name"] for shard in progress.shards])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
+from megatron_iwsft.checkpoint.names import CHECKPOINTS
 from megatron_iwsft.checkpoint.writer import CheckpointWriter
 from megatron_iwsft.train.callbacks.console import progress_line
 from megatron_iwsft.train.callbacks.custom import custom_callback
@@ -51,7 +52,7 @@ def add_configured_callbacks(trainer: Trainer, writer: CheckpointWriter, at_exit
 
 def _start_run_directory(run: StartedRun) -> None:
     """Create it, write config.yaml, and print what will be trained."""
-    for name in ("logs", "checkpoints"):
+    for name in ("logs", CHECKPOINTS):
         (run.run_directory / name).mkdir(parents=True, exist_ok=True)
     write_text(run.run_directory / "config.yaml", run.config.to_yaml())
     counts, config = run.corpus.manifest["counts"], run.config

@@ -26,7 +26,7 @@ def export(
     def write(result: StepResult) -> None:
         if result.stopping and not result.is_last:
             return
-        state.before_reading()
+        state.gather_parameters()
         output = run.run_directory / "hf" / step_name(result.step)
         try:
             export_running(state.policy, run.parallel, output, writer.supporting_files(result.step), dtype=dtype)

@@ -1,4 +1,4 @@
-"""Warnings about importance weights that say little, with what helps."""
+"""Warn about degenerate importance weights and suggest fixes."""
 
 from __future__ import annotations
 

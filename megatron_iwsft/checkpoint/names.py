@@ -1,0 +1,6 @@
+"""Names of files and directories of checkpoints (their layout is in info.py). Imports nothing."""
+
+CHECKPOINTS = "checkpoints"  # in a run directory
+LATEST = "latest"
+INFO = "iwsft.json"
+TOKENIZER = "tokenizer"

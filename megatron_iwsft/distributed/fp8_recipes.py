@@ -1,0 +1,32 @@
+"""Transformer Engine's FP8 recipes and what each one needs. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+FP8Recipe = Literal["delayed", "tensorwise", "blockwise", "mxfp8"]
+
+
+@dataclass(frozen=True)
+class RecipeNeeds:
+    """One row of the table.
+
+    capability   lowest CUDA compute capability
+    generation   the GPUs that have it
+    alignment    the rows of a matmul on each rank must be a multiple of it
+    format       Megatron-Core's name. hybrid: gradients in E5M2, for one scale per tensor. e4m3: more precise, with a scale per block
+    """
+
+    capability: tuple[int, int]
+    generation: str
+    alignment: int
+    format: Literal["hybrid", "e4m3"]
+
+
+FP8_RECIPES: dict[FP8Recipe, RecipeNeeds] = {
+    "delayed": RecipeNeeds((8, 9), "Ada, Hopper or newer", 16, "hybrid"),
+    "tensorwise": RecipeNeeds((8, 9), "Ada, Hopper or newer", 16, "hybrid"),
+    "blockwise": RecipeNeeds((9, 0), "Hopper or newer", 16, "e4m3"),
+    "mxfp8": RecipeNeeds((10, 0), "Blackwell", 32, "e4m3"),
+}
