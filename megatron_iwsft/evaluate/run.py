@@ -197,15 +197,18 @@ def pairs(results: Sequence[Result]) -> list[tuple[Result, Result, Comparison]]:
 
 def table(results: Sequence[Result], ks: Sequence[int]) -> str:
     """Format the results as a text table."""
-    width = max(len(r.model.label) for r in results)
+    names = {r.model.label: printable_line(r.model.label) for r in results}
+    width = max(map(len, names.values()))
     lines = [f"{'':{width}}  " + "".join(f"{f'pass@{k}':^26}" for k in ks) + "cut off  tokens/answer"]
     for r in results:
         answers = len(r.correct) * r.samples
         cells = "".join(f"{_percent(r.pass_at(k)):^26}" for k in ks)
-        lines.append(f"{r.model.label:{width}}  {cells}{r.cut_off / answers:6.1%}  {r.tokens / answers:12.0f}".rstrip())
+        lines.append(
+            f"{names[r.model.label]:{width}}  {cells}{r.cut_off / answers:6.1%}  {r.tokens / answers:12.0f}".rstrip()
+        )
     for a, b, c in pairs(results):
         lines.append(
-            f"{b.model.label} − {a.model.label}: pass@1 {100 * c.difference:+.1f} points "
+            f"{names[b.model.label]} − {names[a.model.label]}: pass@1 {100 * c.difference:+.1f} points "
             f"[{100 * c.low:+.1f}, {100 * c.high:+.1f}], exact paired test p = {c.p_value:.3g} "
             f"({c.better} problems better, {c.worse} worse, {c.equal} equal)"
         )
