@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from megatron_iwsft.distributed.stop_signals import STOP_SIGNALS
 from megatron_iwsft.errors import EXIT_REQUEUE
+from megatron_iwsft.utils.cli import prepare_streams
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -60,6 +61,7 @@ class StopNotice:
 
 def main() -> int:
     notice = StopNotice()  # before anything that takes time
+    prepare_streams()
     # Workers share the machine's cores: one thread each unless the user sets another number.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     # torchrun's own SIGTERM handler would kill the workers.

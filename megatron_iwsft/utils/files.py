@@ -107,6 +107,15 @@ def move_aside(path: Path) -> Path:
     raise FileExistsError(f"{path}: too many damaged files beside it")
 
 
+def open_regular(path: Path, flags: int) -> IO[str]:
+    """Open or create a text file with the flags of `os.open`. A link, or whatever else is not a file, is moved aside first."""
+    if os.path.lexists(path) and not stat.S_ISREG(os.lstat(path).st_mode):
+        move_aside(path)
+    file = os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    mode = "a+" if flags & os.O_APPEND else "w"
+    return open(file, mode, encoding="utf-8")
+
+
 def _unique_partial(path: Path) -> Path:
     return path.with_name(f"{_stem(path)}{_machine()}-{os.getpid()}-{uuid.uuid4().hex[:8]}{PARTIAL}")
 

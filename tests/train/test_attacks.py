@@ -73,6 +73,16 @@ def test_a_removed_lock_file_lets_no_second_job_in(config: Path, tmp_path: Path)
     assert first.finish() == EXIT_REQUEUE, first.output
 
 
+def test_links_in_the_run_directory_are_not_followed(config: Path, tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("somebody else's file")
+    (tmp_path / "run").mkdir()
+    for name in ("lock", "metrics.jsonl", "config.yaml"):
+        (tmp_path / "run" / name).symlink_to(tmp_path / "precious")
+    run = LaunchedRun(config, tmp_path / "run")
+    assert run.finish() == 0, run.output
+    assert (tmp_path / "precious").read_text() == "somebody else's file"
+
+
 def test_fewer_steps_than_are_done(config: Path, tmp_path: Path) -> None:
     assert LaunchedRun(config, tmp_path / "run").finish() == 0
     again = LaunchedRun(config, tmp_path / "run", "data.max_steps=2")
