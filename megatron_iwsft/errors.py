@@ -35,3 +35,4 @@ EXIT_FAILURE = 1
 EXIT_USER_ERROR = 2
 EXIT_REQUEUE = 75  # EX_TEMPFAIL of sysexits.h
 EXIT_UNREAD = 128 + 13  # a shell's status for SIGPIPE
+EXIT_INTERRUPTED = 128 + 2  # and for SIGINT

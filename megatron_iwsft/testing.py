@@ -17,6 +17,7 @@ from megatron_iwsft.distributed.mcore_compat import quiet_megatron
 from megatron_iwsft.distributed.spawn import run_job
 from megatron_iwsft.errors import UserError
 from megatron_iwsft.objectives.metrics import TIMING
+from megatron_iwsft.utils.jsonl import read_json_lines
 
 # What the server that CPU processes are forked from imports once: it takes seconds, a fork milliseconds.
 _PRELOADED = ["megatron_iwsft.train.trainer", "megatron_iwsft.train.precompute", "transformers"]
@@ -38,8 +39,7 @@ def run_distributed(
 def comparable_metrics(run: Path) -> list[dict[str, Any]]:
     """The complete lines of a run's metrics.jsonl, without metrics that measure time or memory."""
     path = run / "metrics.jsonl"
-    text = path.read_text() if path.exists() else ""
-    lines = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    lines = read_json_lines(path)[0] if path.exists() else []
     return [{k: v for k, v in line.items() if k not in TIMING} for line in lines]
 
 

@@ -133,13 +133,13 @@ def _newest(directory: Path) -> Path:
         return directory
     for parent in (directory, directory / CHECKPOINTS):
         if (parent / LATEST).exists():
-            newest = parent / _read_latest(parent)
+            newest = parent / read_latest(parent)
             # A run can be killed between replacing a checkpoint and updating `latest`.
             return newest if (newest / INFO).exists() else next(iter(complete_checkpoints(parent)), newest)
     return directory
 
 
-def _read_latest(parent: Path) -> str:
+def read_latest(parent: Path) -> str:
     """The name in `latest`; any other content is as good as none."""
     try:
         name = (parent / LATEST).read_text(encoding="utf-8").strip()

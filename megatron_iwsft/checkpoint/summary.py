@@ -6,7 +6,7 @@ from pathlib import Path
 
 import yaml
 
-from megatron_iwsft.checkpoint.info import CheckpointInfo, complete_checkpoints
+from megatron_iwsft.checkpoint.info import CheckpointInfo, complete_checkpoints, read_latest
 from megatron_iwsft.checkpoint.names import CHECKPOINTS, LATEST
 from megatron_iwsft.errors import CheckpointError
 from megatron_iwsft.utils.files import PARTIAL
@@ -27,8 +27,7 @@ def describe(path: Path, *, verify: bool, config: bool = False) -> tuple[str, bo
                 healthy &= undamaged
             unfinished = sorted(p.name for p in root.glob(f"step-*{PARTIAL}"))
             parts += [f"  {name}: incomplete" for name in unfinished]
-            pointer = root / LATEST
-            if not pointer.exists() or pointer.read_text().strip() != found[0].name:
+            if read_latest(root) != found[0].name:
                 parts.append(f"  {LATEST} does not point at the newest")
             parts.append("")
             break

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from megatron_iwsft.errors import ConfigError
 from megatron_iwsft.utils.cli import positive_int
+from megatron_iwsft.utils.text import printable_line
 
 ACCEPTS_UNKNOWN = True  # with --tasks they go to lm_eval
 
@@ -63,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
         for model in models:
             score = score_corpus(model.directory, args.corpus)
             counted = f"{score.tokens:,} tokens of {score.trajectories:,} trajectories"
-            print(f"{model.label}: nll {score.nll:.6f} per trained token, {counted}")
+            print(f"{printable_line(model.label)}: nll {score.nll:.6f} per trained token, {counted}")
     if args.tasks:
         from megatron_iwsft.evaluate.harness import run_harness
 

@@ -13,6 +13,7 @@ import argparse
 
 from megatron_iwsft.cli.options import add_config
 from megatron_iwsft.distributed.stop_signals import leave_on_stop_signals
+from megatron_iwsft.utils.launch import check_launch_environment
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,6 +26,7 @@ def run(args: argparse.Namespace) -> None:
     from megatron_iwsft.config.loader import load_config
 
     config = load_config(args.config, args.overrides)  # before torch is imported, so that a mistake is reported at once
+    check_launch_environment()
 
     from megatron_iwsft.distributed.context import prepare, stop
 

@@ -20,11 +20,14 @@ from megatron_iwsft.hf.model_card import Provenance, SupportingFiles
 from megatron_iwsft.model.gpt import PolicyModel
 
 
-def export_checkpoint(source: str | Path, output: str | Path, *, dtype: str | None = None) -> Path:
+def export_checkpoint(
+    source: str | Path, output: str | Path, *, dtype: str | None = None, exist_ok: bool = False
+) -> Path:
     """Write a checkpoint made at any layout as a Hugging Face directory; returns `output`.
 
     Holds one parameter in memory at a time. dtype: fp32, bf16 or fp16; None is the run's. Vocabulary padding is removed; tokenizer,
-    chat template and generation config are included. Raises CheckpointError, and then leaves no partial directory.
+    chat template and generation config are included. exist_ok: if another process completes `output` first, keep that.
+    Raises CheckpointError, and then leaves no partial directory.
     """
     info = CheckpointInfo.read(source)
     _return_freed_memory()
@@ -40,6 +43,7 @@ def export_checkpoint(source: str | Path, output: str | Path, *, dtype: str | No
         names=names,
         dtype=DTYPES[dtype or info.config.get("precision", {}).get("dtype", "fp32")],
         finish=lambda partial: supporting_files.write(partial, info.architecture),
+        exist_ok=exist_ok,
     )
     return Path(output)
 
@@ -61,7 +65,7 @@ def export_running(
     *,
     dtype: torch.dtype,
 ) -> None:
-    """Write a model in training, at any layout, as a Hugging Face directory; does nothing if `output` exists.
+    """Write a model in training, at any layout, as a Hugging Face directory; leaves an existing `output` as it is.
 
     Collective over all ranks: rank 0 writes, holding one full parameter at a time; the others send it their shards. Raises
     CheckpointError on all ranks if it cannot be written.
@@ -82,6 +86,7 @@ def export_running(
                 names=weights.names,
                 dtype=dtype,
                 finish=lambda partial: supporting_files.write(partial, architecture),
+                exist_ok=True,
             )
         except (OSError, UserError) as error:
             weights.discard_rest()

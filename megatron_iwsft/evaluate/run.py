@@ -1,19 +1,20 @@
 """Run models on a benchmark: keep every answer, resume after an interruption, and compare models problem by problem.
 
-OUTPUT/BENCHMARK/MODEL.jsonl    first line: model, weights fingerprint and settings; then one line per problem with all its answers
+OUTPUT/BENCHMARK/MODEL.jsonl    first line: model, weights fingerprint and settings; then one line per problem with all its answers.
+                                After damage, the valid lines at its start are kept and the other problems answered again.
 OUTPUT/BENCHMARK/summary.json   pass@k of every model, and the comparisons
 """
 
 from __future__ import annotations
 
-import json
-import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
+from typing_extensions import TypedDict  # pydantic asks for this one before Python 3.12
 
 from megatron_iwsft.checkpoint.info import CheckpointInfo
 from megatron_iwsft.checkpoint.names import CHECKPOINTS
@@ -22,9 +23,34 @@ from megatron_iwsft.errors import CheckpointError, ConfigError, DataError
 from megatron_iwsft.evaluate.benchmark import Problem, is_correct
 from megatron_iwsft.evaluate.generate import Generator
 from megatron_iwsft.evaluate.statistics import Comparison, Estimate, compare, mean_pass_at_k
-from megatron_iwsft.utils.files import flush_to_disk, sampled_fingerprint, write_json
+from megatron_iwsft.utils.files import sampled_fingerprint, write_json
+from megatron_iwsft.utils.json_files import KEEP_UNKNOWN_KEYS, fits
+from megatron_iwsft.utils.jsonl import JsonLines
+from megatron_iwsft.utils.text import printable_line
 
 FORMAT_VERSION = 1
+
+
+class _Header(TypedDict):
+    __pydantic_config__ = KEEP_UNKNOWN_KEYS  # type: ignore[misc]
+    format_version: int
+    weights: str
+    settings: dict[str, Any]
+
+
+class _JudgedAnswer(TypedDict):
+    __pydantic_config__ = KEEP_UNKNOWN_KEYS  # type: ignore[misc]
+    text: str
+    tokens: int
+    cut_off: bool
+    correct: bool
+
+
+class _AnsweredProblem(TypedDict):
+    __pydantic_config__ = KEEP_UNKNOWN_KEYS  # type: ignore[misc]
+    number: int
+    answer: str
+    answers: list[_JudgedAnswer]
 
 
 @dataclass(frozen=True)
@@ -59,8 +85,8 @@ def _find_model(path: Path) -> EvaluatedModel:
     run = root.parent if root.name == CHECKPOINTS else root
     exported = run / "hf" / info.directory.name
     if not exported.exists():
-        print(f"exporting {info.directory} to {exported}", flush=True)
-        export_checkpoint(info.directory, exported)
+        print(printable_line(f"exporting {info.directory} to {exported}"), flush=True)
+        export_checkpoint(info.directory, exported, exist_ok=True)
     return EvaluatedModel(f"{run.name}-{exported.name}", exported)
 
 
@@ -87,7 +113,7 @@ def evaluate_model(
     samples: int,
     make: Callable[[Path], Generator],
 ) -> Result:
-    """Answer the problems that `output`/LABEL.jsonl does not contain yet, and check all answers.
+    """Answer the problems that `output`/LABEL.jsonl does not contain yet, and check all answers. A damaged file is repaired.
 
     settings: everything else that the answers depend on. Raises DataError if the file was written with other settings.
     `make` is called only if there are problems left.
@@ -99,7 +125,8 @@ def evaluate_model(
         "weights": sampled_fingerprint(model.directory, "*.safetensors"),
         "settings": settings,
     }
-    done = _read_results(path, header)
+    results = JsonLines(path, _warn, valid=lambda i, row: _is_ours(i, row, samples))
+    done = _earlier_results(results, header)
     for problem in problems:
         if problem.number in done and done[problem.number]["answer"] != problem.answer:
             raise DataError(f"{path} has answers to another problem in line {problem.number}. Choose another --output.")
@@ -111,7 +138,7 @@ def evaluate_model(
             total=len(problems), initial=len(problems) - len(left), desc=model.label, unit="problem", disable=None
         )
         with bar:
-            for batch in _answer(left, generator, path, header):
+            for batch in _answer(left, generator, results, header):
                 done |= batch
                 bar.update(len(batch))
     answered = [done[problem.number]["answers"] for problem in problems]
@@ -125,46 +152,42 @@ def evaluate_model(
 
 
 def _answer(
-    problems: list[Problem], generator: Generator, path: Path, header: dict[str, Any]
+    problems: list[Problem], generator: Generator, results: JsonLines, header: dict[str, Any]
 ) -> Iterator[dict[int, dict[str, Any]]]:
     """Answer and check problems batch by batch, append them to the file, and yield each batch as problem number → its line."""
-    with open(path, "a", encoding="utf-8") as file:
-        if file.tell() == 0:
-            file.write(json.dumps(header | {"backend": generator.backend}, ensure_ascii=False) + "\n")
-        for at in range(0, len(problems), generator.problems_at_once):
-            batch = problems[at : at + generator.problems_at_once]
-            answers = generator.answer([(problem.number, problem.prompt) for problem in batch])
-            done = {}
-            for problem, own in zip(batch, answers, strict=True):
-                judged = [asdict(a) | {"correct": is_correct(problem.answer, a.text)} for a in own]
-                done[problem.number] = asdict(problem) | {"answers": judged}
-                file.write(json.dumps(done[problem.number], ensure_ascii=False) + "\n")
-            file.flush()
-            flush_to_disk(path)
-            yield done
+    if not results.read():
+        results.append(header | {"backend": generator.backend})
+    for at in range(0, len(problems), generator.problems_at_once):
+        batch = problems[at : at + generator.problems_at_once]
+        answers = generator.answer([(problem.number, problem.prompt) for problem in batch])
+        done = {}
+        for problem, own in zip(batch, answers, strict=True):
+            judged = [asdict(a) | {"correct": is_correct(problem.answer, a.text)} for a in own]
+            done[problem.number] = asdict(problem) | {"answers": judged}
+        results.append(*done.values(), durable=True)
+        yield done
 
 
-def _read_results(path: Path, header: dict[str, Any]) -> dict[int, dict[str, Any]]:
-    """Read the finished problems of an earlier call: problem number → its line. Truncates a partly written last line."""
-    if not path.exists():
-        return {}
-    content = path.read_bytes()
-    complete = content[: content.rfind(b"\n") + 1]
-    if len(complete) < len(content):
-        os.truncate(path, len(complete))
-    try:
-        lines = [json.loads(line) for line in complete.splitlines()]
-        found = {line["number"]: line for line in lines[1:]}
-        before = lines[0] if lines else header
-    except (ValueError, KeyError, TypeError):
-        raise DataError(f"{path} is damaged. Remove it to evaluate again.") from None
+def _earlier_results(results: JsonLines, header: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    """The finished problems of an earlier call: problem number → its line."""
+    before, *lines = results.read() or [header]
     for key in ("format_version", "weights", "settings"):
-        if before.get(key) != header[key]:
+        if before[key] != header[key]:
             raise DataError(
-                f"{path} was written with different {key}: {before.get(key)} there, {header[key]} now. Remove it, or choose another "
+                f"{results.path} was written with different {key}: {before[key]} there, {header[key]} now. Remove it, or choose another "
                 "--output."
             )
-    return found
+    return {line["number"]: line for line in lines}
+
+
+def _is_ours(index: int, row: dict[str, Any], samples: int) -> bool:
+    if index == 0:
+        return fits(row, _Header)
+    return fits(row, _AnsweredProblem) and len(row["answers"]) == samples
+
+
+def _warn(text: str) -> None:
+    print(printable_line(text), file=sys.stderr, flush=True)
 
 
 def pairs(results: Sequence[Result]) -> list[tuple[Result, Result, Comparison]]:
@@ -175,15 +198,18 @@ def pairs(results: Sequence[Result]) -> list[tuple[Result, Result, Comparison]]:
 
 def table(results: Sequence[Result], ks: Sequence[int]) -> str:
     """Format the results as a text table."""
-    width = max(len(r.model.label) for r in results)
+    names = {r.model.label: printable_line(r.model.label) for r in results}
+    width = max(map(len, names.values()))
     lines = [f"{'':{width}}  " + "".join(f"{f'pass@{k}':^26}" for k in ks) + "cut off  tokens/answer"]
     for r in results:
         answers = len(r.correct) * r.samples
         cells = "".join(f"{_percent(r.pass_at(k)):^26}" for k in ks)
-        lines.append(f"{r.model.label:{width}}  {cells}{r.cut_off / answers:6.1%}  {r.tokens / answers:12.0f}".rstrip())
+        lines.append(
+            f"{names[r.model.label]:{width}}  {cells}{r.cut_off / answers:6.1%}  {r.tokens / answers:12.0f}".rstrip()
+        )
     for a, b, c in pairs(results):
         lines.append(
-            f"{b.model.label} − {a.model.label}: pass@1 {100 * c.difference:+.1f} points "
+            f"{names[b.model.label]} − {names[a.model.label]}: pass@1 {100 * c.difference:+.1f} points "
             f"[{100 * c.low:+.1f}, {100 * c.high:+.1f}], exact paired test p = {c.p_value:.3g} "
             f"({c.better} problems better, {c.worse} worse, {c.equal} equal)"
         )

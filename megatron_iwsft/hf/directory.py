@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Protocol
@@ -18,7 +18,7 @@ from megatron_iwsft.errors import CheckpointError
 from megatron_iwsft.hf.architecture import Architecture
 from megatron_iwsft.hf.mapping import Span, shapes
 from megatron_iwsft.hf.safetensors import SafetensorsFile, write_safetensors
-from megatron_iwsft.utils.files import partial_path, publish, write_json
+from megatron_iwsft.utils.files import atomic_directory, write_json
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -181,37 +181,51 @@ def write_directory(
     dtype: torch.dtype,
     finish: Callable[[Path], None] = lambda partial: None,
     shard_bytes: int = 4 * 2**30,
+    exist_ok: bool = False,
 ) -> None:
     """Write a Hugging Face directory, with one tensor in memory at a time.
 
     read(name) returns the full tensor. It is called in the order of `names`; tensors of one parameter should be adjacent.
     finish(directory) writes the other files. The directory gets its name only once it is complete.
+    exist_ok: if another process completes `output` first, keep that and discard this one, having read every tensor.
     Raises CheckpointError if `output` exists or cannot be written.
     """
-    if output.exists():
+    if os.path.lexists(output) and not exist_ok:
         raise CheckpointError(f"{output} already exists. Remove it, or choose another output directory.")
-    partial = partial_path(output.with_name(f".{output.name}"))
-    shutil.rmtree(partial, ignore_errors=True)
     try:
-        partial.mkdir(parents=True)
-        files = _plan_files(names, shapes(architecture), dtype, shard_bytes)
-        total = sum(torch.Size(shape).numel() * dtype.itemsize for file in files.values() for shape in file.values())
-        with tqdm(total=total, desc="writing weights", unit="B", unit_scale=True, disable=None) as bar:
-            for file, tensors in files.items():
-                write_safetensors(partial / file, tensors, read, dtype, written=bar.update)
-        if len(files) > 1:
-            weight_map = {name: file for file, tensors in files.items() for name in tensors}
-            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            write_json(partial / _INDEX, index, indent=2, sort_keys=True)
-        config = {k: v for k, v in architecture.hf.items() if k not in ("torch_dtype", "dtype", "_name_or_path")}
-        config["dtype"] = str(dtype).removeprefix("torch.")
-        write_json(partial / "config.json", config, indent=2, sort_keys=True)
-        finish(partial)
-        publish(partial, output)
+        with atomic_directory(output) as partial:
+            _write_files(partial, architecture, read, names, dtype, shard_bytes)
+            finish(partial)
+    except FileExistsError:
+        if not (exist_ok and output.is_dir()):
+            raise CheckpointError(
+                f"another process has written {output} in the meantime. That directory is unchanged; this export was discarded."
+            ) from None
     except OSError as error:
         raise CheckpointError(f"cannot write {output}: {error.strerror} ({error.filename or output}).") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_files(
+    directory: Path,
+    architecture: Architecture,
+    read: Callable[[str], Tensor],
+    names: Iterable[str],
+    dtype: torch.dtype,
+    shard_bytes: int,
+) -> None:
+    """Weights, their index, and config.json."""
+    files = _plan_files(names, shapes(architecture), dtype, shard_bytes)
+    total = sum(torch.Size(shape).numel() * dtype.itemsize for file in files.values() for shape in file.values())
+    with tqdm(total=total, desc="writing weights", unit="B", unit_scale=True, disable=None) as bar:
+        for file, tensors in files.items():
+            write_safetensors(directory / file, tensors, read, dtype, written=bar.update)
+    if len(files) > 1:
+        weight_map = {name: file for file, tensors in files.items() for name in tensors}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_json(directory / _INDEX, index, indent=2, sort_keys=True)
+    config = {k: v for k, v in architecture.hf.items() if k not in ("torch_dtype", "dtype", "_name_or_path")}
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    write_json(directory / "config.json", config, indent=2, sort_keys=True)
 
 
 def _plan_files(

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import html
 import io
-import json
+import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from megatron_iwsft.errors import DataError
 from megatron_iwsft.objectives.metrics import METRICS
+from megatron_iwsft.train.callbacks.metrics_file import METRICS_FILE, read_metrics_file
 from megatron_iwsft.utils.files import write_text
+from megatron_iwsft.utils.json_files import is_regular_file
+from megatron_iwsft.utils.text import printable, printable_line
 
 # metric → title of its plot
 _PLOTS = {metric.name: metric.title for metric in METRICS if metric.plotted}
+_PLOTTED = 1e100  # matplotlib cannot place ticks near the largest float
 _STYLE = (
     "body{font:16px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;color:#222}"
     "table{border-collapse:collapse}td,th{padding:.3rem .8rem;border-bottom:1px solid #ddd;text-align:right}"
@@ -26,31 +29,48 @@ _STYLE = (
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """Read RUN/metrics.jsonl. Raises DataError if it is missing, damaged or empty."""
-    path = run / "metrics.jsonl"
+    """Read RUN/metrics.jsonl, up to the first damaged line, which is reported on standard error.
+
+    Raises DataError if it is missing or has no valid line.
+    """
+    path = run / METRICS_FILE
     try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except FileNotFoundError:
-        raise DataError(f"{run} is not a run directory: it has no metrics.jsonl.") from None
-    except ValueError:
-        raise DataError(f"{path} is damaged: not every line is valid JSON.") from None
+        lines, damage = read_metrics_file(path)
+    except (FileNotFoundError, NotADirectoryError):
+        raise DataError(f"{run} is not a run directory: it has no {METRICS_FILE}.") from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}.") from None
     if not lines:
-        raise DataError(f"{path} is empty: the run has not finished a step.")
+        raise DataError(
+            f"{path} is damaged: {damage}." if damage else f"{path} is empty: the run has not finished a step."
+        )
+    if damage:
+        print(f"{path} is damaged: {damage}. The {len(lines):,} lines before it are shown.", file=sys.stderr)
     return lines
 
 
+def _number(value: Any) -> float | None:
+    """A metric's value, if it is a finite number."""
+    try:
+        number = float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None
+
+
 def curve_difference(a: list[dict[str, Any]], b: list[dict[str, Any]], metric: str = "loss") -> float:
-    """Largest relative difference of a metric over the steps that both runs have; NaN if any difference is NaN."""
-    other = {line["step"]: line[metric] for line in b}
-    pairs = [(line[metric], other[line["step"]]) for line in a if None not in (line[metric], other.get(line["step"]))]
-    # np.max instead of max(): it propagates NaN.
-    return float(np.max([abs(x - y) / abs(y) for x, y in pairs], initial=0.0))
+    """Largest relative difference of a metric over the steps where both runs have a finite value; 0 if there are none."""
+    other = {line["step"]: _number(line.get(metric)) for line in b}
+    pairs = [(_number(line.get(metric)), other.get(line["step"])) for line in a]
+    differences = [abs(x - y) / abs(y) if x != y else 0.0 for x, y in pairs if x is not None and y]
+    differences += [math.inf for x, y in pairs if x and y == 0]
+    return max(differences, default=0.0)
 
 
 def write_report(runs: Sequence[Path], output: Path) -> str:
     """Write the page and return a summary for the terminal."""
-    metrics = {str(run): read_metrics(run) for run in runs}
-    configs = {str(run): run / "config.yaml" for run in runs}
+    metrics = {printable_line(str(run)): read_metrics(run) for run in runs}
+    configs = {printable_line(str(run)): run / "config.yaml" for run in runs}
     rows = [
         [name, *(_last(lines, m) for m in ("step", "nll", "loss", "weight_mean", "weight_ess", "kl_to_reference"))]
         for name, lines in metrics.items()
@@ -89,9 +109,9 @@ def _page(
         *(_plot(metric, metrics) for metric in shown),
         "</div>",
         *(
-            f"<details><summary>config of {html.escape(name)}</summary><pre>{html.escape(path.read_text(encoding='utf-8'))}</pre></details>"
+            f"<details><summary>config of {html.escape(name)}</summary><pre>{html.escape(_content(path))}</pre></details>"
             for name, path in configs.items()
-            if path.exists()
+            if is_regular_file(path)
         ),
     ]
     return (
@@ -100,9 +120,14 @@ def _page(
     )
 
 
+def _content(path: Path) -> str:
+    return printable(path.read_bytes().decode("utf-8", "replace"))
+
+
 def _last(lines: list[dict[str, Any]], metric: str) -> str:
     value = lines[-1].get(metric)
-    return "–" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+    number = _number(value)
+    return "–" if number is None else f"{value:,}" if isinstance(value, int) else f"{number:.4g}"
 
 
 def _plot(metric: str, metrics: dict[str, list[dict[str, Any]]]) -> str:
@@ -112,21 +137,21 @@ def _plot(metric: str, metrics: dict[str, list[dict[str, Any]]]) -> str:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(6, 3.2), layout="constrained")
+    curves: dict[str, Any] = {}  # run → its first curve
     for i, (name, lines) in enumerate(metrics.items()):
         for key, line_style in ((metric, "-"), *([("bound_sft", "--")] if metric == "bound_iw" else [])):
-            points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
+            numbers = ((line["step"], _number(line.get(key))) for line in lines)
+            points = [(step, value) for step, value in numbers if value is not None and abs(value) < _PLOTTED]
             if points:
-                axes.plot(
-                    *zip(*points, strict=True),
-                    line_style,
-                    color=f"C{i}",
-                    label=name if line_style == "-" else None,
-                    linewidth=1.2,
-                )
+                (curve,) = axes.plot(*zip(*points, strict=True), line_style, color=f"C{i}", linewidth=1.2)
+                curves.setdefault(name, curve)
     axes.set_title(_PLOTS[metric] + (" (dashed: SFT bound)" if metric == "bound_iw" else ""), fontsize=10)
     axes.set_xlabel("step")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, frameon=False)
+    legend = axes.legend(curves.values(), [str(i) for i in range(len(curves))], fontsize=8, frameon=False)
+    for label, name in zip(legend.get_texts(), curves, strict=True):  # a label would be left out if it started with _
+        label.set_parse_math(False)
+        label.set_text(name)
     text = io.StringIO()
     figure.savefig(text, format="svg")
     pyplot.close(figure)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import codecs
 import contextlib
+import io
+import locale
 import os
 import select
+import signal
 import sys
 import time
 import traceback
@@ -14,6 +18,7 @@ from typing import Any, NoReturn
 
 from megatron_iwsft.errors import (
     EXIT_FAILURE,
+    EXIT_INTERRUPTED,
     EXIT_REQUEUE,
     EXIT_UNREAD,
     EXIT_USER_ERROR,
@@ -21,6 +26,7 @@ from megatron_iwsft.errors import (
     RequeueError,
     UserError,
 )
+from megatron_iwsft.utils.text import printable
 
 
 def run_command(main: Callable[[], int | None]) -> NoReturn:
@@ -32,6 +38,15 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
     In a job with several ranks only one prints, since most mistakes reach every rank: rank 0 first, then, after a delay, the first
     rank of each machine, then the others. torchrun ends the other ranks of a machine as soon as one has failed.
     """
+    prepare_streams()
+    _handle_interrupts()
+    try:
+        _run(main)
+    except KeyboardInterrupt:
+        sys.exit(EXIT_INTERRUPTED)
+
+
+def _run(main: Callable[[], int | None]) -> NoReturn:
     status: Any
     try:
         try:
@@ -40,11 +55,11 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
             status = exit.code
         sys.stdout.flush()
     except UserError as error:
-        rank = int(os.environ.get("RANK", "0"))
+        rank = _rank()
         if rank > 0:
             time.sleep(3 if os.environ.get("LOCAL_RANK") == "0" else 6)
         where = f" (rank {rank})" if rank > 0 else ""
-        _leave(EXIT_USER_ERROR, f"{type(error).__name__}{where}: {error}")
+        _leave(EXIT_USER_ERROR, printable(f"{type(error).__name__}{where}: {error}"))
     except RequeueError:
         _leave(EXIT_REQUEUE, None)
     except PeerError:
@@ -54,12 +69,63 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
             _leave(EXIT_FAILURE, traceback.format_exc())
         _leave(EXIT_UNREAD, "standard output was closed; stopping." if "RANK" in os.environ else None)
     except OSError as error:
-        _leave(EXIT_USER_ERROR, f"{error.strerror}: {error.filename}" if error.filename else str(error))
-    except KeyboardInterrupt:
-        sys.exit(130)
+        _leave(EXIT_USER_ERROR, printable(f"{error.strerror}: {error.filename}" if error.filename else str(error)))
+    except UnicodeError as error:
+        if not _is_ascii(locale.getpreferredencoding(False)):
+            _leave(EXIT_FAILURE, traceback.format_exc())
+        _leave(
+            EXIT_USER_ERROR,
+            f"the locale's text encoding is ASCII, in which some names and files cannot be read or written ({printable(str(error))}). "
+            "Set PYTHONUTF8=1, or LC_ALL to a UTF-8 locale such as C.UTF-8.",
+        )
     except Exception:
         _leave(EXIT_FAILURE, traceback.format_exc())
     sys.exit(status or 0)
+
+
+def prepare_streams() -> None:
+    """Make standard input, output and error usable, whatever state this process got them in.
+
+    A closed descriptor is opened on the null device: otherwise the next file to be opened would take its number, and get what is
+    printed. Text that the output's encoding lacks is escaped; ASCII, of the locale C, is taken for UTF-8.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest free number, so this one
+        stream = getattr(sys, name)
+        if stream is None:
+            mode = "r" if number == 0 else "w"
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - stays open
+        elif number > 0 and isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(
+                encoding="utf-8" if _is_ascii(stream.encoding) else stream.encoding, errors="backslashreplace"
+            )
+
+
+def _is_ascii(encoding: str) -> bool:
+    return codecs.lookup(encoding).name == "ascii"
+
+
+def _handle_interrupts() -> None:
+    """Raise KeyboardInterrupt on the first SIGINT only: a second one, in the cleanup that follows, ends the process at once."""
+
+    def interrupt(*_: object) -> None:
+        signal.signal(signal.SIGINT, lambda *_: os._exit(EXIT_INTERRUPTED))
+        raise KeyboardInterrupt
+
+    # Not if it is ignored, as of a command in the background, and only the main thread may.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        with contextlib.suppress(ValueError):
+            signal.signal(signal.SIGINT, interrupt)
+
+
+def _rank() -> int:
+    try:
+        return int(os.environ.get("RANK", "0"))
+    except ValueError:
+        return 0
 
 
 def positive_int(text: str) -> int:
@@ -82,8 +148,9 @@ def _output_is_closed() -> bool:
 
 def _leave(status: int, message: str | None) -> NoReturn:
     """End the process at once: interpreter teardown would add tracebacks from peers that wait in a collective."""
-    if message is not None:
-        print(message, file=sys.stderr, flush=True)
-    with contextlib.suppress(BrokenPipeError):
+    with contextlib.suppress(OSError, ValueError):  # the disk that output goes to may be full, or its reader gone
+        if message is not None:
+            print(message, file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
     os._exit(status)

@@ -1,14 +1,22 @@
-"""Files that appear complete or not at all: written under a temporary name, flushed to disk, then renamed; and their checksums."""
+"""Files and directories that appear complete or not at all: written under a temporary name, flushed to disk, then renamed.
+
+A temporary name that is not a `partial_path` is unique and says which process of which machine uses it. What a killed process left
+is removed when the same file is written again, if that process is known to be gone or has written nothing for a day.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import re
 import shutil
+import stat
+import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -16,6 +24,8 @@ PARTIAL = ".partial"
 _HASH_BLOCK = 1 << 22
 _SAMPLES = 64
 _SAMPLE_BYTES = 65536
+_NAME_BYTES = 200  # of a file name within its temporary name; a name has 255 at most
+_STALE_S = 86400.0
 
 
 def partial_path(path: Path) -> Path:
@@ -41,18 +51,113 @@ def atomic_write(path: Path, mode: Literal["w", "wb"] = "w", *, single_writer: b
     """Open a file for writing that appears under its name only if the block ends without an exception.
 
     Text is UTF-8. `single_writer`: only one process writes this file, so it is written at `partial_path`, which the next run
-    overwrites if this process is killed. Otherwise the temporary name is random: two processes may write the same file at
-    once, and the last rename wins. Raises OSError; then no file is left behind, and an existing file is unchanged.
+    overwrites if this process is killed. Otherwise the temporary name is unique: two processes may write the same file at
+    once, and the last rename wins. A link at `path` is replaced, not followed. Raises OSError; then no file is left behind, and an
+    existing file is unchanged.
     """
-    random_name = f".{path.name}.{uuid.uuid4().hex[:8]}{PARTIAL}"
-    partial = partial_path(path) if single_writer else path.with_name(random_name)
+    if single_writer:
+        partial = partial_path(path)
+        partial.unlink(missing_ok=True)
+    else:
+        _remove_stale(path)
+        partial = _unique_partial(path)
+    exclusive: Any = mode.replace("w", "x")  # follows no link that somebody else put there
     try:
-        with open(partial, mode, encoding=None if "b" in mode else "utf-8") as file:
+        with open(partial, exclusive, encoding=None if "b" in mode else "utf-8") as file:
             yield file
         publish(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """A new empty directory, to be filled in the block, that appears as `path` only if the block ends without an exception.
+
+    Several processes may do this at once; the first to finish wins. Raises FileExistsError if there is something at `path` after the
+    block. On any exception the directory is removed.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_stale(path)
+    partial = _unique_partial(path)
+    try:
+        partial.mkdir()
+        yield partial
+        for file in partial.rglob("*"):
+            if file.is_file() and not file.is_symlink():
+                flush_to_disk(file)
+        try:
+            os.rename(partial, path)
+        except OSError:
+            if os.path.lexists(path):
+                raise FileExistsError(f"{path} already exists") from None
+            raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def move_aside(path: Path) -> Path:
+    """Rename a damaged file, or whatever else is at `path`, to the first free name `….damaged-1`, `….damaged-2`, …; returns that."""
+    for number in range(1, 10_000):
+        aside = path.with_name(f"{path.name}.damaged-{number}")
+        if not os.path.lexists(aside):
+            os.rename(path, aside)
+            return aside
+    raise FileExistsError(f"{path}: too many damaged files beside it")
+
+
+def _unique_partial(path: Path) -> Path:
+    return path.with_name(f"{_stem(path)}{_machine()}-{os.getpid()}-{uuid.uuid4().hex[:8]}{PARTIAL}")
+
+
+def _stem(path: Path) -> str:
+    return f".{os.fsdecode(os.fsencode(path.name)[:_NAME_BYTES])}."
+
+
+@cache
+def _machine() -> str:
+    """Identifies where process ids mean the same: this boot of this machine, and the PID namespace."""
+    parts = []
+    with suppress(OSError):
+        parts = [Path("/proc/sys/kernel/random/boot_id").read_text(), os.readlink("/proc/self/ns/pid")]
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:8] if parts else uuid.uuid4().hex[:8]
+
+
+def _remove_stale(path: Path) -> None:
+    """Remove what killed processes of this user left of `path` under temporary names."""
+    name = re.compile(re.escape(_stem(path)) + r"([0-9a-f]{8})-(\d+)-[0-9a-f]{8}" + re.escape(PARTIAL))
+    with suppress(OSError), os.scandir(path.parent) as entries:
+        for entry in entries:
+            found = name.fullmatch(entry.name)
+            if found and _is_stale(entry, found[1], int(found[2])):
+                if entry.is_dir(follow_symlinks=False):
+                    shutil.rmtree(entry.path, ignore_errors=True)
+                else:
+                    os.unlink(entry.path)
+
+
+def _is_stale(entry: os.DirEntry[str], machine: str, process: int) -> bool:
+    status = entry.stat(follow_symlinks=False)
+    if status.st_uid != os.geteuid():
+        return False
+    if machine == _machine() and not _runs(process):
+        return True
+    written = status.st_mtime
+    if stat.S_ISDIR(status.st_mode):
+        with os.scandir(entry.path) as files:
+            written = max([written, *(file.stat(follow_symlinks=False).st_mtime for file in files)])
+    return time.time() - written > _STALE_S
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):  # another user's
+        return True
+    return True
 
 
 def write_text(path: Path, text: str, *, single_writer: bool = False) -> None:

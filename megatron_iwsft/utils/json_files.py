@@ -69,6 +69,15 @@ def check_json(value: Any, schema: type[T], error: type[UserError], *, where: st
         raise error(f"{where} is damaged: {key}: {first['msg'][:200]}. {advice}") from None
 
 
+def fits(value: Any, schema: Any) -> bool:
+    """Whether a parsed value fits `schema`."""
+    try:
+        TypeAdapter(schema).validate_python(value, strict=True)
+    except ValidationError:
+        return False
+    return True
+
+
 def is_regular_file(path: Path) -> bool:
     """Whether `path` is a file itself: not a link, a directory, a FIFO or a device."""
     try:

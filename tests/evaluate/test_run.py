@@ -158,10 +158,14 @@ def test_answers_with_other_settings_are_rejected(model, benchmark, finished, tm
         evaluated(model, benchmark, tmp_path, temperature=0.5)
 
 
-def test_a_damaged_result_file_is_rejected(model, benchmark, finished, tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_bytes(finished[0].replace(b'"number": 2', b'"n": 2'))
-    with pytest.raises(DataError, match="is damaged"):
-        evaluated(model, benchmark, tmp_path)
+def test_a_damaged_result_file_keeps_its_valid_lines(model, benchmark, finished, tmp_path: Path, capsys) -> None:
+    content, result = finished
+    damaged = content.replace(b'"number": 2', b'"n": 2')
+    (tmp_path / "a.jsonl").write_bytes(damaged)
+    assert evaluated(model, benchmark, tmp_path) == (result, 1)
+    assert "line 3 does not have the expected fields" in capsys.readouterr().err
+    assert (tmp_path / "a.jsonl").read_bytes() == content
+    assert (tmp_path / "a.jsonl.damaged-1").read_bytes() == damaged
 
 
 def test_answers_to_another_benchmark_are_rejected(model, benchmark, finished, tmp_path: Path) -> None:

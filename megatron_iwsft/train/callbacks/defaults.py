@@ -11,11 +11,12 @@ from megatron_iwsft.train.callbacks.console import progress_line
 from megatron_iwsft.train.callbacks.custom import custom_callback
 from megatron_iwsft.train.callbacks.evaluation import evaluation
 from megatron_iwsft.train.callbacks.export import export
-from megatron_iwsft.train.callbacks.metrics_file import MetricsFile
+from megatron_iwsft.train.callbacks.metrics_file import METRICS_FILE, MetricsFile
 from megatron_iwsft.train.callbacks.trackers import tensorboard_logger, wandb_logger
 from megatron_iwsft.train.callbacks.weight_warnings import WeightWarnings
 from megatron_iwsft.train.setup import StartedRun
 from megatron_iwsft.utils.files import write_text
+from megatron_iwsft.utils.text import printable_line
 
 if TYPE_CHECKING:
     from megatron_iwsft.train.trainer import Trainer
@@ -32,11 +33,13 @@ def add_configured_callbacks(trainer: Trainer, writer: CheckpointWriter, at_exit
         trainer.insert_callback(custom_callback(name, function, trainer.events))
     if run.is_main:
         _start_run_directory(run)
-        trainer.add_callback(MetricsFile(run.run_directory / "metrics.jsonl", trainer.state.step))
+        events = trainer.events
+        metrics_file = run.run_directory / METRICS_FILE
+        trainer.add_callback(MetricsFile(metrics_file, trainer.state.step, lambda text: events("file repaired", text)))
         trainer.add_callback(progress_line, every=config.logging.every, at_end=True)
         trainer.add_callback(WeightWarnings(config.logging, trainer.events))
         if config.logging.wandb.mode != "disabled":
-            trainer.add_callback(wandb_logger(config, at_exit))
+            trainer.add_callback(wandb_logger(config, trainer.events, at_exit))
         if config.logging.tensorboard:
             trainer.add_callback(tensorboard_logger(run.run_directory / "logs"))
     trainer.add_callback(trainer.save, collective=True, phase="saving", saves=True)
@@ -57,7 +60,7 @@ def _start_run_directory(run: StartedRun) -> None:
     write_text(run.run_directory / "config.yaml", run.config.to_yaml())
     counts, config = run.corpus.manifest["counts"], run.config
     print(
-        f"{config.run.name}: {config.objective.name} on {len(run.corpus)} trajectories ({counts['trained_tokens']:,} of "
+        f"{printable_line(config.run.name)}: {config.objective.name} on {len(run.corpus)} trajectories ({counts['trained_tokens']:,} of "
         f"{counts['tokens']:,} tokens trained), {run.total_steps} steps of {config.data.global_batch_size} sequences; "
         f"{run.platform.device.type}, {run.layout.describe()}",
         flush=True,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from megatron_iwsft.utils.jsonl import JsonLines
+from megatron_iwsft.utils.text import printable
 
 _JOB = {"slurm_job": "SLURM_JOB_ID", "restarts": "SLURM_RESTART_COUNT"}
 
@@ -18,21 +19,20 @@ class Events:
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
+        self._file = None if path is None else JsonLines(path, _say)
 
     def __call__(self, event: str, text: str, **details: Any) -> None:
-        if self.path is None:
+        if self.path is None or self._file is None:
             return
-        print(text, flush=True)
+        _say(text)
         job = {key: os.environ[name] for key, name in _JOB.items() if name in os.environ}
         line = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "event": event, "text": text, **details, **job}
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(finite(line)) + "\n")
+            self._file.append(line)
         except OSError as error:  # a full disk must not end the run
             print(f"{self.path}: {error.strerror}", file=sys.stderr, flush=True)
 
 
-def finite(values: dict[str, Any]) -> dict[str, Any]:
-    """Values for JSON, which has no nan and no infinity: null in their place."""
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+def _say(text: str) -> None:
+    print(printable(text), flush=True)

@@ -2,51 +2,52 @@
 
 from __future__ import annotations
 
-import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from megatron_iwsft.train.callbacks import StepResult
-from megatron_iwsft.train.callbacks.events import finite
-from megatron_iwsft.utils.files import write_text
+from megatron_iwsft.utils.jsonl import JsonLines, read_json_lines
+
+METRICS_FILE = "metrics.jsonl"
+
+
+def read_metrics_file(path: Path) -> tuple[list[dict[str, Any]], str]:
+    """Its lines up to the first damaged one, and a sentence about that one, if any. Raises OSError."""
+    return read_json_lines(path, valid=_is_of_a_step)
 
 
 class MetricsFile:
     """Appends each step's metrics, after removing what an interrupted run wrote beyond step `resumed_at`.
 
-    When a step is repeated after a rewind, what was written since its first time is removed. If the disk is full, lines are kept in
-    memory and written later.
+    When a step is repeated after a rewind, what was written since its first time is removed. `say` gets a sentence if the file had to
+    be repaired. If the disk is full, lines are kept in memory and written later.
     """
 
-    def __init__(self, path: Path, resumed_at: int) -> None:
-        self.path, self._waiting = path, ""
-        self._last = self._size = 0
+    def __init__(self, path: Path, resumed_at: int, say: Callable[[str], None] = print) -> None:
+        self._file, self._last, self._failing = JsonLines(path, say, valid=_is_of_a_step), resumed_at, False
         self._cut(resumed_at)
 
     def __call__(self, result: StepResult) -> None:
         if result.step <= self._last:
             self._cut(result.step - 1)
-        self._waiting += json.dumps(finite(result.metrics)) + "\n"
         self._last = result.step
-        self._append()
+        try:
+            self._file.append(result.metrics)
+            self._failing = False
+        except OSError as error:
+            if not self._failing:
+                print(
+                    f"{self._file.path}: {error.strerror}; its lines are kept in memory and written later.",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            self._failing = True
 
     def _cut(self, last: int) -> None:
-        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True) if self.path.exists() else []
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= last]
-        if kept != lines:
-            write_text(self.path, "".join(kept))
-        self._last, self._size = last, sum(len(line.encode()) for line in kept)
+        self._file.keep(lambda row: row["step"] <= last)
 
-    def _append(self) -> None:
-        data = self._waiting.encode()
-        try:
-            with open(self.path, "ab", buffering=0) as file:
-                if file.tell() != self._size:
-                    file.truncate(self._size)
-                written = file.write(data)
-        except OSError as error:
-            message = f"{self.path}: {error.strerror}; its lines are kept in memory and written later."
-            print(message, file=sys.stderr, flush=True)
-            return
-        if written == len(data):  # else the disk filled up within a line, which is truncated and written again
-            self._size, self._waiting = self._size + written, ""
+
+def _is_of_a_step(index: int, row: dict[str, Any]) -> bool:
+    return type(row.get("step")) is int and 0 <= row["step"] < 2**53

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import re
 import secrets
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -11,10 +13,14 @@ from pathlib import Path
 from megatron_iwsft.config.schema import Config
 from megatron_iwsft.errors import ConfigError
 from megatron_iwsft.train.callbacks import StepResult
-from megatron_iwsft.utils.files import write_text
+from megatron_iwsft.train.callbacks.events import Events
+from megatron_iwsft.utils.files import move_aside, write_text
+from megatron_iwsft.utils.json_files import is_regular_file
+
+_ID = re.compile(rb"[A-Za-z0-9_-]{1,64}")
 
 
-def wandb_logger(config: Config, at_exit: ExitStack) -> Callable[[StepResult], None]:
+def wandb_logger(config: Config, events: Events, at_exit: ExitStack) -> Callable[[StepResult], None]:
     """Log metrics to Weights & Biases. Offline runs are stored in the run directory; `wandb sync` uploads them.
 
     A resumed run keeps its id, which is stored in the run directory. Steps that it repeats are equal to those already logged.
@@ -22,13 +28,10 @@ def wandb_logger(config: Config, at_exit: ExitStack) -> Callable[[StepResult], N
     import wandb
 
     run, settings = config.run, config.logging.wandb
-    id_file = Path(run.dir) / "wandb.id"
-    if not id_file.exists():
-        write_text(id_file, secrets.token_hex(8) + "\n")
     handle = wandb.init(
         project=settings.project,
         name=run.name,
-        id=id_file.read_text().strip(),
+        id=_run_id(Path(run.dir) / "wandb.id", events),
         # Offline, the id alone joins the parts when they are uploaded.
         resume="allow" if settings.mode == "online" else None,
         dir=run.dir,
@@ -54,6 +57,20 @@ def wandb_logger(config: Config, at_exit: ExitStack) -> Callable[[StepResult], N
 
     at_exit.callback(finish)
     return log
+
+
+def _run_id(path: Path, events: Events) -> str:
+    """The id in `path`; a new one if there is none. A file with anything else is moved aside."""
+    if os.path.lexists(path):
+        found = path.read_bytes()[:100].strip() if is_regular_file(path) else b""
+        if _ID.fullmatch(found):
+            return found.decode()
+        events(
+            "file repaired",
+            f"{path} does not hold a wandb run id. It was moved to {move_aside(path).name}; wandb shows what follows as a new run.",
+        )
+    write_text(path, secrets.token_hex(8) + "\n")
+    return path.read_text(encoding="utf-8").strip()
 
 
 def tensorboard_logger(directory: Path) -> Callable[[StepResult], None]:

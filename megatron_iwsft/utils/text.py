@@ -1,0 +1,33 @@
+"""Text from elsewhere, made safe to print: without control characters and terminal escape sequences."""
+
+from __future__ import annotations
+
+import unicodedata
+
+_KEPT = "\n\t"
+# Unicode categories: control characters, surrogates, and separators that break lines.
+_ESCAPED = ("Cc", "Cs", "Zl", "Zp")
+# Other format characters are part of words in some scripts; these reverse or hide text.
+_DIRECTION = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\ufeff"
+
+
+def printable(text: str) -> str:
+    r"""`text` with control characters, escape sequences, surrogates and direction marks written as \x1b; line breaks and tabs stay."""
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(_escaped(c) if _is_escaped(c) else c for c in text)
+
+
+def printable_line(text: str) -> str:
+    """`printable` for names and table cells: line breaks and tabs are escaped too."""
+    return printable(text).replace("\n", "\\n").replace("\t", "\\t")
+
+
+def _is_escaped(character: str) -> bool:
+    if character in _KEPT:
+        return False
+    return character in _DIRECTION or unicodedata.category(character) in _ESCAPED
+
+
+def _escaped(character: str) -> str:
+    return f"\\x{ord(character):02x}" if ord(character) < 256 else f"\\u{ord(character):04x}"
