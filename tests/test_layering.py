@@ -33,7 +33,8 @@ FREE = ["objectives", "data/batch.py", "data/packing.py", "hf/mapping.py"]
 # These import no torch either: configs are checked, and layouts searched, before it is loaded.
 WITHOUT_TORCH = [
     *("errors.py", "version.py", "__init__.py", "utils", "config", "objectives/functions.py", "objectives/metrics.py"),
-    *("distributed/parallel_layout.py", "hf/architecture.py", "model/memory.py"),
+    *("distributed/parallel_layout.py", "distributed/fp8_recipes.py", "hf/architecture.py", "model/memory.py"),
+    "checkpoint/names.py",
 ]
 # The only modules that may ask Megatron-Core for the process groups.
 ASK_FOR_GROUPS = {"distributed/context.py"}

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from typing_extensions import TypedDict  # pydantic asks for this one before Python 3.12
 
+from megatron_iwsft.checkpoint.names import INFO
 from megatron_iwsft.errors import CheckpointError
 from megatron_iwsft.utils.files import sha256_file
 
@@ -67,7 +68,7 @@ def check_trust(directory: Path, listed: Iterable[str]) -> None:
             kind = "a symbolic link" if stat.S_ISLNK(status.st_mode) else "not a regular file"
             raise CheckpointError(f"{path} is {kind}. A checkpoint consists of files and directories; remove it.")
         if path.relative_to(directory).as_posix() not in allowed:
-            raise CheckpointError(f"{path} is not part of the checkpoint: iwsft.json does not list it. Remove it.")
+            raise CheckpointError(f"{path} is not part of the checkpoint: {INFO} does not list it. Remove it.")
 
 
 def _everything_below(directory: Path) -> Iterable[Path]:

@@ -63,7 +63,8 @@ def run_job(
             while not context.join():
                 pass
         except Exception as error:
-            failures = [torch.load(path, weights_only=False) for path in sorted(Path(directory).glob("failure-*"))]
+            paths = sorted(Path(directory).glob("failure-*"), key=lambda path: path.stat().st_mtime_ns)
+            failures = [torch.load(path, weights_only=False) for path in paths]  # first the rank that failed first
             failures.sort(key=lambda failure: "PeerError" in failure[1])  # those that only lost their peers come last
             if failures and failures[0][0] is not None:
                 raise failures[0][0] from None
@@ -102,7 +103,9 @@ def _rank(rank: int, job: _Job, work: bytes, directory: str) -> None:
         stop()
     except BaseException as error:
         text = f"rank {rank} of {job.world_size}:\n{traceback.format_exc()}"
-        torch.save(
-            (error if isinstance(error, (UserError, OSError)) else None, text), Path(directory) / f"failure-{rank}"
-        )
+        kept = error if isinstance(error, (UserError, OSError)) else None
+        torch.save((kept, text), Path(directory) / f"partial-{rank}")
+        os.rename(
+            Path(directory) / f"partial-{rank}", Path(directory) / f"failure-{rank}"
+        )  # it may be killed meanwhile
         raise

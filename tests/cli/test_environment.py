@@ -17,8 +17,8 @@ from megatron_iwsft.errors import ConfigError
 from megatron_iwsft.utils.launch import check_launch_environment
 from megatron_iwsft.utils.text import printable, printable_line
 from tests.support import ROOT, command_environment
-from tests.support.interrupt import write_config
-from tests.support.malformed import VALID
+from tests.support.launched_runs import write_config
+from tests.support.malformed_commands import VALID
 
 C_LOCALE = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 IWSFT = f"{sys.executable} -m megatron_iwsft"

@@ -1,0 +1,70 @@
+"""Paths in the Markdown files exist."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support import ROOT
+
+PACKAGE = ROOT / "megatron_iwsft"
+DOCUMENTS = sorted(
+    path for folder in (".", "docs", "slurm") for path in (ROOT / folder).glob("*.md") if path.name != "CHANGELOG.md"
+)
+PATH = re.compile(r"\.?\w[\w.-]*(/[\w.-]+)*/?")
+SOURCE = (".py", ".sh", ".sbatch", ".yaml", ".md", ".toml")
+# `folder/`: `module`, `module`
+MODULES = re.compile(r"`([\w/]+/)`:((?: `\w+/?`,?)+)")
+# Placeholders, and files of other repositories.
+FOREIGN = {"CONFIG.yaml", "preprocess_data.py"}
+
+
+def is_folder(part: str) -> bool:
+    return (ROOT / part).is_dir() or (PACKAGE / part).is_dir()
+
+
+def named_paths(text: str) -> Iterator[str]:
+    """Every path of the repository that `text` names in backticks or in a code block."""
+    blocks = re.findall(r"```\w*\n(.*?)```", text, re.DOTALL)
+    inline = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+    for word in (word for span in (*blocks, *inline) for word in span.split()):
+        word = word.strip("'\"(),;")
+        if not PATH.fullmatch(word):
+            continue
+        first, slash, _ = word.partition("/")
+        if (slash and is_folder(first)) or (not slash and word.endswith(SOURCE) and word not in FOREIGN):
+            yield word
+    for folder, modules in MODULES.findall(text):
+        yield from (folder + module for module in re.findall(r"`(\w+/?)`", modules))
+
+
+def exists(path: str, document: Path) -> bool:
+    """Whether `path` is one of the repository, of the package (a module also without .py) or beside the document."""
+    roots = (ROOT, PACKAGE, document.parent)
+    if any((root / name).exists() for root in roots for name in (path, f"{path}.py")):
+        return True
+    return "/" not in path and any((ROOT / folder / path).exists() for folder in ("configs", "tools"))
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_paths_exist(document: Path) -> None:
+    text = document.read_text(encoding="utf-8")
+    missing = sorted({path for path in named_paths(text) if not exists(path, document)})
+    assert not missing, f"{document.relative_to(ROOT)} names paths that do not exist: {', '.join(missing)}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(document: Path) -> None:
+    targets = re.findall(r"\]\(([^)\s]+)\)", document.read_text(encoding="utf-8"))
+    missing = [t for t in targets if "://" not in t and not (document.parent / t.partition("#")[0]).exists()]
+    assert not missing
+
+
+def test_paths_are_found_in_text() -> None:
+    text = "`tests/none.py`, `data/`: `corpus`, `none`; `bash launch/none.sh N` and `path/to/file.py:name`\n```\npython tools/none.py\n```"
+    found = set(named_paths(text))
+    assert found == {"tests/none.py", "data/", "data/corpus", "data/none", "launch/none.sh", "tools/none.py"}
+    assert [path for path in sorted(found) if exists(path, ROOT / "README.md")] == ["data/", "data/corpus"]
