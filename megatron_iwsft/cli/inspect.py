@@ -63,11 +63,11 @@ def _inspect_corpus(args: argparse.Namespace) -> int:
     if args.show_config:
         raise ConfigError(f"--show-config is for checkpoints and runs; {args.path} is a corpus.")
 
-    from megatron_iwsft.data.corpus import Corpus, verify_files
+    from megatron_iwsft.data.corpus import Corpus, verify_directory
     from megatron_iwsft.data.prepare.inspect import Inspection, write_jsonl
 
     if args.verify:
-        complaints = verify_files(args.path)
+        complaints = verify_directory(args.path)
         if complaints:
             raise DataError("\n  ".join([f"{args.path} does not match its manifest:", *complaints]))
         print(f"{args.path}: every file matches the manifest")

@@ -20,7 +20,7 @@ from megatron_iwsft.train.setup import CheckedRun
 # What may differ between a run and its continuation. Anything else would make it another run.
 _MAY_CHANGE = {
     "run": {"name", "dir", "device", "hang_timeout_s", "max_bad_steps", "spike"},
-    "data": {"corpus", "micro_batch_size", "epochs", "max_steps"},
+    "data": {"corpus", "micro_batch_size", "epochs", "max_steps", "verify"},
 }
 _MUST_STAY = ("model", "data", "objective", "reference", "precision", "run")
 _OF_NO_EFFECT = {"run.name", "run.dir"}

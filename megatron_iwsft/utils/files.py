@@ -2,20 +2,70 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any, BinaryIO, Literal
 
 PARTIAL = ".partial"
 _HASH_BLOCK = 1 << 22
 _SAMPLES = 64
 _SAMPLE_BYTES = 65536
+
+
+_KINDS = {
+    stat.S_IFLNK: "a symbolic link",
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+def other_kind(path: Path, *, follow_links: bool = True) -> str | None:
+    """What `path` is if not a regular file ("a FIFO"); None for a regular file. Raises OSError if there is nothing."""
+    return _KINDS.get(stat.S_IFMT(os.stat(path, follow_symlinks=follow_links).st_mode))
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a regular file, or a link to one, for reading. Raises OSError for anything else: reading a FIFO or a device can block."""
+    kind = other_kind(path)
+    if kind is not None:
+        raise OSError(errno.EINVAL, f"it is {kind}, not a file", str(path))
+    return open(path, "rb")
+
+
+def read_regular(path: Path) -> bytes:
+    """The content of a regular file; raises as `open_regular` does."""
+    with open_regular(path) as file:
+        return file.read()
+
+
+def foreign_entry(directory: Path) -> tuple[Path, str] | None:
+    """The first entry below `directory` that is neither a regular file nor a directory, and what it is.
+
+    Programs that write into a directory check it first: a symbolic link there would redirect the write to another file.
+    """
+    with os.scandir(directory) as entries:
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            path = Path(entry.path)
+            if entry.is_dir(follow_symlinks=False):
+                found = foreign_entry(path)
+                if found is not None:
+                    return found
+            else:
+                kind = other_kind(path, follow_links=False)
+                if kind is not None:
+                    return path, kind
+    return None
 
 
 def partial_path(path: Path) -> Path:
@@ -80,7 +130,7 @@ def remove_directory(directory: Path) -> None:
 def sha256_file(path: Path) -> str:
     """SHA-256 of a file, hex."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         while block := file.read(_HASH_BLOCK):
             digest.update(block)
     return digest.hexdigest()
@@ -93,9 +143,9 @@ def sampled_fingerprint(directory: Path, pattern: str) -> str:
     """
     digest = hashlib.sha256()
     for path in sorted(directory.glob(pattern)):
-        size = path.stat().st_size
-        digest.update(f"{path.name}\0{size}\0".encode())
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            digest.update(f"{path.name}\0{size}\0".encode())
             last = max(0, size - _SAMPLE_BYTES)
             for at in sorted({last * k // (_SAMPLES - 1) for k in range(_SAMPLES)}):
                 file.seek(at)
