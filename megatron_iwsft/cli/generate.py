@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 
 from megatron_iwsft.utils.cli import positive_int
+from megatron_iwsft.utils.terminal import printable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,4 +28,4 @@ def run(args: argparse.Namespace) -> None:
 
     generator = make_generator(args.model, Sampling(max_new_tokens=args.max_new_tokens))
     for prompt, (answer,) in zip(args.prompts, generator.answer(list(enumerate(args.prompts))), strict=True):
-        print(f"> {prompt}\n{answer.text}")
+        print(printable(f"> {prompt}\n{answer.text}"))

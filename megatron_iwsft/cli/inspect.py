@@ -16,6 +16,8 @@ from pathlib import Path
 
 from megatron_iwsft.errors import ConfigError, DataError
 from megatron_iwsft.utils.cli import positive_int
+from megatron_iwsft.utils.files import write_text
+from megatron_iwsft.utils.terminal import printable
 
 _CORPUS_FILES = ("manifest.json", "shard-*")
 _CHECKPOINT_FILES = ("iwsft.json", "latest", "checkpoints", "step-*")
@@ -76,7 +78,7 @@ def _inspect_corpus(args: argparse.Namespace) -> int:
     inspection = Inspection(corpus, seq_lengths=args.seq_length or [], samples=samples, seed=args.seed or 0)
     print(inspection.to_terminal(colour=sys.stdout.isatty()))
     if args.html:
-        args.html.write_text(inspection.to_html(), encoding="utf-8")
+        write_text(args.html, inspection.to_html())
         print(f"wrote {args.html}")
     if args.to_jsonl:
         print(f"wrote {write_jsonl(corpus, args.to_jsonl):,} records to {args.to_jsonl}")
@@ -92,5 +94,5 @@ def _inspect_checkpoint(args: argparse.Namespace) -> int:
     from megatron_iwsft.checkpoint.summary import describe
 
     text, healthy = describe(args.path, verify=args.verify, config=args.show_config)
-    print(text)
+    print(printable(text))
     return 0 if healthy else 1

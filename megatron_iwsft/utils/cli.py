@@ -21,6 +21,7 @@ from megatron_iwsft.errors import (
     RequeueError,
     UserError,
 )
+from megatron_iwsft.utils.terminal import printable
 
 
 def run_command(main: Callable[[], int | None]) -> NoReturn:
@@ -83,7 +84,7 @@ def _output_is_closed() -> bool:
 def _leave(status: int, message: str | None) -> NoReturn:
     """End the process at once: interpreter teardown would add tracebacks from peers that wait in a collective."""
     if message is not None:
-        print(message, file=sys.stderr, flush=True)
+        print(printable(message), file=sys.stderr, flush=True)
     with contextlib.suppress(BrokenPipeError):
         sys.stdout.flush()
     os._exit(status)

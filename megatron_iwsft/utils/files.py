@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, BinaryIO, Literal
+from typing import IO, Any, Literal
 
 PARTIAL = ".partial"
 _HASH_BLOCK = 1 << 22
@@ -35,12 +35,12 @@ def other_kind(path: Path, *, follow_links: bool = True) -> str | None:
     return _KINDS.get(stat.S_IFMT(os.stat(path, follow_symlinks=follow_links).st_mode))
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path, *, buffering: int = -1) -> Any:
     """Open a regular file, or a link to one, for reading. Raises OSError for anything else: reading a FIFO or a device can block."""
     kind = other_kind(path)
     if kind is not None:
         raise OSError(errno.EINVAL, f"it is {kind}, not a file", str(path))
-    return open(path, "rb")
+    return open(path, "rb", buffering=buffering)
 
 
 def read_regular(path: Path) -> bytes:

@@ -169,9 +169,9 @@ def test_damaged_directories_are_refused_by_name(tmp_path: Path) -> None:
         (lambda d: (d / first).write_bytes((d / first).read_bytes()[:-9]), "cannot be read as safetensors"),
         (
             lambda d: (d / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../../x"}}'),
-            "names a file outside its directory",
+            "is not a plain file name",
         ),
-        (lambda d: (d / "model.safetensors.index.json").write_text("[]"), "is not a valid index"),
+        (lambda d: (d / "model.safetensors.index.json").write_text("[]"), r"index\.json is damaged"),
         (swap_in_index, "lists tensor .* in model-.*, which does not contain it"),
         (lambda d: shutil.copy(d / first, d / "again.safetensors") and add_to_index(d), "is in two files"),
         (lambda d: (d / "model.safetensors.index.json").unlink(), "has neither model.safetensors nor"),

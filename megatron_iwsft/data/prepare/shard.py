@@ -44,6 +44,7 @@ from megatron_iwsft.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_iwsft.errors import DataError
 from megatron_iwsft.utils.json_files import read_json
 from megatron_iwsft.utils.locks import exclusive
+from megatron_iwsft.utils.terminal import printable
 
 log = logging.getLogger(__name__)
 
@@ -111,7 +112,7 @@ class ShardingJob:
                 counts += some
                 pieces += rows.pieces[: sum(some)]
         fast, why = choose_encoder(self.tokenizer, pieces, counts)
-        log.info(why)
+        log.info(printable(why))
         return fast
 
 
