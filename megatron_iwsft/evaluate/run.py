@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
+from typing_extensions import TypedDict  # pydantic asks for this one before Python 3.12
 
 from megatron_iwsft.checkpoint.info import CheckpointInfo
 from megatron_iwsft.convert.export import export_checkpoint
@@ -21,9 +22,24 @@ from megatron_iwsft.errors import CheckpointError, ConfigError, DataError
 from megatron_iwsft.evaluate.benchmark import Problem, is_correct
 from megatron_iwsft.evaluate.generate import Generator
 from megatron_iwsft.evaluate.statistics import Comparison, Estimate, compare, mean_pass_at_k
-from megatron_iwsft.utils.files import flush_to_disk, sampled_fingerprint, write_json
+from megatron_iwsft.utils.files import flush_to_disk, read_regular, sampled_fingerprint, write_json
+from megatron_iwsft.utils.json_files import KEEP_UNKNOWN_KEYS, parse_json
 
 FORMAT_VERSION = 1
+
+
+class _Judged(TypedDict):
+    __pydantic_config__ = KEEP_UNKNOWN_KEYS  # type: ignore[misc]
+    correct: bool
+    cut_off: bool
+    tokens: int
+
+
+class _Answered(TypedDict):
+    __pydantic_config__ = KEEP_UNKNOWN_KEYS  # type: ignore[misc]
+    number: int
+    answer: str
+    answers: list[_Judged]
 
 
 @dataclass(frozen=True)
@@ -147,16 +163,16 @@ def _read_results(path: Path, header: dict[str, Any]) -> dict[int, dict[str, Any
     """Read the finished problems of an earlier call: problem number → its line. Truncates a partly written last line."""
     if not path.exists():
         return {}
-    content = path.read_bytes()
+    content = read_regular(path)
     complete = content[: content.rfind(b"\n") + 1]
     if len(complete) < len(content):
         os.truncate(path, len(complete))
-    try:
-        lines = [json.loads(line) for line in complete.splitlines()]
-        found = {line["number"]: line for line in lines[1:]}
-        before = lines[0] if lines else header
-    except (ValueError, KeyError, TypeError):
-        raise DataError(f"{path} is damaged. Remove it to evaluate again.") from None
+    advice, lines = "Remove it to evaluate again.", complete.splitlines()
+    before: dict[str, Any] = header
+    if lines:
+        before = parse_json(lines[0], dict[str, Any], DataError, where=str(path), advice=advice)
+    answered = [parse_json(line, _Answered, DataError, where=str(path), advice=advice) for line in lines[1:]]
+    found: dict[int, dict[str, Any]] = {line["number"]: dict(line) for line in answered}
     for key in ("format_version", "weights", "settings"):
         if before.get(key) != header[key]:
             raise DataError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import uuid
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Protocol
@@ -189,8 +190,8 @@ def write_directory(
     """
     if output.exists():
         raise CheckpointError(f"{output} already exists. Remove it, or choose another output directory.")
-    partial = partial_path(output.with_name(f".{output.name}"))
-    shutil.rmtree(partial, ignore_errors=True)
+    # Two exports may run at once: the first to finish gives its directory the name, the other one's cannot be renamed.
+    partial = partial_path(output.with_name(f".{output.name}.{uuid.uuid4().hex[:8]}"))
     try:
         partial.mkdir(parents=True)
         files = _plan_files(names, shapes(architecture), dtype, shard_bytes)

@@ -16,13 +16,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from megatron_iwsft.data import checksums
+from megatron_iwsft.data import chat_template, checksums
+from megatron_iwsft.data.chat_template import PRESETS, ChatTemplate
 from megatron_iwsft.data.corpus import Corpus
 from megatron_iwsft.data.prepare.corpus_writer import PROGRESS
+from megatron_iwsft.data.prepare.expressions import compile_expression
+from megatron_iwsft.data.prepare.filters import Curation
+from megatron_iwsft.data.prepare.inspect import Inspection
 from megatron_iwsft.data.prepare.shard import ShardSettings, shard_corpus
+from megatron_iwsft.data.tokenizer import load_tokenizer
 from megatron_iwsft.errors import DataError
 from megatron_iwsft.reference.sidecar import ReferenceIdentity, Sidecar, SidecarWriter
 from megatron_iwsft.utils.locks import exclusive
+from megatron_iwsft.utils.terminal import printable
 from tests.support import tiny
 
 IDENTITY = ReferenceIdentity("weights", "tokenizer", "none", "fp32")
@@ -386,3 +392,157 @@ def test_two_commands_do_not_write_the_same_corpus(tmp_path: Path, tokenizer: Pa
         shard(tmp_path, tokenizer)
     assert Corpus.open(shard(tmp_path, tokenizer)).damage() == []
     assert not (tmp_path / "out" / ".lock").exists()
+
+
+def test_a_failed_write_leaves_no_unfinished_files(tmp_path: Path, tokenizer: Path, monkeypatch) -> None:
+    from megatron_iwsft.data.prepare import corpus_writer
+
+    def full(self: Any, *_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched, pytest.raises(DataError, match="No space left on device"):
+        patched.setattr(corpus_writer.ShardWriter, "close", full)
+        shard(tmp_path, tokenizer)
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [PROGRESS, "dropped.jsonl"]
+    assert Corpus.open(shard(tmp_path, tokenizer)).damage() == []
+
+
+# Chat templates, tokenizers and records ------------------------------------------------------------------------------------------
+
+CHATML = PRESETS["chatml"]
+HANG = "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}{% endfor %}{% endfor %}"
+
+# Evaluated for conversations that contain the word `now`; what the record is dropped with.
+IN_TEMPLATE = {
+    "{{ 1 / 0 }}": "ZeroDivisionError",
+    "{{ 2 ** 99999999999 }}": "OverflowError",
+    "{{ 99 ** 64 ** 64 ** 64 }}": "OverflowError",
+    "{{ 'a' * 10000000000000 }}": "OverflowError",
+    "{{ [0] * 10000000000000 }}": "OverflowError",
+    "{{ 'a'.ljust(100000000000) }}": "MemoryError",
+    "{{ 'a' | center(100000000000) }}": "MemoryError",
+    "{{ '%1000000000000d' % 5 }}": "(MemoryError|ValueError|OverflowError)",
+    "{{ 1 | round(1000000000, 'ceil') }}": "OverflowError",
+    "{{ 1 | round(-1000000000) }}": "OverflowError",
+    "{{ messages[99].role.x }}": "has no element 99",
+    "{{ ''.join(5) }}": "TypeError",
+    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}": "RecursionError",
+    "{{ ''.__class__.__mro__ }}": "unsafe|undefined",
+    "{% set ns = namespace(x='a' * 1000) %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}": "MemoryError",
+    HANG: "took longer than 0.5 seconds",
+}
+
+
+@pytest.mark.parametrize("attack", IN_TEMPLATE)
+def test_a_template_that_fails_drops_the_record(attack: str, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(chat_template, "_SECONDS", 0.5)
+    monkeypatch.setattr(chat_template, "_EXTRA_BYTES", 1 << 28)
+    source = f"{{% if 'now' in messages[0].content %}}{attack}{{% endif %}}{CHATML}"
+    tiny.write_jsonl(
+        tmp_path / "r.jsonl", [{"prompt": "Do it now", "response": "x"}, {"prompt": "Do not", "response": "x"}]
+    )
+    settings = ShardSettings(str(tiny.hf_tokenizer(tmp_path / "t", template=source)))
+    shard_corpus([tmp_path / "r.jsonl"], tmp_path / "out", settings, show_progress=False)
+    (dropped,) = [json.loads(line) for line in (tmp_path / "out" / "dropped.jsonl").read_text().splitlines()]
+    assert dropped["reason"] == "template cannot render it"
+    assert re.search(IN_TEMPLATE[attack], dropped["detail"]), dropped["detail"]
+
+
+def tokenizer_config(**changes: Any) -> Callable[[Path], None]:
+    return lambda directory: edit_json(directory / "tokenizer_config.json", **changes)
+
+
+def template(source: str) -> Callable[[Path], None]:
+    return tokenizer_config(chat_template=source)
+
+
+TOKENIZER_ATTACKS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "a template that hangs": (template(HANG + CHATML), "took longer than 0.5 seconds"),
+    "a constant power": (template("{{ 9 ** 64 ** 64 ** 64 }}" + CHATML), "OverflowError"),
+    "a deep template": (template("{{ " + "(" * 9000 + ")" * 9000 + " }}"), "is not valid Jinja"),
+    "many nested loops": (
+        template("{% for a in x %}" * 300 + "{% endfor %}" * 300),
+        "is not valid Jinja|cannot render",
+    ),
+    "a template of no type": (tokenizer_config(chat_template={"a": 1}), "damaged: chat_template"),
+    "a template of odd entries": (tokenizer_config(chat_template=[3]), "damaged: chat_template"),
+    "a token of no type": (tokenizer_config(eos_token=["a"]), "damaged: eos_token"),
+    "a list as config": (lambda d: (d / "tokenizer_config.json").write_text("[]"), "is damaged"),
+    "a deep config": (lambda d: (d / "tokenizer_config.json").write_text('{"a":' * 99_999), "not valid JSON"),
+    "a FIFO as config": (lambda d: os.mkfifo(d / "special_tokens_map.json"), "it is a FIFO, not a file"),
+    "a template that is not UTF-8": (lambda d: (d / "chat_template.jinja").write_bytes(b"\xff\xfe"), "is not UTF-8"),
+    "a FIFO as template": (lambda d: os.mkfifo(d / "chat_template.jinja"), "it is a FIFO, not a file"),
+    "a FIFO as tokenizer": (fifo("tokenizer.json"), "no tokenizer at"),
+    "a damaged tokenizer": (
+        lambda d: (d / "tokenizer.json").write_text('{"model": 1}'),
+        "cannot be read as a tokenizer",
+    ),
+    "a tokenizer that is not UTF-8": (
+        lambda d: (d / "tokenizer.json").write_bytes(b"\xff"),
+        "cannot be read as a tokenizer",
+    ),
+}
+
+
+@pytest.mark.parametrize("attack", TOKENIZER_ATTACKS)
+def test_a_malicious_tokenizer_is_refused(attack: str, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(chat_template, "_SECONDS", 0.5)
+    apply, message = TOKENIZER_ATTACKS[attack]
+    directory = tiny.hf_tokenizer(tmp_path / "t")
+    apply(directory)
+    with pytest.raises(DataError, match=message):
+        ChatTemplate(load_tokenizer(directory))
+
+
+EXPRESSIONS = ["'a' * 10000000000000", "'%1000000000d' % judge", "[1] * 99", "((" * 9999, "judge ** 9", "9" * 5000]
+
+
+@pytest.mark.parametrize("expression", EXPRESSIONS, ids=lambda e: e[:20])
+def test_expressions_that_could_take_all_memory_are_refused(expression: str) -> None:
+    with pytest.raises(DataError, match="is not a valid expression over fields"):
+        compile_expression(expression)
+
+
+@pytest.mark.parametrize("text", ["judge * 99999999999999", "judge % 5", "judge + 5", "number * number"])
+def test_arithmetic_on_the_texts_of_a_record_is_refused(text: str) -> None:
+    with pytest.raises((TypeError, OverflowError)):
+        compile_expression(text)({"judge": "%1000000000d", "number": 10**4000})
+
+
+DEEP = [
+    b'{"prompt": "a", "response": "b", "x": ' + b"[" * 1000 + b"]" * 1000 + b"}",
+    b'{"prompt": "a", "response": "b", "x": ' + b"[" * 99_999 + b"]" * 99_999 + b"}",
+    b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "tool_calls": '
+    + (b"[" * 1000 + b"]" * 1000)
+    + b"}]}",
+]
+
+
+def test_deeply_nested_records_are_dropped(tmp_path: Path, tokenizer: Path) -> None:
+    good = b'{"prompt": "a", "response": "b", "x": 3}'
+    (tmp_path / "r.jsonl").write_bytes(b"\n".join([good, *DEEP]))
+    settings = ShardSettings(str(tokenizer), curation=Curation(keep="str(x) != '5' and x == x"))
+    shard_corpus([tmp_path / "r.jsonl"], tmp_path / "out", settings, show_progress=False)
+    assert len(Corpus.open(tmp_path / "out")) == 1
+
+
+@pytest.mark.parametrize("kind", ["FIFO", "device"])
+def test_inputs_that_are_no_files_are_refused(kind: str, tmp_path: Path, tokenizer: Path) -> None:
+    os.mkfifo(tmp_path / "r.jsonl")
+    path = tmp_path / "r.jsonl" if kind == "FIFO" else Path("/dev/zero")
+    with pytest.raises(DataError, match=f"is a {kind}"):
+        shard_corpus([path], tmp_path / "out", ShardSettings(str(tokenizer)), show_progress=False)
+
+
+def test_text_of_records_cannot_control_the_terminal(tmp_path: Path, tokenizer: Path) -> None:
+    escape = "\x1b[2J\x1b]0;owned\x07\u202e\x9b1m"
+    record = {"id": f"i{escape}", "prompt": f"p{escape}", "response": f"r{escape}\r", "from": f"s{escape}"}
+    tiny.write_jsonl(tmp_path / "r.jsonl", [record])
+    from megatron_iwsft.data.prepare.records import RecordFormat
+
+    settings = ShardSettings(str(tokenizer), record=RecordFormat(source_field="from"))
+    shard_corpus([tmp_path / "r.jsonl"], tmp_path / "out", settings, show_progress=False)
+    text = Inspection(Corpus.open(tmp_path / "out"), seq_lengths=[], samples=1).to_terminal(colour=False)
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e]", text)
+    assert "i\\x1b[2J\\x1b]0;owned\\x07\\u202e\\x9b1m" in text
+    assert printable("a\tb\nc é 👨‍👩‍👧 \udc80") == "a\tb\nc é 👨‍👩‍👧 \\udc80"
