@@ -17,6 +17,8 @@ from pathlib import Path
 from megatron_iwsft.checkpoint.names import CHECKPOINTS, INFO, LATEST
 from megatron_iwsft.errors import ConfigError, DataError
 from megatron_iwsft.utils.cli import positive_int
+from megatron_iwsft.utils.files import write_text
+from megatron_iwsft.utils.text import printable
 
 _CORPUS_FILES = ("manifest.json", "shard-*")
 _CHECKPOINT_FILES = (INFO, LATEST, CHECKPOINTS, "step-*")
@@ -64,11 +66,11 @@ def _inspect_corpus(args: argparse.Namespace) -> int:
     if args.show_config:
         raise ConfigError(f"--show-config is for checkpoints and runs; {args.path} is a corpus.")
 
-    from megatron_iwsft.data.corpus import Corpus, verify_files
+    from megatron_iwsft.data.corpus import Corpus, verify_directory
     from megatron_iwsft.data.prepare.inspect import Inspection, write_jsonl
 
     if args.verify:
-        complaints = verify_files(args.path)
+        complaints = verify_directory(args.path)
         if complaints:
             raise DataError("\n  ".join([f"{args.path} does not match its manifest:", *complaints]))
         print(f"{args.path}: every file matches the manifest")
@@ -77,7 +79,7 @@ def _inspect_corpus(args: argparse.Namespace) -> int:
     inspection = Inspection(corpus, seq_lengths=args.seq_length or [], samples=samples, seed=args.seed or 0)
     print(inspection.to_terminal(colour=sys.stdout.isatty()))
     if args.html:
-        args.html.write_text(inspection.to_html(), encoding="utf-8")
+        write_text(args.html, inspection.to_html())
         print(f"wrote {args.html}")
     if args.to_jsonl:
         print(f"wrote {write_jsonl(corpus, args.to_jsonl):,} records to {args.to_jsonl}")
@@ -93,5 +95,5 @@ def _inspect_checkpoint(args: argparse.Namespace) -> int:
     from megatron_iwsft.checkpoint.summary import describe
 
     text, healthy = describe(args.path, verify=args.verify, config=args.show_config)
-    print(text)
+    print(printable(text))
     return 0 if healthy else 1

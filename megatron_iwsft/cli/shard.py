@@ -17,6 +17,7 @@ from typing import Any
 
 from megatron_iwsft.errors import DataError
 from megatron_iwsft.utils.cli import positive_int
+from megatron_iwsft.utils.text import printable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -122,7 +123,8 @@ def run(args: argparse.Namespace) -> None:
         names = make_parts(
             args.inputs, args.output, settings, task=task, tasks=tasks, workers=args.workers, encoder=args.encoder
         )
-        print(f"{args.output}: parts of task {task} of {tasks} are complete: {', '.join(names) or 'no input file'}")
+        found = ", ".join(names) or "no input file"
+        print(printable(f"{args.output}: parts of task {task} of {tasks} are complete: {found}"))
         return
     else:
         manifest = shard_corpus(args.inputs, args.output, settings, workers=args.workers, encoder=args.encoder)
@@ -213,4 +215,4 @@ def _print_summary(output: Path, manifest: dict[str, Any]) -> None:
         f"{counts['dropped']:,} dropped"
     )
     for reason, n in manifest["dropped"].items():
-        print(f"  {reason}: {n:,}")
+        print(printable(f"  {reason}: {n:,}"))

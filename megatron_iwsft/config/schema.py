@@ -111,6 +111,10 @@ class Data(Section):
     max_steps: PositiveInt | None = None
     """End the run after this many optimizer steps."""
     quality: QualityConfig = QualityConfig()
+    verify: Literal["full", "sample", "none"] = "full"
+    """What is checked of the corpus when a run starts, beyond its indices; the ranks share the work.
+    full: the SHA-256 of every file, token ids and masks. sample: the same of at most 64 blocks of 64 MiB, chosen by `run.seed`;
+    for corpora that take minutes to read. none: nothing; token ids and masks are then checked only as they are read."""
 
     @model_validator(mode="after")
     def _has_an_end(self) -> Data:

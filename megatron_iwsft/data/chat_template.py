@@ -12,17 +12,20 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import jinja2
 import jinja2.ext
+import jinja2.filters
 import jinja2.sandbox
 
-from megatron_iwsft.data.template_tracing import TracedFrame, trace, traceable
+from megatron_iwsft.data.template_tracing import TracedFrame, Untraceable, trace, traceable
 from megatron_iwsft.data.tokenizer import CHAT_TEMPLATE, Tokenizer
 from megatron_iwsft.errors import DataError
+from megatron_iwsft.utils.limits import TimeLimit, limits
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -31,6 +34,10 @@ _MARK = "\ue000"
 
 # Conversation shapes whose traced frames are cached. Conversations of further shapes are rendered by Jinja.
 _MAX_FRAMES = 4096
+
+# A template is a program that came with a tokenizer, and renders whatever a record contains. These are limits for one conversation.
+_SECONDS, _EXTRA_BYTES = 30.0, 2 << 30
+_MAX_BITS, _MAX_LENGTH = 4096, 1 << 26  # of numbers, and of repeated strings and lists
 
 PRESETS = {
     # The format of Qwen and many others.
@@ -131,10 +138,11 @@ class ChatTemplate:
         self._tokenizer = tokenizer
         environment = _environment()
         try:
-            self._template = environment.from_string(source)
-            self._traceable = traceable(environment, source)
-        except jinja2.TemplateSyntaxError as error:
-            raise DataError(f"the chat template is not valid Jinja: {error}") from None
+            with limits(seconds=_SECONDS, extra_bytes=_EXTRA_BYTES):
+                self._template = environment.from_string(source)
+                self._traceable = traceable(environment, source)
+        except Exception as error:  # Python's compiler raises many kinds: RecursionError, MemoryError, SyntaxError …
+            raise DataError(f"the chat template is not valid Jinja: {_one_line(error)}") from None
         self._variables = {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token}
         self._frames: dict[tuple[str, ...], TracedFrame | None] = {}
         self._check_end_of_turn()
@@ -143,7 +151,8 @@ class ChatTemplate:
     def _check_end_of_turn(self) -> None:
         probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         try:
-            rendered = self.render(probe)
+            with _limited():
+                rendered = self.render(probe)
         except TemplateError as error:
             raise DataError(f"the chat template cannot render a question and an answer: {error}") from None
         if self._tokenizer.ends_with_special(rendered) is None:
@@ -156,34 +165,38 @@ class ChatTemplate:
     def _probe_reasoning(self) -> bool:
         probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "reasoning_content": "\ue003"}]
         try:
-            return "\ue003" in self.render(probe)
+            with _limited():
+                return "\ue003" in self.render(probe)
         except TemplateError:
             return False
 
     def render(self, messages: Messages, *, tools: Any = None, add_generation_prompt: bool = False) -> str:
-        """The conversation as text. Raises TemplateError with the template's own message."""
+        """The conversation as text. Raises TemplateError with the template's own message, whatever the template raises."""
         try:
             return self._template.render(
                 messages=messages, add_generation_prompt=add_generation_prompt, tools=tools, **self._variables
             )
+        except (Untraceable, TimeLimit):
+            raise
         except jinja2.TemplateError as error:
-            raise TemplateError(f"the template raised an error: {error}") from None
-        except (TypeError, AttributeError, KeyError) as error:
-            raise TemplateError(f"the template failed: {error}") from None
+            raise TemplateError(f"the template raised an error: {_one_line(error)}") from None
+        except Exception as error:
+            raise TemplateError(f"the template failed: {_one_line(error)}") from None
 
     def pieces(self, conversation: Conversation) -> tuple[list[str], TracedFrame | None, tuple[bool, ...]]:
         """(texts, frame, trained): the pieces, which concatenate to the rendered conversation; the traced frame they were rendered
         by, or None if by Jinja; and for each piece whether it is trained on.
 
-        Raises TemplateError if no turn of the conversation is trained on, or if the template rewrites earlier turns, so that
-        the text before an answer is not what the model would see when it generates that answer.
+        Raises TemplateError if no turn of the conversation is trained on, if the template rewrites earlier turns, so that
+        the text before an answer is not what the model would see when it generates that answer, or if rendering takes too long.
         """
         if conversation.full_messages is None and self._traceable:
             frame = self._frame_of(conversation.shape)
             filled = frame.fill(conversation.texts) if frame is not None else None
             if frame is not None and filled is not None:
                 return filled, frame, frame.trained
-        pieces = self.render_pieces(conversation.messages, conversation.tools)
+        with _limited():
+            pieces = self.render_pieces(conversation.messages, conversation.tools)
         return [text for text, _ in pieces], None, tuple(trained for _, trained in pieces)
 
     def _frame_of(self, shape: tuple[str, ...]) -> TracedFrame | None:
@@ -191,7 +204,9 @@ class ChatTemplate:
             return self._frames[shape]
         if len(self._frames) == _MAX_FRAMES:
             return None
-        frame = self._frames[shape] = trace(len(shape), lambda probes: self.render_pieces(_messages(shape, probes)))
+        with _limited():
+            frame = trace(len(shape), lambda probes: self.render_pieces(_messages(shape, probes)))
+        self._frames[shape] = frame
         return frame
 
     def render_pieces(self, messages: Messages, tools: Any = None) -> list[tuple[str, bool]]:
@@ -252,11 +267,51 @@ class ChatTemplate:
         return start
 
 
+@contextmanager
+def _limited() -> Iterator[None]:
+    """Raise TemplateError if rendering one conversation takes too long or too much memory."""
+    try:
+        with limits(seconds=_SECONDS, extra_bytes=_EXTRA_BYTES):
+            yield
+    except TimeLimit:
+        raise TemplateError(f"the template took longer than {_SECONDS:g} seconds") from None
+
+
+def _one_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    if isinstance(error, jinja2.TemplateError):
+        return lines[0] if lines else "no message"
+    return f"{type(error).__name__}: {lines[0]:.300}" if lines else type(error).__name__
+
+
+class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    """Arithmetic on large numbers and repetition run in C, where no time limit reaches them: their operands are bounded."""
+
+    intercepted_binops = frozenset(jinja2.sandbox.SandboxedEnvironment.default_binop_table)
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        for value in (left, right):
+            if isinstance(value, int) and value.bit_length() > _MAX_BITS:
+                raise OverflowError(f"a number of more than {_MAX_BITS} bits")
+        if operator == "**" and not (isinstance(right, float) or abs(right) <= 64):
+            raise OverflowError("an exponent above 64")
+        if operator == "*":
+            for value, times in ((left, right), (right, left)):
+                if isinstance(times, int) and hasattr(value, "__len__") and len(value) * times > _MAX_LENGTH:
+                    raise OverflowError(f"a text or list of more than {_MAX_LENGTH} items")
+        return super().call_binop(context, operator, left, right)
+
+
+def _round(value: float, precision: int = 0, method: Any = "common") -> float:
+    """Jinja's filter, which computes 10 ** precision, for a precision that a number can have."""
+    if not -400 <= precision <= 400:
+        raise OverflowError(f"round to {precision:.0e} digits")
+    return jinja2.filters.do_round(value, precision, method)
+
+
 def _environment() -> jinja2.Environment:
     """The Jinja environment that `transformers` uses for chat templates."""
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
-    )
+    environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols])
 
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)
@@ -265,6 +320,7 @@ def _environment() -> jinja2.Environment:
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
 
     environment.filters["tojson"] = tojson
+    environment.filters["round"] = _round
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda fmt: datetime.datetime.now().strftime(fmt)
     return environment

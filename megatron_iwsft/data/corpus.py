@@ -1,4 +1,4 @@
-"""The corpus directory: curated, tokenized, scored trajectories, memory-mapped.
+"""The corpus directory: curated, tokenized, scored trajectories.
 
 manifest.json                            settings, statistics and the SHA-256 of every file; written last
 shard-00000.bin, .idx                    tokens: a Megatron IndexedDataset, one sequence per trajectory
@@ -11,26 +11,29 @@ reference-<fingerprint>/                 sidecars of reference log-probs (`refer
 
 from __future__ import annotations
 
-import hashlib
-import json
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from megatron_iwsft.data.indexed import IndexedReader, IndexedWriter
+from megatron_iwsft.data.checksums import Checksums, Piece, checksum_file, damaged_files, pieces_of
+from megatron_iwsft.data.indexed import IndexedReader, IndexedWriter, check_own_file
+from megatron_iwsft.data.manifest import read_manifest, shard_files
 from megatron_iwsft.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_iwsft.errors import DataError
-from megatron_iwsft.utils.files import partial_path, publish, sha256_file, write_json
+from megatron_iwsft.utils.files import partial_path, publish
 
-FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
+Verify = Literal["full", "sample", "none"]
 DROPPED = "dropped.jsonl"
 TOKENIZER = "tokenizer"
 _ROW_GROUP = 1 << 16  # rows
+_SAMPLED_PIECES = 64  # of at most 64 MiB each
+_AGAIN = "Shard the records again."
+_CHANGED = "has changed since the manifest was written"
 
 _META = pa.schema(
     [
@@ -57,7 +60,7 @@ class ShardWriter:
     """Writes one shard. Its files get their final names on `close`, the metadata last."""
 
     def __init__(self, directory: Path, index: int, token_dtype: np.dtype) -> None:
-        self.name = shard_name(index)
+        self.name, self._directory = shard_name(index), directory
         self._tokens = IndexedWriter(directory / self.name, token_dtype)
         self._masks = IndexedWriter(directory / f"{self.name}.mask", np.dtype(np.uint8))
         self._meta_path = directory / f"{self.name}.meta.parquet"
@@ -89,35 +92,25 @@ class ShardWriter:
             self._meta_file.write_table(table.slice(start, group))
         self._meta = table.slice(buffered - buffered % group).to_batches()
 
-    def close(self) -> dict[str, str]:
-        """Finish the shard. Returns file name → SHA-256."""
-        hashes = self._tokens.close() | self._masks.close()
+    def close(self) -> Checksums:
+        """Finish the shard. Returns the checksums of its files."""
+        checksums = self._tokens.close()
+        checksums.update(self._masks.close())
         self._write_meta(max(1, sum(batch.num_rows for batch in self._meta)))
         self._meta_file.close()
         publish(partial_path(self._meta_path), self._meta_path)
-        return hashes | {self._meta_path.name: sha256_file(self._meta_path)}
+        checksums.add(self._meta_path.name, checksum_file(self._meta_path))
+        return checksums
 
     def abandon(self) -> None:
-        """Close the files, leaving them under their temporary names."""
+        """Remove the unfinished files."""
         self._tokens.abandon()
         self._masks.abandon()
-        self._meta_file.close()
-
-
-def write_manifest(directory: Path, manifest: dict[str, Any]) -> None:
-    """Write the manifest of a corpus or of a sidecar, atomically."""
-    write_json(directory / MANIFEST, manifest, sort_keys=True, single_writer=True)
-
-
-def distribution(values: np.ndarray) -> dict[str, Any] | None:
-    """Mean and percentiles (0 and 100 are minimum and maximum) of `values`, for the manifest; None if `values` is empty."""
-    if not len(values):
-        return None
-    quantiles = (0, 5, 25, 50, 75, 95, 100)
-    return {
-        "mean": float(np.mean(values, dtype=np.float64)),
-        "percentiles": {str(q): float(v) for q, v in zip(quantiles, np.percentile(values, quantiles), strict=True)},
-    }
+        with contextlib.suppress(OSError):  # on a full disk
+            self._meta_file.close()
+        for name in shard_files(self.name):
+            (self._directory / name).unlink(missing_ok=True)
+            partial_path(self._directory / name).unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
@@ -142,32 +135,48 @@ class Corpus:
 
     @staticmethod
     def open(directory: str | Path) -> Corpus:
-        """Open a corpus directory. Raises DataError if it is missing, unfinished, damaged or of an unsupported format version."""
+        """Open a corpus directory. Raises DataError if it is missing, unfinished, damaged or of an unsupported format version.
+
+        Reads the manifest, the indices and the metadata; `damage` reads the rest.
+        """
         directory = Path(directory)
-        manifest, fingerprint = _read_manifest(directory)
+        manifest, fingerprint = read_manifest(directory)
         names = [shard["name"] for shard in manifest["shards"]]
-        tokens = [IndexedReader(directory / name) for name in names]
-        masks = [IndexedReader(directory / f"{name}.mask") for name in names]
+        tokens = [IndexedReader(directory / name, (np.uint16, np.int32)) for name in names]
+        masks = [IndexedReader(directory / f"{name}.mask", (np.uint8,)) for name in names]
         meta = read_meta(directory, names, ["score", "num_tokens", "num_trained"])
         for name, t, m in zip(names, tokens, masks, strict=True):
             if not np.array_equal(t.lengths, m.lengths):
-                raise DataError(f"{directory / name}: tokens and masks differ in length. Shard the records again.")
+                raise DataError(f"{directory / name}: tokens and masks differ in length. {_AGAIN}")
         sizes = [len(t) for t in tokens]
         if sum(sizes) != meta.num_rows:
-            raise DataError(
-                f"{directory}: {sum(sizes)} sequences but {meta.num_rows} rows of metadata. Shard the records again."
-            )
-        return Corpus(
+            raise DataError(f"{directory}: {sum(sizes)} sequences but {meta.num_rows} rows of metadata. {_AGAIN}")
+        corpus = Corpus(
             directory=directory,
             manifest=manifest,
             fingerprint=fingerprint,
             lengths=meta["num_tokens"].to_numpy(),
             num_trained=meta["num_trained"].to_numpy(),
-            scores=meta["score"].cast(pa.float64()).fill_null(float("nan")).to_numpy(),
+            scores=meta["score"].fill_null(float("nan")).to_numpy(),
             _tokens=tokens,
             _masks=masks,
             _starts=np.cumsum([0, *sizes]),
         )
+        corpus._check_meta()
+        return corpus
+
+    def _check_meta(self) -> None:
+        """Raise DataError if the metadata contradicts the indices, or contains what sharding never writes."""
+        indexed = np.concatenate([np.zeros(0, np.int32), *(t.lengths for t in self._tokens)])
+        wrong = [
+            (indexed != self.lengths, "differs in length from its metadata"),
+            ((self.num_trained < 1) | (self.num_trained > self.lengths), "has an impossible number of trained tokens"),
+            (np.isinf(self.scores), "has an infinite score"),
+        ]
+        for where, what in wrong:
+            if where.any():
+                shard, k = self.locate(int(np.argmax(where)))
+                raise DataError(f"{self.directory / self.shards[shard]} is damaged: trajectory {k} {what}. {_AGAIN}")
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -182,14 +191,30 @@ class Corpus:
         return shard, i - int(self._starts[shard])
 
     def tokens(self, i: int) -> np.ndarray:
-        """Token ids of trajectory i, uint16 or int32 [lengths[i]], a read-only view of the file."""
+        """Token ids of trajectory i, uint16 or int32 [lengths[i]], read-only. Raises DataError if one is not in the vocabulary."""
         shard, k = self.locate(i)
-        return self._tokens[shard][k]
+        return self._checked(self._tokens[shard][k], shard, is_mask=False)
 
     def mask(self, i: int) -> np.ndarray:
-        """Loss mask of trajectory i, uint8 [lengths[i]], 1 where trained on; a read-only view of the file."""
+        """Loss mask of trajectory i, uint8 [lengths[i]], 1 where trained on; read-only. Raises DataError for values beyond 1."""
         shard, k = self.locate(i)
-        return self._masks[shard][k]
+        return self._checked(self._masks[shard][k], shard, is_mask=True)
+
+    def _checked(self, values: np.ndarray, shard: int, *, is_mask: bool) -> np.ndarray:
+        complaint = self._values_complaint(values, is_mask=is_mask)
+        if complaint:
+            reader = (self._masks if is_mask else self._tokens)[shard]
+            raise DataError(f"{reader.path} {complaint}. {_AGAIN}")
+        return values
+
+    def _values_complaint(self, values: np.ndarray, *, is_mask: bool) -> str | None:
+        """What is wrong with the values of a part of a file, if anything."""
+        if is_mask and len(values) and values.max() > 1:
+            return f"is damaged: the mask has the value {values.max()}"
+        size = self.manifest["tokenizer"]["vocab_size"]
+        if not is_mask and len(values) and not 0 <= values.min() <= values.max() < size:
+            return f"is damaged: ids go from {values.min()} to {values.max()}, but its tokenizer has {size} tokens"
+        return None
 
     def shard_lengths(self, shard: int) -> np.ndarray:
         """Tokens per trajectory of a shard, int32 [sequences in the shard]."""
@@ -201,60 +226,95 @@ class Corpus:
     def tokenizer(self) -> Tokenizer:
         return load_tokenizer(self.directory / TOKENIZER)
 
+    @property
+    def tokenizer_files(self) -> list[Path]:
+        """The tokenizer's files. Raises DataError if one is not a regular file."""
+        files = [self.directory / name for name in sorted(self.manifest["files"]) if name.startswith(f"{TOKENIZER}/")]
+        for file in files:
+            check_own_file(file)
+        return files
+
     def shard_meta(self, shard: str, columns: list[str]) -> pa.Table:
         return read_meta(self.directory, [shard], columns)
 
+    def damage(self, verify: Verify = "full", *, share: int = 0, shares: int = 1, seed: int = 0) -> list[str]:
+        """One complaint per damaged file, from share number `share` of `shares`: each rank checks one, the caller combines them.
+
+        full reads every file and compares its SHA-256 with the manifest; sample does so for 64 pieces of at most 64 MiB, chosen by
+        `seed` (of a corpus without checksums of blocks, 64 files); none reads nothing. In what is read, token ids must be in the
+        vocabulary, masks 0 or 1, and each trajectory must have as many trained tokens as its metadata says.
+        """
+        pieces = pieces_of(self.manifest["files"], self.manifest.get("blocks", {}))
+        if verify == "none":
+            pieces = []
+        elif verify == "sample" and len(pieces) > _SAMPLED_PIECES:
+            chosen = np.random.default_rng(seed).choice(len(pieces), _SAMPLED_PIECES, replace=False)
+            pieces = [pieces[k] for k in np.sort(chosen).tolist()]
+        contents = {reader.path.name: (shard, False) for shard, reader in enumerate(self._tokens)}
+        contents |= {reader.path.name: (shard, True) for shard, reader in enumerate(self._masks)}
+
+        def look_at(piece: Piece, start: int, data: bytes) -> str | None:
+            shard, is_mask = contents.get(piece.name, (-1, False))
+            return None if shard < 0 else self._part_complaint(shard, start, data, is_mask=is_mask)
+
+        return damaged_files(self.directory, pieces[share::shares], changed=_CHANGED, look_at=look_at)
+
+    def _part_complaint(self, shard: int, start: int, data: bytes, *, is_mask: bool) -> str | None:
+        """`_values_complaint` of a part of a shard's .bin or .mask.bin, which starts at byte `start`."""
+        reader = (self._masks if is_mask else self._tokens)[shard]
+        if len(data) % reader.dtype.itemsize:
+            return "is truncated"
+        values = np.frombuffer(data, reader.dtype)
+        complaint = self._values_complaint(values, is_mask=is_mask)
+        if complaint or not is_mask:
+            return complaint
+        # Trajectories that lie completely within this part.
+        first, end = (
+            np.searchsorted(reader.starts, start),
+            np.searchsorted(reader.starts + reader.lengths, start + len(data), side="right"),
+        )
+        if end <= first:
+            return None
+        starts = reader.starts[first:end] - start
+        trained = np.add.reduceat(values[: starts[-1] + reader.lengths[end - 1]], starts, dtype=np.int64)
+        expected = self.num_trained[self._starts[shard] + first : self._starts[shard] + end]
+        if np.array_equal(trained, expected):
+            return None
+        return "is damaged: it does not have as many trained tokens as the metadata says"
+
     def verify(self) -> list[str]:
-        """See `verify_files`."""
-        return verify_files(self.directory)
+        """All complaints of `damage`."""
+        return self.damage()
 
 
-def verify_files(directory: Path) -> list[str]:
-    """Recompute the SHA-256 of every file of a corpus. Returns one message per file that is missing or has changed."""
-    out = []
-    manifest, _ = _read_manifest(directory)
-    for name, expected in sorted(manifest["files"].items()):
-        path = directory / name
-        if not path.exists():
-            out.append(f"{path} is missing")
-        elif sha256_file(path) != expected:
-            out.append(f"{path} has changed since the manifest was written")
-    return out
+def verify_directory(directory: Path) -> list[str]:
+    """All complaints of `Corpus.damage`; of a corpus that cannot be opened, one for each file that has changed or is missing.
 
-
-def _read_manifest(directory: Path) -> tuple[dict[str, Any], str]:
-    """(manifest, SHA-256 of its file)."""
-    path = directory / MANIFEST
-    if not directory.is_dir():
-        raise DataError(f"there is no corpus at {directory}. Create one with `iwsft shard`.")
-    if not path.exists():
-        raise DataError(
-            f"{directory} has no {MANIFEST}: sharding was interrupted. Run the same `iwsft shard` command again to finish it."
-        )
-    content = path.read_bytes()
+    Raises DataError if the corpus cannot be opened although no file has changed.
+    """
     try:
-        manifest = json.loads(content)
-        version = manifest["format_version"]
-    except (ValueError, KeyError, TypeError):
-        raise DataError(f"{path} is damaged. Shard the records again.") from None
-    if version != FORMAT_VERSION:
-        raise DataError(
-            f"{path} has format version {version}; this version of iwsft reads only version {FORMAT_VERSION}. Shard the records again."
-        )
-    return manifest, hashlib.sha256(content).hexdigest()
+        return Corpus.open(directory).damage()
+    except DataError:
+        manifest, _ = read_manifest(directory)
+        complaints = damaged_files(directory, pieces_of(manifest["files"], {}), changed=_CHANGED)
+        if not complaints:
+            raise
+        return complaints
 
 
 def read_meta(directory: Path, names: list[str], columns: list[str] | None) -> pa.Table:
     """The metadata of shards `names`, concatenated. Raises DataError if a file is missing or damaged."""
+    schema = pa.schema([_META.field(name) for name in columns or _META.names])
     tables = []
     for name in names:
         path = directory / f"{name}.meta.parquet"
+        check_own_file(path)
         try:
-            tables.append(pq.read_table(path, columns=columns))
-        except FileNotFoundError:
-            raise DataError(f"{path} is missing. Shard the records again.") from None
-        except (pa.ArrowInvalid, OSError) as error:
-            raise DataError(f"{path} is damaged: {error}. Shard the records again.") from None
-    if not tables:
-        return _META.empty_table().select(columns or _META.names)
-    return pa.concat_tables(tables)
+            table = pq.read_table(path, columns=columns)
+            table.validate(full=True)
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise DataError(f"{path} is damaged: {error}. {_AGAIN}") from None
+        if not table.schema.equals(schema):
+            raise DataError(f"{path} is damaged: it does not have the columns of a corpus. {_AGAIN}")
+        tables.append(table)
+    return pa.concat_tables(tables) if tables else schema.empty_table()

@@ -14,14 +14,21 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import (
+    Any,
+    NotRequired,  # pydantic asks for this one before Python 3.12
+)
 
 import numpy as np
+from typing_extensions import TypedDict
 
 from megatron_iwsft.errors import DataError
+from megatron_iwsft.utils.files import read_regular
+from megatron_iwsft.utils.json_files import KEEP_UNKNOWN_KEYS, read_json
 
 CHAT_TEMPLATE = "chat_template.jinja"
 # The files beside tokenizer.json, all optional. They are copied into corpora and exports.
+_MAX_VOCAB = 1 << 24
 _CONFIG_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", CHAT_TEMPLATE)
 
 
@@ -69,7 +76,7 @@ class Tokenizer(ABC):
         """Copy the tokenizer's files into `directory`. Raises DataError if one no longer exists."""
         directory.mkdir(parents=True, exist_ok=True)
         for file in self.files:
-            if not file.exists():
+            if not file.is_file():
                 raise DataError(
                     f"the tokenizer's file {file} no longer exists. Restore it and run the same command again."
                 )
@@ -92,20 +99,24 @@ class HuggingFaceTokenizer(Tokenizer):
         import tokenizers
 
         path = directory / "tokenizer.json"
-        content = path.read_bytes()
+        content = _read(path)
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
-        except Exception as error:  # the library raises a bare Exception
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a bare Exception, or a panic of its Rust code, which is no Exception
             raise DataError(f"{path} cannot be read as a tokenizer: {error}") from None
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self.json = content
         self.adds_space = _adds_space(json.loads(content))
-        config = _read_json(directory / "tokenizer_config.json") | {
-            k: v for k, v in _read_json(directory / "special_tokens_map.json").items() if v
-        }
+        config = _read_config(directory)
         self.fingerprint = hashlib.sha256(content).hexdigest()
-        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        if not 0 < self.vocab_size <= _MAX_VOCAB:
+            raise DataError(
+                f"{path} has a vocabulary of {self.vocab_size:,} tokens; supported are 1 to {_MAX_VOCAB:,}."
+            )
         self.special = frozenset(
             token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special
         )
@@ -119,6 +130,12 @@ class HuggingFaceTokenizer(Tokenizer):
         self._compile_special()
 
     def encode_pieces(self, texts: Sequence[str]) -> list[list[int]]:
+        try:
+            return self._encode_pieces(texts)
+        except Exception as error:  # the library raises a bare Exception
+            raise DataError(f"the tokenizer {self.files[0]} cannot encode a text: {error}") from None
+
+    def _encode_pieces(self, texts: Sequence[str]) -> list[list[int]]:
         if not self.adds_space:
             return [e.ids for e in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
         # This tokenizer adds a space before every text it encodes, but only the first piece begins a text. So the full text
@@ -143,7 +160,7 @@ class SentencePieceTokenizer(Tokenizer):
         from google.protobuf.message import DecodeError
         from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
 
-        content = path.read_bytes()
+        content = _read(path)
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=content)
             # SentencePiece adds a space before a text. Later pieces continue the text, so they are encoded without it.
@@ -153,7 +170,7 @@ class SentencePieceTokenizer(Tokenizer):
             model.normalizer_spec.remove_extra_whitespaces = False
             self.continuation_model = model.SerializeToString()
             self._continuation = sentencepiece.SentencePieceProcessor(model_proto=self.continuation_model)
-        except (DecodeError, RuntimeError) as error:
+        except (DecodeError, RuntimeError, ValueError, TypeError) as error:
             raise DataError(f"{path} cannot be read as a SentencePiece model: {error}") from None
         self.fingerprint = hashlib.sha256(content).hexdigest()
         self.vocab_size = self._processor.get_piece_size()
@@ -239,23 +256,56 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
+def _read(path: Path) -> bytes:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{path} is not valid JSON: {error}") from None
+        return read_regular(path)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}.") from None
+
+
+class _TokenConfig(TypedDict):
+    __pydantic_config__ = KEEP_UNKNOWN_KEYS  # type: ignore[misc]
+    content: str
+
+
+class _NamedTemplate(TypedDict):
+    name: str
+    template: str
+
+
+_Token = str | _TokenConfig | None
+
+
+class _Config(TypedDict):
+    __pydantic_config__ = KEEP_UNKNOWN_KEYS  # type: ignore[misc]
+    bos_token: NotRequired[_Token]
+    eos_token: NotRequired[_Token]
+    unk_token: NotRequired[_Token]
+    chat_template: NotRequired[str | list[_NamedTemplate] | None]
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    """tokenizer_config.json with the non-empty values of special_tokens_map.json, as far as they exist."""
+    out: dict[str, Any] = {}
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (directory / name).exists():
+            found = read_json(directory / name, _Config, DataError, advice="Download or export the tokenizer again.")
+            out |= {key: value for key, value in found.items() if value or name == "tokenizer_config.json"}
+    return out
 
 
 def _token_text(value: Any) -> str | None:
-    return value.get("content") if isinstance(value, dict) else value
+    return value["content"] if isinstance(value, dict) else value
 
 
 def _chat_template(directory: Path, config: dict[str, Any]) -> str | None:
-    if (directory / CHAT_TEMPLATE).exists():
-        return (directory / CHAT_TEMPLATE).read_text(encoding="utf-8")
+    path = directory / CHAT_TEMPLATE
+    if path.exists():
+        try:
+            return _read(path).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path} is not UTF-8 text: {error}. Save it as UTF-8.") from None
     template = config.get("chat_template")
     if isinstance(template, list):  # a list of named templates
-        template = next((t["template"] for t in template if t.get("name") == "default"), None)
+        template = next((t["template"] for t in template if t["name"] == "default"), None)
     return template

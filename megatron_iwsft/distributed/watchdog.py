@@ -24,7 +24,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_iwsft.errors import EXIT_FAILURE, PeerError, RequeueError, UserError
-from megatron_iwsft.utils.files import open_regular
+from megatron_iwsft.utils.files import open_for_writing
 
 _BEAT_S = 1.0
 _FAILURE = "failure"
@@ -231,7 +231,7 @@ class Watchdog:
     def _dump_stacks(self) -> None:
         try:
             self.logs.mkdir(parents=True, exist_ok=True)
-            with open_regular(self.logs / f"hang-rank-{self.rank}.txt", os.O_WRONLY | os.O_TRUNC) as file:
+            with open_for_writing(self.logs / f"hang-rank-{self.rank}.txt", os.O_WRONLY | os.O_TRUNC) as file:
                 faulthandler.dump_traceback(file)
         except OSError:
             pass  # a full disk must not keep the job from ending

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_iwsft.errors import DataError
+from megatron_iwsft.utils.files import open_regular
 
 _PROMPT_FIELDS = ("question", "problem", "prompt")
 _ANSWER_FIELDS = ("answer", "expected_answer", "solution")
@@ -36,7 +37,7 @@ def read_benchmark(
     if not path.is_file():
         raise DataError(f"the benchmark {path} does not exist.")
     problems: list[Problem] = []
-    with open(path, encoding="utf-8") as file:
+    with open_regular(path) as file:
         for number, line in enumerate(file, 1):
             if limit is not None and len(problems) == limit:
                 break
@@ -45,7 +46,7 @@ def read_benchmark(
             where = f"{path}, line {number}"
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
                 raise DataError(f"{where} is not valid JSON: {error}") from None
             if not isinstance(row, dict):
                 raise DataError(f"{where} must be a JSON object; found {type(row).__name__}.")

@@ -32,6 +32,9 @@ def score_corpus(model_directory: str | Path, corpus_directory: str | Path) -> C
     corpus = Corpus.open(corpus_directory)
     if load_tokenizer(model_directory).fingerprint != corpus.manifest["tokenizer"]["fingerprint"]:
         raise DataError(f"{corpus_directory} was tokenized with a different tokenizer than that of {model_directory}.")
+    complaints = corpus.damage()
+    if complaints:
+        raise DataError("\n  ".join([f"{corpus_directory} does not match its manifest:", *complaints]))
     model, _ = load_in_transformers(model_directory)
     total, count = 0.0, 0
     for i in tqdm(range(len(corpus)), desc="scoring", unit="trajectory", disable=None):

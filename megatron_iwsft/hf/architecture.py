@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_iwsft.errors import CheckpointError
-from megatron_iwsft.hf.rope import Rope
+from megatron_iwsft.hf.rope import Rope, is_finite_number
+from megatron_iwsft.utils.json_files import read_json
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,11 @@ _READ_OF_EXPERTS = frozenset(
     """.split()
 )
 
+# The largest integers that a config may have: work and memory grow with them before any weight is read.
+_LIMIT = 1 << 24
+_LIMITS = {"num_hidden_layers": 2048, "num_experts": 2048, "num_local_experts": 2048, "sliding_window": 1 << 31}
+_LIMITS |= {"max_position_embeddings": 1 << 31}
+
 
 @dataclass(frozen=True)
 class Experts:
@@ -111,13 +116,13 @@ class Architecture:
         if not isinstance(config, dict):
             raise CheckpointError(f"{where} must be a JSON object; found {type(config).__name__}.")
         name = config.get("model_type")
-        if name not in FAMILIES:
+        if not isinstance(name, str) or name not in FAMILIES:
             raise CheckpointError(
-                f"{where}: model_type {name!r} is not supported; supported are {', '.join(FAMILIES)}."
+                f"{where}: model_type {name!r:.80} is not supported; supported are {', '.join(FAMILIES)}."
             )
         family, keys = FAMILIES[name], _Keys(config, where)
         keys.refuse_unknown(_NEUTRAL | _READ | (_READ_OF_EXPERTS if family.experts else frozenset()), name)
-        keys.refuse(config.get("hidden_act", "silu") != "silu", f"hidden_act {config.get('hidden_act')!r}")
+        keys.refuse(config.get("hidden_act", "silu") != "silu", f"hidden_act {config.get('hidden_act')!r:.80}")
         keys.refuse(bool(config.get("mlp_bias")), "mlp_bias true")
         keys.refuse(bool(config.get("attention_bias")) and not family.qkv_bias, "attention_bias true")
         keys.refuse(bool(config.get("attention_dropout")), "attention_dropout above 0")
@@ -179,10 +184,7 @@ class Architecture:
         path = Path(directory) / "config.json"
         if not path.is_file():
             raise CheckpointError(f"{directory} is not a Hugging Face model directory: it has no config.json.")
-        try:
-            config = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise CheckpointError(f"{path} is not valid JSON: {error}") from None
+        config = read_json(path, dict[str, Any], CheckpointError, advice="Download or export the model again.")
         return Architecture.from_hf(config, where=str(path))
 
     def padded_vocab(self, tensor_parallel: int) -> int:
@@ -215,13 +217,16 @@ class _Keys:
         if value is None and default is not None:
             return default
         if type(value) is not int or value <= 0:
-            raise CheckpointError(f"{self.where}: {key} must be a positive integer; found {value!r}.")
+            raise CheckpointError(f"{self.where}: {key} must be a positive integer; found {value!r:.80}.")
+        limit = _LIMITS.get(key, _LIMIT)
+        if value > limit:
+            raise CheckpointError(f"{self.where}: {key} must be at most {limit:,}; found {value!r:.80}.")
         return value
 
     def number(self, key: str, default: float) -> float:
         value = self.config.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise CheckpointError(f"{self.where}: {key} must be a number; found {value!r}.")
+        if not is_finite_number(value):
+            raise CheckpointError(f"{self.where}: {key} must be a number; found {value!r:.80}.")
         return float(value)
 
     def windows(self, family: Family, layers: int) -> tuple[int | None, ...]:
@@ -236,9 +241,9 @@ class _Keys:
             first = int(self.number("max_window_layers", 28)) if wanted and given is not None else layers
             kinds = ["full_attention" if layer < first else "sliding_attention" for layer in range(layers)]
         if not isinstance(kinds, list) or len(kinds) != layers:
-            raise CheckpointError(f"{self.where}: layer_types must list {layers} layers; found {kinds!r}.")
+            raise CheckpointError(f"{self.where}: layer_types must list {layers} layers; found {kinds!r:.200}.")
         for kind in kinds:
-            self.refuse(kind not in ("full_attention", "sliding_attention"), f"layer type {kind!r}")
+            self.refuse(kind not in ("full_attention", "sliding_attention"), f"layer type {kind!r:.80}")
         self.refuse("sliding_attention" in kinds and not wanted, "sliding_attention without use_sliding_window true")
         window = self.count("sliding_window", default=family.sliding_window) if "sliding_attention" in kinds else None
         return tuple(window if kind == "sliding_attention" else None for kind in kinds)

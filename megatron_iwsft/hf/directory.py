@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 from tqdm import tqdm
+from typing_extensions import TypedDict  # pydantic asks for this one before Python 3.12
 
 from megatron_iwsft.data.tokenizer import CHAT_TEMPLATE
 from megatron_iwsft.errors import CheckpointError
@@ -19,6 +19,7 @@ from megatron_iwsft.hf.architecture import Architecture
 from megatron_iwsft.hf.mapping import Span, shapes
 from megatron_iwsft.hf.safetensors import SafetensorsFile, write_safetensors
 from megatron_iwsft.utils.files import atomic_directory, write_json
+from megatron_iwsft.utils.json_files import PlainName, read_json
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -34,6 +35,10 @@ _TOKENIZER_FILES = (
 )
 GENERATION = "generation_config.json"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class _Index(TypedDict):
+    weight_map: dict[str, PlainName]
 
 
 class TensorSource(Protocol):
@@ -80,18 +85,13 @@ class SafetensorsDirectory:
         """Tensor name → file name, from the index; empty if there is a single file."""
         index = self.directory / _INDEX
         if index.exists():
-            try:
-                weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-                outside = [n for n in weight_map.values() if Path(n).name != n]
-            except (ValueError, KeyError, TypeError, AttributeError):
-                weight_map, outside = {}, []
-            if not weight_map:
+            # The files themselves may be links: the Hugging Face cache consists of them.
+            found = read_json(index, _Index, CheckpointError, advice="Download or export the model again.")
+            if not found["weight_map"]:
                 raise CheckpointError(
-                    f"{index} is not a valid index: it must have a weight_map from tensor names to files."
+                    f"{index} is damaged: its weight_map is empty. Download or export the model again."
                 )
-            if outside:
-                raise CheckpointError(f"{index} names a file outside its directory: {outside[0]}.")
-            return weight_map
+            return found["weight_map"]
         if (self.directory / _SINGLE).exists():
             return {}
         raise CheckpointError(f"{self.directory} has neither {_SINGLE} nor {_INDEX}. Only safetensors is supported.")
@@ -168,8 +168,8 @@ class RandomInit:
 
 def tokenizer_files(directory: Path) -> list[Path]:
     """The tokenizer files in `directory` and the generation config; an empty list if there is no tokenizer."""
-    found = [directory / name for name in _TOKENIZER_FILES if (directory / name).exists()]
-    return found + [path for path in [directory / GENERATION] if found and path.exists()]
+    found = [directory / name for name in _TOKENIZER_FILES if (directory / name).is_file()]
+    return found + [path for path in [directory / GENERATION] if found and path.is_file()]
 
 
 def write_directory(

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import (
+    Any,
+    NotRequired,  # pydantic asks for this one before Python 3.12
+)
+
+from typing_extensions import TypedDict
 
 from megatron_iwsft.data.chat_template import ChatTemplate
 from megatron_iwsft.data.tokenizer import CHAT_TEMPLATE, load_tokenizer
@@ -14,7 +18,12 @@ from megatron_iwsft.errors import CheckpointError, DataError
 from megatron_iwsft.hf.architecture import Architecture
 from megatron_iwsft.hf.directory import GENERATION
 from megatron_iwsft.utils.files import write_json, write_text
+from megatron_iwsft.utils.json_files import check_json, read_json
 from megatron_iwsft.version import __version__
+
+
+class _TokenIds(TypedDict):
+    eos_token_id: NotRequired[int | list[int] | None]
 
 
 @dataclass(frozen=True)
@@ -50,13 +59,12 @@ def _generation_config(directory: Path, architecture: Architecture) -> dict[str,
     A base model lists only end-of-text; a model trained with a chat template ends its turns with another token.
     """
     path = directory / GENERATION
-    try:
-        config = dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
-    except (ValueError, TypeError):
-        raise CheckpointError(f"the base model's {path.name} is not a JSON object.") from None
+    advice = "Fix or remove the base model's file."
+    config = read_json(path, dict[str, Any], CheckpointError, advice=advice) if path.exists() else {}
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if config.get(key) is None and architecture.hf.get(key) is not None:
             config[key] = architecture.hf[key]
+    check_json(config, _TokenIds, CheckpointError, where="the base model's generation config", advice=advice)
     stops = config.get("eos_token_id")
     stops = [] if stops is None else stops if isinstance(stops, list) else [stops]
     stops = list(dict.fromkeys([*stops, *_turn_ends(directory)]))

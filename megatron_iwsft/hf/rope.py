@@ -35,6 +35,17 @@ _PARAMETERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 
 
+_POSITIVE = ("rope_theta", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow")
+
+
+def is_finite_number(value: Any) -> bool:
+    """Whether `value` is a number, neither NaN nor infinite, that a float can represent."""
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:
+        return False
+
+
 @dataclass(frozen=True)
 class Rope:
     """theta: base of the frequencies; kind, parameters: the scaling type and its settings."""
@@ -49,16 +60,16 @@ class Rope:
         given: dict[str, Any] = {}
         for key in ("rope_scaling", "rope_parameters"):
             if not isinstance(config.get(key) or {}, dict):
-                raise CheckpointError(f"{where}: {key} must be an object; found {config[key]!r}.")
+                raise CheckpointError(f"{where}: {key} must be an object; found {config[key]!r:.80}.")
             given |= config.get(key) or {}
         kind = given.pop("rope_type", given.pop("type", "default"))
         given.pop("type", None)
         theta = given.pop("rope_theta", config.get("rope_theta", 10000.0))
         if given.pop("partial_rotary_factor", 1.0) != 1.0:
             raise CheckpointError(f"{where}: a partial_rotary_factor other than 1 is not supported.")
-        if kind not in _PARAMETERS:
+        if not isinstance(kind, str) or kind not in _PARAMETERS:
             raise CheckpointError(
-                f"{where}: rope type {kind!r} is not supported; supported are {', '.join(_PARAMETERS)}."
+                f"{where}: rope type {kind!r:.80} is not supported; supported are {', '.join(_PARAMETERS)}."
             )
         required, optional = _PARAMETERS[kind]
         given = {k: v for k, v in given.items() if v is not None}
@@ -68,8 +79,12 @@ class Rope:
         for key, value in {"rope_theta": theta, **given}.items():
             if key != "rope_theta" and key not in (*required, *optional):
                 raise CheckpointError(f"{where}: unsupported config key for rope type {kind}: {key}.")
-            if not isinstance(value, int | float) or (isinstance(value, bool) and key != "truncate"):
-                raise CheckpointError(f"{where}: {key} must be a number; found {value!r}.")
+            if not is_finite_number(value) and not (isinstance(value, bool) and key == "truncate"):
+                raise CheckpointError(f"{where}: {key} must be a number; found {value!r:.80}.")
+            if (key in _POSITIVE and value <= 0) or (key == "rope_theta" and value == 1):
+                raise CheckpointError(f"{where}: {key} must be positive and, as a base, not 1; found {value!r:.80}.")
+        if kind == "llama3" and given["low_freq_factor"] == given["high_freq_factor"]:
+            raise CheckpointError(f"{where}: low_freq_factor and high_freq_factor must differ.")
         if "original_max_position_embeddings" in optional:
             given.setdefault("original_max_position_embeddings", max_positions)
         return Rope(float(theta), kind, given)

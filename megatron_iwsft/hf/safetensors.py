@@ -7,17 +7,21 @@ rank's memory, up to the size of the model. Tensors are written in blocks of row
 from __future__ import annotations
 
 import json
+import math
 import os
 import struct
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field, NonNegativeInt
 from torch import Tensor
+from typing_extensions import TypedDict  # pydantic asks for this one before Python 3.12
 
 from megatron_iwsft.errors import CheckpointError
-from megatron_iwsft.utils.files import atomic_write
+from megatron_iwsft.utils.files import atomic_write, open_regular
+from megatron_iwsft.utils.json_files import check_json, parse_json
 
 _DTYPES = {
     "F64": torch.float64,
@@ -34,6 +38,12 @@ _MAX_HEADER = 100_000_000  # limit set by the format
 _BLOCK = 1 << 24
 
 
+class _Entry(TypedDict):
+    dtype: str
+    shape: list[NonNegativeInt]
+    data_offsets: Annotated[list[NonNegativeInt], Field(min_length=2, max_length=2)]
+
+
 class SafetensorsFile:
     """An open safetensors file. Raises FileNotFoundError if it is missing, CheckpointError if it is truncated or not valid.
 
@@ -43,12 +53,14 @@ class SafetensorsFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - stays open for the lifetime of this object
+            self._file = open_regular(path, buffering=0)
             size = os.fstat(self._file.fileno()).st_size
             self._header, self._start = self._read_header(size)
         except FileNotFoundError:
             raise
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except OSError as error:
+            raise self._damaged(error.strerror or str(error)) from None
+        except ValueError as error:
             raise self._damaged(str(error)) from None
         self.shapes = {name: tuple(entry["shape"]) for name, entry in self._header.items()}
 
@@ -61,14 +73,17 @@ class SafetensorsFile:
         length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
         if length > min(size - 8, _MAX_HEADER):
             raise ValueError(f"its {size} bytes are too few for the header length it declares")
-        header = json.loads(self._file.read(length))
-        header.pop("__metadata__", None)
+        advice = "Download or export it again."
+        where = f"{self.path} cannot be read as safetensors: its header"
+        content = parse_json(self._file.read(length), dict[str, Any], CheckpointError, where=where, advice=advice)
+        content.pop("__metadata__", None)
+        header: Any = check_json(content, dict[str, _Entry], CheckpointError, where=where, advice=advice)
         end = 0
         for name, entry in header.items():
             if entry["dtype"] not in _DTYPES:
                 raise ValueError(f"tensor {name} has dtype {entry['dtype']}; supported are {', '.join(_DTYPES)}")
             begin, stop = entry["data_offsets"]
-            if stop - begin != torch.Size(entry["shape"]).numel() * _DTYPES[entry["dtype"]].itemsize or begin < 0:
+            if stop - begin != math.prod(entry["shape"]) * _DTYPES[entry["dtype"]].itemsize:
                 raise ValueError(f"the data offsets of tensor {name} do not match its shape and dtype")
             end = max(end, stop)
         if 8 + length + end != size:

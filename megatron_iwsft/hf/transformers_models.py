@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from megatron_iwsft.errors import CheckpointError
+from megatron_iwsft.utils.files import other_kind
 
 
 def load_in_transformers(directory: str | Path, *, dtype: torch.dtype | str = torch.float32) -> tuple[Any, Any]:
@@ -23,7 +23,7 @@ def load_in_transformers(directory: str | Path, *, dtype: torch.dtype | str = to
         model = transformers.AutoModelForCausalLM.from_pretrained(
             directory, dtype=dtype, local_files_only=True, use_safetensors=True, trust_remote_code=False
         )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # it does not check what it reads, and raises whatever follows from that
         raise CheckpointError(f"{directory} cannot be loaded by transformers: {error}") from None
     return model.eval(), tokenizer
 
@@ -36,9 +36,13 @@ def load_tokenizer_in_transformers(directory: str | Path) -> Any:
     transformers.logging.disable_progress_bar()
     if not (Path(directory) / "config.json").exists():
         raise CheckpointError(f"{directory} is not a Hugging Face model directory: it has no config.json.")
+    for path in Path(directory).iterdir():
+        kind = other_kind(path) if path.exists() else None
+        if kind not in (None, "a directory"):
+            raise CheckpointError(f"{path} is {kind}, not a file. Remove it.")
     try:
         return transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:
         raise CheckpointError(f"{directory} has no tokenizer that transformers can load: {error}") from None
 
 

@@ -10,20 +10,37 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import (
+    Any,
+    NotRequired,  # pydantic asks for this one before Python 3.12
+)
 
 import numpy as np
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from megatron_iwsft.data.batch import Batch
-from megatron_iwsft.data.corpus import MANIFEST, Corpus, write_manifest
+from megatron_iwsft.data.checksums import Checksums, checksum_file, damaged_files, pieces_of
+from megatron_iwsft.data.corpus import Corpus
 from megatron_iwsft.data.indexed import IndexedReader, write_index
+from megatron_iwsft.data.manifest import MANIFEST, BlockSums, Sha256, write_manifest
 from megatron_iwsft.errors import DataError
-from megatron_iwsft.utils.files import partial_path, publish, sha256_file
+from megatron_iwsft.utils.files import foreign_entry, open_regular, other_kind, partial_path, publish
+from megatron_iwsft.utils.json_files import KEEP_UNKNOWN_KEYS, PlainName, check_json, is_regular_file, read_json
+from megatron_iwsft.utils.locks import exclusive
 
 FORMAT_VERSION = 1
+
+
+class _Manifest(TypedDict):
+    __pydantic_config__ = KEEP_UNKNOWN_KEYS  # type: ignore[misc]
+    format_version: int
+    corpus: str
+    files: dict[PlainName, Sha256]
+    blocks: NotRequired[dict[PlainName, BlockSums]]
 
 
 @dataclass(frozen=True)
@@ -45,6 +62,14 @@ def sidecar_directory(corpus: Corpus, identity: ReferenceIdentity) -> Path:
     return corpus.directory / f"reference-{identity.fingerprint}"
 
 
+def _check_entries(directory: Path) -> None:
+    """Raise DataError unless a sidecar is a directory of regular files: a link would lead writes to another file."""
+    kind = other_kind(directory, follow_links=False)
+    found = foreign_entry(directory) if kind == "a directory" else (directory, kind or "a file")
+    if found is not None:
+        raise DataError(f"{found[0]} is {found[1]}, which `iwsft reference` does not create. Remove it.")
+
+
 class Sidecar:
     """An open, complete sidecar; `sidecar(i)` is float32 [num_tokens] of trajectory i.
 
@@ -55,7 +80,7 @@ class Sidecar:
         self.directory = sidecar_directory(corpus, identity)
         again = "Run `iwsft reference` with this config."
         path = self.directory / MANIFEST
-        if not path.exists():
+        if not is_regular_file(path):
             others = sorted(p.name for p in corpus.directory.glob("reference-*") if (p / MANIFEST).exists())
             if self.directory.is_dir():
                 raise DataError(f"the reference log-probs at {self.directory} are incomplete. {again}")
@@ -63,33 +88,34 @@ class Sidecar:
                 f"{corpus.directory} has no log-probs of this reference model ({self.directory.name}); it has "
                 f"{', '.join(others) or 'none of any model'}. Model, tokenizer, chat template and precision must all match. {again}"
             )
-        try:
-            manifest = json.loads(path.read_text(encoding="utf-8"))
-            version, made_for, hashes = manifest["format_version"], manifest["corpus"], manifest["files"]
-        except (ValueError, KeyError, TypeError):
-            raise DataError(f"{path} is damaged. Remove {self.directory}. {again}") from None
-        if version != FORMAT_VERSION:
+        advice = f"Remove {self.directory}. {again}"
+        manifest = read_json(path, dict[str, Any], DataError, advice=advice)
+        version = manifest.get("format_version")
+        if type(version) is int and version != FORMAT_VERSION:
             raise DataError(
                 f"{path} has format version {version}; this version reads {FORMAT_VERSION}. Remove {self.directory}. {again}"
             )
-        if made_for != corpus.fingerprint:
+        check_json(manifest, _Manifest, DataError, where=str(path), advice=advice)
+        _check_entries(self.directory)
+        if manifest["corpus"] != corpus.fingerprint:
             raise DataError(f"{self.directory} was computed for another version of the corpus. Remove it. {again}")
-        self._shards = [IndexedReader(self.directory / name) for name in corpus.shards]
+        unlisted = {f"{name}{s}" for name in corpus.shards for s in (".bin", ".idx")} - set(manifest["files"])
+        if unlisted:
+            raise DataError(f"{path} is damaged: it has no checksum of {min(unlisted)}. {advice}")
+        self._shards = [IndexedReader(self.directory / name, (np.float32,)) for name in corpus.shards]
         for k, reader in enumerate(self._shards):
             if not np.array_equal(reader.lengths, corpus.shard_lengths(k)):
                 raise DataError(
                     f"{self.directory / corpus.shards[k]} does not match its corpus shard. Remove {self.directory}. {again}"
                 )
-        self._corpus, self._hashes = corpus, hashes
+        self._corpus, self._pieces = corpus, pieces_of(manifest["files"], manifest.get("blocks", {}))
 
     def damage(self, rank: int, size: int) -> list[str]:
-        """One complaint per damaged file, among rank `rank` of `size`'s share of the files. Reads all of them."""
+        """One complaint per damaged file, from rank `rank` of `size`'s share of the files' blocks. Reads all of them."""
         again = f"Remove {self.directory}, and run `iwsft reference` with this config."
-        return [
-            f"{self.directory / name} is damaged: its checksum does not match. {again}"
-            for name in sorted(self._hashes)[rank::size]
-            if sha256_file(self.directory / name) != self._hashes[name]
-        ]
+        changed = "is damaged: its checksum does not match"
+        complaints = damaged_files(self.directory, self._pieces[rank::size], changed=changed)
+        return [f"{complaint}. {again}" for complaint in complaints]
 
     def __call__(self, i: int) -> np.ndarray:
         shard, k = self._corpus.locate(i)
@@ -115,24 +141,47 @@ class SidecarWriter:
     def complete(self) -> bool:
         return (self.directory / MANIFEST).exists()
 
+    def lock(self) -> AbstractContextManager[None]:
+        """On one rank, around all other calls: creates the directory and keeps other commands from writing there.
+
+        Raises DataError if one is writing there already, or if the directory holds links.
+        """
+        if not self.directory.is_symlink():
+            self.directory.mkdir(exist_ok=True)
+        _check_entries(self.directory)
+        return exclusive(self.directory, DataError)
+
     def prepare(self) -> None:
-        """Create missing files. On one rank, before `open` on all."""
-        self.directory.mkdir(exist_ok=True)
+        """Create missing files. On one rank, before `open` on all. Raises DataError if they cannot be written."""
+        fresh = self.directory / "fresh.partial"
         for index, name in enumerate(self.corpus.shards):
             path = self._partial(name)
-            if path.exists():
+            size = 4 * int(self._starts[index][-1])
+            if path.exists() and path.stat().st_size == size:
                 continue
-            mask = np.memmap(self.corpus.directory / f"{name}.mask.bin", np.uint8, mode="r")
-            fresh = path.with_suffix(".new")
-            with open(fresh, "wb") as file:
-                for at in range(0, len(mask), 1 << 24):
-                    part = mask[at : at + (1 << 24)]
-                    file.write(np.where(part == 1, np.float32(np.nan), np.float32(0)).astype(np.float32).tobytes())
-            # Nothing predicts a first token: its log-prob is 0 by definition, even if the mask includes it.
-            values = np.memmap(fresh, np.float32, mode="r+")
-            values[self._starts[index][:-1]] = 0
-            values.flush()
-            publish(fresh, path)
+            try:
+                self._create(fresh, index)
+                publish(fresh, path)
+            except OSError as error:
+                raise DataError(
+                    f"cannot write the reference log-probs at {path}: {error.strerror}. They take {size:,} bytes."
+                ) from None
+            finally:
+                fresh.unlink(missing_ok=True)
+
+    def _create(self, path: Path, shard: int) -> None:
+        """Write a shard's log-probs before any is known."""
+        with (
+            open_regular(self.corpus.directory / f"{self.corpus.shards[shard]}.mask.bin") as masks,
+            open(path, "wb") as file,
+        ):
+            while part := masks.read(1 << 24):
+                trained = np.frombuffer(part, np.uint8) == 1
+                file.write(np.where(trained, np.float32(np.nan), np.float32(0)).tobytes())
+        # Nothing predicts a first token: its log-prob is 0 by definition, even if the mask includes it.
+        values = np.memmap(path, np.float32, mode="r+")
+        values[self._starts[shard][:-1]] = 0
+        values.flush()
 
     def open(self) -> None:
         self._maps = [np.memmap(self._partial(name), np.float32, mode="r") for name in self.corpus.shards]
@@ -177,22 +226,23 @@ class SidecarWriter:
 
     def finish(self, described: dict[str, Any]) -> None:
         """Publish the files and write the manifest. On one rank, after every rank has flushed."""
-        for file in self._files:
-            os.close(file)
+        for descriptor in self._files:
+            os.close(descriptor)
         missing = sum(int(np.isnan(values).sum()) for values in self._maps)
         if missing:
             raise DataError(f"{missing} positions of {self.directory} have no value. Run the same command again.")
-        files: dict[str, str] = {}
+        checksums = Checksums()
         for k, name in enumerate(self.corpus.shards):
             publish(self._partial(name), self.directory / f"{name}.bin")
             write_index(self.directory / name, self.corpus.shard_lengths(k), np.dtype(np.float32))
-            files |= {f"{name}{s}": sha256_file(self.directory / f"{name}{s}") for s in (".bin", ".idx")}
+            for file_name in (f"{name}.bin", f"{name}.idx"):
+                checksums.add(file_name, checksum_file(self.directory / file_name))
         write_manifest(
             self.directory,
             {
                 "format_version": FORMAT_VERSION,
                 "corpus": self.corpus.fingerprint,
                 "reference": vars(self.identity) | described,
-                "files": files,
+                **{key: value for key, value in vars(checksums).items() if value},
             },
         )

@@ -16,12 +16,12 @@ from megatron_iwsft.config.schema import Config
 from megatron_iwsft.config.section import Section
 from megatron_iwsft.errors import ConfigError
 from megatron_iwsft.train.setup import CheckedRun
-from megatron_iwsft.utils.files import open_regular
+from megatron_iwsft.utils.files import open_for_writing
 
 # What may differ between a run and its continuation. Anything else would make it another run.
 _MAY_CHANGE = {
     "run": {"name", "dir", "device", "hang_timeout_s", "max_bad_steps", "spike"},
-    "data": {"corpus", "micro_batch_size", "epochs", "max_steps"},
+    "data": {"corpus", "micro_batch_size", "epochs", "max_steps", "verify"},
 }
 _MUST_STAY = ("model", "data", "objective", "reference", "precision", "run")
 _NOT_REPORTED = {"run.name", "run.dir"}
@@ -84,7 +84,7 @@ def lock_run(run_dir: Path, at_exit: ExitStack) -> None:
     The lock is advisory and released when the process ends; on a file system without locks there is none.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
-    file = at_exit.enter_context(open_regular(run_dir / "lock", os.O_RDWR | os.O_APPEND))
+    file = at_exit.enter_context(open_for_writing(run_dir / "lock", os.O_RDWR | os.O_APPEND))
     directory = os.open(run_dir, os.O_RDONLY)
     at_exit.callback(os.close, directory)
     # The directory, too, because the file may be removed while the job runs; network file systems lock only files.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
@@ -28,13 +29,14 @@ def precompute_reference(config: Config) -> str:
     """
     with StopSignals() as stop:
         run = start(check(config, world_size=int(os.environ.get("WORLD_SIZE", "1"))))
-        with run.watchdog() as watch:
-            return _precompute(run, watch, stop)
+        writer = SidecarWriter(run.corpus, run.identity)
+        complete = run.platform.any(writer.complete)
+        with run.watchdog() as watch, writer.lock() if run.is_main and not complete else nullcontext():
+            return _precompute(run, writer, watch, stop)
 
 
-def _precompute(run: StartedRun, watch: Watchdog, stop: StopSignals) -> str:
-    writer = SidecarWriter(run.corpus, run.identity)
-    if writer.complete:
+def _precompute(run: StartedRun, writer: SidecarWriter, watch: Watchdog, stop: StopSignals) -> str:
+    if run.platform.any(writer.complete):
         if run.is_main:
             print(f"{writer.directory} is already complete.", flush=True)
         return str(writer.directory)

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from megatron_iwsft.checkpoint.initial_weights import InitialWeights
 from megatron_iwsft.checkpoint.names import CHECKPOINTS
 from megatron_iwsft.checkpoint.writer import CheckpointWriter
 from megatron_iwsft.config.schema import Config, Model, QualityConfig
 from megatron_iwsft.data.batch_builder import BatchBuilder, ReferenceLogprobs, RowShape
-from megatron_iwsft.data.corpus import TOKENIZER, Corpus
+from megatron_iwsft.data.corpus import Corpus
 from megatron_iwsft.data.sampler import Quality, Sampler
 from megatron_iwsft.data.scores import normalized_by_source, thresholds_in_scores
 from megatron_iwsft.data.tokenizer import load_tokenizer
@@ -184,7 +185,20 @@ def start(checked: CheckedRun) -> StartedRun:
     # Twice the watchdog's timeout: it can then name the ranks that a collective waits for.
     platform = context.start(config.run.device, timeout_s=2 * config.run.hang_timeout_s)
     parallel = platform.parallel(checked.layout, seed=config.run.seed)
+    for corpus in filter(None, (checked.corpus, checked.evaluation)):
+        share = {"share": platform.rank, "shares": platform.world_size}
+        raise_together(platform, corpus.damage(config.data.verify, seed=config.run.seed, **share))
     return StartedRun(**vars(checked), platform=platform, parallel=parallel)
+
+
+def raise_together(platform: Platform, complaints: list[str]) -> None:
+    """Raise DataError on all ranks if any rank has complaints. Collective over all ranks."""
+    gathered: list[list[str]] = [[]] * platform.world_size
+    dist.all_gather_object(gathered, complaints)
+    found = [text for rank in gathered for text in rank]
+    if found:
+        more = f" ({len(found) - 1} more files are damaged.)" if len(found) > 1 else ""
+        raise DataError(f"{found[0]}{more}")
 
 
 def checkpoint_writer(run: StartedRun) -> CheckpointWriter:
@@ -196,7 +210,7 @@ def checkpoint_writer(run: StartedRun) -> CheckpointWriter:
         architecture=run.policy.architecture,
         config=config.model_dump(),
         layout=run.layout,
-        tokenizer_files=run.policy.tokenizer_files or sorted((run.corpus.directory / TOKENIZER).iterdir()),
+        tokenizer_files=run.policy.tokenizer_files or run.corpus.tokenizer_files,
         template_hash=template["hash"] if template else None,
         chat_template=template["source"] if named else None,
         corpus=run.corpus.fingerprint,

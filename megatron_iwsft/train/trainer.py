@@ -29,7 +29,7 @@ from megatron_iwsft.train.callbacks.events import Events
 from megatron_iwsft.train.continuation import check_same_run, described_changes, lock_run
 from megatron_iwsft.train.divergence import DivergenceMonitor, Verdict
 from megatron_iwsft.train.optim import build_optimizer, build_schedule, wrap_for_gradients
-from megatron_iwsft.train.setup import StartedRun, check, checkpoint_writer, start
+from megatron_iwsft.train.setup import StartedRun, check, checkpoint_writer, raise_together, start
 from megatron_iwsft.train.step import TrainStep
 
 # Mean |log-ratio| per token allowed before the first update, where policy and reference are the same model. A cached reference may
@@ -354,10 +354,7 @@ class Trainer:
 def _verified_sidecar(run: StartedRun) -> Sidecar:
     """The cached reference, each rank having verified some of its files. Collective; raises DataError on all ranks."""
     sidecar = Sidecar(run.corpus, run.identity)
-    complaints: list[list[str]] = [[]] * run.platform.world_size
-    dist.all_gather_object(complaints, sidecar.damage(run.platform.rank, run.platform.world_size))
-    for complaint in (text for rank in complaints for text in rank):
-        raise DataError(complaint)
+    raise_together(run.platform, sidecar.damage(run.platform.rank, run.platform.world_size))
     return sidecar
 
 

@@ -6,6 +6,7 @@ is removed when the same file is written again, if that process is known to be g
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -26,6 +27,54 @@ _SAMPLES = 64
 _SAMPLE_BYTES = 65536
 _NAME_BYTES = 200  # of a file name within its temporary name; a name has 255 at most
 _STALE_S = 86400.0
+
+
+_KINDS = {
+    stat.S_IFLNK: "a symbolic link",
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+def other_kind(path: Path, *, follow_links: bool = True) -> str | None:
+    """What `path` is if not a regular file ("a FIFO"); None for a regular file. Raises OSError if there is nothing."""
+    return _KINDS.get(stat.S_IFMT(os.stat(path, follow_symlinks=follow_links).st_mode))
+
+
+def open_regular(path: Path, *, buffering: int = -1) -> Any:
+    """Open a regular file, or a link to one, for reading. Raises OSError for anything else: reading a FIFO or a device can block."""
+    kind = other_kind(path)
+    if kind is not None:
+        raise OSError(errno.EINVAL, f"it is {kind}, not a file", str(path))
+    return open(path, "rb", buffering=buffering)
+
+
+def read_regular(path: Path) -> bytes:
+    """The content of a regular file; raises as `open_regular` does."""
+    with open_regular(path) as file:
+        return file.read()
+
+
+def foreign_entry(directory: Path) -> tuple[Path, str] | None:
+    """The first entry below `directory` that is neither a regular file nor a directory, and what it is.
+
+    Programs that write into a directory check it first: a symbolic link there would redirect the write to another file.
+    """
+    with os.scandir(directory) as entries:
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            path = Path(entry.path)
+            if entry.is_dir(follow_symlinks=False):
+                found = foreign_entry(path)
+                if found is not None:
+                    return found
+            else:
+                kind = other_kind(path, follow_links=False)
+                if kind is not None:
+                    return path, kind
+    return None
 
 
 def partial_path(path: Path) -> Path:
@@ -107,7 +156,7 @@ def move_aside(path: Path) -> Path:
     raise FileExistsError(f"{path}: too many damaged files beside it")
 
 
-def open_regular(path: Path, flags: int) -> IO[str]:
+def open_for_writing(path: Path, flags: int) -> IO[str]:
     """Open or create a text file with the flags of `os.open`. A link, or whatever else is not a file, is moved aside first."""
     if os.path.lexists(path) and not stat.S_ISREG(os.lstat(path).st_mode):
         move_aside(path)
@@ -194,7 +243,7 @@ def remove_directory(directory: Path) -> None:
 def sha256_file(path: Path) -> str:
     """SHA-256 of a file, hex."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         while block := file.read(_HASH_BLOCK):
             digest.update(block)
     return digest.hexdigest()
@@ -207,9 +256,9 @@ def sampled_fingerprint(directory: Path, pattern: str) -> str:
     """
     digest = hashlib.sha256()
     for path in sorted(directory.glob(pattern)):
-        size = path.stat().st_size
-        digest.update(f"{path.name}\0{size}\0".encode())
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            digest.update(f"{path.name}\0{size}\0".encode())
             last = max(0, size - _SAMPLE_BYTES)
             # In floating point: sidecars name models by these positions.
             for at in sorted({int(k * (last / (_SAMPLES - 1))) for k in range(_SAMPLES - 1)} | {last}):

@@ -11,6 +11,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import AfterValidator, ConfigDict, TypeAdapter, ValidationError
 
 from megatron_iwsft.errors import UserError
+from megatron_iwsft.utils.files import read_regular
 
 T = TypeVar("T")
 
@@ -42,7 +43,7 @@ def read_json(path: Path, schema: type[T], error: type[UserError], *, advice: st
     Raises `error`, with `advice` on what to do, if the file is not UTF-8 JSON or does not fit. Raises FileNotFoundError.
     """
     try:
-        content = path.read_bytes()
+        content = read_regular(path)
     except FileNotFoundError:
         raise
     except OSError as problem:

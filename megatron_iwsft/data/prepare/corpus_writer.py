@@ -11,22 +11,46 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import (
+    Any,
+    NotRequired,  # pydantic asks for this one before Python 3.12
+)
 
 import numpy as np
 import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
+from typing_extensions import TypedDict
 
-from megatron_iwsft.data.corpus import DROPPED, ShardWriter, read_meta
+from megatron_iwsft.data.corpus import DROPPED, ShardWriter, read_meta, shard_name
+from megatron_iwsft.data.indexed import check_own_file
+from megatron_iwsft.data.manifest import BlockSums, Count, Sha256, shard_files
 from megatron_iwsft.data.prepare.dedup import HashSet, NearDuplicates
 from megatron_iwsft.data.prepare.filters import Curation
 from megatron_iwsft.errors import DataError
-from megatron_iwsft.utils.files import flush_to_disk, partial_path, write_text
+from megatron_iwsft.utils.files import flush_to_disk, foreign_entry, partial_path, publish, write_text
+from megatron_iwsft.utils.json_files import PlainName, read_json
+from megatron_iwsft.utils.locks import LOCK
 
 PROGRESS = ".progress.json"
 PARTS = "parts"
 _SIGNATURES = ".signatures"
+
+
+class _Shard(TypedDict):
+    name: PlainName
+    files: dict[PlainName, Sha256]
+    blocks: NotRequired[dict[PlainName, BlockSums]]
+
+
+class _State(TypedDict):
+    run: str
+    source: Count
+    lines: Count
+    shards: list[_Shard]
+    dropped_bytes: Count
+    reasons: dict[str, Count]
+    done: bool
 
 
 @dataclass
@@ -48,17 +72,19 @@ class Progress:
         write_text(output / PROGRESS, json.dumps(asdict(self)), single_writer=True)
 
 
-def resume(output: Path, run: str) -> Progress:
-    """The progress of run `run` in `output`, or a new one. Raises DataError if the directory contains anything else."""
-    path = output / PROGRESS
-    if path.exists():
-        progress = Progress(**json.loads(path.read_text(encoding="utf-8")))
-        if progress.run != run:
-            raise DataError(
-                f"{output} was started with other inputs or settings. Choose another --output, or remove it."
-            )
-        return progress
-    expected = (DROPPED, partial_path(output / PROGRESS).name, PARTS)
+def resume(output: Path, run: str, *, inputs: int) -> Progress:
+    """The progress of run `run` of `inputs` files in `output`, or a new one.
+
+    Raises DataError if it is damaged or if the directory contains anything else.
+    """
+    found = foreign_entry(output)
+    if found is not None:
+        raise DataError(
+            f"{found[0]} is {found[1]}, which sharding does not create. Remove it, or choose another --output."
+        )
+    if (output / PROGRESS).exists():
+        return _resumed(output, run, inputs)
+    expected = (DROPPED, partial_path(output / PROGRESS).name, PARTS, LOCK)
     unknown = sorted(p.name for p in output.iterdir() if p.name not in expected)
     if unknown:
         raise DataError(
@@ -66,6 +92,24 @@ def resume(output: Path, run: str) -> Progress:
         )
     progress = Progress(run=run)
     progress.save(output)
+    return progress
+
+
+def _resumed(output: Path, run: str, inputs: int) -> Progress:
+    path, advice = output / PROGRESS, "Choose another --output, or remove the directory."
+    state: dict[str, Any] = dict(read_json(path, _State, DataError, advice=advice))
+    progress = Progress(**state)
+    if progress.run != run:
+        raise DataError(f"{output} was started with other inputs or settings. Choose another --output, or remove it.")
+    expected = [set(shard_files(shard_name(k))) for k in range(len(progress.shards))]
+    if progress.source > inputs or [set(shard["files"]) for shard in progress.shards] != expected:
+        raise DataError(f"{path} is damaged: it does not describe a run of {inputs} input files. {advice}")
+    for shard in progress.shards:
+        for name in shard["files"]:
+            check_own_file(output / name)
+    size = (output / DROPPED).stat().st_size if (output / DROPPED).exists() else 0
+    if size < progress.dropped_bytes:
+        raise DataError(f"{output / DROPPED} has {size} bytes of the {progress.dropped_bytes} written. {advice}")
     return progress
 
 
@@ -96,9 +140,9 @@ class CorpusWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._dropped.close()
         if self._shard is not None:
             self._shard.abandon()
+        self._dropped.close()
 
     def append(self, source: int, file: str, rows: pa.RecordBatch) -> None:
         """Add the next rows, which come from input number `source`, named `file`."""
@@ -191,17 +235,24 @@ class CorpusWriter:
         assert self._shard is not None
         name = self._shard.name
         if self._near_duplicates is not None:
-            path = self.output / f"{name}{_SIGNATURES}"
-            pq.write_table(pa.table({"signature": pa.chunked_array(self._signatures)}), path)
-            self._signatures = []
-        files = self._shard.close()
+            self._write_signatures(self.output / f"{name}{_SIGNATURES}")
+        checksums = self._shard.close()
         self._shard = None
         self._flush_dropped()
-        self.progress.shards.append({"name": name, "files": files})
+        self.progress.shards.append({"name": name, **{k: v for k, v in vars(checksums).items() if v}})
         self.progress.source, self.progress.lines = source, lines
         self.progress.dropped_bytes = self._dropped.tell()
         self.progress.reasons = dict(self.reasons)
         self.progress.save(self.output)
+
+    def _write_signatures(self, path: Path) -> None:
+        partial = partial_path(path)
+        try:
+            pq.write_table(pa.table({"signature": pa.chunked_array(self._signatures)}), partial)
+            publish(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+        self._signatures = []
 
     def _restore(self, shard: str) -> None:
         """Add a finished shard of an interrupted run to the state of the in-order filters."""
@@ -210,9 +261,13 @@ class CorpusWriter:
         self._hashes.add(_hash_keys(meta["content_hash"].combine_chunks()))
         self._source_counts.update(meta["source"].to_pylist())
         if self._near_duplicates is not None:
-            signatures = pq.read_table(self.output / f"{shard}{_SIGNATURES}")["signature"].to_pylist()
-            for name, signature in zip(meta["id"].to_pylist(), signatures, strict=True):
-                self._near_duplicates.find_or_add(name, signature)
+            path = self.output / f"{shard}{_SIGNATURES}"
+            try:
+                signatures = pq.read_table(path)["signature"].to_pylist()
+                for name, signature in zip(meta["id"].to_pylist(), signatures, strict=True):
+                    self._near_duplicates.find_or_add(name, signature)
+            except Exception:  # of pyarrow's readers and rensa's Rust code
+                raise DataError(f"{path} is damaged. Remove {self.output} and run the command again.") from None
 
 
 def remove_progress(output: Path, shards: Iterable[str]) -> None:

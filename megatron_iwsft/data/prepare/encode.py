@@ -20,7 +20,7 @@ from megatron_iwsft.data.indexed import token_dtype
 from megatron_iwsft.data.prepare.fast_encoding import CheckedEncoder, Encoder, gigatoken_encoder
 from megatron_iwsft.data.prepare.filters import AnswerCheck, Benchmarks, Curation, Signatures
 from megatron_iwsft.data.prepare.readers import Block, rows_of
-from megatron_iwsft.data.prepare.records import Dropped, RecordFormat, RecordReader, Sample, parse
+from megatron_iwsft.data.prepare.records import NESTED, Dropped, RecordFormat, RecordReader, Sample, parse
 from megatron_iwsft.data.template_tracing import TracedFrame
 from megatron_iwsft.data.tokenizer import Tokenizer
 
@@ -125,6 +125,8 @@ class BlockEncoder:
                     self._add(rows, len(rows), sample)
                 except Dropped as dropped:
                     rows.dropped[len(rows)] = dropped.with_traceback(None)
+                except RecursionError:
+                    rows.drop(len(rows), *NESTED)
                 add((line, name, sample.source or stem, sample.score))
         return rows
 

@@ -17,13 +17,36 @@ from megatron_iwsft.errors import DataError
 Evaluate = Callable[[Mapping[str, Any]], Any]
 
 _PATH = re.compile(r"[\w\-]+(\.[\w\-]+)*")
+_MAX_BITS = 4096
+
+
+def _arithmetic(combine: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """`combine` for numbers only: a text times a number, or formatted by %, can be of any size."""
+
+    def checked(a: Any, b: Any) -> Any:
+        for value in (a, b):
+            if not isinstance(value, int | float):
+                raise TypeError(f"arithmetic takes numbers, not {type(value).__name__}")
+            if isinstance(value, int) and value.bit_length() > _MAX_BITS:
+                raise OverflowError(f"a number has more than {_MAX_BITS} bits")
+        return combine(a, b)
+
+    return checked
+
+
+def _add(a: Any, b: Any) -> Any:
+    """Numbers, or two texts."""
+    return a + b if isinstance(a, str) and isinstance(b, str) else _add_numbers(a, b)
+
+
+_add_numbers = _arithmetic(operator.add)
 _OPERATORS: dict[type, Callable[[Any, Any], Any]] = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Div: operator.truediv,
-    ast.FloorDiv: operator.floordiv,
-    ast.Mod: operator.mod,
+    ast.Add: _add,
+    ast.Sub: _arithmetic(operator.sub),
+    ast.Mult: _arithmetic(operator.mul),
+    ast.Div: _arithmetic(operator.truediv),
+    ast.FloorDiv: _arithmetic(operator.floordiv),
+    ast.Mod: _arithmetic(operator.mod),
     ast.Eq: operator.eq,
     ast.NotEq: operator.ne,
     ast.Lt: operator.lt,
@@ -64,7 +87,7 @@ def compile_expression(source: str) -> Evaluate:
         return lambda record: lookup(record, text)
     try:
         return _compile(ast.parse(text, mode="eval").body)
-    except (SyntaxError, ValueError, RecursionError) as error:
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise DataError(
             f'{source!r} is not a valid expression over fields: {error}. Supported: fields (dotted paths or field("…")), numbers, strings, '
             f"+ - * / // %, comparisons, in, and, or, not, {', '.join(_FUNCTIONS)}."
@@ -92,6 +115,7 @@ def _compile(node: ast.expr) -> Evaluate:
         operand, negate = _compile(node.operand), operator.not_ if isinstance(node.op, ast.Not) else operator.neg
         return lambda record: negate(operand(record))
     if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
+        _refuse_texts(node)
         left, right, combine = _compile(node.left), _compile(node.right), _OPERATORS[type(node.op)]
         return lambda record: combine(left(record), right(record))
     if isinstance(node, ast.Compare) and all(type(op) in _OPERATORS for op in node.ops):
@@ -99,6 +123,16 @@ def _compile(node: ast.expr) -> Evaluate:
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.keywords:
         return _call(node, node.func.id)
     raise ValueError(f"{ast.unparse(node)!r} is not allowed")
+
+
+def _refuse_texts(node: ast.BinOp) -> None:
+    """Raise ValueError if an operand that is written out is not a number, where only numbers can be combined."""
+    for operand in (node.left, node.right):
+        odd = isinstance(operand, ast.List | ast.Tuple)
+        if isinstance(operand, ast.Constant):
+            odd = not isinstance(operand.value, int | float) and not isinstance(node.op, ast.Add)
+        if odd:
+            raise ValueError(f"{ast.unparse(operand)} is not a number")
 
 
 def _boolean(node: ast.BoolOp) -> Evaluate:

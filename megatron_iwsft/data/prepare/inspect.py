@@ -15,6 +15,7 @@ from megatron_iwsft.data.corpus import Corpus
 from megatron_iwsft.data.packing import best_fit, efficiency
 from megatron_iwsft.errors import DataError
 from megatron_iwsft.utils.files import atomic_write
+from megatron_iwsft.utils.text import printable
 
 _HIGHLIGHT, _PLAIN = "\x1b[42;30m", "\x1b[0m"
 _BINS = 12
@@ -116,9 +117,9 @@ class Inspection:
         return out
 
     def to_terminal(self, *, colour: bool) -> str:
-        facts = self.facts()
+        facts = [(printable(name), printable(value)) for name, value in self.facts()]
         width = max(len(name) for name, _ in facts)
-        lines = [str(self.corpus.directory), *(f"  {name:<{width}}  {value}" for name, value in facts)]
+        lines = [printable(str(self.corpus.directory)), *(f"  {name:<{width}}  {value}" for name, value in facts)]
         for histogram in self.histograms:
             rows = list(histogram.rows())
             label = max(len(name) for name, _, _ in rows)
@@ -126,8 +127,9 @@ class Inspection:
             lines += [f"  {name:>{label}}  {'█' * round(40 * share):<40} {count:,}" for name, count, share in rows]
         begin, end = (_HIGHLIGHT, _PLAIN) if colour else ("⟦", "⟧")
         for sample in self.samples:
-            lines += ["", _heading(sample)]
-            lines.append("".join(f"{begin}{text}{end}" if trained else text for text, trained in sample.runs))
+            lines += ["", printable(_heading(sample))]
+            shown = [(printable(text), trained) for text, trained in sample.runs]
+            lines.append("".join(f"{begin}{text}{end}" if trained else text for text, trained in shown))
         return "\n".join(lines)
 
     def to_html(self) -> str:

@@ -19,12 +19,15 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.compute as pc
 from tqdm import tqdm
+from typing_extensions import TypedDict  # pydantic asks for this one before Python 3.12
 
+from megatron_iwsft.data.manifest import Count, Sha256
 from megatron_iwsft.data.prepare.corpus_writer import PARTS, Progress, resume
 from megatron_iwsft.data.prepare.readers import read_blocks
 from megatron_iwsft.data.prepare.shard import (
     ShardingJob,
     ShardSettings,
+    exclusive_output,
     finished_manifest,
     progress_bar,
     report_disk_errors,
@@ -32,10 +35,18 @@ from megatron_iwsft.data.prepare.shard import (
     write_corpus,
 )
 from megatron_iwsft.errors import DataError
-from megatron_iwsft.utils.files import partial_path, publish, sha256_file, write_text
+from megatron_iwsft.utils.files import foreign_entry, partial_path, publish, sha256_file, write_text
+from megatron_iwsft.utils.json_files import PlainName, is_regular_file, read_json
 
 _STATE = "part.json"
 _BLOCKS_PER_PIECE = 64
+
+
+class _State(TypedDict):
+    run: str
+    lines: Count
+    pieces: dict[PlainName, Sha256]
+    done: bool
 
 
 @dataclass
@@ -75,13 +86,13 @@ def make_parts(
     with report_disk_errors(output), worker_pool(job, workers, encoder) as mapper:
         for number in mine:
             directory = output / PARTS / f"{number:05d}"
-            directory.mkdir(parents=True, exist_ok=True)
-            part = _load_part(directory, job.run_id, job.inputs[number].name) or _Part(job.run_id)
-            if part.done:
-                continue
-            with progress_bar([job.inputs[number]], show_progress) as bar:
-                results = mapper(read_blocks(job.inputs[number], part.lines))
-                _write_part(directory, part, results, bar)
+            with exclusive_output(directory):
+                part = _load_part(directory, job.run_id, job.inputs[number].name) or _Part(job.run_id)
+                if part.done:
+                    continue
+                with progress_bar([job.inputs[number]], show_progress) as bar:
+                    results = mapper(read_blocks(job.inputs[number], part.lines))
+                    _write_part(directory, part, results, bar)
     return [job.inputs[number].name for number in mine]
 
 
@@ -103,10 +114,13 @@ def _write_piece(directory: Path, part: _Part, batches: list[pa.RecordBatch]) ->
     if batches:
         path = directory / f"{len(part.pieces):05d}.arrow"
         partial = partial_path(path)
-        with pa.OSFile(str(partial), "wb") as file, pa.ipc.new_file(file, batches[0].schema) as writer:
-            for batch in batches:
-                writer.write_batch(batch)
-        publish(partial, path)
+        try:
+            with pa.OSFile(str(partial), "wb") as file, pa.ipc.new_file(file, batches[0].schema) as writer:
+                for batch in batches:
+                    writer.write_batch(batch)
+            publish(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
         part.pieces[path.name] = sha256_file(path)
     part.save(directory)
 
@@ -116,10 +130,11 @@ def _load_part(directory: Path, run: str, name: str) -> _Part | None:
     path = directory / _STATE
     if not path.exists():
         return None
-    try:
-        part = _Part(**json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError):
-        raise DataError(f"{path} is damaged. Remove {directory} and run its task again.") from None
+    found = foreign_entry(directory)
+    advice = f"Remove {directory} and run its task again."
+    if found is not None:
+        raise DataError(f"{found[0]} is {found[1]}, which is not part of a share. {advice}")
+    part = _Part(**read_json(path, _State, DataError, advice=advice))
     if part.run != run:
         raise DataError(
             f"the part of {name} in {directory.parent} was created from other inputs or settings. Remove that directory, or choose "
@@ -139,8 +154,12 @@ def merge_parts(
     manifest = finished_manifest(output, job.run_id)
     if manifest is None:
         parts = _complete_parts(job, output)
-        with report_disk_errors(output), progress_bar(job.inputs, show_progress) as bar:
-            progress = resume(output, job.run_id)
+        with (
+            report_disk_errors(output),
+            exclusive_output(output),
+            progress_bar(job.inputs, show_progress) as bar,
+        ):
+            progress = resume(output, job.run_id, inputs=len(job.inputs))
             manifest = write_corpus(job, output, progress, _remaining_rows(job, output, parts, progress, bar), bar)
     shutil.rmtree(output / PARTS, ignore_errors=True)
     return manifest
@@ -174,11 +193,24 @@ def _remaining_rows(
         skip = progress.lines if number == progress.source else 0
         for name, expected in part.pieces.items():
             path = output / PARTS / f"{number:05d}" / name
-            if sha256_file(path) != expected:
+            if not is_regular_file(path) or sha256_file(path) != expected:
                 raise DataError(f"{path} is damaged. Remove its directory and run the array's task again.")
-            with pa.memory_map(str(path)) as file:
-                reader = pa.ipc.open_file(file)
-                for k in range(reader.num_record_batches):
-                    rows = reader.get_batch(k)
-                    yield number, rows.filter(pc.greater(rows["line"], skip)) if skip else rows
+            for rows in _batches(path, job.row_schema):
+                yield number, rows.filter(pc.greater(rows["line"], skip)) if skip else rows
         bar.update(done - bar.n)
+
+
+def _batches(path: Path, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+    """The rows of a piece. Raises DataError if they are not what a task writes."""
+    damaged = f"{path} is damaged. Remove its directory and run the array's task again."
+    with pa.memory_map(str(path)) as file:
+        try:
+            reader = pa.ipc.open_file(file)
+            for k in range(reader.num_record_batches):
+                batch = reader.get_batch(k)
+                batch.validate(full=True)
+                if not batch.schema.equals(schema):
+                    raise DataError(damaged)
+                yield batch
+        except (pa.ArrowException, ValueError):
+            raise DataError(damaged) from None

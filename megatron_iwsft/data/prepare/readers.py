@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megatron_iwsft.errors import DataError
+from megatron_iwsft.utils.files import other_kind
 
 BLOCK_BYTES = 1 << 20
 _BLOCK_ROWS = 1024
@@ -81,8 +82,13 @@ def find_inputs(patterns: Sequence[str | Path]) -> list[Input]:
         if not found:
             raise DataError(f"input file {pattern} does not exist.")
         for path in map(Path, found):
-            if path.is_dir():
+            kind = other_kind(path)
+            if kind == "a directory":
                 raise DataError(f"input {path} is a directory. Name its files, for example '{path}/*.jsonl'.")
+            if kind is not None:
+                raise DataError(
+                    f"input {path} is {kind}. Inputs are read several times: write the records to a file first."
+                )
             paths[path.resolve()] = None
     if not paths:
         raise DataError("no input files were given.")
@@ -109,11 +115,11 @@ def read_blocks(source: Input, skip: int = 0) -> Iterator[Block]:
             yield from _parquet(source, skip)
         else:
             yield from _jsonl(source, skip)
-    except (pa.ArrowInvalid, EOFError) as error:
-        raise DataError(f"input file {source.path} is damaged: {error}") from None
     except OSError as error:
         reason = error.strerror or f"damaged or truncated ({error})"
         raise DataError(f"input file {source.path} cannot be read: {reason}.") from None
+    except (pa.ArrowException, EOFError, ValueError, MemoryError) as error:
+        raise DataError(f"input file {source.path} is damaged: {error}") from None
 
 
 def _jsonl(source: Input, skip: int) -> Iterator[Block]:
@@ -176,12 +182,12 @@ def rows_of(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | Exception]:
     """The rows of a Parquet block as records without their null fields, or an exception for a row that cannot be read."""
     try:
         rows: list[Any] = batch.to_pylist()
-    except (UnicodeDecodeError, pa.ArrowException, ValueError):
+    except Exception:  # pyarrow raises many kinds: OverflowError for a date after the year 9999 …
         rows = []
         for i in range(batch.num_rows):
             try:
                 rows += batch.slice(i, 1).to_pylist()
-            except (UnicodeDecodeError, pa.ArrowException, ValueError) as error:
+            except Exception as error:
                 rows.append(error)
     for row in rows:
         yield row if isinstance(row, Exception) else {k: v for k, v in row.items() if v is not None}

@@ -18,9 +18,12 @@ from megatron_iwsft.errors import DataError
 _ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
 # Names of an assistant's reasoning in public corpora. Templates use the first.
 _REASONING = ("reasoning_content", "reasoning", "thinking")
-_EVALUATION_ERRORS = (TypeError, ValueError, ZeroDivisionError, OverflowError, AttributeError)
+_EVALUATION_ERRORS = (TypeError, ValueError, ZeroDivisionError, OverflowError, AttributeError, MemoryError)
 # Keys of a message that a template may render beside its text.
 _NON_TEXT_KEYS = ("tool_calls", "tool_call_id", "name")
+
+
+NESTED = "nested too deeply", "more levels than Python's recursion limit"
 
 
 class Dropped(ValueError):
@@ -150,6 +153,8 @@ class RecordReader:
             dropped = error
         except MissingField as error:
             dropped = Dropped("missing field", str(error.args[0]))
+        except RecursionError:
+            dropped = Dropped(*NESTED)
         dropped.id, dropped.number = name, number
         return dropped.with_traceback(None)  # a traceback would keep the entire block in memory
 

@@ -7,6 +7,7 @@ last finished shard. A job array encodes file by file (`job_array.py`); merging 
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import hashlib
 import json
@@ -29,25 +30,21 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from megatron_iwsft.data.chat_template import ChatTemplate
-from megatron_iwsft.data.corpus import (
-    DROPPED,
-    FORMAT_VERSION,
-    MANIFEST,
-    TOKENIZER,
-    distribution,
-    read_meta,
-    write_manifest,
-)
+from megatron_iwsft.data.checksums import Checksums, checksum_file
+from megatron_iwsft.data.corpus import DROPPED, TOKENIZER, read_meta
 from megatron_iwsft.data.indexed import token_dtype
+from megatron_iwsft.data.manifest import FORMAT_VERSION, MANIFEST, check_manifest, distribution, write_manifest
 from megatron_iwsft.data.prepare.corpus_writer import CorpusWriter, Progress, remove_progress, resume
-from megatron_iwsft.data.prepare.encode import BlockEncoder
+from megatron_iwsft.data.prepare.encode import BlockEncoder, row_schema
 from megatron_iwsft.data.prepare.fast_encoding import choose_encoder
 from megatron_iwsft.data.prepare.filters import Curation
 from megatron_iwsft.data.prepare.readers import Block, Input, find_inputs, fingerprint, read_blocks, rows_of
 from megatron_iwsft.data.prepare.records import Dropped, RecordFormat, parse
 from megatron_iwsft.data.tokenizer import CHAT_TEMPLATE, Tokenizer, load_tokenizer
 from megatron_iwsft.errors import DataError
-from megatron_iwsft.utils.files import sha256_file
+from megatron_iwsft.utils.json_files import read_json
+from megatron_iwsft.utils.locks import exclusive
+from megatron_iwsft.utils.text import printable
 
 log = logging.getLogger(__name__)
 
@@ -90,6 +87,12 @@ class ShardingJob:
         content = {**self.manifest_settings, "tokenizer": self.tokenizer.fingerprint, "inputs": self.manifest_inputs}
         self.run_id = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
+    @property
+    def row_schema(self) -> pa.Schema:
+        """Of the rows that the workers return."""
+        near = self.settings.curation.near_duplicates is not None
+        return row_schema(token_dtype(self.tokenizer.vocab_size), signatures=near)
+
     def use_gigatoken(self, encoder: Literal["auto", "own"]) -> bool:
         """Whether to encode with gigatoken, decided on a sample of the inputs; the decision is logged."""
         if self.template is None:
@@ -109,7 +112,7 @@ class ShardingJob:
                 counts += some
                 pieces += rows.pieces[: sum(some)]
         fast, why = choose_encoder(self.tokenizer, pieces, counts)
-        log.info(why)
+        log.info(printable(why))
         return fast
 
 
@@ -133,9 +136,11 @@ def shard_corpus(
     if finished is not None:
         log.info(f"{output} is already complete for these inputs and settings")
         return finished
-    with report_disk_errors(output):
-        output.mkdir(parents=True, exist_ok=True)
-        progress = resume(output, job.run_id)
+    with report_disk_errors(output), exclusive_output(output):
+        finished = finished_manifest(output, job.run_id)  # by a command that held the lock until now
+        if finished is not None:
+            return finished
+        progress = resume(output, job.run_id, inputs=len(job.inputs))
         if progress.shards:
             log.info(f"resuming {output} after {len(progress.shards)} finished shards")
         with progress_bar(job.inputs, show_progress) as bar, worker_pool(job, workers, encoder) as mapper:
@@ -169,12 +174,27 @@ def finished_manifest(output: Path, run: str) -> dict[str, Any] | None:
     path = output / MANIFEST
     if not path.exists():
         return None
-    manifest = json.loads(path.read_text(encoding="utf-8"))
+    advice = "Choose another --output, or remove it."
+    manifest = read_json(path, dict[str, Any], DataError, advice=advice)
     if manifest.get("run") == run:
-        return manifest
-    raise DataError(
-        f"{output} already contains a corpus created from other inputs or settings. Choose another --output, or remove it."
-    )
+        return check_manifest(manifest, where=str(path), advice=advice)
+    raise DataError(f"{output} already contains a corpus created from other inputs or settings. {advice}")
+
+
+@contextmanager
+def exclusive_output(directory: Path) -> Iterator[None]:
+    """Create a directory for writing, if there is none, and lock it. Raises DataError if another command writes there.
+
+    An error leaves no empty directory behind.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        with exclusive(directory, DataError):
+            yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            directory.rmdir()
+        raise
 
 
 @contextmanager
@@ -318,9 +338,11 @@ def _manifest(output: Path, progress: Progress, job: ShardingJob) -> dict[str, A
             f"no record was kept ({why}). First entry of {output / DROPPED}: {first or 'none':.500}. Remove {output} before "
             "trying again."
         )
-    files = {name: digest for shard in progress.shards for name, digest in shard["files"].items()}
+    checksums = Checksums()
+    for shard in progress.shards:
+        checksums.update(Checksums(shard["files"], shard.get("blocks", {})))
     for path in [output / DROPPED, *sorted((output / TOKENIZER).iterdir())]:
-        files[str(path.relative_to(output))] = sha256_file(path)
+        checksums.add(str(path.relative_to(output)), checksum_file(path))
     template = job.template
     return {
         "format_version": FORMAT_VERSION,
@@ -340,5 +362,6 @@ def _manifest(output: Path, progress: Progress, job: ShardingJob) -> dict[str, A
         "lengths": distribution(lengths),
         "scores": distribution(scores),
         "shards": [{"name": name} for name in names],
-        "files": files,
+        "files": checksums.files,
+        **({"blocks": checksums.blocks} if checksums.blocks else {}),
     }
