@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from megatron_iwsft.config.schema import Config
 from megatron_iwsft.config.section import Section
 from megatron_iwsft.errors import ConfigError
+from megatron_iwsft.utils.files import read_regular
 
 S = TypeVar("S", bound=Section)
 
@@ -52,7 +53,9 @@ def read_config(schema: type[S], path: str | Path, overrides: list[str]) -> S:
     """Like `load_config`, for any schema."""
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        # /dev: a shell's <(…) is a pipe that is being written.
+        content = path.read_bytes() if path.is_relative_to("/dev") else read_regular(path)
+        text = content.decode("utf-8")
     except OSError as error:
         raise ConfigError(f"cannot read config file {path}: {error.strerror}.") from None
     except UnicodeDecodeError:
@@ -76,6 +79,8 @@ def _parse(schema: type[S], text: str, overrides: list[str], where: str) -> S:
 def _yaml(text: str, where: str) -> Any:
     try:
         return yaml.load(text, _Loader)
+    except RecursionError:
+        raise ConfigError(f"{where} is nested too deeply.") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -105,6 +106,7 @@ def test_a_mistake_names_the_field(overrides: list[str], message: str) -> None:
         ("- a\n", "c.yaml must be a mapping with sections (run, model, data, …); found list"),
         ("run: {name: r\n", "line 2 is not valid YAML"),
         (MINIMAL + "run: {name: again, dir: d}\n", "duplicate key 'run', again in line 4"),
+        ("[" * 100_000, "c.yaml is nested too deeply"),
     ],
 )
 def test_a_malformed_file_is_reported(text: str, message: str) -> None:
@@ -116,6 +118,12 @@ def test_a_malformed_file_is_reported(text: str, message: str) -> None:
 def test_a_missing_file_is_reported(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"cannot read config file .*: No such file"):
         load_config(tmp_path / "none.yaml")
+
+
+def test_a_pipe_in_place_of_a_config_does_not_hang(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.yaml")
+    with pytest.raises(ConfigError, match=r"cannot read config file .*: it is a FIFO, not a file"):
+        load_config(tmp_path / "pipe.yaml")
 
 
 def test_degrees_and_batch_sizes_must_divide() -> None:

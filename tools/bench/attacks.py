@@ -94,7 +94,8 @@ def _train(platform: Any, base: Path) -> None:
     from megatron_iwsft.train.trainer import train
 
     text = CONFIG.format(base=base).replace("new-run", "run").replace(f"hf: {base}/hf", f"config: {json.dumps(MODEL)}")
-    train(parse_config(text, [], where="attacks"))
+    with contextlib.redirect_stdout(None):
+        train(parse_config(text, [], where="attacks"))
 
 
 # Attacks
