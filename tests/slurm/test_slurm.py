@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -147,7 +148,8 @@ def test_a_preempted_job_continues(lab: Lab, config: Path, unbroken: list[dict],
 
 
 def test_names_are_never_executed_by_a_shell(lab: Lab, config: Path, tmp_path: Path) -> None:
-    name = f"a 'quo\"ted' $(touch {tmp_path}/run1) `touch {tmp_path}/run2`; touch {tmp_path}/run3\nand a second line"
+    home = Path(tempfile.mkdtemp())  # a short path: it is part of a file name three times
+    name = f"a 'quo\"ted' $(touch {home}/run1) `touch {home}/run2`; touch {home}/run3\nand a second line"
     run = tmp_path / name.replace("/", "|")
     job = lab.submit(
         *("--nodes=2", "--job-name=$(touch x)`touch y`", "--output=named-%j.log", TRAIN, config),
@@ -157,6 +159,7 @@ def test_names_are_never_executed_by_a_shell(lab: Lab, config: Path, tmp_path: P
     assert len(metrics(run)) == 2
     assert yaml.safe_load((run / "config.yaml").read_text())["run"]["name"] == name
     assert [p.name for p in tmp_path.iterdir()] == [run.name]
+    assert list(home.iterdir()) == []
     assert not list(lab.directory.glob("[xy]"))
 
 
