@@ -126,10 +126,10 @@ def load_newest_of_damaged(platform: Any, directory: Path, damaged: list[str]) -
     [
         ([], 3),
         (["step-00000003/__1_*.distcp"], 2),  # a shard that only one rank reads
-        (["step-00000003/common.pt"], 2),
+        (["step-00000003/.metadata"], 2),
         (["step-00000003/*.distcp", "step-00000002/iwsft.json"], 1),
     ],
-    ids=["none", "one shard of the newest", "common.pt of the newest", "the two newest"],
+    ids=["none", "one shard of the newest", "metadata of the newest", "the two newest"],
 )
 def test_the_newest_undamaged_checkpoint_is_loaded(damaged: list[str], expected: int, tmp_path: Path) -> None:
     ranks = run_distributed(load_newest_of_damaged, 2, tmp_path / "checkpoints", damaged)
@@ -156,7 +156,7 @@ def failures_to_load(platform: Any, directory: Path) -> dict[str, Any]:
     fixture.rejects = True
     found["another run"] = error(fixture)
     fixture.rejects = False
-    truncate(platform, directory, "step-*/common.pt")
+    truncate(platform, directory, "step-*/.metadata")
     found["all damaged"] = error(fixture)
     return found
 
