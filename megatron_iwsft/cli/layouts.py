@@ -61,14 +61,17 @@ def run(args: argparse.Namespace) -> None:
         )
     # The least model parallelism first: it communicates least.
     rows.sort(key=lambda row: (row[2].bubble, row[0].tensor * row[0].context * row[0].pipeline))
+    shown = rows[: args.most]
+    width = max(len(layout.describe()) for layout, _, _ in shown)
     print(
-        f"{'layout':34} {'micro-batches':>13} {'weights':>9} {'gradients':>9} {'optimizer':>9} {'activations':>11} {'GB':>7} {'bubble':>7}"
+        f"{'layout':{width}} {'micro-batches':>13} {'weights':>9} {'gradients':>9} {'optimizer':>9} {'activations':>11} {'GB':>7} "
+        f"{'bubble':>7}"
     )
-    for layout, micro_batches, estimate in rows[: args.most]:
+    for layout, micro_batches, estimate in shown:
         sizes = (estimate.parameters, estimate.gradients, estimate.optimizer, estimate.activations, estimate.total)
         weights, gradients, optimizer, activations, total = (f"{size / 1e9:.1f}" for size in sizes)
         print(
-            f"{layout.describe():34} {micro_batches:>13} {weights:>9} {gradients:>9} {optimizer:>9} {activations:>11} {total:>7} "
+            f"{layout.describe():{width}} {micro_batches:>13} {weights:>9} {gradients:>9} {optimizer:>9} {activations:>11} {total:>7} "
             f"{estimate.bubble:>7.1%}"
         )
     print(f"{len(rows)} layouts fit. Sizes in GB per GPU; estimates as in megatron_iwsft/model/memory.py.")

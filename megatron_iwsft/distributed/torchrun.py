@@ -68,6 +68,7 @@ def main() -> int:
     os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGINT,SIGHUP,SIGQUIT")
     if "SLURM_NODEID" in os.environ:
         os.environ.setdefault("PET_NODE_RANK", os.environ["SLURM_NODEID"])
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
     from torch.distributed.run import parse_args
@@ -80,12 +81,15 @@ def main() -> int:
         keep_to_loopback()
         if parsed.rdzv_backend == "static" and not parsed.standalone:
             arguments = [f"--rdzv_backend={register_with_torchrun()}", *arguments]
-    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
+    for name in ("torch.distributed.elastic.multiprocessing.api", "torch.distributed.run"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     notice.workers_may_run = True
     try:
         torchrun(arguments)
     except ChildFailedError as error:
         return _status(error, notice)
+    except SignalException as interruption:  # Ctrl-C; torchrun has ended the workers
+        return 128 + interruption.sigval
     return 0
 
 

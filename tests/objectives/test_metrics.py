@@ -33,5 +33,5 @@ def test_a_batch_without_trained_tokens_has_undefined_ratios(name: str) -> None:
     sums = dict.fromkeys([*sum_names(OBJECTIVES[name]), "weight_max"], 0.0)
     found = summarize(sums, reported_metrics(OBJECTIVES[name]))
     assert math.isnan(found["loss"]) and math.isnan(found["nll"]) and found["trained_tokens"] == 0
-    assert ("weight_mean" in found) == (name != "sft")
+    assert ("weight_mean" in found) == OBJECTIVES[name].weighted
     assert ("kl_to_reference" in found) == OBJECTIVES[name].needs_reference

@@ -83,7 +83,7 @@ def import_library(name: str, purpose: str) -> Any:
         return importlib.import_module(name)
     except ImportError:
         raise DataError(
-            f"{purpose} needs the package {name.replace('_', '-')}: pip install 'megatron-iwsft[curation]'."
+            f"{purpose} needs the package {name.replace('_', '-')}: pip install {name.replace('_', '-')}."
         ) from None
 
 

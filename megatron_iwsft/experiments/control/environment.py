@@ -26,7 +26,7 @@ def make_environment(task: Task) -> gymnasium.Env:
         import mujoco
     except ImportError as error:
         raise ConfigError(
-            f"the control experiments need the package {error.name!r}: pip install 'megatron-iwsft[control]'."
+            f"the control experiments need the package {error.name!r}: pip install -e '.[control]' in the checkout."
         ) from None
     # Gymnasium's own task files use deprecated attributes; MuJoCo would print a warning for every environment.
     mujoco.set_mju_user_warning(lambda message: None)

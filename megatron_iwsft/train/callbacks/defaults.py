@@ -60,8 +60,8 @@ def _start_run_directory(run: StartedRun) -> None:
     write_text(run.run_directory / "config.yaml", run.config.to_yaml())
     counts, config = run.corpus.manifest["counts"], run.config
     print(
-        f"{printable_line(config.run.name)}: {config.objective.name} on {len(run.corpus)} trajectories ({counts['trained_tokens']:,} of "
-        f"{counts['tokens']:,} tokens trained), {run.total_steps} steps of {config.data.global_batch_size} sequences; "
+        f"{printable_line(config.run.name)}: {config.objective.name} on {len(run.corpus):,} trajectories ({counts['trained_tokens']:,} of "
+        f"{counts['tokens']:,} tokens trained), {run.total_steps} steps of global batch size {config.data.global_batch_size}; "
         f"{run.platform.device.type}, {run.layout.describe()}",
         flush=True,
     )
