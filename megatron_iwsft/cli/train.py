@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import argparse
 
-from megatron_iwsft.cli.options import add_config
-from megatron_iwsft.distributed.stop_signals import leave_on_stop_signals
-from megatron_iwsft.utils.launch import check_launch_environment
+from megatron_iwsft.cli.options import add_config, start_process
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,17 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    leave_on_stop_signals()
+    config = start_process(args)
 
-    from megatron_iwsft.config.loader import load_config
-
-    config = load_config(args.config, args.overrides)  # before torch is imported, so that a mistake is reported at once
-    check_launch_environment()
-
-    from megatron_iwsft.distributed.context import prepare, stop
-
-    prepare(config.run.device)
-
+    from megatron_iwsft.distributed.context import stop
     from megatron_iwsft.train.trainer import train
 
     train(config)

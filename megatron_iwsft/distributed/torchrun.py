@@ -81,8 +81,8 @@ def main() -> int:
         keep_to_loopback()
         if parsed.rdzv_backend == "static" and not parsed.standalone:
             arguments = [f"--rdzv_backend={register_with_torchrun()}", *arguments]
-    for name in ("torch.distributed.elastic.multiprocessing.api", "torch.distributed.run"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+    for name in ("elastic.multiprocessing.api", "elastic.agent.server.api", "run"):
+        logging.getLogger(f"torch.distributed.{name}").setLevel(logging.CRITICAL)
     notice.workers_may_run = True
     try:
         torchrun(arguments)
