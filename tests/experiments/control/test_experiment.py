@@ -83,7 +83,7 @@ def test_an_unsuitable_task_is_rejected(name: str, message: str) -> None:
 
 def test_a_missing_package_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "mujoco", None)
-    with pytest.raises(ConfigError, match=r"need the package 'mujoco'.*megatron-iwsft\[control\]"):
+    with pytest.raises(ConfigError, match=r"need the package 'mujoco'.*pip install -e '.\[control\]'"):
         make_environment(load_experiment(CONFIG).task)
 
 
