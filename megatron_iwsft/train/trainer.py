@@ -17,7 +17,7 @@ from megatron_iwsft.config.schema import Config
 from megatron_iwsft.distributed.mcore_compat import gather_parameters, prepare_gradients, update_parameters
 from megatron_iwsft.distributed.stop_signals import StopSignals
 from megatron_iwsft.distributed.watchdog import Watchdog
-from megatron_iwsft.errors import CheckpointError, DataError, DivergenceError, RequeueError
+from megatron_iwsft.errors import CheckpointError, ConfigError, DataError, DivergenceError, RequeueError
 from megatron_iwsft.model.flops import training_flops
 from megatron_iwsft.model.gpt import PolicyModel
 from megatron_iwsft.objectives.breakdown import Breakdown, break_down
@@ -26,15 +26,19 @@ from megatron_iwsft.reference.sidecar import Sidecar
 from megatron_iwsft.train.callbacks import Callback, CallbackFunction, StepResult
 from megatron_iwsft.train.callbacks.defaults import add_configured_callbacks
 from megatron_iwsft.train.callbacks.events import Events
-from megatron_iwsft.train.continuation import check_same_run, described_changes, lock_run
+from megatron_iwsft.train.continuation import check_same_run, described_changes
 from megatron_iwsft.train.divergence import DivergenceMonitor, Verdict
 from megatron_iwsft.train.optim import build_optimizer, build_schedule, wrap_for_gradients
 from megatron_iwsft.train.setup import StartedRun, check, checkpoint_writer, raise_together, start
 from megatron_iwsft.train.step import TrainStep
+from megatron_iwsft.utils.locks import exclusive
 
 # Mean |log-ratio| per token allowed before the first update, where policy and reference are the same model. A cached reference may
 # have been computed at another layout, which changes the last bits.
 START_TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2, "fp8": 1e-1}
+
+# A killed run's lock is released with the last of its processes.
+_LOCK_PATIENCE_S = 15.0
 
 
 def train(config: Config) -> dict[str, Any]:
@@ -61,7 +65,8 @@ class Trainer:
         config = run.config
         self.run, self.watch, self.stop = run, watch, stop
         if run.is_main:
-            lock_run(run.run_directory, at_exit)
+            run.run_directory.mkdir(parents=True, exist_ok=True)
+            at_exit.enter_context(exclusive(run.run_directory, ConfigError, patience_s=_LOCK_PATIENCE_S))
         self.events = Events(run.run_directory / "logs" / "events.jsonl" if run.is_main else None)
         cached = run.objective.needs_reference and config.reference.source == "cached"
         sidecar = _verified_sidecar(run) if cached else None

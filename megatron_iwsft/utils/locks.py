@@ -1,52 +1,66 @@
-"""A lock that two processes with the same output cannot both hold."""
+"""A lock that two processes which write into one directory cannot both hold."""
 
 from __future__ import annotations
 
 import fcntl
 import os
 import socket
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from megatron_iwsft.errors import UserError
+from megatron_iwsft.utils.files import open_for_writing, read_regular
 
 LOCK = ".lock"
 
 
 @contextmanager
-def exclusive(directory: Path, error: type[UserError]) -> Iterator[None]:
-    """Hold the lock of an existing directory. Raises `error` if another process holds it, OSError if none can be created.
+def exclusive(directory: Path, error: type[UserError], *, patience_s: float = 0.0) -> Iterator[None]:
+    """Hold the lock of an existing directory. Raises `error` if another process still holds it after `patience_s`, or OSError.
 
-    The lock is advisory and ends with the process; on a file system without locks there is none.
+    The lock is advisory and ends with the process; on a file system without locks there is none. It is on the directory, since a file
+    in it can be removed while it is held, and on a file, since network file systems lock only files; the file says who holds it.
     """
-    path = directory / LOCK
-    file = _open_and_lock(path, error)
-    try:
-        os.truncate(file, 0)
-        os.write(file, f"process {os.getpid()} on {socket.gethostname()}".encode())
+    path, until = directory / LOCK, time.monotonic() + patience_s
+    with ExitStack() as held:
+        handle = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
+        held.callback(os.close, handle)
+        if not _locked(handle, until):
+            raise error(_in_use(directory))
+        while True:
+            file = held.enter_context(open_for_writing(path, os.O_RDWR | os.O_APPEND))
+            if not _locked(file.fileno(), until):
+                raise error(_in_use(directory))
+            if path.exists() and os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                break  # else the holder removed it between the two calls
+        held.callback(path.unlink, missing_ok=True)
+        file.truncate(0)
+        file.write(
+            f"process {os.getpid()} on {socket.gethostname()}, Slurm job {os.environ.get('SLURM_JOB_ID', 'none')}"
+        )
+        file.flush()
         yield
-    finally:
-        path.unlink(missing_ok=True)
-        os.close(file)
 
 
-def _open_and_lock(path: Path, error: type[UserError]) -> int:
+def _locked(handle: int, until: float) -> bool:
+    """Lock a file or directory, or find it locked by another process until then. True where there are no locks."""
     while True:
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
         except BlockingIOError:
-            holder = os.read(file, 200).decode(errors="replace") or "unknown"
-            os.close(file)
-            raise error(
-                f"{path.parent} is being written by another command ({holder}). Wait until it is done, or choose another output."
-            ) from None
+            if time.monotonic() >= until:
+                return False
+            time.sleep(1)
         except OSError:
-            return file
-        try:
-            if os.path.samestat(os.fstat(file), os.stat(path)):
-                return file
-        except FileNotFoundError:
-            pass
-        os.close(file)  # the holder removed it between the two calls
+            return True
+
+
+def _in_use(directory: Path) -> str:
+    try:
+        holder = read_regular(directory / LOCK)[:200].decode(errors="replace") or "unknown"
+    except OSError:
+        holder = "unknown"
+    return f"{directory} is in use by another job ({holder}). Wait for it, stop it, or choose another directory."

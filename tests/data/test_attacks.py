@@ -300,7 +300,7 @@ def test_links_do_not_lead_reference_logprobs_elsewhere(linked: str, corpus: Pat
 
 def test_two_commands_do_not_write_the_same_reference_logprobs(corpus: Path) -> None:
     writer = SidecarWriter(Corpus.open(corpus), IDENTITY)
-    with writer.lock(), pytest.raises(DataError, match="is being written by another command"), writer.lock():
+    with writer.lock(), pytest.raises(DataError, match="is in use by another job"), writer.lock():
         pass
     assert not list(writer.directory.iterdir())
 
@@ -388,7 +388,7 @@ def test_sharding_over_a_damaged_manifest_is_refused(content: str | None, tmp_pa
 
 def test_two_commands_do_not_write_the_same_corpus(tmp_path: Path, tokenizer: Path) -> None:
     (tmp_path / "out").mkdir()
-    with exclusive(tmp_path / "out", DataError), pytest.raises(DataError, match="is being written by another command"):
+    with exclusive(tmp_path / "out", DataError), pytest.raises(DataError, match="is in use by another job"):
         shard(tmp_path, tokenizer)
     assert Corpus.open(shard(tmp_path, tokenizer)).damage() == []
     assert not (tmp_path / "out" / ".lock").exists()

@@ -65,7 +65,7 @@ def test_a_failed_export_costs_nothing_but_the_export(config: Path, tmp_path: Pa
 
 def test_a_removed_lock_file_lets_no_second_job_in(config: Path, tmp_path: Path) -> None:
     first = LaunchedRun(config, tmp_path / "run", "data.max_steps=100000").wait_for_steps(1)
-    (tmp_path / "run" / "lock").unlink()
+    (tmp_path / "run" / ".lock").unlink()
     second = LaunchedRun(config, tmp_path / "run")
     assert second.finish() == EXIT_USER_ERROR
     assert "is in use by another job" in second.output
@@ -76,7 +76,7 @@ def test_a_removed_lock_file_lets_no_second_job_in(config: Path, tmp_path: Path)
 def test_links_in_the_run_directory_are_not_followed(config: Path, tmp_path: Path) -> None:
     (tmp_path / "precious").write_text("somebody else's file")
     (tmp_path / "run").mkdir()
-    for name in ("lock", "metrics.jsonl", "config.yaml"):
+    for name in (".lock", "metrics.jsonl", "config.yaml"):
         (tmp_path / "run" / name).symlink_to(tmp_path / "precious")
     run = LaunchedRun(config, tmp_path / "run")
     assert run.finish() == 0, run.output
