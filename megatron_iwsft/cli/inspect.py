@@ -28,7 +28,9 @@ _CORPUS_OPTIONS = ("seq_length", "samples", "seed", "html", "to_jsonl")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", type=Path, metavar="PATH", help="corpus, checkpoint or run directory")
     parser.add_argument(
-        "--verify", action="store_true", help="re-hash every file and compare with the recorded SHA-256"
+        "--verify",
+        action="store_true",
+        help="re-hash every file and compare with the recorded SHA-256; of a corpus, also that dropped.jsonl adds up",
     )
     corpus = parser.add_argument_group("corpus")
     corpus.add_argument(
@@ -66,14 +68,15 @@ def _inspect_corpus(args: argparse.Namespace) -> int:
     if args.show_config:
         raise ConfigError(f"--show-config is for checkpoints and runs; {args.path} is a corpus.")
 
-    from megatron_iwsft.data.corpus import Corpus, verify_directory
+    from megatron_iwsft.data.corpus import DROPPED, Corpus
+    from megatron_iwsft.data.prepare.accounting import verify
     from megatron_iwsft.data.prepare.inspect import Inspection, write_jsonl
 
     if args.verify:
-        complaints = verify_directory(args.path)
+        complaints = verify(args.path)
         if complaints:
             raise DataError("\n  ".join([f"{args.path} does not match its manifest:", *complaints]))
-        print(f"{args.path}: every file matches the manifest")
+        print(f"{args.path}: every file matches the manifest, and {DROPPED} adds up")
     corpus = Corpus.open(args.path)
     samples = 2 if args.samples is None else args.samples
     inspection = Inspection(corpus, seq_lengths=args.seq_length or [], samples=samples, seed=args.seed or 0)

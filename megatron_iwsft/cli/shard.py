@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import multiprocessing
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,13 @@ from typing import Any
 from megatron_iwsft.errors import DataError
 from megatron_iwsft.utils.cli import positive_int
 from megatron_iwsft.utils.text import printable
+
+_PRELOADED = [
+    "megatron_iwsft.data.prepare.shard",
+    "tokenizers",
+    "gigatoken",
+    "awkward",
+]  # gigatoken imports awkward when it encodes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,6 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="processes (default: one per core)",
     )
+    restart_help = "discard what an unfinished run left in the output directory, instead of continuing it"
+    add("--restart", action="store_true", help=restart_help)
     encoder_help = "auto: gigatoken where its token ids equal the tokenizer's; own: never gigatoken"
     add("--encoder", choices=("auto", "own"), default="auto", help=encoder_help)
     _add_record_options(parser)
@@ -101,33 +111,51 @@ def _add_curation_options(parser: argparse.ArgumentParser) -> None:
     add("--max-tokens", type=positive_int, metavar="N", help="drop longer trajectories")
     near_help = "drop near-duplicates of earlier trajectories, by word overlap (0.3 to 1; 0.8 is usual)"
     add("--near-duplicates", type=float, metavar="SIMILARITY", help=near_help)
-    benchmark_help = "decontaminate: drop prompts that share 8 consecutive words with one of its problems; repeatable"
+    benchmark_help = "decontaminate: drop prompts that share 8 words in a row with one of its problems; repeatable"
     add("--benchmark", action="append", default=[], metavar="FILE", help=benchmark_help)
+    texts_help = (
+        "texts that are compared with the problems: prompts, or all, also responses and reasoning (default: prompts)"
+    )
+    add("--benchmark-texts", choices=("prompts", "all"), default="prompts", help=texts_help)
     add("--answer-field", metavar="FIELD", help="reference answer; responses with another answer are dropped")
     wrong_help = "score: keep responses with a wrong answer; the score is 1 for right, 0 for wrong"
     add("--wrong-answers", choices=("drop", "score"), default="drop", help=wrong_help)
     add("--max-per-source", type=positive_int, metavar="N", help="keep at most N trajectories of each source")
+    record_help = "drop longer lines without parsing them (default: 16 MiB)"
+    add("--max-record-bytes", type=positive_int, metavar="N", help=record_help)
 
 
 def run(args: argparse.Namespace) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    # Worker processes are forked from one that has imported what they need.
+    multiprocessing.set_start_method("forkserver", force=True)
+    multiprocessing.set_forkserver_preload(_PRELOADED)
 
     from megatron_iwsft.data.prepare.job_array import make_parts, merge_parts
     from megatron_iwsft.data.prepare.shard import shard_corpus
 
     settings = _settings(args)
     if args.merge:
-        manifest = merge_parts(args.inputs, args.output, settings)
+        manifest = merge_parts(args.inputs, args.output, settings, restart=args.restart)
     elif args.array or args.task:
         task, tasks = _array_task(args.task)
         names = make_parts(
-            args.inputs, args.output, settings, task=task, tasks=tasks, workers=args.workers, encoder=args.encoder
+            args.inputs,
+            args.output,
+            settings,
+            task=task,
+            tasks=tasks,
+            workers=args.workers,
+            encoder=args.encoder,
+            restart=args.restart,
         )
         found = ", ".join(names) or "no input file"
         print(printable(f"{args.output}: parts of task {task} of {tasks} are complete: {found}"))
         return
     else:
-        manifest = shard_corpus(args.inputs, args.output, settings, workers=args.workers, encoder=args.encoder)
+        manifest = shard_corpus(
+            args.inputs, args.output, settings, workers=args.workers, encoder=args.encoder, restart=args.restart
+        )
     _print_summary(args.output, manifest)
 
 
@@ -152,9 +180,11 @@ def _settings(args: argparse.Namespace) -> Any:
             max_tokens=args.max_tokens,
             near_duplicates=args.near_duplicates,
             benchmarks=tuple(args.benchmark),
+            benchmark_texts=args.benchmark_texts,
             answer_field=args.answer_field,
             wrong_answers=args.wrong_answers,
             max_per_source=args.max_per_source,
+            max_record_bytes=args.max_record_bytes or Curation.max_record_bytes,
         ),
     )
 
@@ -216,3 +246,5 @@ def _print_summary(output: Path, manifest: dict[str, Any]) -> None:
     )
     for reason, n in manifest["dropped"].items():
         print(printable(f"  {reason}: {n:,}"))
+    for reason, n in manifest.get("unchecked", {}).items():
+        print(printable(f"not checked: {reason}: {n:,}"))

@@ -22,21 +22,25 @@ class Checksum:
 
     def __init__(self) -> None:
         self._file = hashlib.sha256()
-        self._block = hashlib.sha256()
+        self._block: Any = None  # in the first block the sum is the file's
         self._blocks: list[str] = []
         self._room = BLOCK_BYTES  # bytes left in the current block
 
     def update(self, data: Any) -> None:
         """Add bytes, or anything that supports the buffer protocol."""
         view = memoryview(data).cast("B") if len(data) else memoryview(b"")
-        self._file.update(view)
         while len(view) > self._room:
-            self._block.update(view[: self._room])
+            self._add(view[: self._room])
             view = view[self._room :]
-            self._blocks.append(self._block.hexdigest())
+            self._blocks.append((self._block or self._file).hexdigest())
             self._block, self._room = hashlib.sha256(), BLOCK_BYTES
-        self._block.update(view)
+        self._add(view)
         self._room -= len(view)
+
+    def _add(self, view: memoryview) -> None:
+        self._file.update(view)
+        if self._block is not None:
+            self._block.update(view)
 
     @property
     def file(self) -> str:

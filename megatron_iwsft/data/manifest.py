@@ -70,6 +70,12 @@ class _Shard(TypedDict):
     name: PlainName
 
 
+class _Input(TypedDict):
+    __pydantic_config__ = KEEP_UNKNOWN_KEYS  # type: ignore[misc]
+    name: str
+    records: NotRequired[Count]  # lines that are not blank, or rows
+
+
 class _Manifest(TypedDict):
     __pydantic_config__ = KEEP_UNKNOWN_KEYS  # type: ignore[misc]
     format_version: int
@@ -77,9 +83,11 @@ class _Manifest(TypedDict):
     tokenizer: _Tokenizer
     template: _Template | None
     settings: _Settings
+    inputs: NotRequired[list[_Input]]
     counts: _Counts
     sources: NotRequired[dict[str, Count]]
     dropped: dict[str, Count]
+    unchecked: NotRequired[dict[str, Count]]
     lengths: _Distribution | None
     scores: _Distribution | None
     shards: list[_Shard]

@@ -6,9 +6,12 @@ split into blocks. After each finished shard the position in the input is saved,
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shutil
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import (
@@ -22,7 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from typing_extensions import TypedDict
 
-from megatron_iwsft.data.corpus import DROPPED, ShardWriter, read_meta, shard_name
+from megatron_iwsft.data.corpus import DROPPED, TOKENIZER, ShardWriter, read_meta, shard_name
 from megatron_iwsft.data.indexed import check_own_file
 from megatron_iwsft.data.manifest import BlockSums, Count, Sha256, shard_files
 from megatron_iwsft.data.prepare.dedup import HashSet, NearDuplicates
@@ -30,11 +33,14 @@ from megatron_iwsft.data.prepare.filters import Curation
 from megatron_iwsft.errors import DataError
 from megatron_iwsft.utils.files import flush_to_disk, foreign_entry, partial_path, publish, write_text
 from megatron_iwsft.utils.json_files import PlainName, read_json
-from megatron_iwsft.utils.locks import LOCK
+from megatron_iwsft.utils.locks import LOCK, exclusive
 
 PROGRESS = ".progress.json"
 PARTS = "parts"
 _SIGNATURES = ".signatures"
+# What filters could not judge.
+SHORT = "fewer than 8 words: only compared with benchmark problems as short"
+NO_WORDS = "no words: not compared with near-duplicates"
 
 
 class _Shard(TypedDict):
@@ -50,6 +56,8 @@ class _State(TypedDict):
     shards: list[_Shard]
     dropped_bytes: Count
     reasons: dict[str, Count]
+    records: dict[str, Count]
+    unchecked: dict[str, Count]
     done: bool
 
 
@@ -57,7 +65,8 @@ class _State(TypedDict):
 class Progress:
     """State of a run after its last finished shard: it has read all inputs before number `source`, and `lines` lines of that one.
 
-    Its fields are the keys of the progress file.
+    Its fields are the keys of the progress file. `records`: how many there were in each input file; `unchecked`: how many
+    kept trajectories a filter could not judge, and why.
     """
 
     run: str
@@ -66,16 +75,47 @@ class Progress:
     shards: list[dict[str, Any]] = field(default_factory=list)
     dropped_bytes: int = 0
     reasons: dict[str, int] = field(default_factory=dict)
+    records: dict[str, int] = field(default_factory=dict)
+    unchecked: dict[str, int] = field(default_factory=dict)
     done: bool = False
 
     def save(self, output: Path) -> None:
         write_text(output / PROGRESS, json.dumps(asdict(self)), single_writer=True)
 
 
-def resume(output: Path, run: str, *, inputs: int) -> Progress:
+@contextmanager
+def exclusive_output(directory: Path) -> Iterator[None]:
+    """Create a directory for writing, if there is none, and lock it. Raises DataError if another command writes there.
+
+    An error leaves no empty directory behind.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        with exclusive(directory, DataError):
+            yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            directory.rmdir()
+        raise
+
+
+@contextmanager
+def report_disk_errors(output: Path) -> Iterator[None]:
+    """Turn an OSError while writing `output` into a DataError."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"cannot write the corpus at {output}: {error.strerror or error} ({error.filename or output}). The corpus is "
+            "incomplete; fix the problem, then run the same command to continue."
+        ) from None
+
+
+def resume(output: Path, run: str, *, inputs: int, restart: bool = False) -> Progress:
     """The progress of run `run` of `inputs` files in `output`, or a new one.
 
-    Raises DataError if it is damaged or if the directory contains anything else.
+    What an unfinished run left is discarded if `restart` says so, or if it was another run that finished no shard. Raises DataError
+    if it is damaged or of another run, or if the directory contains anything else.
     """
     found = foreign_entry(output)
     if found is not None:
@@ -83,7 +123,10 @@ def resume(output: Path, run: str, *, inputs: int) -> Progress:
             f"{found[0]} is {found[1]}, which sharding does not create. Remove it, or choose another --output."
         )
     if (output / PROGRESS).exists():
-        return _resumed(output, run, inputs)
+        progress = None if restart else _resumed(output, run, inputs)
+        if progress is not None:
+            return progress
+        _discard(output)
     expected = (DROPPED, partial_path(output / PROGRESS).name, PARTS, LOCK)
     unknown = sorted(p.name for p in output.iterdir() if p.name not in expected)
     if unknown:
@@ -95,12 +138,18 @@ def resume(output: Path, run: str, *, inputs: int) -> Progress:
     return progress
 
 
-def _resumed(output: Path, run: str, inputs: int) -> Progress:
-    path, advice = output / PROGRESS, "Choose another --output, or remove the directory."
+def _resumed(output: Path, run: str, inputs: int) -> Progress | None:
+    """The progress of an unfinished run; None if it was another run that finished no shard."""
+    path, advice = output / PROGRESS, "Repeat the command with --restart, or choose another --output."
     state: dict[str, Any] = dict(read_json(path, _State, DataError, advice=advice))
     progress = Progress(**state)
     if progress.run != run:
-        raise DataError(f"{output} was started with other inputs or settings. Choose another --output, or remove it.")
+        if not progress.shards:
+            return None
+        raise DataError(
+            f"{output} was started with other inputs or settings, and has {len(progress.shards)} finished shards of them. Repeat that "
+            "command to continue, add --restart to discard them, or choose another --output."
+        )
     expected = [set(shard_files(shard_name(k))) for k in range(len(progress.shards))]
     if progress.source > inputs or [set(shard["files"]) for shard in progress.shards] != expected:
         raise DataError(f"{path} is damaged: it does not describe a run of {inputs} input files. {advice}")
@@ -111,6 +160,16 @@ def _resumed(output: Path, run: str, inputs: int) -> Progress:
     if size < progress.dropped_bytes:
         raise DataError(f"{output / DROPPED} has {size} bytes of the {progress.dropped_bytes} written. {advice}")
     return progress
+
+
+def _discard(output: Path) -> None:
+    """Remove what an unfinished run wrote, the progress file last."""
+    for path in output.glob("shard-[0-9]*"):
+        path.unlink()
+    if (output / TOKENIZER).exists():
+        shutil.rmtree(output / TOKENIZER)
+    for name in (DROPPED, PROGRESS):
+        (output / name).unlink(missing_ok=True)
 
 
 class CorpusWriter:
@@ -129,7 +188,8 @@ class CorpusWriter:
         self._signatures: list[pa.Array] = []  # of the current shard
         for shard in progress.shards:
             self._restore(shard["name"])
-        self.reasons = Counter(progress.reasons)
+        self.reasons, self.records = Counter(progress.reasons), Counter(progress.records)
+        self.unchecked = Counter(progress.unchecked)
         self.trajectories = self.tokens = 0
         self._dropped = open(output / DROPPED, "ab")  # noqa: SIM115 - closed in __exit__
         self._dropped.truncate(progress.dropped_bytes)
@@ -155,7 +215,12 @@ class CorpusWriter:
         if self._shard is not None:
             self._finish_shard(self.progress.source, self.progress.lines)
         self._flush_dropped()
+        self._update_counts()
+
+    def _update_counts(self) -> None:
         self.progress.reasons = dict(self.reasons)
+        self.progress.records = dict(self.records)
+        self.progress.unchecked = {why: count for why, count in self.unchecked.items() if count}
 
     def _filter_in_order(self, rows: pa.RecordBatch) -> pa.RecordBatch:
         """Apply the filters that depend on earlier rows. Returns the rows with `reason` and `detail` filled in."""
@@ -184,8 +249,9 @@ class CorpusWriter:
         source, limit = rows["source"][row].as_py(), self._curation.max_per_source
         if limit is not None and self._source_counts[source] >= limit:
             return "over the cap of its source", f"{source} already has {limit}"
-        if self._near_duplicates is not None:
-            similar = self._near_duplicates.find_or_add(rows["id"][row].as_py(), rows["signature"][row].as_py())
+        signature = rows["signature"][row].as_py() if self._near_duplicates is not None else None
+        if self._near_duplicates is not None and signature is not None:
+            similar = self._near_duplicates.find_or_add(rows["id"][row].as_py(), signature)
             if similar is not None:
                 return "near-duplicate", f"similar to {similar}"
         self._source_counts[source] += 1
@@ -201,6 +267,7 @@ class CorpusWriter:
         # A shard ends after the line that fills it, so that all trajectories of one record are in one shard.
         end = int(np.searchsorted(lines, lines[np.argmax(full)], side="right")) if full.any() else len(lines)
         part, kept = rows.slice(0, end), kept[:end]
+        self.records[file] += int(np.count_nonzero(np.diff(lines[:end]))) + 1  # a record's rows are never split
         if not kept.all():
             self._write_dropped(file, part.filter(pa.array(~kept)))
             part = part.filter(pa.array(kept))
@@ -210,6 +277,7 @@ class CorpusWriter:
             self._shard.append(part, file)
             self.trajectories += part.num_rows
             self.tokens += int(lengths[:end].sum())
+            self._count_unchecked(part)
             if self._near_duplicates is not None:
                 self._signatures.append(part["signature"])
         if full.any():
@@ -217,6 +285,12 @@ class CorpusWriter:
         else:
             self.progress.source, self.progress.lines = source, int(lines[end - 1])
         return rows.slice(end)
+
+    def _count_unchecked(self, kept: pa.RecordBatch) -> None:
+        if "short" in kept.schema.names:
+            self.unchecked[SHORT] += kept["short"].true_count
+        if "signature" in kept.schema.names:
+            self.unchecked[NO_WORDS] += kept["signature"].null_count
 
     def _write_dropped(self, file: str, rows: pa.RecordBatch) -> None:
         columns = [rows[name].to_pylist() for name in ("line", "id", "reason", "detail")]
@@ -242,7 +316,7 @@ class CorpusWriter:
         self.progress.shards.append({"name": name, **{k: v for k, v in vars(checksums).items() if v}})
         self.progress.source, self.progress.lines = source, lines
         self.progress.dropped_bytes = self._dropped.tell()
-        self.progress.reasons = dict(self.reasons)
+        self._update_counts()
         self.progress.save(self.output)
 
     def _write_signatures(self, path: Path) -> None:
@@ -265,9 +339,10 @@ class CorpusWriter:
             try:
                 signatures = pq.read_table(path)["signature"].to_pylist()
                 for name, signature in zip(meta["id"].to_pylist(), signatures, strict=True):
-                    self._near_duplicates.find_or_add(name, signature)
+                    if signature is not None:
+                        self._near_duplicates.find_or_add(name, signature)
             except Exception:  # of pyarrow's readers and rensa's Rust code
-                raise DataError(f"{path} is damaged. Remove {self.output} and run the command again.") from None
+                raise DataError(f"{path} is damaged. Run the command again with --restart.") from None
 
 
 def remove_progress(output: Path, shards: Iterable[str]) -> None:

@@ -10,7 +10,6 @@ import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,13 +18,13 @@ from megatron_iwsft.data.chat_template import ChatTemplate, Conversation, Templa
 from megatron_iwsft.data.indexed import token_dtype
 from megatron_iwsft.data.prepare.fast_encoding import CheckedEncoder, Encoder, gigatoken_encoder
 from megatron_iwsft.data.prepare.filters import AnswerCheck, Benchmarks, Curation, Signatures
-from megatron_iwsft.data.prepare.readers import Block, rows_of
-from megatron_iwsft.data.prepare.records import NESTED, Dropped, RecordFormat, RecordReader, Sample, parse
+from megatron_iwsft.data.prepare.readers import Block, numbered_records
+from megatron_iwsft.data.prepare.records import NESTED, Dropped, RecordFormat, RecordReader, Sample
 from megatron_iwsft.data.template_tracing import TracedFrame
 from megatron_iwsft.data.tokenizer import Tokenizer
 
 
-def row_schema(token_type: np.dtype, *, signatures: bool) -> pa.Schema:
+def row_schema(token_type: np.dtype, curation: Curation) -> pa.Schema:
     """Schema of an encoded block. A row is one trajectory, or a dropped one (`reason` is not null, and it has no tokens)."""
     fields = [
         ("line", pa.int64()),
@@ -39,8 +38,10 @@ def row_schema(token_type: np.dtype, *, signatures: bool) -> pa.Schema:
         ("tokens", pa.large_list(pa.from_numpy_dtype(token_type))),
         ("mask", pa.large_list(pa.uint8())),
     ]
-    if signatures:
-        fields.append(("signature", pa.binary()))
+    if curation.benchmarks:
+        fields.append(("short", pa.bool_()))  # too short to share a run of words with a benchmark problem
+    if curation.near_duplicates is not None:
+        fields.append(("signature", pa.binary()))  # null: no words to compare
     return pa.schema(fields)
 
 
@@ -57,6 +58,7 @@ class _Rows:
         self.specials: list[int] = []  # special tokens in the template's frame of each rendered row, −1 if unknown
         self.pretokenized: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # row → (ids, mask)
         self.texts: dict[int, str] = {}  # row → text, for signatures
+        self.short: set[int] = set()  # rows that are too short to share a run of words with a benchmark problem
 
     def drop(self, row: int, reason: str, detail: str = "") -> None:
         self.dropped[row] = Dropped(reason, detail)
@@ -80,14 +82,14 @@ class BlockEncoder:
         self.tokenizer, self.template, self.curation = tokenizer, template, curation
         self.reader = RecordReader(record_format, keep=curation.keep, min_score=curation.min_score)
         self._token_dtype = token_dtype(tokenizer.vocab_size)
-        self.schema = row_schema(self._token_dtype, signatures=curation.near_duplicates is not None)
+        self.schema = row_schema(self._token_dtype, curation)
         self._search_special = tokenizer.special_pattern.search
         self._encode: Encoder = tokenizer.encode_batch
         if fast:
             encoder = gigatoken_encoder(tokenizer)
             assert not isinstance(encoder, str), encoder
             self._encode = CheckedEncoder(tokenizer, encoder)
-        self._benchmarks = Benchmarks(curation.benchmarks) if curation.benchmarks else None
+        self._benchmarks = Benchmarks(curation) if curation.benchmarks else None
         self._answers = AnswerCheck(curation.answer_field, curation.wrong_answers) if curation.answer_field else None
         self._signatures = Signatures() if curation.near_duplicates is not None else None
         self._is_special = np.zeros(tokenizer.vocab_size, bool)
@@ -110,7 +112,7 @@ class BlockEncoder:
         """Everything before tokenization."""
         rows, stem = _Rows(), block.source.stem
         add, read = rows.columns.append, self.reader.read
-        for line, record in numbered_records(block):
+        for line, record in numbered_records(block, longest=self.curation.max_record_bytes):
             for sample in (record,) if isinstance(record, Dropped) else read(record):
                 name = sample.id or f"{stem}:{line}"
                 if sample.number is not None:
@@ -138,8 +140,8 @@ class BlockEncoder:
         if self.template is None:
             raise Dropped("no chat template", "the first record was already tokenized, this one is text")
         self._check_content(conversation)
-        if self._benchmarks is not None:
-            self._benchmarks.check(conversation)
+        if self._benchmarks is not None and not self._benchmarks.check(conversation):
+            rows.short.add(row)
         try:
             pieces, frame, trained = self.template.pieces(conversation)
         except TemplateError as error:
@@ -161,6 +163,8 @@ class BlockEncoder:
             raise Dropped(
                 "token outside the vocabulary", f"ids go up to {sample.tokens.max()}, the vocabulary to {limit - 1}"
             )
+        if self._benchmarks is not None and not self._benchmarks.check_tokens(sample, self.tokenizer):
+            rows.short.add(row)
         rows.pretokenized[row] = sample.tokens, sample.mask
         if self._signatures is not None:
             rows.texts[row] = " ".join(map(str, sample.tokens.tolist()))
@@ -240,6 +244,8 @@ class BlockEncoder:
             pa.LargeListArray.from_arrays(offsets, tokens.ids.astype(self._token_dtype)),
             pa.LargeListArray.from_arrays(offsets, tokens.mask),
         ]
+        if self._benchmarks is not None:
+            columns.append(pa.array([row in rows.short for row in range(len(rows))], pa.bool_()))
         if self._signatures is not None:
             columns.append(self._signature_column(rows))
         return pa.record_batch(columns, schema=self.schema)
@@ -251,21 +257,6 @@ class BlockEncoder:
         for row, signature in zip(wanted, self._signatures([rows.texts[row] for row in wanted]), strict=True):
             out[row] = signature
         return pa.array(out, pa.binary())
-
-
-def numbered_records(block: Block) -> Iterator[tuple[int, dict[str, Any] | Dropped]]:
-    """(line number, record or why it was dropped) for each record of a block."""
-    payload = block.content()
-    if isinstance(payload, bytes):
-        for line, content in enumerate(payload.split(b"\n"), block.first + 1):
-            if content and not content.isspace():
-                try:
-                    yield line, parse(content)
-                except Dropped as dropped:
-                    yield line, dropped.with_traceback(None)
-        return
-    for line, row in enumerate(rows_of(payload), block.first + 1):
-        yield line, Dropped("cannot be read", str(row)) if isinstance(row, Exception) else row
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Small expressions over a record's fields, for scores and filters: `judge >= 4 and not truncated`, `0.5 * judge / 5 + 0.5 * correct`.
 
 A field is a dotted path. If its name is not an identifier, it is written `field("6b.is_correct")`, unless it is the entire
-expression. Expressions can use only the operators and functions below, nothing else of Python.
+expression. `has("judge")` says whether a record has a field, `field("judge", 0)` gives a value for records that lack it; null counts
+as lacking. Expressions can use only the operators and functions below, nothing else of Python.
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ def compile_expression(source: str) -> Evaluate:
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise DataError(
             f'{source!r} is not a valid expression over fields: {error}. Supported: fields (dotted paths or field("…")), numbers, strings, '
-            f"+ - * / // %, comparisons, in, and, or, not, {', '.join(_FUNCTIONS)}."
+            f'+ - * / // %, comparisons, in, and, or, not, has("…"), field("…", default), {", ".join(_FUNCTIONS)}.'
         ) from None
 
 
@@ -152,15 +153,38 @@ def _comparison(node: ast.Compare) -> Evaluate:
 
 
 def _call(node: ast.Call, name: str) -> Evaluate:
-    if name == "field":
-        if len(node.args) != 1 or not isinstance(node.args[0], ast.Constant) or not isinstance(node.args[0].value, str):
-            raise ValueError('field takes one quoted path, as in field("6b.is_correct")')
-        path = node.args[0].value
-        return lambda record: lookup(record, path)
+    if name in ("field", "has"):
+        return _field_call(node, name)
     if name not in _FUNCTIONS:
         raise ValueError(f"there is no function {name}")
     function, arguments = _FUNCTIONS[name], [_compile(a) for a in node.args]
     return lambda record: function(*[a(record) for a in arguments])
+
+
+def _field_call(node: ast.Call, name: str) -> Evaluate:
+    """`field("path")`, `field("path", default)` or `has("path")`. With a default, and for `has`, a null is as good as no field."""
+    path = node.args[0].value if node.args and isinstance(node.args[0], ast.Constant) else None
+    if not isinstance(path, str) or len(node.args) > (2 if name == "field" else 1):
+        form = 'one quoted path and perhaps a default, as in field("6b.is_correct", 0)'
+        raise ValueError(f"{name} takes {form if name == 'field' else 'one quoted path'}")
+    if name == "has":
+        return lambda record: _lookup_or_none(record, path) is not None
+    if len(node.args) == 1:
+        return lambda record: lookup(record, path)
+    default = _compile(node.args[1])
+
+    def evaluate(record: Mapping[str, Any]) -> Any:
+        value = _lookup_or_none(record, path)
+        return default(record) if value is None else value
+
+    return evaluate
+
+
+def _lookup_or_none(record: Mapping[str, Any], path: str) -> Any:
+    try:
+        return lookup(record, path)
+    except MissingField:
+        return None
 
 
 def _is_number(text: str) -> bool:

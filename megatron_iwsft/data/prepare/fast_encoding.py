@@ -89,7 +89,7 @@ class CheckedEncoder:
             if difference:
                 raise DataError(
                     f"gigatoken and the tokenizer's own library give different ids for {difference!r:.200}, although they agreed on the "
-                    "sample at the start. Remove the output directory and run again with --encoder own."
+                    "sample at the start. Run the command again with --encoder own --restart."
                 )
         return ids, lengths
 

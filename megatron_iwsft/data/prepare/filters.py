@@ -7,19 +7,31 @@ Filters on single records run in the worker processes. Filters that depend on ea
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from megatron_iwsft.data.chat_template import Conversation
 from megatron_iwsft.data.prepare.expressions import MissingField, compile_expression, lookup
-from megatron_iwsft.data.prepare.readers import find_inputs, fingerprint, read_blocks, rows_of
-from megatron_iwsft.data.prepare.records import Dropped, Sample, parse
+from megatron_iwsft.data.prepare.ngrams import Words
+from megatron_iwsft.data.prepare.readers import (
+    LONGEST_RECORD,
+    Input,
+    find_inputs,
+    fingerprint,
+    numbered_records,
+    read_blocks,
+)
+from megatron_iwsft.data.prepare.records import Dropped, Sample
+from megatron_iwsft.data.tokenizer import Tokenizer
 from megatron_iwsft.errors import DataError
 
-NGRAM = 8
 NUM_PERMUTATIONS, SEED = 128, 42  # of MinHash
-_SHINGLE = 5  # words
+# In words; see `ngrams.py` for scripts without spaces.
+_WINDOW = 8  # shared with a benchmark problem, as in s1 (arXiv 2501.19393)
+_SHORTEST = 4  # of a problem that is shorter than the window, to be searched in a text
+_SHINGLE = 5  # of MinHash
 _PROBLEM_FIELDS = ("problem", "question", "prompt", "text")
 
 
@@ -32,10 +44,14 @@ class Curation:
     min_tokens, max_tokens   bounds on a trajectory's length
     near_duplicates  drop a trajectory whose similarity to an earlier one is at least this (Jaccard similarity of word 5-grams,
                      estimated by MinHash), 0.3 … 1; None to keep near-duplicates. Exact duplicates are always dropped.
-    benchmarks       files of benchmark problems; a trajectory whose prompt shares 8 consecutive words with one is dropped
+                     Its words are as in `ngrams.py`.
+    benchmarks       files of benchmark problems; a trajectory whose prompt shares 8 consecutive words with one, or contains all of
+                     a shorter one, is dropped
+    benchmark_texts  "prompts": what the user says is compared with the problems; "all": every text, also responses and reasoning
     answer_field     field of the record's reference answer, which the response's answer is compared with
     wrong_answers    "drop" drops responses with a wrong answer; "score" keeps all and sets the score to 0 or 1
     max_per_source   keep at most this many trajectories of each source, the first ones
+    max_record_bytes   a longer line, or row of Parquet, is dropped without parsing it
     """
 
     keep: str | None = None
@@ -44,9 +60,11 @@ class Curation:
     max_tokens: int | None = None
     near_duplicates: float | None = None
     benchmarks: tuple[str, ...] = ()
+    benchmark_texts: Literal["prompts", "all"] = "prompts"
     answer_field: str | None = None
     wrong_answers: Literal["drop", "score"] = "drop"
     max_per_source: int | None = None
+    max_record_bytes: int = LONGEST_RECORD
 
     def __post_init__(self) -> None:
         if self.keep is not None:
@@ -65,9 +83,10 @@ class Curation:
             )
 
     def manifest_entry(self) -> dict[str, Any]:
-        """The settings for the manifest, with benchmark files given by name and hash instead of by path."""
+        """The settings for the manifest, with benchmark files given by name, hash and number of problems instead of by path."""
         files = find_inputs(self.benchmarks) if self.benchmarks else []
-        return {**self.__dict__, "benchmarks": [{"name": f.name, "sha256": fingerprint(f)} for f in files]}
+        entries = [{"name": f.name, "sha256": fingerprint(f), **_kinds(read_problems(f).values())} for f in files]
+        return {**self.__dict__, "benchmarks": entries}
 
     def check_libraries(self) -> None:
         """Raises DataError if a library that these settings need is not installed."""
@@ -87,52 +106,90 @@ def import_library(name: str, purpose: str) -> Any:
         ) from None
 
 
+def read_problems(source: Input) -> dict[str, Words]:
+    """The words of each problem of a benchmark file, by its name, "file:line". Raises DataError if the file cannot be read."""
+    problems = {}
+    for block in read_blocks(source):
+        for line, record in numbered_records(block):
+            where = f"benchmark file {source.path}, line {line}"
+            if isinstance(record, Dropped):
+                raise DataError(f"{where}: {record.reason}{f' ({record.detail})' if record.detail else ''}.")
+            problem = next((record[f] for f in _PROBLEM_FIELDS if isinstance(record.get(f), str)), None)
+            if problem is None:
+                raise DataError(f"{where}: a benchmark problem needs one of the fields {', '.join(_PROBLEM_FIELDS)}.")
+            problems[f"{source.name}:{line}"] = Words(problem)
+    return problems
+
+
+def _kinds(problems: Iterable[Words]) -> dict[str, int]:
+    """The number of problems, and how many of them are compared in which way."""
+    counts = Counter(map(_kind, problems))
+    return {"problems": counts.total(), **{kind: counts[kind] for kind in ("short", "very_short", "unchecked")}}
+
+
+def _kind(words: Words) -> Literal["long", "short", "very_short", "unchecked"]:
+    """How a problem is searched: by its runs, as a whole within a text, as an entire text, or not at all, since it has no words."""
+    if not words:
+        return "unchecked"
+    return "long" if words.runs(_WINDOW) else "short" if words.runs(_SHORTEST) else "very_short"
+
+
 class Benchmarks:
-    """Word 8-grams of the benchmark problems, as in s1 (arXiv 2501.19393): lower case, split at whitespace."""
+    """The problems of all benchmark files, and the search for them.
 
-    def __init__(self, files: Sequence[str]) -> None:
-        self._problem_of: dict[str, str] = {}
-        for source in find_inputs(files):
-            for block in read_blocks(source):
-                for at, record in enumerate(_records(block.content()), block.first + 1):
-                    problem = next((record[f] for f in _PROBLEM_FIELDS if isinstance(record.get(f), str)), None)
-                    if problem is None:
-                        raise DataError(
-                            f"{source.path}, line {at}: a benchmark problem needs one of the fields {', '.join(_PROBLEM_FIELDS)}."
-                        )
-                    for gram in _ngrams(problem, NGRAM):
-                        self._problem_of.setdefault(gram, f"{source.name}:{at}")
+    A text contains a problem if they share a run of 8 words. A shorter problem of at least 4 words is contained as a whole: all its
+    words in a row. An even shorter one has to be the entire text.
+    """
 
-    def check(self, conversation: Conversation) -> None:
-        """Raises Dropped if a user turn shares 8 consecutive words with a problem."""
-        known = self._problem_of
-        for role, text in zip(conversation.shape, conversation.texts, strict=True):
-            if role == "user":
-                for gram in _ngrams(text, NGRAM):
-                    if gram in known:
-                        raise Dropped("in a benchmark", f"{known[gram]} also has {gram!r}")
+    def __init__(self, curation: Curation) -> None:
+        self._all_texts = curation.benchmark_texts == "all"
+        self._runs: dict[str, str] = {}  # run of 8 words → problem
+        self._short: dict[str, list[tuple[str, list[str]]]] = {}  # first 4 words → (problem, all its words)
+        self._entire: dict[str, str] = {}  # all words → problem
+        for source in find_inputs(curation.benchmarks):
+            for name, words in read_problems(source).items():
+                self._add(name, words)
 
+    def _add(self, name: str, words: Words) -> None:
+        kind = _kind(words)
+        if kind == "short":
+            self._short.setdefault(words.runs(_SHORTEST)[0], []).append((name, words.texts))
+        elif kind == "very_short":
+            self._entire.setdefault(str(words), name)
+        for run in words.runs(_WINDOW):
+            self._runs.setdefault(run, name)
 
-def _records(payload: Any) -> Iterable[dict[str, Any]]:
-    if isinstance(payload, bytes):
-        for line in payload.splitlines():
-            if line.strip():
-                try:
-                    yield parse(line)
-                except Dropped as dropped:
-                    raise DataError(
-                        f"a benchmark file holds a line that is {dropped.reason}: {dropped.detail}"
-                    ) from None
-    else:
-        for row in rows_of(payload):
-            if isinstance(row, Exception):
-                raise DataError(f"a benchmark file holds a row that cannot be read: {row}")
-            yield row
+    def check(self, conversation: Conversation) -> bool:
+        """Raises Dropped if a text contains a problem. Returns whether any of the texts is as long as a run."""
+        pairs = zip(conversation.shape, conversation.texts, strict=True)
+        return self._check([text for role, text in pairs if self._all_texts or role == "user"])
 
+    def check_tokens(self, sample: Sample, tokenizer: Tokenizer) -> bool:
+        """`check` for token ids: the text of those that are not trained on, or of all."""
+        assert sample.tokens is not None and sample.mask is not None
+        return self._check([tokenizer.decode(sample.tokens[(sample.mask == 0) | self._all_texts].tolist())])
 
-def _ngrams(text: str, n: int) -> list[str]:
-    words = text.lower().split()
-    return [" ".join(words[i : i + n]) for i in range(len(words) - n + 1)]
+    def _check(self, texts: Iterable[str]) -> bool:
+        long = False
+        for text in texts:
+            words = Words(text)
+            runs = words.runs(_WINDOW)
+            long = long or bool(runs)
+            for run in runs:
+                if run in self._runs:
+                    raise Dropped("in a benchmark", f"{self._runs[run]} also has {run!r}")
+            for name, problem in self._whole_problems(words):
+                raise Dropped("in a benchmark", f"{name} is {' '.join(problem)!r}")
+        return long
+
+    def _whole_problems(self, words: Words) -> Iterator[tuple[str, list[str]]]:
+        """(name, words) of the short problems that a text contains."""
+        if self._entire and (name := self._entire.get(str(words))):
+            yield name, words.texts
+        for at, run in enumerate(words.runs(_SHORTEST) if self._short else ()):
+            for name, problem in self._short.get(run, ()):
+                if words.texts[at : at + len(problem)] == problem:
+                    yield name, problem
 
 
 class AnswerCheck:
@@ -168,11 +225,14 @@ class AnswerCheck:
 
 
 class Signatures:
-    """Computes MinHash signatures of texts with `rensa`, in its serialised form."""
+    """Computes MinHash signatures of texts with `rensa`, in its serialised form: of runs of 5 words, or of a shorter text as a whole."""
 
     def __init__(self) -> None:
         self._minhash = import_library("rensa", "near-duplicate removal").RMinHash
 
-    def __call__(self, texts: Sequence[str]) -> list[bytes]:
-        shingles = [_ngrams(text, _SHINGLE) or [text.lower()] for text in texts]
-        return [m.__reduce__()[2] for m in self._minhash.from_token_sets(shingles, NUM_PERMUTATIONS, SEED)]
+    def __call__(self, texts: Sequence[str]) -> list[bytes | None]:
+        """One signature per text; None if it has no words."""
+        words = [Words(text) for text in texts]
+        shingles = [w.runs(_SHINGLE) or [str(w)] for w in words]
+        hashes = self._minhash.from_token_sets(shingles, NUM_PERMUTATIONS, SEED)
+        return [h.__reduce__()[2] if w else None for h, w in zip(hashes, words, strict=True)]

@@ -113,6 +113,7 @@ class Inspection:
         out += [(f"source {name}", f"{n:,}") for name, n in manifest.get("sources", {}).items()]
         out.append(("dropped", f"{counts['dropped']:,}"))
         out += [(f"dropped: {reason}", f"{n:,}") for reason, n in manifest["dropped"].items()]
+        out += [(f"not checked: {reason}", f"{n:,}") for reason, n in manifest.get("unchecked", {}).items()]
         out += [(f"packed to {p.seq_length}", str(p)) for p in self.packings]
         return out
 

@@ -22,21 +22,19 @@ from tqdm import tqdm
 from typing_extensions import TypedDict  # pydantic asks for this one before Python 3.12
 
 from megatron_iwsft.data.manifest import Count, Sha256
-from megatron_iwsft.data.prepare.corpus_writer import PARTS, Progress, resume
-from megatron_iwsft.data.prepare.readers import read_blocks
+from megatron_iwsft.data.prepare.corpus_writer import PARTS, Progress, exclusive_output, report_disk_errors, resume
 from megatron_iwsft.data.prepare.shard import (
     ShardingJob,
     ShardSettings,
-    exclusive_output,
     finished_manifest,
     progress_bar,
-    report_disk_errors,
     worker_pool,
     write_corpus,
 )
 from megatron_iwsft.errors import DataError
 from megatron_iwsft.utils.files import foreign_entry, partial_path, publish, sha256_file, write_text
 from megatron_iwsft.utils.json_files import PlainName, is_regular_file, read_json
+from megatron_iwsft.utils.locks import LOCK
 
 _STATE = "part.json"
 _BLOCKS_PER_PIECE = 64
@@ -71,11 +69,13 @@ def make_parts(
     tasks: int,
     workers: int = 1,
     encoder: Literal["auto", "own"] = "auto",
+    restart: bool = False,
     show_progress: bool = True,
 ) -> list[str]:
     """Task `task` of `tasks` (from 0) of a job array: write the parts of every tasks-th input file. Returns the files' names.
 
-    Complete parts are kept and unfinished ones continued. Raises DataError in the same cases as `shard_corpus`.
+    Complete parts are kept and unfinished ones continued; `restart` discards those of other runs and damaged ones. Raises DataError in
+    the same cases as `shard_corpus`.
     """
     if not 0 <= task < tasks:
         raise DataError(f"task {task} of {tasks}: tasks are numbered 0 … {tasks - 1}.")
@@ -87,11 +87,11 @@ def make_parts(
         for number in mine:
             directory = output / PARTS / f"{number:05d}"
             with exclusive_output(directory):
-                part = _load_part(directory, job.run_id, job.inputs[number].name) or _Part(job.run_id)
+                part = _load_or_begin_part(directory, job.run_id, job.inputs[number].name, restart=restart)
                 if part.done:
                     continue
                 with progress_bar([job.inputs[number]], show_progress) as bar:
-                    results = mapper(read_blocks(job.inputs[number], part.lines))
+                    results = mapper(job.blocks(number, part.lines))
                     _write_part(directory, part, results, bar)
     return [job.inputs[number].name for number in mine]
 
@@ -125,26 +125,43 @@ def _write_piece(directory: Path, part: _Part, batches: list[pa.RecordBatch]) ->
     part.save(directory)
 
 
+def _load_or_begin_part(directory: Path, run: str, name: str, *, restart: bool) -> _Part:
+    try:
+        return _load_part(directory, run, name) or _Part(run)
+    except DataError:
+        if not restart:
+            raise
+    for path in directory.iterdir():
+        if path.name != LOCK:
+            path.unlink()
+    return _Part(run)
+
+
 def _load_part(directory: Path, run: str, name: str) -> _Part | None:
     """The state of a part, or None if it was not started."""
     path = directory / _STATE
     if not path.exists():
         return None
     found = foreign_entry(directory)
-    advice = f"Remove {directory} and run its task again."
+    advice = "Run its task again with --restart."
     if found is not None:
         raise DataError(f"{found[0]} is {found[1]}, which is not part of a share. {advice}")
     part = _Part(**read_json(path, _State, DataError, advice=advice))
     if part.run != run:
         raise DataError(
-            f"the part of {name} in {directory.parent} was created from other inputs or settings. Remove that directory, or choose "
-            "another --output."
+            f"the part of {name} in {directory.parent} was created from other inputs or settings. Run the tasks again with --restart, or "
+            "choose another --output."
         )
     return part
 
 
 def merge_parts(
-    inputs: Sequence[str | Path], output: Path, settings: ShardSettings, *, show_progress: bool = True
+    inputs: Sequence[str | Path],
+    output: Path,
+    settings: ShardSettings,
+    *,
+    restart: bool = False,
+    show_progress: bool = True,
 ) -> dict[str, Any]:
     """Build the corpus in directory `output` from the parts there, then remove them. Returns the manifest.
 
@@ -159,7 +176,7 @@ def merge_parts(
             exclusive_output(output),
             progress_bar(job.inputs, show_progress) as bar,
         ):
-            progress = resume(output, job.run_id, inputs=len(job.inputs))
+            progress = resume(output, job.run_id, inputs=len(job.inputs), restart=restart)
             manifest = write_corpus(job, output, progress, _remaining_rows(job, output, parts, progress, bar), bar)
     shutil.rmtree(output / PARTS, ignore_errors=True)
     return manifest
@@ -194,7 +211,7 @@ def _remaining_rows(
         for name, expected in part.pieces.items():
             path = output / PARTS / f"{number:05d}" / name
             if not is_regular_file(path) or sha256_file(path) != expected:
-                raise DataError(f"{path} is damaged. Remove its directory and run the array's task again.")
+                raise DataError(f"{path} is damaged. Run the array's task again with --restart.")
             for rows in _batches(path, job.row_schema):
                 yield number, rows.filter(pc.greater(rows["line"], skip)) if skip else rows
         bar.update(done - bar.n)
@@ -202,7 +219,7 @@ def _remaining_rows(
 
 def _batches(path: Path, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
     """The rows of a piece. Raises DataError if they are not what a task writes."""
-    damaged = f"{path} is damaged. Remove its directory and run the array's task again."
+    damaged = f"{path} is damaged. Run the array's task again with --restart."
     with pa.memory_map(str(path)) as file:
         try:
             reader = pa.ipc.open_file(file)

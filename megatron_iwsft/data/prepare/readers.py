@@ -17,14 +17,23 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from megatron_iwsft.data.prepare.records import Dropped, parse
 from megatron_iwsft.errors import DataError
 from megatron_iwsft.utils.files import other_kind
 
 BLOCK_BYTES = 1 << 20
+LONGEST_RECORD = 1 << 24  # bytes, by default
 _BLOCK_ROWS = 1024
-# A longer line is truncated and therefore dropped as invalid, so that a file without line ends does not fill the memory.
-_LONGEST_LINE = 1 << 28
 _COMPRESSION = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd"}
+# What a file that is no plain text begins with, and what to do about it.
+_OTHER_CONTENT = {
+    b"\x1f\x8b": "gzip; give it a name that ends in .jsonl.gz",
+    b"\x28\xb5\x2f\xfd": "zstd; give it a name that ends in .jsonl.zst",
+    b"PAR1": "Parquet; give it a name that ends in .parquet",
+    b"BZh": "bzip2; decompress it, or compress it with gzip or zstd",
+    b"\xfd7zXZ\x00": "xz; decompress it, or compress it with gzip or zstd",
+    b"PK\x03\x04": "a zip archive; unpack it",
+}
 
 
 @dataclass(frozen=True)
@@ -40,7 +49,16 @@ class Input:
 
     @property
     def size(self) -> int:
-        return self.path.stat().st_size
+        return self.state[0]
+
+    @property
+    def state(self) -> tuple[int, int]:
+        """Size in bytes, and when the file was last changed, in nanoseconds. Raises DataError if it cannot be read."""
+        try:
+            status = self.path.stat()
+        except OSError as error:
+            raise _unreadable(self.path, error) from None
+        return status.st_size, status.st_mtime_ns
 
 
 @dataclass(frozen=True)
@@ -58,6 +76,7 @@ class Block:
     first     number of lines (or rows) of the file before the block
     count     number of lines (or rows) in the block
     progress  fraction of the file read so far
+    cut       length in bytes of the last line, if it is too long to be read and only its beginning is here; else 0
     """
 
     source: Input
@@ -65,98 +84,157 @@ class Block:
     count: int
     payload: Span | bytes | pa.RecordBatch
     progress: float
+    cut: int = 0
 
     def content(self) -> bytes | pa.RecordBatch:
+        """The payload. Raises DataError if the file cannot be read any more."""
         if not isinstance(self.payload, Span):
             return self.payload
-        with open(self.source.path, "rb") as file:
-            file.seek(self.payload.offset)
-            return file.read(self.payload.size)
+        try:
+            with open(self.source.path, "rb") as file:
+                file.seek(self.payload.offset)
+                data = file.read(self.payload.size)
+        except OSError as error:
+            raise _unreadable(self.source.path, error) from None
+        if len(data) < self.payload.size:
+            raise DataError(f"input file {self.source.path} was truncated while it was read. Run the command again.")
+        return data
 
 
 def find_inputs(patterns: Sequence[str | Path]) -> list[Input]:
     """Expand paths and glob patterns to files: in the order given, sorted within a pattern. Raises DataError if one matches none."""
     paths: dict[Path, None] = {}
     for pattern in map(str, patterns):
-        found = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
-        if not found:
-            raise DataError(f"input file {pattern} does not exist.")
-        for path in map(Path, found):
-            kind = other_kind(path)
+        for path in map(Path, _expand(pattern)):
+            try:
+                kind = other_kind(path)
+                resolved = path.resolve()
+            except (OSError, RuntimeError) as error:  # Python raises RuntimeError for some loops of links
+                raise _unreadable(path, error) from None
             if kind == "a directory":
                 raise DataError(f"input {path} is a directory. Name its files, for example '{path}/*.jsonl'.")
             if kind is not None:
                 raise DataError(
                     f"input {path} is {kind}. Inputs are read several times: write the records to a file first."
                 )
-            paths[path.resolve()] = None
+            paths[resolved] = None
     if not paths:
         raise DataError("no input files were given.")
     top = os.path.commonpath([path.parent for path in paths])
     return [Input(path, path.relative_to(top).as_posix()) for path in paths]
 
 
+def _expand(pattern: str) -> list[str]:
+    """The paths that a pattern matches, sorted; a pattern that is itself the name of something matches only that."""
+    if os.path.lexists(pattern):
+        return [pattern]
+    if "**" in pattern:
+        for directory in glob.glob(pattern[: pattern.index("**")] or "."):
+            _refuse_loop(directory, ())
+    found = sorted(glob.glob(pattern, recursive=True))
+    if not found:
+        raise DataError(f"input file {pattern} does not exist.")
+    return found
+
+
+def _refuse_loop(directory: str, above: tuple[tuple[int, int], ...]) -> None:
+    """Raise DataError if a link below `directory` leads back to a directory above it: `**` would follow it again and again."""
+    try:
+        status = os.stat(directory)
+        here = status.st_dev, status.st_ino
+        names = [entry.path for entry in os.scandir(directory) if entry.is_dir()]
+    except OSError:
+        return  # as glob does
+    if here in above:
+        raise DataError(
+            f"{directory} is a symbolic link that leads back to a directory above it. Name the files without **."
+        )
+    for name in names:
+        _refuse_loop(name, (*above, here))
+
+
 def fingerprint(source: Input) -> str:
-    """SHA-256 of a file's size and content; above 64 MiB, of 64 evenly spaced pieces of 1 MiB instead of the full content."""
-    digest = hashlib.sha256(str(source.size).encode())
-    piece = 1 << 20
-    steps = range(0, source.size, piece) if source.size <= 64 * piece else [source.size * k // 64 for k in range(64)]
-    with open(source.path, "rb") as file:
-        for at in [*steps, max(0, source.size - piece)]:
-            file.seek(at)
-            digest.update(file.read(piece))
+    """SHA-256 of a file's size and content; above 64 MiB, of 64 evenly spaced pieces of 1 MiB instead of the full content.
+
+    Raises DataError if it cannot be read.
+    """
+    try:
+        digest = hashlib.sha256(str(source.size).encode())
+        piece = 1 << 20
+        size = source.size
+        steps = range(0, size, piece) if size <= 64 * piece else [size * k // 64 for k in range(64)]
+        with open(source.path, "rb") as file:
+            for at in [*steps, max(0, size - piece)]:
+                file.seek(at)
+                digest.update(file.read(piece))
+    except OSError as error:
+        raise _unreadable(source.path, error) from None
     return digest.hexdigest()
 
 
-def read_blocks(source: Input, skip: int = 0) -> Iterator[Block]:
-    """The blocks of a file after its first `skip` lines (or rows). Raises DataError if it is damaged or cannot be read."""
+def _unreadable(path: Path, error: Exception) -> DataError:
+    reason = getattr(error, "strerror", None) or f"damaged or truncated ({error})"
+    return DataError(f"input file {path} cannot be read: {reason}.")
+
+
+def read_blocks(source: Input, skip: int = 0, *, longest: int = LONGEST_RECORD) -> Iterator[Block]:
+    """The blocks of a file after its first `skip` lines (or rows). Raises DataError if it is damaged or cannot be read.
+
+    A line of more than `longest` bytes is not read into memory; `numbered_records` drops it.
+    """
     try:
         if source.path.suffix == ".parquet":
             yield from _parquet(source, skip)
         else:
-            yield from _jsonl(source, skip)
+            yield from _jsonl(source, skip, longest)
     except OSError as error:
-        reason = error.strerror or f"damaged or truncated ({error})"
-        raise DataError(f"input file {source.path} cannot be read: {reason}.") from None
+        raise _unreadable(source.path, error) from None
     except (pa.ArrowException, EOFError, ValueError, MemoryError) as error:
         raise DataError(f"input file {source.path} is damaged: {error}") from None
 
 
-def _jsonl(source: Input, skip: int) -> Iterator[Block]:
+def _jsonl(source: Input, skip: int, longest: int) -> Iterator[Block]:
     size = max(1, source.size)
     first = 0
     with open(source.path, "rb") as raw:
-        file = _decompressed(raw, source.path.suffix)
+        file = _decompressed(raw, source.path)
         while data := file.read(BLOCK_BYTES):
-            complete = True
+            cut = 0
             if data[-1] != 10:
-                rest, complete = _rest_of_line(file)
+                rest, cut = _rest_of_line(file, longest, len(data) - data.rfind(b"\n") - 1)
                 data += rest
             count = data.count(b"\n") + (data[-1] != 10)
             skipped = min(max(0, skip - first), count)
             if skipped < count:
                 start = _start_of_line(data, skipped)
                 span = Span(raw.tell() - len(data) + start, len(data) - start)
-                payload = span if complete and file is raw else data[start:]
-                yield Block(source, first + skipped, count - skipped, payload, raw.tell() / size)
+                payload = span if file is raw and not cut else data[start:]
+                yield Block(source, first + skipped, count - skipped, payload, raw.tell() / size, cut)
             first += count
 
 
-def _decompressed(raw: BinaryIO, suffix: str) -> BinaryIO:
-    kind = _COMPRESSION.get(suffix)
-    if kind is None:
-        return raw
-    return io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(raw, mode="r"), kind), BLOCK_BYTES)
+def _decompressed(raw: BinaryIO, path: Path) -> BinaryIO:
+    kind = _COMPRESSION.get(path.suffix)
+    if kind is not None:
+        return io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(raw, mode="r"), kind), BLOCK_BYTES)
+    begin = raw.read(8)
+    raw.seek(0)
+    for magic, what in _OTHER_CONTENT.items():
+        if begin.startswith(magic):
+            raise DataError(f"input file {path} is {what}.")
+    return raw
 
 
-def _rest_of_line(file: BinaryIO) -> tuple[bytes, bool]:
-    """The rest of the current line, and whether it is complete or was truncated."""
-    rest = file.readline(_LONGEST_LINE)
-    if len(rest) < _LONGEST_LINE or rest[-1] == 10:
-        return rest, True
-    while (more := file.readline(_LONGEST_LINE)) and more[-1] != 10:
-        pass
-    return rest + b"\n", False
+def _rest_of_line(file: BinaryIO, longest: int, begun: int) -> tuple[bytes, int]:
+    """(the rest of the current line, 0), or (nothing, the line's length) if it has more than `longest` bytes; `begun` were read."""
+    rest = file.readline(max(1, longest + 2 - begun))  # with its line break
+    length = begun + len(rest.rstrip(b"\n"))
+    if length <= longest:
+        return rest, 0
+    while rest and rest[-1] != 10:
+        rest = file.readline(BLOCK_BYTES)
+        length += len(rest.rstrip(b"\n"))
+    return b"", length
 
 
 def _start_of_line(data: bytes, number: int) -> int:
@@ -169,8 +247,10 @@ def _start_of_line(data: bytes, number: int) -> int:
 def _parquet(source: Input, skip: int) -> Iterator[Block]:
     file = pq.ParquetFile(source.path)
     rows = max(1, file.metadata.num_rows)
+    groups = [file.metadata.row_group(k) for k in range(file.metadata.num_row_groups)]
+    row_bytes = max([1, *(group.total_byte_size // max(1, group.num_rows) for group in groups)])
     first = 0
-    for batch in file.iter_batches(_BLOCK_ROWS):
+    for batch in file.iter_batches(max(1, min(_BLOCK_ROWS, 8 * BLOCK_BYTES // row_bytes))):
         skipped = min(max(0, skip - first), batch.num_rows)
         end = first + batch.num_rows
         if skipped < batch.num_rows:
@@ -178,16 +258,46 @@ def _parquet(source: Input, skip: int) -> Iterator[Block]:
         first = end
 
 
-def rows_of(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | Exception]:
-    """The rows of a Parquet block as records without their null fields, or an exception for a row that cannot be read."""
-    try:
-        rows: list[Any] = batch.to_pylist()
-    except Exception:  # pyarrow raises many kinds: OverflowError for a date after the year 9999 …
-        rows = []
-        for i in range(batch.num_rows):
+def numbered_records(block: Block, *, longest: int = LONGEST_RECORD) -> Iterator[tuple[int, dict[str, Any] | Dropped]]:
+    """(line number, record or why it was dropped) of each line that is not blank, or row. None of more than `longest` bytes is parsed."""
+    payload = block.content()
+    if not isinstance(payload, bytes):
+        yield from enumerate(_rows_of(payload, longest), block.first + 1)
+        return
+    last = block.first + block.count if block.cut else 0
+    for line, content in enumerate(payload.split(b"\n"), block.first + 1):
+        if line == last:
+            yield line, _too_large(block.cut, longest)
+        elif len(content) > longest:
+            yield line, _too_large(len(content), longest)
+        elif content and not content.isspace():
             try:
-                rows += batch.slice(i, 1).to_pylist()
-            except Exception as error:
-                rows.append(error)
-    for row in rows:
-        yield row if isinstance(row, Exception) else {k: v for k, v in row.items() if v is not None}
+                yield line, parse(content)
+            except Dropped as dropped:
+                yield line, dropped.with_traceback(None)
+
+
+def _too_large(size: int, longest: int) -> Dropped:
+    return Dropped("record too large", f"{size:,} bytes; the maximum is {longest:,}")
+
+
+def _rows_of(batch: pa.RecordBatch, longest: int) -> Iterator[dict[str, Any] | Dropped]:
+    """The rows of a Parquet block as records without their null fields, or why a row was dropped."""
+    rows: list[Any]
+    try:
+        rows = [None] * batch.num_rows if batch.nbytes > longest else batch.to_pylist()
+    except Exception:  # pyarrow raises many kinds: OverflowError for a date after the year 9999 …
+        rows = [None] * batch.num_rows
+    for i, row in enumerate(rows):
+        found = row if row is not None else _row_of(batch.slice(i, 1), longest)
+        yield found if isinstance(found, Dropped) else {k: v for k, v in found.items() if v is not None}
+
+
+def _row_of(row: pa.RecordBatch, longest: int) -> dict[str, Any] | Dropped:
+    """The only row of a batch, read on its own."""
+    if row.nbytes > longest:
+        return _too_large(row.nbytes, longest)
+    try:
+        return row.to_pylist()[0]
+    except Exception as error:
+        return Dropped("cannot be read", str(error))

@@ -7,7 +7,6 @@ last finished shard. A job array encodes file by file (`job_array.py`); merging 
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import hashlib
 import json
@@ -34,16 +33,22 @@ from megatron_iwsft.data.checksums import Checksums, checksum_file
 from megatron_iwsft.data.corpus import DROPPED, TOKENIZER, read_meta
 from megatron_iwsft.data.indexed import token_dtype
 from megatron_iwsft.data.manifest import FORMAT_VERSION, MANIFEST, check_manifest, distribution, write_manifest
-from megatron_iwsft.data.prepare.corpus_writer import CorpusWriter, Progress, remove_progress, resume
+from megatron_iwsft.data.prepare.corpus_writer import (
+    CorpusWriter,
+    Progress,
+    exclusive_output,
+    remove_progress,
+    report_disk_errors,
+    resume,
+)
 from megatron_iwsft.data.prepare.encode import BlockEncoder, row_schema
 from megatron_iwsft.data.prepare.fast_encoding import choose_encoder
 from megatron_iwsft.data.prepare.filters import Curation
-from megatron_iwsft.data.prepare.readers import Block, Input, find_inputs, fingerprint, read_blocks, rows_of
-from megatron_iwsft.data.prepare.records import Dropped, RecordFormat, parse
+from megatron_iwsft.data.prepare.readers import Block, Input, find_inputs, fingerprint, numbered_records, read_blocks
+from megatron_iwsft.data.prepare.records import Dropped, RecordFormat
 from megatron_iwsft.data.tokenizer import CHAT_TEMPLATE, Tokenizer, load_tokenizer
 from megatron_iwsft.errors import DataError
 from megatron_iwsft.utils.json_files import read_json
-from megatron_iwsft.utils.locks import exclusive
 from megatron_iwsft.utils.text import printable
 
 log = logging.getLogger(__name__)
@@ -72,48 +77,51 @@ class ShardingJob:
 
     def __init__(self, inputs: Sequence[str | Path], settings: ShardSettings) -> None:
         self.inputs = find_inputs(inputs)
+        self._states = [source.state for source in self.inputs]
         self.settings = settings
         settings.curation.check_libraries()
         self.tokenizer: Tokenizer = load_tokenizer(settings.tokenizer)
-        self.template = _template(self.tokenizer, settings) if _needs_template(self.inputs) else None
-        self.manifest_settings = {
+        self.template = _template(self.tokenizer, settings) if self._needs_template() else None
+        self.manifest_settings: dict[str, Any] = {
             "template": settings.template or "tokenizer",
             "template_hash": self.template.hash if self.template else None,
             "record": asdict(settings.record),
             "curation": settings.curation.manifest_entry(),
             "shard_tokens": settings.shard_tokens,
         }
-        self.manifest_inputs = [{"name": i.name, "bytes": i.size, "sha256": fingerprint(i)} for i in self.inputs]
+        self.manifest_inputs: list[dict[str, Any]] = [
+            {"name": i.name, "bytes": i.size, "sha256": fingerprint(i)} for i in self.inputs
+        ]
         content = {**self.manifest_settings, "tokenizer": self.tokenizer.fingerprint, "inputs": self.manifest_inputs}
         self.run_id = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     @property
     def row_schema(self) -> pa.Schema:
         """Of the rows that the workers return."""
-        near = self.settings.curation.near_duplicates is not None
-        return row_schema(token_dtype(self.tokenizer.vocab_size), signatures=near)
+        return row_schema(token_dtype(self.tokenizer.vocab_size), self.settings.curation)
 
-    def use_gigatoken(self, encoder: Literal["auto", "own"]) -> bool:
-        """Whether to encode with gigatoken, decided on a sample of the inputs; the decision is logged."""
-        if self.template is None:
-            return False  # the records are already tokenized
-        if encoder == "own":
-            log.info("encoding with the tokenizer's own library, as requested")
-            return False
-        curation = _without_slow_filters(self.settings.curation)
-        sampler = BlockEncoder(self.tokenizer, self.template, self.settings.record, curation, fast=False)
-        pieces: list[str] = []
-        counts: list[int] = []
-        chosen = self.inputs[:: -(-len(self.inputs) // _SAMPLE_FILES)]
-        for source in chosen:
-            for block in islice(read_blocks(source), 1):
-                rows = sampler.prepare(block)
-                some = rows.counts[: _SAMPLE_RECORDS // len(chosen)]
-                counts += some
-                pieces += rows.pieces[: sum(some)]
-        fast, why = choose_encoder(self.tokenizer, pieces, counts)
-        log.info(printable(why))
-        return fast
+    def blocks(self, number: int, skip: int = 0) -> Iterator[Block]:
+        """The blocks of input number `number` after its first `skip` lines."""
+        return read_blocks(self.inputs[number], skip, longest=self.settings.curation.max_record_bytes)
+
+    def check_inputs(self) -> None:
+        """Raise DataError if an input file has changed since this job was created."""
+        for source, state, entry in zip(self.inputs, self._states, self.manifest_inputs, strict=True):
+            if source.state != state and fingerprint(source) != entry["sha256"]:
+                raise DataError(
+                    f"input file {source.path} was changed while it was read. When nothing writes to it any more, run the command again "
+                    "with --restart."
+                )
+
+    def _needs_template(self) -> bool:
+        """Whether records have text to render. The first record that can be read decides: all records should be of one kind."""
+        longest = self.settings.curation.max_record_bytes
+        for number in range(len(self.inputs)):
+            for block in self.blocks(number):
+                for _, record in numbered_records(block, longest=longest):
+                    if not isinstance(record, Dropped):
+                        return "input_ids" not in record
+        return True
 
 
 def shard_corpus(
@@ -123,13 +131,14 @@ def shard_corpus(
     *,
     workers: int = 1,
     encoder: Literal["auto", "own"] = "auto",
+    restart: bool = False,
     show_progress: bool = True,
 ) -> dict[str, Any]:
     """Build the corpus directory `output` from input files or glob patterns, or finish building it. Returns the manifest.
 
-    `encoder`: "auto" uses gigatoken if it gives the same ids, "own" always the tokenizer's own library. A finished corpus with the
-    same inputs and settings is not changed. Raises DataError if an input is missing or damaged, if the tokenizer or template is
-    unsuitable, or if `output` contains anything but this corpus.
+    `encoder`: "auto" uses gigatoken if it gives the same ids, "own" always the tokenizer's own library. `restart` discards what an
+    unfinished run left. A finished corpus with the same inputs and settings is not changed. Raises DataError if an input is missing,
+    damaged or changes meanwhile, if the tokenizer or template is unsuitable, or if `output` contains anything but this corpus.
     """
     job = ShardingJob(inputs, settings)
     finished = finished_manifest(output, job.run_id)
@@ -140,11 +149,11 @@ def shard_corpus(
         finished = finished_manifest(output, job.run_id)  # by a command that held the lock until now
         if finished is not None:
             return finished
-        progress = resume(output, job.run_id, inputs=len(job.inputs))
+        progress = resume(output, job.run_id, inputs=len(job.inputs), restart=restart)
         if progress.shards:
             log.info(f"resuming {output} after {len(progress.shards)} finished shards")
         with progress_bar(job.inputs, show_progress) as bar, worker_pool(job, workers, encoder) as mapper:
-            blocks = mapper(_remaining_blocks(job.inputs, progress))
+            blocks = mapper(_remaining_blocks(job, progress))
             return write_corpus(job, output, progress, _with_progress(blocks, bar, job.inputs), bar)
 
 
@@ -160,6 +169,7 @@ def write_corpus(
             elapsed = bar.format_dict["elapsed"]
             bar.set_postfix_str(f"{writer.tokens / max(elapsed, 1e-9) / 1e6:.2f} M tokens/s", refresh=False)
         writer.finish()
+    job.check_inputs()
     job.tokenizer.copy_to(output / TOKENIZER)
     if job.template is not None and settings.template is not None:
         (output / TOKENIZER / CHAT_TEMPLATE).write_text(job.template.source, encoding="utf-8")
@@ -182,54 +192,35 @@ def finished_manifest(output: Path, run: str) -> dict[str, Any] | None:
 
 
 @contextmanager
-def exclusive_output(directory: Path) -> Iterator[None]:
-    """Create a directory for writing, if there is none, and lock it. Raises DataError if another command writes there.
-
-    An error leaves no empty directory behind.
-    """
-    directory.mkdir(parents=True, exist_ok=True)
-    try:
-        with exclusive(directory, DataError):
-            yield
-    except BaseException:
-        with contextlib.suppress(OSError):
-            directory.rmdir()
-        raise
-
-
-@contextmanager
-def report_disk_errors(output: Path) -> Iterator[None]:
-    """Turn an OSError while writing `output` into a DataError."""
-    try:
-        yield
-    except OSError as error:
-        raise DataError(
-            f"cannot write the corpus at {output}: {error.strerror or error} ({error.filename or output}). The corpus is "
-            "incomplete; fix the problem, then run the same command to continue."
-        ) from None
-
-
-@contextmanager
 def worker_pool(
     job: ShardingJob, workers: int, encoder: Literal["auto", "own"]
 ) -> Iterator[Callable[[Iterable[Block]], Iterator[tuple[Block, pa.RecordBatch]]]]:
     """Yields a function that maps blocks to (block without payload, rows), in order, with at most 2·workers blocks in flight."""
+    if encoder == "own":
+        log.info("encoding with the tokenizer's own library, as requested")
     encode = partial(_encode_block, job.settings, job.template is not None)
+    compare = job.template is not None and encoder == "auto"
+    choose = partial(_choose_encoder, job.settings, _sample(job.inputs) if compare else [])
     if workers <= 1:
-        yield partial(map, partial(encode, job.use_gigatoken(encoder)))
+        yield partial(map, partial(encode, _logged(*choose())))
         return
     # One thread per library in each worker: parallelism comes from the processes.
     for name in ("TOKENIZERS_PARALLELISM", "RAYON_NUM_THREADS", "OMP_NUM_THREADS"):
         os.environ[name] = "false" if name.startswith("TOK") else "1"
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker) as pool:
-        for _ in range(workers):
-            pool.submit(os.getpid)  # the workers start while the tokenizer is checked here
-        run = partial(encode, job.use_gigatoken(encoder))
+    method = multiprocessing.get_start_method(
+        allow_none=True
+    )  # this program's choice; not fork, since it may have threads
+    context = multiprocessing.get_context("forkserver" if method == "forkserver" else "spawn")
+    with ProcessPoolExecutor(workers, context, initializer=_start_worker) as pool:
+        chosen = pool.submit(choose)
+        for _ in range(workers - 1):
+            pool.submit(os.getpid)  # the other workers start meanwhile
 
         def map_in_order(blocks: Iterable[Block]) -> Iterator[tuple[Block, pa.RecordBatch]]:
             waiting = iter(blocks)
-            in_flight = deque(pool.submit(run, block) for block in islice(waiting, 2 * workers))
             try:
+                run = partial(encode, _logged(*chosen.result()))
+                in_flight = deque(pool.submit(run, block) for block in islice(waiting, 2 * workers))
                 while in_flight:
                     result = in_flight.popleft().result()
                     in_flight.extend(pool.submit(run, block) for block in islice(waiting, 1))
@@ -239,8 +230,9 @@ def worker_pool(
                     "a worker process exited unexpectedly (probably out of memory; check dmesg). Run the same command again, with fewer "
                     "--workers, to continue after the last finished shard."
                 ) from None
-            finally:
+            except BaseException:  # also if the caller needs no more rows
                 pool.shutdown(cancel_futures=True)
+                raise
 
         yield map_in_order
 
@@ -261,10 +253,16 @@ def _exit_with_parent() -> None:
 
 
 @lru_cache(maxsize=1)
+def _tokenizer_and_template(settings: ShardSettings, with_template: bool) -> tuple[Tokenizer, ChatTemplate | None]:
+    """This process's."""
+    tokenizer = load_tokenizer(settings.tokenizer)
+    return tokenizer, _template(tokenizer, settings) if with_template else None
+
+
+@lru_cache(maxsize=1)
 def _block_encoder(settings: ShardSettings, with_template: bool, fast: bool) -> BlockEncoder:
     """This process's encoder, created at its first block."""
-    tokenizer = load_tokenizer(settings.tokenizer)
-    template = _template(tokenizer, settings) if with_template else None
+    tokenizer, template = _tokenizer_and_template(settings, with_template)
     return BlockEncoder(tokenizer, template, settings.record, settings.curation, fast=fast)
 
 
@@ -278,14 +276,47 @@ def _template(tokenizer: Tokenizer, settings: ShardSettings) -> ChatTemplate:
     return ChatTemplate(tokenizer, settings.template, settings.record.rendering)
 
 
+def _sample(inputs: Sequence[Input]) -> list[Input]:
+    """The input files on which gigatoken is compared with the tokenizer's own library."""
+    return list(inputs[:: -(-len(inputs) // _SAMPLE_FILES)])
+
+
+def _choose_encoder(settings: ShardSettings, sample: list[Input]) -> tuple[bool, list[str]]:
+    """Whether to encode with gigatoken, decided on the first block of each file of `sample`, and the reason, as lines for the log.
+
+    Without a sample it is not used: the records are already tokenized, or the tokenizer's own library was asked for.
+    """
+    if not sample:
+        return False, []
+    tokenizer, template = _tokenizer_and_template(settings, True)
+    curation = _without_slow_filters(settings.curation)
+    sampler = BlockEncoder(tokenizer, template, settings.record, curation, fast=False)
+    pieces: list[str] = []
+    counts: list[int] = []
+    for source in sample:
+        for block in islice(read_blocks(source, longest=curation.max_record_bytes), 1):
+            rows = sampler.prepare(block)
+            some = rows.counts[: _SAMPLE_RECORDS // len(sample)]
+            counts += some
+            pieces += rows.pieces[: sum(some)]
+    fast, why = choose_encoder(tokenizer, pieces, counts)
+    return fast, [why]
+
+
+def _logged(fast: bool, lines: list[str]) -> bool:
+    for line in lines:
+        log.info(printable(line))
+    return fast
+
+
 def _without_slow_filters(curation: Curation) -> Curation:
     """For the sample on which only tokenization is compared."""
     return replace(curation, benchmarks=(), answer_field=None, wrong_answers="drop", near_duplicates=None)
 
 
-def _remaining_blocks(inputs: list[Input], progress: Progress) -> Iterator[Block]:
-    for number in range(progress.source, len(inputs)):
-        yield from read_blocks(inputs[number], progress.lines if number == progress.source else 0)
+def _remaining_blocks(job: ShardingJob, progress: Progress) -> Iterator[Block]:
+    for number in range(progress.source, len(job.inputs)):
+        yield from job.blocks(number, progress.lines if number == progress.source else 0)
 
 
 def _with_progress(
@@ -310,21 +341,6 @@ def progress_bar(inputs: list[Input], show: bool) -> tqdm:
     )
 
 
-def _needs_template(inputs: list[Input]) -> bool:
-    """Whether records have text to render. The first record that can be read decides: all records should be of one kind."""
-    for source in inputs:
-        for block in read_blocks(source):
-            content = block.content()
-            lines = content.split(b"\n") if isinstance(content, bytes) else rows_of(content)
-            for line in lines:
-                try:
-                    record = parse(line) if isinstance(line, bytes) else line
-                except Dropped:
-                    continue
-                return not (isinstance(record, dict) and "input_ids" in record)
-    return True
-
-
 def _manifest(output: Path, progress: Progress, job: ShardingJob) -> dict[str, Any]:
     names = [shard["name"] for shard in progress.shards]
     meta = read_meta(output, names, ["score", "num_tokens", "num_trained", "source"])
@@ -335,8 +351,8 @@ def _manifest(output: Path, progress: Progress, job: ShardingJob) -> dict[str, A
         with open(output / DROPPED, encoding="utf-8") as dropped:
             first = dropped.readline().strip()
         raise DataError(
-            f"no record was kept ({why}). First entry of {output / DROPPED}: {first or 'none':.500}. Remove {output} before "
-            "trying again."
+            f"no record was kept ({why}). First entry of {output / DROPPED}: {first or 'none':.500}. Change the inputs or settings and run "
+            "the command again."
         )
     checksums = Checksums()
     for shard in progress.shards:
@@ -350,7 +366,7 @@ def _manifest(output: Path, progress: Progress, job: ShardingJob) -> dict[str, A
         "tokenizer": {"fingerprint": job.tokenizer.fingerprint, "vocab_size": job.tokenizer.vocab_size},
         "template": {"hash": template.hash, "source": template.source} if template else None,
         "settings": job.manifest_settings,
-        "inputs": job.manifest_inputs,
+        "inputs": [{**entry, "records": progress.records.get(entry["name"], 0)} for entry in job.manifest_inputs],
         "counts": {
             "trajectories": len(lengths),
             "tokens": int(lengths.sum(dtype="int64")),
@@ -359,9 +375,17 @@ def _manifest(output: Path, progress: Progress, job: ShardingJob) -> dict[str, A
         },
         "sources": dict(sorted((v["values"], v["counts"]) for v in meta["source"].value_counts().to_pylist())),
         "dropped": dict(sorted(progress.reasons.items())),
+        "unchecked": _unchecked(job, progress),
         "lengths": distribution(lengths),
         "scores": distribution(scores),
         "shards": [{"name": name} for name in names],
         "files": checksums.files,
         **({"blocks": checksums.blocks} if checksums.blocks else {}),
     }
+
+
+def _unchecked(job: ShardingJob, progress: Progress) -> dict[str, int]:
+    """How many problems and kept trajectories the filters could not judge, by what and why."""
+    benchmarks = job.manifest_settings["curation"]["benchmarks"]
+    problems = {f"problems of {b['name']} without words": b["unchecked"] for b in benchmarks if b["unchecked"]}
+    return problems | dict(sorted(progress.unchecked.items()))

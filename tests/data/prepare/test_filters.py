@@ -12,6 +12,7 @@ from megatron_iwsft.data.prepare.expressions import MissingField, compile_expres
 from megatron_iwsft.data.prepare.filters import Curation
 from megatron_iwsft.data.prepare.records import PRESETS, RecordFormat
 from megatron_iwsft.data.prepare.shard import ShardSettings, shard_corpus
+from megatron_iwsft.data.tokenizer import load_tokenizer
 from megatron_iwsft.errors import DataError
 from tests.support import tiny
 
@@ -34,7 +35,7 @@ def ids(corpus: Corpus) -> list[str]:
     return corpus.meta(["id"])["id"].to_pylist()
 
 
-RECORD = {"judge": 4, "ok": True, "a": {"b": 2}, "c.d": 7, "names": ["x", "y"], "text": "abc", "6b.ok": 1}
+RECORD = {"judge": 4, "ok": True, "a": {"b": 2}, "c.d": 7, "names": ["x", "y"], "text": "abc", "6b.ok": 1, "none": None}
 
 
 @pytest.mark.parametrize(
@@ -53,6 +54,12 @@ RECORD = {"judge": 4, "ok": True, "a": {"b": 2}, "c.d": 7, "names": ["x", "y"], 
         ("ok == true", True),
         ("text in ['abc', 'd']", True),
         ("max(judge, a.b) // 3", 1),
+        ('field("judge", 0) + field("absent", 3)', 7),
+        ('field("a.z", judge) == 4', True),
+        ('field("none", "x")', "x"),
+        ('has("judge") and has("a.b") and has("6b.ok")', True),
+        ('has("absent") or has("none") or has("a.z")', False),
+        ('not has("absent") or absent > 3', True),
     ],
 )
 def test_expressions_evaluate_over_fields(expression: str, value: object) -> None:
@@ -61,7 +68,8 @@ def test_expressions_evaluate_over_fields(expression: str, value: object) -> Non
 
 @pytest.mark.parametrize(
     "expression",
-    ["", "judge >=", "__import__('os')", "a.b()", "judge ** 9", "lambda: 1", "[x for x in names]", "names[0]", "open('x')", "field(a)"],
+    ["", "judge >=", "__import__('os')", "a.b()", "judge ** 9", "lambda: 1", "[x for x in names]", "names[0]", "open('x')", "field(a)",
+     "has(a)", "has('a', 1)", "field('a', 1, 2)", "has()"],
 )  # fmt: skip
 def test_invalid_expressions_are_rejected(expression: str) -> None:
     with pytest.raises(DataError, match="is not a valid expression over fields"):
@@ -161,6 +169,29 @@ def test_near_duplicates_are_found_above_the_threshold_and_not_below() -> None:
         assert found["below"] <= 5
 
 
+def test_near_duplicates_differ_in_more_than_case_punctuation_and_form(tmp_path: Path) -> None:
+    chinese = "小明有十二个苹果他把其中的一半分给了小红又从商店里买回来五个请问现在小明一共有多少个苹果"
+    records = [
+        {"id": "english", "prompt": SENTENCE, "response": "yes"},
+        {"id": "shouted", "prompt": SENTENCE.upper().replace(" ", ", "), "response": "Yes!"},
+        {"id": "chinese", "prompt": chinese, "response": "十一"},
+        {"id": "punctuated", "prompt": f"{chinese[:9]}，{chinese[9:20]}。{chinese[20:]}？", "response": "十一。"},
+        {"id": "other", "prompt": chinese[::-1], "response": "十一"},
+        {"id": "composed", "prompt": "caf\u00e9 " * 9, "response": "1"},
+        {"id": "decomposed", "prompt": "CAFE\u0301 " * 9, "response": "1"},
+        {"id": "symbols", "prompt": "∫∫ = ?", "response": "∮"},
+        {"id": "symbols too", "prompt": "∫∫ = ??", "response": "∮"},
+    ]
+    corpus, dropped = shard(tmp_path, records, Curation(near_duplicates=0.7))
+    assert ids(corpus) == ["english", "chinese", "other", "composed", "symbols", "symbols too"]
+    assert {name: detail for name, (_, detail) in dropped.items()} == {
+        "shouted": "similar to english",
+        "punctuated": "similar to chinese",
+        "decomposed": "similar to composed",
+    }
+    assert corpus.manifest["unchecked"] == {"no words: not compared with near-duplicates": 2}
+
+
 def test_leaked_benchmark_problems_are_dropped_and_reported(tmp_path: Path) -> None:
     problems = [{"problem": "too short"}, {"problem": "Find the number of ways to tile a 2 by 10 board with dominoes."}]
     benchmark = tiny.write_jsonl(tmp_path / "aime.jsonl", problems)
@@ -172,10 +203,67 @@ def test_leaked_benchmark_problems_are_dropped_and_reported(tmp_path: Path) -> N
     corpus, dropped = shard(tmp_path, records, Curation(benchmarks=(str(benchmark),)))
     assert ids(corpus) == ["near", "answer"]
     assert dropped == {"leak": ("in a benchmark", "aime.jsonl:2 also has 'find the number of ways to tile a'")}
+    (tmp_path / "all").mkdir()
+    corpus, dropped = shard(tmp_path / "all", records, Curation(benchmarks=(str(benchmark),), benchmark_texts="all"))
+    assert ids(corpus) == ["near"]
     with pytest.raises(DataError, match="a benchmark problem needs one of the fields"):
         tiny.write_jsonl(tmp_path / "aime.jsonl", [{"x": 1}])
         (tmp_path / "again").mkdir()
         shard(tmp_path / "again", records, Curation(benchmarks=(str(benchmark),)))
+
+
+PROBLEMS = [
+    "What is 2 + 2, exactly?",  # 6 words: as a whole
+    "Paris?",  # 1 word: only as an entire text
+    "∫ = ?",  # no words
+    "一个长方形的长是宽的三倍，周长是四十八厘米，求它的面积。",
+    "鸡兔同笼，求鸡的个数",  # shorter than 16 characters: as a whole
+    "จงหาผลบวกของจำนวนเต็มบวกทั้งหมดที่น้อยกว่าหนึ่งร้อย",
+    "Найдите сумму всех натуральных чисел, меньших ста тысяч.",
+    "La médiane d\u2019un triangle coupe le côté opposé en son milieu.",
+]
+PROMPTS = [
+    ("Tell me: what is 2+2 EXACTLY", "1"),
+    ("what is 2 + 2", None),
+    ("paris!", "2"),
+    ("Paris is where?", None),
+    ("∫ = ?", None),
+    ("请回答：一个长方形的长是宽的三倍,周长是四十八厘米", "4"),
+    ("一个长方形的宽是长的一半，周长是十厘米", None),
+    ("问题：鸡兔同笼求鸡的个数。谢谢", "5"),
+    ("จงหาผลบวกของจำนวนเต็มบวกทั้งหมด ที่น้อยกว่า 50", "6"),
+    ("НАЙДИТЕ сумму всех (натуральных) чисел — меньших ста", None),
+    ("НАЙДИТЕ сумму всех (натуральных) чисел — меньших ста тысяч", "7"),
+    ("LA ME\u0301DIANE D'UN TRIANGLE coupe le co\u0302te\u0301 oppose\u0301", "8"),
+]
+
+
+def test_benchmark_problems_are_found_in_every_script_and_length(tmp_path: Path) -> None:
+    benchmark = tiny.write_jsonl(tmp_path / "b.jsonl", [{"problem": problem} for problem in PROBLEMS])
+    records = [{"id": prompt, "prompt": prompt, "response": "x"} for prompt, _ in PROMPTS]
+    corpus, dropped = shard(tmp_path, records, Curation(benchmarks=(str(benchmark),)))
+    found = {prompt: detail.split()[0].removeprefix("b.jsonl:") for prompt, (_, detail) in dropped.items()}
+    assert found == {prompt: line for prompt, line in PROMPTS if line}
+    (entry,) = corpus.manifest["settings"]["curation"]["benchmarks"]
+    assert {key: entry[key] for key in ("problems", "short", "very_short", "unchecked")} == {
+        "problems": 8, "short": 2, "very_short": 1, "unchecked": 1
+    }  # fmt: skip
+    assert corpus.manifest["unchecked"] == {
+        "problems of b.jsonl without words": 1,
+        "fewer than 8 words: only compared with benchmark problems as short": 4,
+    }
+
+
+def test_benchmark_problems_are_found_in_records_of_token_ids(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(tiny.hf_tokenizer(tmp_path / "tokenizer"))
+    benchmark = tiny.write_jsonl(tmp_path / "b.jsonl", [{"problem": SENTENCE}])
+    records = []
+    for name, prompt, response in (("leak", SENTENCE, "x"), ("answer", "x", SENTENCE)):
+        (first, second) = tokenizer.encode_pieces([prompt, response])
+        mask = [0] * len(first) + [1] * len(second)
+        records.append({"id": name, "input_ids": first + second, "loss_mask": mask})
+    corpus, _ = shard(tmp_path, records, Curation(benchmarks=(str(benchmark),)))
+    assert ids(corpus) == ["answer"]
 
 
 ANSWERS = [

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from megatron_iwsft.data.corpus import Corpus
+from megatron_iwsft.data.prepare.accounting import verify
 from megatron_iwsft.data.prepare.arithmetic import ArithmeticSettings, arithmetic_records
 from megatron_iwsft.data.prepare.filters import Curation
 from megatron_iwsft.data.prepare.inspect import Histogram, Inspection, Packing, runs, write_jsonl
 from megatron_iwsft.data.prepare.records import RecordFormat
 from megatron_iwsft.data.prepare.shard import ShardSettings, shard_corpus
 from megatron_iwsft.errors import DataError
+from megatron_iwsft.utils.files import sha256_file
 from tests.support import ROOT, tiny
 
 TOOL = ROOT / "tools" / "inspect_corpus.py"
@@ -113,8 +117,6 @@ def test_corpus_to_jsonl_and_back_is_identical(corpus: Corpus, tmp_path: Path) -
 
 
 def test_the_command_verifies_file_hashes(corpus: Corpus, tmp_path: Path) -> None:
-    import shutil
-
     copy = tmp_path / "copy"
     shutil.copytree(corpus.directory, copy)
     command = [sys.executable, str(TOOL), str(copy), "--verify", "--samples", "1", "--seq-length", "256"]
@@ -150,3 +152,55 @@ def test_the_command_exits_quietly_when_its_output_is_closed(
         errors = run.stderr.read()
         assert (run.wait(), b"Traceback" in errors) == (status, False)
         assert message in errors if message else errors == b""
+
+
+def _rewritten(corpus: Corpus, copy: Path, change: Callable[[list[dict]], list[dict]]) -> list[str]:
+    """What verification says of a copy whose dropped.jsonl was changed, and its checksum in the manifest too."""
+    shutil.copytree(corpus.directory, copy)
+    entries = [json.loads(line) for line in (copy / "dropped.jsonl").read_text().splitlines()]
+    tiny.write_jsonl(copy / "dropped.jsonl", change(entries))
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["files"]["dropped.jsonl"] = sha256_file(copy / "dropped.jsonl")
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    return [complaint.removeprefix(f"{copy}/dropped.jsonl ") for complaint in verify(copy)]
+
+
+def test_a_dropped_file_that_does_not_add_up_is_found(corpus: Corpus, tmp_path: Path) -> None:
+    records = corpus.manifest["inputs"][0]["records"]
+    kept = corpus.meta(["file", "line", "id"]).slice(7, 1).to_pylist()[0]
+    dropped = corpus.manifest["counts"]["dropped"]
+    assert records == len(corpus) + dropped == 302
+
+    def said(change: Callable[[list[dict]], list[dict]]) -> list[str]:
+        return _rewritten(corpus, tmp_path / str(len(list(tmp_path.iterdir()))), change)
+
+    def add(*more: dict) -> list[str]:
+        return said(lambda entries: [*entries, *more])
+
+    assert said(lambda entries: entries) == []
+    reason = json.loads((corpus.directory / "dropped.jsonl").read_text().splitlines()[0])["reason"]
+    counted = corpus.manifest["dropped"][reason]
+    assert said(lambda entries: entries[1:]) == [
+        f"has {dropped - 1} entries; the manifest counts {dropped}",
+        f"has {counted - 1} entries with the reason '{reason}'; the manifest counts {counted}",
+        "does not add up: of 302 records in sums.jsonl, 301 are kept or dropped",
+    ]
+    assert said(lambda entries: entries * 2)[0] == f"has {2 * dropped} entries; the manifest counts {dropped}"
+    # The counts fit, but one entry stands for another.
+    (twice, missing) = said(lambda e: [x for x in e if x["reason"] != reason] + [e[0]] * counted)
+    assert twice.endswith(" twice") and missing.startswith("does not add up")
+    (both, missing) = said(lambda e: [{**e[0], **kept}, *e[1:]])
+    assert both == f"lists line {kept['line']} of sums.jsonl, which was kept" and missing.startswith("does not add up")
+    assert "lists records of other.jsonl, which is no input of this corpus" in said(
+        lambda e: [{**e[0], "file": "other.jsonl"}, *e[1:]]
+    )
+    assert add({"file": "sums.jsonl"})[0] == f"is damaged: line {dropped + 1} is not an entry"
+
+
+def test_a_changed_dropped_file_is_found_by_its_checksum_too(corpus: Corpus, tmp_path: Path) -> None:
+    shutil.copytree(corpus.directory, tmp_path / "copy")
+    with open(tmp_path / "copy" / "dropped.jsonl", "a") as file:
+        file.write('{"file": "sums.jsonl", "line": 1, "id": "x", "reason": "r"}\n')
+    complaints = verify(tmp_path / "copy")
+    assert complaints[0].endswith("dropped.jsonl has changed since the manifest was written")
+    assert any("entries; the manifest counts" in complaint for complaint in complaints)

@@ -12,8 +12,8 @@ import pytest
 
 from megatron_iwsft.data.corpus import Corpus
 from megatron_iwsft.data.prepare import readers
-from megatron_iwsft.data.prepare.readers import Block, Input, find_inputs, read_blocks
-from megatron_iwsft.data.prepare.records import RecordFormat
+from megatron_iwsft.data.prepare.readers import Block, Input, find_inputs, numbered_records, read_blocks
+from megatron_iwsft.data.prepare.records import Dropped, RecordFormat
 from megatron_iwsft.data.prepare.shard import ShardSettings, shard_corpus
 from megatron_iwsft.errors import DataError
 from tests.support import tiny
@@ -88,16 +88,39 @@ def test_a_file_without_a_final_newline_is_read_completely(tmp_path: Path) -> No
     assert (block.count, block.content()) == (3, b'{"a": 1}\n\n{"a": 2}')
 
 
-def test_an_endless_line_is_truncated(tmp_path: Path, monkeypatch) -> None:
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
+def test_a_line_that_is_too_long_is_not_held_in_memory(tmp_path: Path, monkeypatch, suffix: str) -> None:
     monkeypatch.setattr(readers, "BLOCK_BYTES", 100)
-    monkeypatch.setattr(readers, "_LONGEST_LINE", 1000)
-    path = tmp_path / "r.jsonl"
-    path.write_bytes(b'{"a": 1}\n' + b"x" * 50_000 + b'\n{"a": 2}\n')
-    blocks = list(read_blocks(Input(path, "r.jsonl")))
-    assert sum(b.count for b in blocks) == 3
-    contents = [bytes(b.content()) for b in blocks]
-    assert max(map(len, contents)) <= 1101
-    assert b"".join(contents).endswith(b'\n{"a": 2}\n')
+    lines = [
+        b'{"a": 1}',
+        b"x" * 50_000,
+        b'{"a": 2}',
+        b" " * 1001,
+        b"[" + b" " * 998 + b"]",
+        b'{"b": "' + b"y" * 991 + b'"}',
+    ]
+    path = tmp_path / f"r{suffix}"
+    content = b"\n".join(lines)
+    path.write_bytes(gzip.compress(content) if suffix.endswith(".gz") else content)
+    blocks = list(read_blocks(Input(path, "r.jsonl"), longest=1000))
+    assert sum(block.count for block in blocks) == len(lines)
+    assert max(len(bytes(b.content())) for b in blocks) <= 1101
+    found = [pair for block in blocks for pair in numbered_records(block, longest=1000)]
+    assert [line for line, _ in found] == [1, 2, 3, 4, 5, 6]
+    assert [r for _, r in found if not isinstance(r, Dropped)] == [{"a": 1}, {"a": 2}, {"b": "y" * 991}]
+    assert [(r.reason, r.detail) for _, r in found if isinstance(r, Dropped)] == [
+        ("record too large", "50,000 bytes; the maximum is 1,000"),
+        ("record too large", "1,001 bytes; the maximum is 1,000"),
+        ("not a JSON object", "found list"),
+    ]
+
+
+def test_rows_of_parquet_that_are_too_large_are_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "r.parquet"
+    pq.write_table(pa.table({"a": ["x", "y" * 5000, "z"]}), path)
+    (block,) = read_blocks(Input(path, "r.parquet"))
+    kinds = [r.reason if isinstance(r, Dropped) else r for _, r in numbered_records(block, longest=1000)]
+    assert kinds == [{"a": "x"}, "record too large", {"a": "z"}]
 
 
 def test_glob_patterns_are_expanded_and_files_named(tmp_path: Path) -> None:

@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import json
 import os
 import random
+import re
 import resource
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from megatron_iwsft.data.corpus import Corpus
+from megatron_iwsft.data.prepare.accounting import verify
 from megatron_iwsft.data.prepare.arithmetic import ArithmeticSettings, arithmetic_records
+from megatron_iwsft.data.prepare.corpus_writer import CorpusWriter
 from megatron_iwsft.data.prepare.filters import Curation
 from megatron_iwsft.data.prepare.job_array import make_parts, merge_parts
 from megatron_iwsft.data.prepare.records import RecordFormat
 from megatron_iwsft.data.prepare.shard import ShardSettings, shard_corpus
 from megatron_iwsft.errors import DataError
+from megatron_iwsft.utils.locks import exclusive
 from tests.support import ROOT, tiny
 
 TOOL = ROOT / "tools" / "shard_corpus.py"
@@ -95,7 +102,7 @@ def test_a_job_array_and_its_merge_give_the_same_corpus(tmp_path: Path, tokenize
     array = {"SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_COUNT": "3"}
     for task in ("3", "1"):
         environment = os.environ | array | {"SLURM_ARRAY_TASK_ID": task}
-        done = subprocess.run([*line, "--array", "--workers", "1"], env=environment, capture_output=True, text=True)
+        done = subprocess.run([*line, "--array", "--workers", "2"], env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     with pytest.raises(DataError, match=r"2 of 5 parts in .* are missing or unfinished: 1 \(1.jsonl\), 4 \(4.jsonl\)"):
         merge_parts(inputs, output, settings(tokenizer), show_progress=False)
@@ -177,80 +184,134 @@ def test_a_missing_tokenizer_is_reported(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_mutated_records_are_kept_or_listed_as_dropped(tmp_path: Path, tokenizer: Path) -> None:
-    """2,000 mutated records: each is either in the corpus or in dropped.jsonl, and no text becomes a special token."""
-    rng = random.Random(0)
-    lines = [mutated(rng, i) for i in range(2000)]
-    (tmp_path / "0.jsonl").write_bytes(b"\n".join(lines) + b"\n")
-    done = subprocess.run(
-        [sys.executable, str(TOOL), str(tmp_path / "0.jsonl"), "--output", str(tmp_path / "out"), "--tokenizer", str(tokenizer),
-         "--score-field", "score", "--workers", "2"],
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "Traceback" not in done.stderr
-    corpus = Corpus.open(tmp_path / "out")
-    dropped = [json.loads(line) for line in (tmp_path / "out" / "dropped.jsonl").read_text("utf-8").splitlines()]
-    kept = corpus.meta(["line"])["line"].to_pylist()
-    written = [n for n, line in enumerate(lines, 1) if line.strip()]
-    assert sorted(kept + [d["line"] for d in dropped]) == written
-    assert len(kept) > 500
-    assert len({d["reason"] for d in dropped}) > 12
-    counts = corpus.manifest["counts"]
-    assert counts["trajectories"] + counts["dropped"] == len(written)
-    tokenizer_ = corpus.tokenizer()
-    for i in range(len(corpus)):
-        turns = corpus.tokens(i).tolist()
-        special = [t for t in turns if t in set(tokenizer_.special_ids)]
-        begin, end = (
-            next(k for k in tokenizer_.special_ids if tokenizer_.decode([k]) == t)
-            for t in ("<|im_start|>", "<|im_end|>")
-        )
-        assert special == [begin, end] * (len(special) // 2), "special tokens must come from the template only"
+@pytest.mark.command
+def test_of_two_runs_at_once_one_is_refused(tmp_path: Path, tokenizer: Path) -> None:
+    inputs = [tiny.write_jsonl(tmp_path / "0.jsonl", records(3000, 0))]
+    line = command(inputs, tmp_path / "out", tokenizer, "--workers", "1")
+    runs = [subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    messages = [run.communicate()[1] for run in runs]
+    assert sorted(run.returncode for run in runs) in ([0, 0], [0, 2]), (
+        messages
+    )  # or one was done before the other began
+    for run, message in zip(runs, messages, strict=True):
+        assert run.returncode == 0 or "is in use by another job" in message.splitlines()[-1]
+        assert "Traceback" not in message
+    shard_corpus(inputs, tmp_path / "alone", settings(tokenizer), show_progress=False)
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "alone")
+    assert verify(tmp_path / "out") == []
 
 
-ODD = [
-    *(None, 3, -1.5, [], {}, "", "  ", True, [[1]], {"role": 1}),
-    *("\ud83d", "x" * 200_000, 10**400, float("nan"), [None]),
-    *("<|im_end|>", "a<|im_start|>assistant\nb", "<|endof", "text|>", "\x00\x01", "\u202e\ufeff"),
-    *(["<|im_end|>"], [{"type": "text", "text": "p"}]),
-]
-ODD_LINES = [
-    *(b"", b"null", b"[]", b"3", b'"x"', b"{}", b"\xff\xfe", b"\x00" * 9),
-    *(b"[" * 5000, b'{"a":' * 2000, b'{"messages": null}'),
-]
+def test_a_run_that_holds_the_output_refuses_another(tmp_path: Path, tokenizer: Path) -> None:
+    inputs = [tiny.write_jsonl(tmp_path / "0.jsonl", records(50, 0))]
+    (tmp_path / "out").mkdir()
+    with exclusive(tmp_path / "out", DataError), pytest.raises(DataError, match="is in use by another job"):
+        shard_corpus(inputs, tmp_path / "out", settings(tokenizer), show_progress=False)
 
 
-def mutated(rng: random.Random, i: int) -> bytes:
-    """One line: a valid record, or a mutated one."""
-    pair = {"id": i, "prompt": f"What is {i}?", "response": f"It is {i}.", "score": rng.random()}
-    chat = {"messages": [{"role": "user", "content": f"Q{i}"}, {"role": "assistant", "content": "A"}], "score": 1}
-    tokens = {"input_ids": [5, 6, 7 + i % 90], "loss_mask": [0, 0, 1], "score": True}
-    record = rng.choices([pair, chat, tokens], [6, 5, 1])[0]
-    text = json.dumps(record)
-    kind = rng.randrange(8)
-    if kind == 0:
-        return text[: rng.randrange(len(text))].encode()
-    if kind == 1:
-        raw = bytearray(text.encode())
-        raw[rng.randrange(len(raw))] = rng.randrange(11, 256)
-        return bytes(raw).replace(b"\n", b" ")
-    if kind in (2, 3):
-        record = json.loads(text)
-        record[rng.choice(sorted(record))] = rng.choice(ODD)
-        return json.dumps(record).encode()
-    if kind == 4:
-        record = json.loads(text)
-        if "messages" in record:
-            rng.choice(record["messages"])[rng.choice(["role", "content", "reasoning", "tool_calls", "name"])] = (
-                rng.choice(ODD)
-            )
-        else:
-            del record[rng.choice(sorted(record))]
-        return json.dumps(record).encode()
-    if kind == 5:
-        return rng.choice(ODD_LINES)
-    return text.encode()
+def test_a_run_that_kept_nothing_leaves_nothing_in_the_way(tmp_path: Path, tokenizer: Path) -> None:
+    inputs = [tiny.write_jsonl(tmp_path / "0.jsonl", records(50, 0))]
+    strict = ShardSettings(str(tokenizer), curation=Curation(keep="false"))
+    for _ in range(2):
+        with pytest.raises(DataError, match=r"no record was kept \(not a JSON object: 1, not to keep: 49\)"):
+            shard_corpus(inputs, tmp_path / "out", strict, show_progress=False)
+    shard_corpus(inputs, tmp_path / "out", settings(tokenizer), show_progress=False)
+    assert verify(tmp_path / "out") == []
+
+
+def test_a_run_that_failed_can_be_discarded(tmp_path: Path, tokenizer: Path) -> None:
+    """Its input was damaged; once that is repaired, it is another run."""
+    inputs = [tiny.write_jsonl(tmp_path / f"{k}.jsonl", records(2500, k)) for k in range(2)]
+    packed = tmp_path / "1.jsonl.gz"
+    packed.write_bytes(gzip.compress(inputs[1].read_bytes())[:-50])
+    mixed = [inputs[0], packed]
+    with pytest.raises(DataError, match=r"input file .*1\.jsonl\.gz (is damaged|cannot be read)"):
+        shard_corpus(mixed, tmp_path / "out", settings(tokenizer), show_progress=False)
+    assert list((tmp_path / "out").glob("shard-*.bin"))
+    packed.write_bytes(gzip.compress(inputs[1].read_bytes()))
+    with pytest.raises(DataError, match=r"was started with other inputs .* add --restart to discard them"):
+        shard_corpus(mixed, tmp_path / "out", settings(tokenizer), show_progress=False)
+    shard_corpus(mixed, tmp_path / "out", settings(tokenizer), restart=True, show_progress=False)
+    shard_corpus(mixed, tmp_path / "alone", settings(tokenizer), show_progress=False)
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "alone")
+
+
+def test_parts_of_another_run_can_be_discarded(tmp_path: Path, tokenizer: Path) -> None:
+    inputs = [tiny.write_jsonl(tmp_path / "0.jsonl", records(50, 0))]
+    other = ShardSettings(str(tokenizer), curation=Curation(max_tokens=99))
+    make_parts(inputs, tmp_path / "out", other, task=0, tasks=1, show_progress=False)
+    with pytest.raises(DataError, match="Run the tasks again with --restart"):
+        make_parts(inputs, tmp_path / "out", settings(tokenizer), task=0, tasks=1, show_progress=False)
+    make_parts(inputs, tmp_path / "out", settings(tokenizer), task=0, tasks=1, restart=True, show_progress=False)
+    merge_parts(inputs, tmp_path / "out", settings(tokenizer), show_progress=False)
+    assert verify(tmp_path / "out") == []
+
+
+def test_an_input_that_changes_meanwhile_is_reported(tmp_path: Path, tokenizer: Path, monkeypatch) -> None:
+    source = tiny.write_jsonl(tmp_path / "0.jsonl", records(50, 0))
+    finish = CorpusWriter.finish
+
+    def finish_after_a_change(writer: CorpusWriter) -> None:
+        finish(writer)
+        with open(source, "a") as file:
+            file.write("{}\n")
+
+    monkeypatch.setattr(CorpusWriter, "finish", finish_after_a_change)
+    with pytest.raises(DataError, match=r"0\.jsonl was changed while it was read"):
+        shard_corpus([source], tmp_path / "out", settings(tokenizer), show_progress=False)
+
+
+def test_inputs_that_cannot_be_records_are_one_message(tmp_path: Path, tokenizer: Path) -> None:
+    """Links in a circle, FIFOs, directories, files that cannot be read, empty files, compressed files under a wrong name."""
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "dangling").symlink_to("nothing")
+    (tmp_path / "tree" / "sub").mkdir(parents=True)
+    (tmp_path / "tree" / "sub" / "up").symlink_to("..")
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "empty.jsonl.gz").write_bytes(gzip.compress(b""))
+    (tmp_path / "packed.jsonl").write_bytes(gzip.compress(b"{}"))
+    pq.write_table(pa.table({"a": [1]}), tmp_path / "columns.jsonl")
+    (tmp_path / "text.jsonl.gz").write_bytes(b"{}\n")
+    (tmp_path / "text.parquet").write_bytes(b"{}\n")
+    expected = {
+        "loop": "cannot be read: Too many levels of symbolic links",
+        "dangling": "cannot be read: No such file",
+        "tree/**/*.jsonl": "is a symbolic link that leads back to a directory above it",
+        "tree": "is a directory",
+        "fifo": "is a FIFO",
+        "empty.jsonl": "the inputs are empty",
+        "empty.jsonl.gz": "the inputs are empty",
+        "packed.jsonl": "is gzip; give it a name that ends in .jsonl.gz",
+        "columns.jsonl": "is Parquet; give it a name that ends in .parquet",
+        "text.jsonl.gz": "text.jsonl.gz cannot be read",
+        "text.parquet": "text.parquet is damaged",
+        "absent*.jsonl": "does not exist",
+    }
+    inputs = {str(tmp_path / name): said for name, said in expected.items()} | {
+        "/proc/self/mem": "cannot be read: Input/output error"
+    }
+    for path, said in inputs.items():
+        with pytest.raises(DataError, match=re.escape(said)):
+            shard_corpus([path], tmp_path / "out", settings(tokenizer), show_progress=False)
+
+
+@pytest.mark.command
+def test_a_huge_line_is_dropped_without_parsing_it(tmp_path: Path, tokenizer: Path) -> None:
+    """200 MB of JSON on one line, within 100 MiB more than without it."""
+    good = list(arithmetic_records(200, ArithmeticSettings(digits=4), 0))
+    peaks = []
+    for name, line in (("small", b""), ("huge", b'{"prompt": "' + b"ab " * 70_000_000 + b'", "response": "x"}\n')):
+        source = tmp_path / f"{name}.jsonl"
+        source.write_bytes(b"".join([line, *(json.dumps(r).encode() + b"\n" for r in good)]))
+        arguments = command([source], tmp_path / name, tokenizer, "--workers", "1")[1:]
+        subprocess.run([sys.executable, "-c", MEASURE, *arguments], check=True, capture_output=True)
+        peaks.append(int((tmp_path / f"{name}.peaks").read_text().split()[0]))
+        source.unlink()
+    assert peaks[1] - peaks[0] < 100, f"peak MiB: {peaks}"
+    dropped = json.loads((tmp_path / "huge" / "dropped.jsonl").read_text().splitlines()[0])
+    assert dropped["line"] == 1 and dropped["reason"] == "record too large"
+    assert dropped["detail"] == "210,000,031 bytes; the maximum is 16,777,216"
+    assert Corpus.open(tmp_path / "huge").manifest["counts"]["trajectories"] > 100
 
 
 MEASURE = """
