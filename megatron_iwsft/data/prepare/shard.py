@@ -38,8 +38,9 @@ from megatron_iwsft.data.prepare.corpus_writer import CorpusWriter, Progress, re
 from megatron_iwsft.data.prepare.encode import BlockEncoder, row_schema
 from megatron_iwsft.data.prepare.fast_encoding import choose_encoder
 from megatron_iwsft.data.prepare.filters import Curation
+from megatron_iwsft.data.prepare.messages import Dropped
 from megatron_iwsft.data.prepare.readers import Block, Input, find_inputs, fingerprint, read_blocks, rows_of
-from megatron_iwsft.data.prepare.records import Dropped, RecordFormat, parse
+from megatron_iwsft.data.prepare.records import RecordFormat, parse
 from megatron_iwsft.data.tokenizer import CHAT_TEMPLATE, Tokenizer, load_tokenizer
 from megatron_iwsft.errors import DataError
 from megatron_iwsft.utils.json_files import read_json
@@ -111,6 +112,8 @@ class ShardingJob:
                 some = rows.counts[: _SAMPLE_RECORDS // len(chosen)]
                 counts += some
                 pieces += rows.pieces[: sum(some)]
+        if unused := sampler.reader.messages.unused:
+            log.info(printable(f"keys of messages that are not used: {', '.join(sorted(unused))}"))
         fast, why = choose_encoder(self.tokenizer, pieces, counts)
         log.info(printable(why))
         return fast

@@ -201,9 +201,9 @@ def test_mutated_records_are_kept_or_listed_as_dropped(tmp_path: Path, tokenizer
     tokenizer_ = corpus.tokenizer()
     for i in range(len(corpus)):
         turns = corpus.tokens(i).tolist()
-        special = [t for t in turns if t in set(tokenizer_.special_ids)]
+        special = [t for t in turns if t in set(tokenizer_.control_ids)]
         begin, end = (
-            next(k for k in tokenizer_.special_ids if tokenizer_.decode([k]) == t)
+            next(k for k in tokenizer_.control_ids if tokenizer_.decode([k]) == t)
             for t in ("<|im_start|>", "<|im_end|>")
         )
         assert special == [begin, end] * (len(special) // 2), "special tokens must come from the template only"
