@@ -38,7 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="Hugging Face directory with tokenizer.json, or SentencePiece .model",
     )
-    add("--template", metavar="NAME", help="named chat template (chatml, plain); default: the tokenizer's")
+    add("--template", metavar="NAME", help="named chat template (chatml, plain, deepseek-r1); default: the tokenizer's")
+    option_help = "variable for the template, as JSON, such as enable_thinking=false; repeatable"
+    add("--template-option", action="append", default=[], metavar="NAME=VALUE", help=option_help)
+    add("--date", metavar="YYYY-MM-DD", help="date for a template that asks for today's (default: 2024-07-26)")
     add(
         "--shard-tokens",
         type=positive_int,
@@ -67,11 +70,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_record_options(parser: argparse.ArgumentParser) -> None:
-    title = "records (fields are dotted paths; records with messages or input_ids need none)"
+    title = "records (fields are dotted paths; records with messages, conversations or input_ids need none)"
     add = parser.add_argument_group(title).add_argument
-    add("--preset", metavar="NAME", help="field names of a known dataset: s1k-1.1")
+    add("--preset", metavar="NAME", help="how to read a known dataset: s1k-1.1, openthoughts, openr1, preference")
+    layout_help = "fields: read prompt and response fields also from records that have messages (default: auto)"
+    add("--layout", choices=("auto", "fields"), help=layout_help)
+    add("--ignore-key", action="append", default=[], metavar="KEY", help="key of messages to leave out; repeatable")
+    plain_help = "added token of the tokenizer that content may contain, such as <b>; repeatable"
+    add("--plain-token", action="append", default=[], metavar="TOKEN", help=plain_help)
     add("--prompt-field", metavar="FIELD", help="prompt (default: prompt)")
-    add("--response-field", action="append", metavar="FIELD", help="response; repeat for several solutions per problem")
+    add(
+        "--response-field",
+        action="append",
+        metavar="FIELD",
+        help="response, or a list of them; repeat for several solutions",
+    )
     reasoning_help = "reasoning before the response; once, or once per response"
     add("--reasoning-field", action="append", default=[], metavar="FIELD", help=reasoning_help)
     add("--system-field", metavar="FIELD", help="system prompt")
@@ -109,6 +122,8 @@ def _add_curation_options(parser: argparse.ArgumentParser) -> None:
     )
     add("--min-tokens", type=positive_int, metavar="N", help="drop shorter trajectories")
     add("--max-tokens", type=positive_int, metavar="N", help="drop longer trajectories")
+    long_help = "truncate: cut longer trajectories after --max-tokens tokens instead of dropping them"
+    add("--too-long", choices=("drop", "truncate"), default="drop", help=long_help)
     near_help = "drop near-duplicates of earlier trajectories, by word overlap (0.3 to 1; 0.8 is usual)"
     add("--near-duplicates", type=float, metavar="SIMILARITY", help=near_help)
     benchmark_help = "decontaminate: drop prompts that share 8 words in a row with one of its problems; repeatable"
@@ -164,20 +179,22 @@ def _settings(args: argparse.Namespace) -> Any:
     from megatron_iwsft.data.prepare.filters import Curation
     from megatron_iwsft.data.prepare.shard import ShardSettings
 
-    if args.min_score is not None and not (args.score_field or args.source_score or args.wrong_answers == "score"):
+    record = _record_format(args)
+    if args.min_score is not None and not (record.score_fields or args.source_score or args.wrong_answers == "score"):
         raise DataError("--min-score needs scores: name their field with --score-field; without one every score is 1.")
-    if args.wrong_answers == "score" and (args.score_field or args.source_score):
+    if args.wrong_answers == "score" and (record.score_fields or args.source_score):
         raise DataError("--wrong-answers score makes the score itself; leave out --score-field and --source-score.")
     return ShardSettings(
         tokenizer=args.tokenizer,
         template=args.template,
-        record=_record_format(args),
+        record=record,
         shard_tokens=args.shard_tokens,
         curation=Curation(
             keep=args.keep,
             min_score=args.min_score,
             min_tokens=args.min_tokens,
             max_tokens=args.max_tokens,
+            too_long=args.too_long,
             near_duplicates=args.near_duplicates,
             benchmarks=tuple(args.benchmark),
             benchmark_texts=args.benchmark_texts,
@@ -198,8 +215,13 @@ def _record_format(args: argparse.Namespace) -> Any:
     bad = next((s for s in args.source_score if "=" not in s), None)
     if bad:
         raise DataError(f"--source-score {bad!r} is not of the form SOURCE=EXPRESSION.")
+    bad = next((o for o in args.template_option if "=" not in o), None)
+    if bad:
+        raise DataError(f"--template-option {bad!r} is not of the form NAME=VALUE, as in enable_thinking=false.")
     rendering = replace(
         base.rendering,
+        options=tuple((name, value) for name, _, value in (o.partition("=") for o in args.template_option)),
+        date=args.date or base.rendering.date,
         roles=tuple(args.train_role or base.rendering.roles),
         turns=args.train_turns,
         thinking=tuple(t.replace(r"\n", "\n") for t in args.thinking_tags)
@@ -212,7 +234,10 @@ def _record_format(args: argparse.Namespace) -> Any:
         response_fields=tuple(args.response_field or base.response_fields),
         reasoning_fields=tuple(args.reasoning_field) or base.reasoning_fields,
         system_field=args.system_field,
-        score_fields=tuple(args.score_field),
+        score_fields=tuple(args.score_field) or base.score_fields,
+        layout=args.layout or base.layout,
+        ignored_keys=tuple(args.ignore_key),
+        plain_tokens=tuple(args.plain_token),
         source_field=args.source_field,
         source_scores=tuple(
             (name, expression) for name, _, expression in (s.partition("=") for s in args.source_score)

@@ -1,7 +1,9 @@
-"""Chat templates: render a conversation into pieces of text, each either trained on or not.
+"""Chat templates: render a conversation as trajectories, in pieces of text that are either trained on or not.
 
-The loss mask follows from positions in the rendered text: an assistant turn starts where the template's generation prompt
-ends (exactly what the model sees when it has to answer) and ends after its end-of-turn token.
+What a trained turn is conditioned on is what inference would give the model for it: the template's rendering of the turns before,
+with the generation prompt. What it is trained to write is the rest of the template's rendering up to the end-of-turn token. Turns share a
+trajectory as long as each sees the earlier ones as they were trained; where the template rewrites earlier turns (Qwen3 drops
+their reasoning), the next turn starts another trajectory.
 
 Reasoning (`reasoning_content` of an assistant message) is rendered by the template if it supports that; otherwise it is put
 between thinking tags before the content.
@@ -12,49 +14,32 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
-import jinja2
-import jinja2.ext
-import jinja2.filters
-import jinja2.sandbox
-
-from megatron_iwsft.data.template_tracing import TracedFrame, Untraceable, trace, traceable
+from megatron_iwsft.data.lost_text import find_lost_text
+from megatron_iwsft.data.template_engine import Messages, Template, TemplateError, limited
+from megatron_iwsft.data.template_presets import PRESETS
+from megatron_iwsft.data.template_tracing import Pieces, Trace, TracedFrame, trace
 from megatron_iwsft.data.tokenizer import CHAT_TEMPLATE, Tokenizer
 from megatron_iwsft.errors import DataError
-from megatron_iwsft.utils.limits import TimeLimit, limits
 
-Messages = Sequence[Mapping[str, Any]]
-
-# Private-use code point that marks where an assistant's content starts in templates without a generation prompt.
+# Private-use code point that marks where a content starts.
 _MARK = "\ue000"
 
-# Conversation shapes whose traced frames are cached. Conversations of further shapes are rendered by Jinja.
-_MAX_FRAMES = 4096
+# Conversation shapes whose traces are cached. Conversations of further shapes are rendered by Jinja.
+_MAX_TRACES = 4096
 
-# A template is a program that came with a tokenizer, and renders whatever a record contains. These are limits for one conversation.
-_SECONDS, _EXTRA_BYTES = 30.0, 2 << 30
-_MAX_BITS, _MAX_LENGTH = 4096, 1 << 26  # of numbers, and of repeated strings and lists
+# The names under which templates look for an assistant's reasoning.
+_REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 
-PRESETS = {
-    # The format of Qwen and many others.
-    "chatml": (
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    ),
-    # For tokenizers without chat tokens: needs only a beginning- and an end-of-text token.
-    "plain": (
-        "{{ bos_token or '' }}{% for m in messages %}"
-        "{% if m.role == 'system' %}{{ m.content }}\n\n"
-        "{% elif m.role == 'user' %}Question: {{ m.content }}\n"
-        "{% elif m.role == 'assistant' %}Answer: {{ m.content }}{{ eos_token }}"
-        "{% else %}{{ raise_exception('the plain template knows the roles system, user and assistant') }}{% endif %}"
-        "{% endfor %}{% if add_generation_prompt %}Answer:{% endif %}"
-    ),
-}
+LOST = "text is missing in the rendering"
+
+# Per message of a conversation: whether it is trained on; None where the record does not say.
+TrainFlags = tuple[bool | None, ...]
 
 
 @dataclass(slots=True)
@@ -66,12 +51,21 @@ class Conversation:
     texts          the texts, one per entry of `shape`
     full_messages  the original messages if they have more than role, content and reasoning (tool calls, names), else None
     tools          tool definitions for the template
+    weights        per message how much its turn is trained on, as the record says: 0 is not at all; None where it says nothing
+    options        further variables for the template (`chat_template_kwargs`)
     """
 
     shape: tuple[str, ...]
     texts: list[str]
     full_messages: Messages | None = None
     tools: Any = None
+    weights: tuple[float | None, ...] | None = None
+    options: Mapping[str, Any] | None = None
+
+    @property
+    def train(self) -> TrainFlags | None:
+        """Per message whether it is trained on, as the record says."""
+        return None if self.weights is None else tuple(None if w is None else w > 0 for w in self.weights)
 
     @property
     def messages(self) -> Messages:
@@ -88,12 +82,20 @@ def _messages(shape: Sequence[str], texts: Sequence[str]) -> Messages:
     return out
 
 
-class TemplateError(ValueError):
-    """The template cannot render this conversation. The record is dropped with this `reason`."""
+class Trajectory(NamedTuple):
+    """A rendered trajectory: pieces of text that concatenate to it.
 
-    def __init__(self, detail: str, reason: str = "template cannot render it") -> None:
-        super().__init__(detail)
-        self.reason = reason
+    turns  for each piece, the index of the message whose text it trains; None where it is not trained on
+    frame  the traced frame that rendered it, None if Jinja did
+    """
+
+    texts: list[str]
+    turns: tuple[int | None, ...]
+    frame: TracedFrame | None = None
+
+    @property
+    def last_turn(self) -> int:
+        return max(turn for turn in self.turns if turn is not None)
 
 
 @dataclass(frozen=True)
@@ -103,17 +105,32 @@ class Rendering:
     roles     roles whose turns are trained on: assistant, user or both; never system, developer or tool
     turns     train on all turns of these roles, or only on the last
     thinking  tags before and after an assistant's reasoning, for templates that do not render reasoning themselves
+    options   (name, value as JSON) of further variables for the template, such as ("enable_thinking", "false")
+    date      what a template that asks for today's date gets, as YYYY-MM-DD
     """
 
     roles: tuple[str, ...] = ("assistant",)
     turns: Literal["all", "last"] = "all"
     thinking: tuple[str, str] = ("<think>\n", "\n</think>\n\n")
+    options: tuple[tuple[str, str], ...] = ()
+    date: str = "2024-07-26"  # Llama 3.2's template writes this one where it has no clock
 
     def __post_init__(self) -> None:
         if not self.roles or not set(self.roles) <= {"assistant", "user"}:
             raise DataError(
                 f"cannot train on turns of the roles {', '.join(self.roles) or '(none)'}: --train-role takes assistant and user."
             )
+        for name, value in self.options:
+            try:
+                json.loads(value)
+            except ValueError:
+                raise DataError(
+                    f"--template-option {name}={value} is not JSON. Write NAME=true, NAME=3 or NAME='\"text\"'."
+                ) from None
+        try:
+            datetime.date.fromisoformat(self.date)
+        except ValueError:
+            raise DataError(f"--date {self.date} is not a date of the form YYYY-MM-DD.") from None
 
 
 class ChatTemplate:
@@ -136,191 +153,357 @@ class ChatTemplate:
         self.hash = hashlib.sha256(source.encode()).hexdigest()
         self.source, self.rendering = source, rendering
         self._tokenizer = tokenizer
-        environment = _environment()
+        self._template = Template(source, tokenizer.template_variables, datetime.date.fromisoformat(rendering.date))
+        self._options = {name: json.loads(value) for name, value in rendering.options}
+        self._traces: dict[Any, Trace | None] = {}
+        self._shapes: set[Any] = set()
+        self._open, self._close = (tag.strip() for tag in rendering.thinking)
+        self._opening = re.compile(f"{re.escape(self._open)}\\s*$") if self._open else re.compile("(?!)")
+        question = [{"role": "user", "content": "a"}]
         try:
-            with limits(seconds=_SECONDS, extra_bytes=_EXTRA_BYTES):
-                self._template = environment.from_string(source)
-                self._traceable = traceable(environment, source)
-        except Exception as error:  # Python's compiler raises many kinds: RecursionError, MemoryError, SyntaxError …
-            raise DataError(f"the chat template is not valid Jinja: {_one_line(error)}") from None
-        self._variables = {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token}
-        self._frames: dict[tuple[str, ...], TracedFrame | None] = {}
-        self._check_end_of_turn()
-        self.renders_reasoning = self._probe_reasoning()
-
-    def _check_end_of_turn(self) -> None:
-        probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        try:
-            with _limited():
-                rendered = self.render(probe)
+            with limited():
+                self._header = self._check_answer()
+                prompt = self.render(question, add_generation_prompt=True)
+                self._opens_reasoning = self._opening.search(prompt) is not None
+                self.reasoning_key = self._probe_reasoning()
+                self._reads_thinking = self._probe_thinking()
         except TemplateError as error:
             raise DataError(f"the chat template cannot render a question and an answer: {error}") from None
+
+    def _check_answer(self) -> str:
+        """What the template writes before an answer that its generation prompt does not. Raises DataError for an unsuitable one."""
+        probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        rendered = self.render(probe)
         if self._tokenizer.ends_with_special(rendered) is None:
             raise DataError(
                 "the template does not end an assistant turn with a special token of this tokenizer, so the model would "
                 f"never learn to stop. It renders {rendered!r}; the special tokens are "
                 f"{', '.join(sorted(self._tokenizer.special)) or 'none'}. Choose another template with --template."
             )
+        before = self.render(probe[:1])
+        if self.render(probe[:1], add_generation_prompt=True) != before or not rendered.startswith(before):
+            return ""
+        marked = self.render([probe[0], {**probe[1], "content": f"{_MARK}b"}])
+        return marked[len(before) : max(marked.find(_MARK), len(before))]
 
-    def _probe_reasoning(self) -> bool:
-        probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "reasoning_content": "\ue003"}]
+    def _probe_reasoning(self) -> str | None:
+        """The key under which the template renders reasoning; None if it renders none."""
+        for key in _REASONING_KEYS:
+            probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", key: _MARK}]
+            try:
+                if _MARK in self.render(probe):
+                    return key
+            except TemplateError:
+                continue
+        return None
+
+    def _probe_thinking(self) -> bool:
+        """Whether thinking tags in a content mean something: to the tokenizer, or to the template, which then changes the content."""
+        if not self._open or not self._close:
+            return False
+        if self._tokenizer.control_pattern.search(self._open + self._close):
+            return True
+        content = f"{self._open}\n{_MARK}\n{self._close}\n\nb"
         try:
-            with _limited():
-                return "\ue003" in self.render(probe)
+            answer = self.render([{"role": "user", "content": "a"}, {"role": "assistant", "content": content}])
         except TemplateError:
             return False
+        return content not in answer or self._opens_reasoning
 
-    def render(self, messages: Messages, *, tools: Any = None, add_generation_prompt: bool = False) -> str:
+    def render(
+        self,
+        messages: Messages,
+        *,
+        tools: Any = None,
+        add_generation_prompt: bool = False,
+        options: Mapping[str, Any] | None = None,
+    ) -> str:
         """The conversation as text. Raises TemplateError with the template's own message, whatever the template raises."""
-        try:
-            return self._template.render(
-                messages=messages, add_generation_prompt=add_generation_prompt, tools=tools, **self._variables
-            )
-        except (Untraceable, TimeLimit):
-            raise
-        except jinja2.TemplateError as error:
-            raise TemplateError(f"the template raised an error: {_one_line(error)}") from None
-        except Exception as error:
-            raise TemplateError(f"the template failed: {_one_line(error)}") from None
+        return self._template.render(
+            messages,
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+            options={**self._options, **(options or {})},
+        ).text
 
-    def pieces(self, conversation: Conversation) -> tuple[list[str], TracedFrame | None, tuple[bool, ...]]:
-        """(texts, frame, trained): the pieces, which concatenate to the rendered conversation; the traced frame they were rendered
-        by, or None if by Jinja; and for each piece whether it is trained on.
+    def trajectories(self, conversation: Conversation) -> list[Trajectory]:
+        """The conversation as trajectories, in the order of their last turns.
 
-        Raises TemplateError if no turn of the conversation is trained on, if the template rewrites earlier turns, so that
-        the text before an answer is not what the model would see when it generates that answer, or if rendering takes too long.
+        Raises TemplateError if no turn of the conversation is trained on; if the template leaves out or changes a text; if the
+        generation prompt is not what the template renders before a trained turn; or if rendering takes too long.
         """
-        if conversation.full_messages is None and self._traceable:
-            frame = self._frame_of(conversation.shape)
-            filled = frame.fill(conversation.texts) if frame is not None else None
-            if frame is not None and filled is not None:
-                return filled, frame, frame.trained
-        with _limited():
-            pieces = self.render_pieces(conversation.messages, conversation.tools)
-        return [text for text, _ in pieces], None, tuple(trained for _, trained in pieces)
+        if conversation.full_messages is None and self._template.traceable and not conversation.options:
+            found = self._trace_of(conversation.shape, conversation.train)
+            if found is not None and found.accepts(conversation.texts):
+                return [Trajectory(frame.fill(conversation.texts), frame.turns, frame) for frame in found.frames]
+        with limited():
+            return [
+                Trajectory([text for text, _ in pieces], tuple(turn for _, turn in pieces))
+                for pieces in self.render_trajectories(conversation)
+            ]
 
-    def _frame_of(self, shape: tuple[str, ...]) -> TracedFrame | None:
-        if shape in self._frames:
-            return self._frames[shape]
-        if len(self._frames) == _MAX_FRAMES:
+    def _trace_of(self, shape: tuple[str, ...], train: TrainFlags | None) -> Trace | None:
+        key = shape, train
+        if key in self._traces:
+            return self._traces[key]
+        if len(self._traces) == _MAX_TRACES:
             return None
-        with _limited():
-            frame = trace(len(shape), lambda probes: self.render_pieces(_messages(shape, probes)))
-        self._frames[shape] = frame
-        return frame
 
-    def render_pieces(self, messages: Messages, tools: Any = None) -> list[tuple[str, bool]]:
-        """`pieces`, always rendered by Jinja: [(text, trained)] whose texts concatenate to `render(messages)`."""
-        if not self.renders_reasoning:
-            messages = [self._inline_reasoning(m) for m in messages]
-        full = self.render(messages, tools=tools)
-        chosen = [i for i, m in enumerate(messages) if m.get("role") in self.rendering.roles]
+        def render(probes: list[Any]) -> list[Pieces]:
+            return self._render_all(_messages(shape, probes), train, None, {})
+
+        with limited():
+            found = trace(len(shape), render)
+        # A probe may be missing in a rendering that drops texts: such conversations are rendered one by one, and then dropped.
+        self._traces[key] = found if found is not None and found.complete(shape) else None
+        return self._traces[key]
+
+    def render_trajectories(self, conversation: Conversation) -> list[Pieces]:
+        """`trajectories`, always rendered by Jinja: for each trajectory [(text, turn that it trains or None)]."""
+        errors = []
+        for messages in _equivalent_forms(conversation.messages):
+            try:
+                return self._render_checked(messages, conversation)
+            except TemplateError as error:
+                errors.append(error)
+        # The most specific one: a failure of the template may only mean that it expects another form.
+        raise min(errors, key=lambda error: str(error).startswith("the template failed"))
+
+    def _render_checked(self, messages: Messages, conversation: Conversation) -> list[Pieces]:
+        train, tools, options = conversation.train, conversation.tools, conversation.options or {}
+        rendered = self._render_all(messages, train, tools, options)
+        self._check_lost(messages, rendered, tools)
+        signature = tuple(
+            (m.get("role"), *(_kind(m.get(key)) for key in ("content", "reasoning_content", "tool_calls")))
+            for m in messages
+        )
+        key = signature, train, bool(tools), repr(options)
+        if key not in self._shapes:
+            self._check_shape(messages, train, tools, options)
+            if len(self._shapes) < _MAX_TRACES:
+                self._shapes.add(key)
+        return rendered
+
+    def _check_shape(
+        self, messages: Messages, train: TrainFlags | None, tools: Any, options: Mapping[str, Any]
+    ) -> None:
+        """`_check_lost` with texts that occur nowhere else: a short text may also be found in another turn."""
+        marked = [
+            {**m, **{k: f"\ue010{i}\ue011{k}\ue012" for k in ("content", "reasoning_content") if m.get(k)}}
+            for i, m in enumerate(messages)
+        ]
+        try:
+            rendered = self._render_all(marked, train, tools, options)
+        except TemplateError:
+            return  # the template requires something of the texts
+        self._check_lost(marked, rendered, tools)
+
+    def _check_lost(self, messages: Messages, rendered: list[Pieces], tools: Any) -> None:
+        for pieces in rendered:
+            trained = {turn for _, turn in pieces if turn is not None}
+            text = "".join(text for text, _ in pieces)
+            if lost := find_lost_text(messages[: max(trained) + 1], text, trained=trained, tools=tools):
+                raise TemplateError(f"the template leaves out or changes {lost}; {_ADVICE}", LOST)
+
+    def _render_all(
+        self, messages: Messages, train: TrainFlags | None, tools: Any, options: Mapping[str, Any]
+    ) -> list[Pieces]:
+        turns = self._trained_turns(messages, train)
+        forms = [self._with_reasoning(m) for m in messages]
+        render = partial(self._template.render, tools=tools, options={**self._options, **options})
+        out: list[Pieces] = []
+        text = tail = ""
+        for i in turns:
+            turn = self._turn(forms, i, render)
+            if out and turn.context.startswith(text):
+                new = turn.context[len(text) :]
+            else:
+                if out:
+                    out[-1].append((tail, None))
+                out.append([])
+                new = turn.context
+            out[-1] += [(new, None), *((part, i if trained else None) for part, trained in turn.parts)]
+            text, tail = turn.context + "".join(part for part, _ in turn.parts), turn.tail
+        full = render(forms).text
+        out[-1].append((full[len(text) :] if full.startswith(text) else tail, None))
+        return [[(part, turn_) for part, turn_ in pieces if part] for pieces in out]
+
+    def _trained_turns(self, messages: Messages, train: TrainFlags | None) -> list[int]:
+        by_role = [i for i, m in enumerate(messages) if m.get("role") in self.rendering.roles]
+        chosen = by_role if self.rendering.turns == "all" else by_role[-1:]
+        if train is not None:
+            chosen = [i for i, flag in enumerate(train) if (flag if flag is not None else i in chosen)]
         if not chosen:
-            raise TemplateError(f"there is no turn of {' or '.join(self.rendering.roles)}", "no turn to train on")
-        out: list[tuple[str, bool]] = []
-        at = 0
-        for i in chosen if self.rendering.turns == "all" else chosen[-1:]:
-            start, end = self._turn(messages, i, tools)
-            if start < at or not full.startswith(self.render(messages[: i + 1], tools=tools)[:end]):
-                raise TemplateError(f"the template rewrites turn {i} when later turns follow")
-            out += [(full[at:start], False), (full[start:end], True)]
-            at = end
-        out.append((full[at:], False))
-        return [(text, trained) for text, trained in out if text]
+            raise TemplateError(
+                f"there is no turn of {' or '.join(self.rendering.roles)} to train on", "no turn to train on"
+            )
+        return chosen
 
-    def _inline_reasoning(self, message: Mapping[str, Any]) -> Mapping[str, Any]:
+    def _with_reasoning(self, message: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The message as the template takes its reasoning."""
         reasoning = message.get("reasoning_content")
-        if reasoning is None:
+        if reasoning is None or self.reasoning_key == "reasoning_content" or self._opens_reasoning:
             return message
-        before, after = self.rendering.thinking
         rest = {k: v for k, v in message.items() if k != "reasoning_content"}
+        if self.reasoning_key is not None:
+            return rest | {self.reasoning_key: reasoning}
+        before, after = self.rendering.thinking
         return rest | {"content": before + reasoning + after + (message.get("content") or "")}
 
-    def _turn(self, messages: Messages, i: int, tools: Any) -> tuple[int, int]:
-        """Start and end of turn i in the rendering of the messages up to and including it."""
-        through = self.render(messages[: i + 1], tools=tools)
-        before = self.render(messages[:i], tools=tools) if i else ""
-        assistant = messages[i]["role"] == "assistant"
-        prompt = self.render(messages[:i], tools=tools, add_generation_prompt=True) if assistant and i else before
-        if prompt == before:  # no generation prompt: the turn starts with its content
-            start = self._content_start(messages, i, tools, through)
-        elif through.startswith(prompt):
-            start = len(prompt)
+    def _turn(self, messages: Messages, i: int, render: Any) -> _Turn:
+        through = render(messages[: i + 1])
+        before = render(messages[:i]) if i else None
+        base = before.text if before else ""
+        answers = messages[i].get("role") == "assistant" and i > 0
+        prompt = render(messages[:i], add_generation_prompt=True).text if answers else base
+        expected = prompt if prompt != base else base + self._header
+        opening = self._opening.search(prompt) if prompt != base else None
+        prefix = ""  # of what the model writes, before what the template renders
+        if answers and through.text.startswith(expected):
+            context, start = expected, len(expected)
+        elif opening is not None and through.text.startswith(prompt[: opening.start()]):
+            # The generation prompt opens the reasoning, and the template renders none of it.
+            context, start = prompt, opening.start()
+            prefix = self._close_reasoning(messages[i], through.text[start:])
+        elif prompt == base:
+            start = self._content_start(messages, i, through.text, render)
+            context = through.text[:start] if not answers or through.text.startswith(base) else prompt + self._header
         else:
-            raise TemplateError(f"the generation prompt differs from what the template renders before turn {i}")
-        end = self._tokenizer.ends_with_special(through[start:])
+            raise TemplateError(
+                f"the generation prompt differs from what the template renders before turn {i}: it ends {prompt[-40:]!r}, "
+                f"and the turn begins {through.text[len(base) : len(base) + 40]!r}"
+            )
+        end = self._tokenizer.ends_with_special(through.text[start:])
         if end is None:
             raise TemplateError(f"turn {i} does not end with an end-of-turn token")
-        return start, start + end
+        parts = [(prefix, True), (through.text[start : start + end], True)]
+        if self._template.marks_generation:
+            spans = through.generated[len(before.generated) if before else 0 :]
+            parts = [(prefix, True), *self._marked_parts(through.text, start, start + end, spans)]
+        return _Turn(context, parts, through.text[start + end :])
 
-    def _content_start(self, messages: Messages, i: int, tools: Any, through: str) -> int:
-        field = "reasoning_content" if messages[i].get("reasoning_content") is not None else "content"
+    def _close_reasoning(self, message: Mapping[str, Any], answer: str) -> str:
+        if answer.lstrip().startswith(self._open):
+            raise TemplateError("the generation prompt opens the reasoning in another way than the template renders it")
+        return str((message.get("reasoning_content") or "") + self.rendering.thinking[1])
+
+    def _marked_parts(
+        self, text: str, start: int, end: int, spans: list[tuple[int, int]]
+    ) -> Iterator[tuple[str, bool]]:
+        """text[start:end], trained on inside the {% generation %} blocks `spans`, and on the end-of-turn token."""
+        at = start
+        for k, (first, last) in enumerate(spans):
+            first, last = max(first, at), min(last, end)
+            if k == len(spans) - 1 and not self._tokenizer.special_pattern.sub("", text[last:end]).strip():
+                last = end
+            yield text[at:first], False
+            yield text[first:last], True
+            at = max(at, last)
+        yield text[at:end], False
+
+    def _content_start(self, messages: Messages, i: int, through: str, render: Any) -> int:
+        key = self.reasoning_key
+        field = key if key is not None and messages[i].get(key) is not None else "content"
         text = messages[i].get(field)
-        if text is None:
-            raise TemplateError(
-                f"cannot find the start of turn {i}: it has no text, and the template has no generation prompt"
-            )
-        marked = self.render([*messages[:i], {**messages[i], field: _MARK + text}], tools=tools)
+        if not text:  # a tool call: it starts where the text of an answer would
+            marked = render([*messages[:i], {"role": messages[i]["role"], "content": _MARK}]).text
+            start = marked.find(_MARK)
+            if start < 0 or marked[:start] != through[:start]:
+                raise TemplateError(f"cannot find the start of turn {i}, which has no text")
+            return start
+        marked = render([*messages[:i], {**messages[i], field: _MARK + text}]).text
         start = marked.find(_MARK)
         if start < 0 or marked.replace(_MARK, "", 1) != through:
             raise TemplateError(f"the template changes the content of turn {i}")
         return start
 
+    def separate_reasoning(self, conversation: Conversation) -> Conversation:
+        """The conversation with reasoning that stands between thinking tags inside an answer as the answer's reasoning.
 
-@contextmanager
-def _limited() -> Iterator[None]:
-    """Raise TemplateError if rendering one conversation takes too long or too much memory."""
+        Only if the tags mean something to the tokenizer or the template; otherwise they are ordinary text.
+        """
+        if not self._reads_thinking or not any(self._close in text for text in conversation.texts):
+            return conversation
+        if conversation.full_messages is not None:
+            messages = [self._separated(m) for m in conversation.full_messages]
+        else:
+            messages = [self._separated(m) for m in conversation.messages]
+        shape: list[str] = []
+        texts: list[str] = []
+        for m in messages:
+            reasoning = m.get("reasoning_content")
+            shape += [m["role"]] if reasoning is None else [m["role"], "content"]
+            texts += [m.get("content") or ""] if reasoning is None else [reasoning, m.get("content") or ""]
+        full = None if conversation.full_messages is None else messages
+        return replace(conversation, shape=tuple(shape), texts=texts, full_messages=full)
+
+    def _separated(self, message: Mapping[str, Any]) -> Mapping[str, Any]:
+        content = message.get("content")
+        if message["role"] != "assistant" or message.get("reasoning_content") or not isinstance(content, str):
+            return message
+        before, tag, after = content.partition(self._close)
+        opened = before.lstrip().startswith(self._open)
+        if not tag or (self._open in before and not opened):
+            return message
+        reasoning = before.lstrip().removeprefix(self._open) if opened else before
+        return {**message, "reasoning_content": reasoning.strip("\n"), "content": after.lstrip("\n")}
+
+
+class _Turn(NamedTuple):
+    """A trained turn: what inference gives the model before it, its text as (part, trained), and what the template renders after it."""
+
+    context: str
+    parts: list[tuple[str, bool]]
+    tail: str
+
+
+_ADVICE = (
+    "use a template that renders it (--template deepseek-r1 for the reasoning of DeepSeek-R1), or change the record"
+)
+
+
+def _kind(value: Any) -> Any:
+    return len(value) if isinstance(value, list) else bool(value) if value is not None else None
+
+
+def _equivalent_forms(messages: Messages) -> Iterator[Messages]:
+    """The messages, with tool calls in each form that means the same to an API and of which a template may take only one.
+
+    Arguments are objects or JSON texts, and the content beside a call is empty or null.
+    """
+    if not any(m.get("tool_calls") for m in messages):
+        yield messages
+        return
+    for form in (_as_object, _as_json):
+        for empty in ("", None):
+            yield [_with_call_form(m, form, empty) for m in messages]
+
+
+def _with_call_form(message: Mapping[str, Any], form: Callable[[Any], Any], empty: Any) -> Mapping[str, Any]:
+    calls = message.get("tool_calls")
+    if not isinstance(calls, list):
+        return message
+    out = []
+    for call in calls:
+        if isinstance(call, Mapping) and isinstance(call.get("function"), Mapping):
+            function = call["function"]
+            call = {**call, "function": {**function, "arguments": form(function.get("arguments"))}}
+        elif isinstance(call, Mapping) and "arguments" in call:
+            call = {**call, "arguments": form(call["arguments"])}
+        out.append(call)
+    content = empty if not message.get("content") else message["content"]
+    return {**message, "tool_calls": out, "content": content}
+
+
+def _as_object(arguments: Any) -> Any:
+    if not isinstance(arguments, str):
+        return arguments
     try:
-        with limits(seconds=_SECONDS, extra_bytes=_EXTRA_BYTES):
-            yield
-    except TimeLimit:
-        raise TemplateError(f"the template took longer than {_SECONDS:g} seconds") from None
+        found = json.loads(arguments)
+    except (ValueError, RecursionError):
+        return arguments
+    return found if isinstance(found, dict) else arguments
 
 
-def _one_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    if isinstance(error, jinja2.TemplateError):
-        return lines[0] if lines else "no message"
-    return f"{type(error).__name__}: {lines[0]:.300}" if lines else type(error).__name__
-
-
-class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """Arithmetic on large numbers and repetition run in C, where no time limit reaches them: their operands are bounded."""
-
-    intercepted_binops = frozenset(jinja2.sandbox.SandboxedEnvironment.default_binop_table)
-
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        for value in (left, right):
-            if isinstance(value, int) and value.bit_length() > _MAX_BITS:
-                raise OverflowError(f"a number of more than {_MAX_BITS} bits")
-        if operator == "**" and not (isinstance(right, float) or abs(right) <= 64):
-            raise OverflowError("an exponent above 64")
-        if operator == "*":
-            for value, times in ((left, right), (right, left)):
-                if isinstance(times, int) and hasattr(value, "__len__") and len(value) * times > _MAX_LENGTH:
-                    raise OverflowError(f"a text or list of more than {_MAX_LENGTH} items")
-        return super().call_binop(context, operator, left, right)
-
-
-def _round(value: float, precision: int = 0, method: Any = "common") -> float:
-    """Jinja's filter, which computes 10 ** precision, for a precision that a number can have."""
-    if not -400 <= precision <= 400:
-        raise OverflowError(f"round to {precision:.0e} digits")
-    return jinja2.filters.do_round(value, precision, method)
-
-
-def _environment() -> jinja2.Environment:
-    """The Jinja environment that `transformers` uses for chat templates."""
-    environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols])
-
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    def tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
-
-    environment.filters["tojson"] = tojson
-    environment.filters["round"] = _round
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda fmt: datetime.datetime.now().strftime(fmt)
-    return environment
+def _as_json(arguments: Any) -> Any:
+    return json.dumps(arguments, ensure_ascii=False) if isinstance(arguments, dict | list) else arguments

@@ -9,7 +9,7 @@ directly. If the template does anything that a probe cannot record, the shape ha
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,8 @@ _TRACEABLE_FILTERS = frozenset(
     {"trim", "string", "tojson", "length", "list", "default", "selectattr", "rejectattr", "items"}
 )
 
-Pieces = list[tuple[str, bool]]
+# (text, index of the message that it trains or None) for each piece of a rendered trajectory
+Pieces = list[tuple[str, int | None]]
 
 
 class Untraceable(Exception):
@@ -31,33 +32,58 @@ class Untraceable(Exception):
 
 @dataclass(frozen=True)
 class TracedFrame:
-    """The rendering of all conversations of one shape: fixed text with slots for the messages' texts.
+    """A trajectory of all conversations of one shape: fixed text with slots for the messages' texts.
 
-    pieces     for each piece, its format string with one %s per slot, and the slots' indices
-    trained    for each piece, whether it is trained on
-    stripped   slots that the template strips: their text must not begin or end with whitespace
-    forbidden  (slot, string) pairs: the template searches the slot's text for the string, so the text must not contain it
+    pieces  for each piece, its format string with one %s per slot, and the slots' indices
+    turns   for each piece, the index of the message that it trains, or None
     """
 
     pieces: tuple[tuple[str, tuple[int, ...]], ...]
-    trained: tuple[bool, ...]
-    stripped: tuple[int, ...]
-    forbidden: tuple[tuple[int, str], ...]
+    turns: tuple[int | None, ...]
 
-    def fill(self, texts: list[str]) -> list[str] | None:
-        """The rendered pieces with `texts` in their slots; None if these texts have to be rendered by the template itself."""
-        for slot in self.stripped:
-            if texts[slot].strip() != texts[slot]:
-                return None
-        for slot, string in self.forbidden:
-            if string in texts[slot]:
-                return None
-        if "" in texts:
-            return None
+    def fill(self, texts: list[str]) -> list[str]:
+        """The rendered pieces with `texts` in their slots."""
         return [
             piece % texts[slots[0]] if len(slots) == 1 else piece % tuple([texts[s] for s in slots])
             for piece, slots in self.pieces
         ]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """The rendering of all conversations of one shape, as one frame for each trajectory.
+
+    stripped   slots that the template strips: their text must not begin or end with whitespace
+    forbidden  (slot, string) pairs: the template searches the slot's text for the string, so the text must not contain it
+    """
+
+    frames: tuple[TracedFrame, ...]
+    stripped: tuple[int, ...]
+    forbidden: tuple[tuple[int, str], ...]
+
+    def accepts(self, texts: list[str]) -> bool:
+        """Whether the frames render these texts as the template does."""
+        for slot in self.stripped:
+            if texts[slot].strip() != texts[slot]:
+                return False
+        for slot, string in self.forbidden:
+            if string in texts[slot]:
+                return False
+        return "" not in texts
+
+    def complete(self, shape: Sequence[str]) -> bool:
+        """Whether every frame shows the content of each turn up to its last trained one, and the reasoning of each trained turn."""
+        for frame in self.frames:
+            trained = {turn for turn in frame.turns if turn is not None}
+            shown = {slot for _, slots in frame.pieces for slot in slots}
+            turn = -1
+            for slot, kind in enumerate(shape):
+                turn += kind != "content"
+                is_reasoning = kind != "content" and shape[slot + 1 : slot + 2] == ("content",)
+                wanted = turn in trained if is_reasoning else turn <= max(trained)
+                if wanted and slot not in shown:
+                    return False
+        return True
 
 
 def traceable(environment: jinja2.Environment, source: str) -> bool:
@@ -68,8 +94,8 @@ def traceable(environment: jinja2.Environment, source: str) -> bool:
     return all(f.name in _TRACEABLE_FILTERS for f in tree.find_all(nodes.Filter))
 
 
-def trace(slots: int, render: Callable[[list[Any]], Pieces]) -> TracedFrame | None:
-    """The frame of `render`, a function of `slots` texts; None if it cannot be traced.
+def trace(slots: int, render: Callable[[list[Any]], list[Pieces]]) -> Trace | None:
+    """The trace of `render`, a function of `slots` texts; None if it cannot be traced.
 
     Exceptions of `render` other than Untraceable are passed on.
     """
@@ -85,16 +111,18 @@ def trace(slots: int, render: Callable[[list[Any]], Pieces]) -> TracedFrame | No
         )
     longest_first = sorted(by_text, key=len, reverse=True)
     cut = re.compile(f"({'|'.join(map(re.escape, longest_first))})") if slots else re.compile("(?!)")
-    pieces = []
-    for text, _ in rendered:
-        parts = cut.split(text)
-        if any(_DIGITS in part for part in parts[::2]):
-            return None  # the template changed a text
-        piece = "%s".join(part.replace("%", "%%") for part in parts[::2])
-        pieces.append((piece, tuple(by_text[part] for part in parts[1::2])))
-    return TracedFrame(
-        pieces=tuple(pieces),
-        trained=tuple(trained for _, trained in rendered),
+    frames = []
+    for trajectory in rendered:
+        pieces = []
+        for text, _ in trajectory:
+            parts = cut.split(text)
+            if any(_DIGITS in part for part in parts[::2]):
+                return None  # the template changed a text
+            piece = "%s".join(part.replace("%", "%%") for part in parts[::2])
+            pieces.append((piece, tuple(by_text[part] for part in parts[1::2])))
+        frames.append(TracedFrame(tuple(pieces), tuple(turn for _, turn in trajectory)))
+    return Trace(
+        frames=tuple(frames),
         stripped=tuple(i for i, p in enumerate(probes) if p.stripped),
         forbidden=tuple((i, s) for i, p in enumerate(probes) for s in sorted(p.forbidden)),
     )

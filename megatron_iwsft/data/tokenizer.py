@@ -29,6 +29,9 @@ from megatron_iwsft.utils.json_files import KEEP_UNKNOWN_KEYS, read_json
 CHAT_TEMPLATE = "chat_template.jinja"
 # The files beside tokenizer.json, all optional. They are copied into corpora and exports.
 _MAX_VOCAB = 1 << 24
+_MODEL_NAME = re.compile(r"\.model(\.v\d+(m\d+)?)?$|\.tiktoken$|^tekken.*\.json$")
+_TIKTOKEN = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\s")
+_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _CONFIG_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", CHAT_TEMPLATE)
 
 
@@ -37,17 +40,24 @@ class Tokenizer(ABC):
 
     fingerprint      SHA-256 of the file that determines the token ids (the chat template has a separate hash)
     vocab_size       largest id + 1
-    special          texts of the special tokens; the content of a message must not contain them
-    special_ids      their ids, without that of the unknown token
-    special_pattern  matches any of them in a text
-    files            the tokenizer's files, for `copy_to`
+    special             texts of the special tokens, one of which ends a turn
+    special_pattern     matches any of them in a text
+    control             texts of the special and of all other added tokens except whitespace: the content of a message must not
+                        contain them, whether the tokenizer's file calls them special (`<|im_end|>`) or not (`<tool_call>`)
+    control_ids         their ids, without that of the unknown token
+    control_pattern     matches any of them in a text
+    template_variables  the special tokens that a chat template may write, by their names (`bos_token`, …)
+    files               the tokenizer's files, for `copy_to`
     """
 
     fingerprint: str
     vocab_size: int
     special: frozenset[str]
-    special_ids: list[int]
     special_pattern: re.Pattern[str]
+    control: frozenset[str]
+    control_ids: list[int]
+    control_pattern: re.Pattern[str]
+    template_variables: dict[str, str]
     bos_token: str | None
     eos_token: str | None
     chat_template: str | None
@@ -80,11 +90,10 @@ class Tokenizer(ABC):
                 raise DataError(
                     f"the tokenizer's file {file} no longer exists. Restore it and run the same command again."
                 )
-            shutil.copyfile(file, directory / ("tokenizer.model" if file.suffix == ".model" else file.name))
+            shutil.copyfile(file, directory / ("tokenizer.model" if ".model" in file.name else file.name))
 
-    def _compile_special(self) -> None:
-        longest_first = sorted(self.special, key=len, reverse=True)
-        self.special_pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+    def _compile_patterns(self) -> None:
+        self.special_pattern, self.control_pattern = any_of(self.special), any_of(self.control)
 
     def ends_with_special(self, text: str) -> int | None:
         """Length of `text` up to and including its last special token if only whitespace follows it, else None."""
@@ -117,17 +126,20 @@ class HuggingFaceTokenizer(Tokenizer):
             raise DataError(
                 f"{path} has a vocabulary of {self.vocab_size:,} tokens; supported are 1 to {_MAX_VOCAB:,}."
             )
-        self.special = frozenset(
-            token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special
-        )
+        added = {i: token for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.content}
+        self.special = frozenset(token.content for token in added.values() if token.special)
+        # Several tokenizers add runs of whitespace as tokens, which SentencePiece writes as ▁.
+        self.control = self.special | {t.content for t in added.values() if t.content.strip("▁ \t\r\n")}
         unknown = {_token_text(config.get("unk_token")), getattr(self._tokenizer.model, "unk_token", None)}
-        added = self._tokenizer.get_added_tokens_decoder()
-        self.special_ids = sorted(i for i, t in added.items() if t.content in self.special - unknown)
-        self.bos_token = _token_text(config.get("bos_token"))
-        self.eos_token = _token_text(config.get("eos_token"))
+        self.control_ids = sorted(i for i, t in added.items() if t.content in self.control - unknown)
+        self.template_variables = {
+            name: text for name in _TOKEN_NAMES if (text := _token_text(config.get(name))) is not None
+        }
+        self.bos_token = self.template_variables.get("bos_token")
+        self.eos_token = self.template_variables.get("eos_token")
         self.chat_template = _chat_template(directory, config)
         self.files = [path, *(directory / name for name in _CONFIG_FILES if (directory / name).exists())]
-        self._compile_special()
+        self._compile_patterns()
 
     def encode_pieces(self, texts: Sequence[str]) -> list[list[int]]:
         try:
@@ -178,12 +190,18 @@ class SentencePieceTokenizer(Tokenizer):
             self._processor.id_to_piece(i): i for i in range(self.vocab_size) if self._processor.is_control(i)
         }
         self.special = frozenset(self._control)
-        self.special_ids = sorted(self._control.values())
+        defined = {
+            p.piece: i for i, p in enumerate(model.pieces) if p.type == p.USER_DEFINED and p.piece.strip("▁ \t\r\n")
+        }
+        self.control = self.special | frozenset(defined)
+        self.control_ids = sorted([*self._control.values(), *defined.values()])
         self.bos_token = self._piece(self._processor.bos_id())
         self.eos_token = self._piece(self._processor.eos_id())
+        tokens = {"bos_token": self.bos_token, "eos_token": self.eos_token}
+        self.template_variables = {name: text for name, text in tokens.items() if text is not None}
         self.chat_template = None
         self.files = [path]
-        self._compile_special()
+        self._compile_patterns()
         self._split = re.compile(f"({self.special_pattern.pattern})")
 
     def _piece(self, i: int) -> str | None:
@@ -216,6 +234,12 @@ class SentencePieceTokenizer(Tokenizer):
         return "".join(out)
 
 
+def any_of(texts: frozenset[str]) -> re.Pattern[str]:
+    """A pattern that matches any of `texts`, the longest where several do; nothing if there is none."""
+    longest_first = sorted(texts, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+
 def _flatten(ids: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
     lengths = np.fromiter(map(len, ids), np.int64, len(ids))
     return np.fromiter(chain.from_iterable(ids), np.int32, int(lengths.sum())), lengths
@@ -238,22 +262,33 @@ def _adds_space(part: Any) -> bool:
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Open a Hugging Face directory, a `tokenizer.json`, a SentencePiece `.model` file, or a directory with `tokenizer.model`.
+    """Open a Hugging Face directory, a `tokenizer.json`, a SentencePiece model (`tokenizer.model`, or as Mistral names them
+    `tokenizer.model.v3`), or a directory with `tokenizer.model`.
 
-    Raises DataError if `path` is none of these.
+    Raises DataError if `path` is none of these; for tiktoken and tekken files it says how to convert them.
     """
     path = Path(path)
     if path.name == "tokenizer.json":
         path = path.parent
     if (path / "tokenizer.json").is_file():
         return HuggingFaceTokenizer(path)
-    if (path / "tokenizer.model").is_file():
-        return SentencePieceTokenizer(path / "tokenizer.model")
-    if path.is_file() and path.suffix == ".model":
-        return SentencePieceTokenizer(path)
-    raise DataError(
-        f"no tokenizer at {path}: expected a directory with tokenizer.json or tokenizer.model, or a SentencePiece .model file."
-    )
+    found = [path] if path.is_file() else sorted(path.iterdir()) if path.is_dir() else []
+    models = [p for p in found if _MODEL_NAME.search(p.name) and p.is_file()]
+    if not models:
+        raise DataError(
+            f"no tokenizer at {path}: expected a directory with tokenizer.json or tokenizer.model, or a SentencePiece .model file."
+        )
+    if len(models) > 1 and path / "tokenizer.model" not in models:
+        raise DataError(
+            f"{path} has several tokenizers: {', '.join(m.name for m in models)}. Give the path of one of them."
+        )
+    model = path / "tokenizer.model" if path / "tokenizer.model" in models else models[0]
+    if model.name.startswith("tekken") or _TIKTOKEN.match(_read(model)):
+        raise DataError(
+            f"{model} is a {'tekken' if model.name.startswith('tekken') else 'tiktoken'} file. Most models publish a tokenizer.json "
+            "as well; otherwise transformers.AutoTokenizer.from_pretrained(DIRECTORY).save_pretrained(OUTPUT) makes one."
+        )
+    return SentencePieceTokenizer(model)
 
 
 def _read(path: Path) -> bytes:
@@ -281,6 +316,10 @@ class _Config(TypedDict):
     bos_token: NotRequired[_Token]
     eos_token: NotRequired[_Token]
     unk_token: NotRequired[_Token]
+    sep_token: NotRequired[_Token]
+    pad_token: NotRequired[_Token]
+    cls_token: NotRequired[_Token]
+    mask_token: NotRequired[_Token]
     chat_template: NotRequired[str | list[_NamedTemplate] | None]
 
 

@@ -16,14 +16,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from megatron_iwsft.data import chat_template, checksums
-from megatron_iwsft.data.chat_template import PRESETS, ChatTemplate
+from megatron_iwsft.data import checksums, template_engine
+from megatron_iwsft.data.chat_template import ChatTemplate
 from megatron_iwsft.data.corpus import Corpus
 from megatron_iwsft.data.prepare.corpus_writer import PROGRESS
 from megatron_iwsft.data.prepare.expressions import compile_expression
 from megatron_iwsft.data.prepare.filters import Curation
 from megatron_iwsft.data.prepare.inspect import Inspection
 from megatron_iwsft.data.prepare.shard import ShardSettings, shard_corpus
+from megatron_iwsft.data.template_presets import PRESETS
 from megatron_iwsft.data.tokenizer import load_tokenizer
 from megatron_iwsft.errors import DataError
 from megatron_iwsft.reference.sidecar import ReferenceIdentity, Sidecar, SidecarWriter
@@ -435,8 +436,9 @@ IN_TEMPLATE = {
 
 @pytest.mark.parametrize("attack", IN_TEMPLATE)
 def test_a_template_that_fails_drops_the_record(attack: str, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(chat_template, "_SECONDS", 0.5)
-    monkeypatch.setattr(chat_template, "_EXTRA_BYTES", 1 << 28)
+    if attack == HANG:
+        monkeypatch.setattr(template_engine, "_SECONDS", 0.5)
+    monkeypatch.setattr(template_engine, "_EXTRA_BYTES", 1 << 28)
     source = f"{{% if 'now' in messages[0].content %}}{attack}{{% endif %}}{CHATML}"
     tiny.write_jsonl(
         tmp_path / "r.jsonl", [{"prompt": "Do it now", "response": "x"}, {"prompt": "Do not", "response": "x"}]
@@ -486,7 +488,7 @@ TOKENIZER_ATTACKS: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 @pytest.mark.parametrize("attack", TOKENIZER_ATTACKS)
 def test_a_malicious_tokenizer_is_refused(attack: str, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(chat_template, "_SECONDS", 0.5)
+    monkeypatch.setattr(template_engine, "_SECONDS", 0.5)
     apply, message = TOKENIZER_ATTACKS[attack]
     directory = tiny.hf_tokenizer(tmp_path / "t")
     apply(directory)

@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_iwsft.data.chat_template import PRESETS, ChatTemplate, Conversation, Rendering, TemplateError
+from megatron_iwsft.data.chat_template import ChatTemplate, Conversation, Rendering, Trajectory
 from megatron_iwsft.data.corpus import Corpus
 from megatron_iwsft.data.prepare.inspect import runs
 from megatron_iwsft.data.prepare.records import RecordFormat
 from megatron_iwsft.data.prepare.shard import ShardSettings, shard_corpus
+from megatron_iwsft.data.template_engine import TemplateError
+from megatron_iwsft.data.template_presets import PRESETS
 from megatron_iwsft.data.tokenizer import load_tokenizer
 from megatron_iwsft.errors import DataError
 from tests.support import tiny
@@ -104,13 +106,13 @@ def test_a_traced_frame_renders_the_same_as_the_template(tmp_path: Path, name: s
             shape += ("content",)
         conversation = Conversation(shape, [str(rng.choice(TEXTS)) for _ in shape])
         try:
-            expected = template.render_pieces(conversation.messages)
+            expected = template.render_trajectories(conversation)
         except TemplateError as error:
             expected = str(error)
         try:
-            texts, frame, trained = template.pieces(conversation)
-            found = [(t, flag) for t, flag in zip(texts, trained, strict=True) if t]
-            by_frame += frame is not None
+            trajectories = template.trajectories(conversation)
+            found = [[(t, turn) for t, turn in zip(x.texts, x.turns, strict=True) if t] for x in trajectories]
+            by_frame += trajectories[0].frame is not None
         except TemplateError as error:
             found = str(error)
         assert found == expected
@@ -136,19 +138,25 @@ def test_a_traced_frame_renders_the_same_as_the_template(tmp_path: Path, name: s
 def test_a_template_that_inspects_the_texts_is_not_traced(tmp_path: Path, template: str) -> None:
     t = ChatTemplate(load_tokenizer(tiny.hf_tokenizer(tmp_path, template=template)))
     try:
-        _, frame, _ = t.pieces(Conversation(("user", "assistant"), ["a question", "an answer"]))
+        (trajectory,) = t.trajectories(Conversation(("user", "assistant"), ["a question", "an answer"]))
     except TemplateError:
         return  # the template changes the answer, so it has no position in the rendered text
-    assert frame is None
+    assert trajectory.frame is None
 
 
-def test_templates_that_drop_earlier_reasoning_need_training_on_the_last_turn(tmp_path: Path) -> None:
+def trained(trajectory: Trajectory) -> list[str]:
+    return [text for text, turn in zip(trajectory.texts, trajectory.turns, strict=True) if turn is not None]
+
+
+def test_a_template_that_drops_earlier_reasoning_gives_a_trajectory_for_each_turn(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(tiny.hf_tokenizer(tmp_path, template=THINKING))
-    messages = Conversation(("user", "assistant", "content") * 2, ["Q", "hm", "A", "Q2", "hmm", "A2"])
-    with pytest.raises(TemplateError, match="rewrites turn 1"):
-        ChatTemplate(tokenizer).pieces(messages)
-    texts, _, trained = ChatTemplate(tokenizer, rendering=Rendering(turns="last")).pieces(messages)
-    assert [t for t, flag in zip(texts, trained, strict=True) if flag] == ["<think>\nhmm\n</think>\n\nA2<|im_end|>"]
+    conversation = Conversation(("user", "assistant", "content") * 2, ["Q", "hm", "A", "Q2", "hmm", "A2"])
+    first, second = ChatTemplate(tokenizer).trajectories(conversation)
+    assert trained(first) == ["<think>\nhm\n</think>\n\nA<|im_end|>"]
+    assert trained(second) == ["<think>\nhmm\n</think>\n\nA2<|im_end|>"]
+    assert "hm\n" not in second.texts[0]
+    (last,) = ChatTemplate(tokenizer, rendering=Rendering(turns="last")).trajectories(conversation)
+    assert last.texts == second.texts
 
 
 def test_tool_and_system_turns_cannot_be_trained_on() -> None:

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_iwsft.data.chat_template import PRESETS
 from megatron_iwsft.data.corpus import Corpus
 from megatron_iwsft.data.prepare.records import RecordFormat
 from megatron_iwsft.data.prepare.shard import ShardSettings, shard_corpus
+from megatron_iwsft.data.template_presets import PRESETS
 
 LENGTHS = [30 + (i * 37) % 90 for i in range(40)]  # tokens per trajectory of a small corpus
 

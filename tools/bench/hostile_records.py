@@ -159,7 +159,7 @@ def _forged(corpus: Corpus) -> Iterator[int]:
     (begin,), (end,) = tokenizer.encode_pieces(["<|im_start|>", "<|im_end|>"])
     for i in range(len(corpus)):
         ids = corpus.tokens(i)
-        control = ids[np.isin(ids, tokenizer.special_ids)].tolist()
+        control = ids[np.isin(ids, tokenizer.control_ids)].tolist()
         if control != [begin, end] * (len(control) // 2):
             yield i
 

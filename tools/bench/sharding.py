@@ -123,7 +123,7 @@ def _records(args: argparse.Namespace) -> Iterator[dict[str, str]]:
 
 def train(kind: str, records: list[dict[str, str]], directory: Path) -> tuple[Path, str | None]:
     """Train a tokenizer of 8,000 tokens on the records; returns its path and the name of the template it needs."""
-    from megatron_iwsft.data.chat_template import PRESETS
+    from megatron_iwsft.data.template_presets import PRESETS
 
     directory.mkdir()
     texts = [r[field] for r in records for field in ("prompt", "response")]
@@ -344,7 +344,10 @@ def check(corpus_path: Path, records: Path, tokenizer_path: Path, template_name:
         texts = {n: json.loads(line) for n, line in enumerate(file, 1)}
     for i, line in enumerate(lines):
         record = texts[line]
-        pieces, _, _ = template.pieces(Conversation(("user", "assistant"), [record["prompt"], record["response"]]))
+        (trajectory,) = template.trajectories(
+            Conversation(("user", "assistant"), [record["prompt"], record["response"]])
+        )
+        pieces = trajectory.texts
         own = [t for ids in tokenizer.encode_pieces(pieces) for t in ids]
         found = corpus.tokens(i).tolist()
         wrong += found != own

@@ -8,20 +8,24 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 
-from megatron_iwsft.data.chat_template import ChatTemplate, Conversation, TemplateError
+from megatron_iwsft.data.chat_template import ChatTemplate, Conversation
 from megatron_iwsft.data.indexed import token_dtype
 from megatron_iwsft.data.prepare.fast_encoding import CheckedEncoder, Encoder, gigatoken_encoder
 from megatron_iwsft.data.prepare.filters import AnswerCheck, Benchmarks, Curation, Signatures
+from megatron_iwsft.data.prepare.messages import Dropped
 from megatron_iwsft.data.prepare.readers import Block, numbered_records
-from megatron_iwsft.data.prepare.records import NESTED, Dropped, RecordFormat, RecordReader, Sample
+from megatron_iwsft.data.prepare.records import NESTED, RecordFormat, RecordReader, Sample
+from megatron_iwsft.data.template_engine import TemplateError
 from megatron_iwsft.data.template_tracing import TracedFrame
-from megatron_iwsft.data.tokenizer import Tokenizer
+from megatron_iwsft.data.tokenizer import Tokenizer, any_of
+
+_PLAIN = "if it is ordinary text there, name it with --plain-token"
 
 
 def row_schema(token_type: np.dtype, curation: Curation) -> pa.Schema:
@@ -55,7 +59,7 @@ class _Rows:
         self.pieces: list[str] = []
         self.counts: list[int] = []  # pieces of each rendered row
         self.trained: list[bool] = []  # of each piece
-        self.specials: list[int] = []  # special tokens in the template's frame of each rendered row, −1 if unknown
+        self.controls: list[int] = []  # control tokens in the template's frame of each rendered row, −1 if unknown
         self.pretokenized: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # row → (ids, mask)
         self.texts: dict[int, str] = {}  # row → text, for signatures
         self.short: set[int] = set()  # rows that are too short to share a run of words with a benchmark problem
@@ -83,7 +87,8 @@ class BlockEncoder:
         self.reader = RecordReader(record_format, keep=curation.keep, min_score=curation.min_score)
         self._token_dtype = token_dtype(tokenizer.vocab_size)
         self.schema = row_schema(self._token_dtype, curation)
-        self._search_special = tokenizer.special_pattern.search
+        plain = set(record_format.plain_tokens)
+        self._search_control = any_of(tokenizer.control - plain).search
         self._encode: Encoder = tokenizer.encode_batch
         if fast:
             encoder = gigatoken_encoder(tokenizer)
@@ -92,9 +97,9 @@ class BlockEncoder:
         self._benchmarks = Benchmarks(curation) if curation.benchmarks else None
         self._answers = AnswerCheck(curation.answer_field, curation.wrong_answers) if curation.answer_field else None
         self._signatures = Signatures() if curation.near_duplicates is not None else None
-        self._is_special = np.zeros(tokenizer.vocab_size, bool)
-        self._is_special[tokenizer.special_ids] = True
-        self._special_counts: dict[int, int] = {}  # by the id() of a traced frame
+        self._is_control = np.zeros(tokenizer.vocab_size, bool)
+        self._is_control[[i for i in tokenizer.control_ids if tokenizer.decode([i]) not in plain]] = True
+        self._control_counts: dict[int, int] = {}  # by the id() of a traced frame
 
     def __call__(self, block: Block) -> pa.RecordBatch:
         """The rows of a block, in order, with the columns of `row_schema`."""
@@ -104,7 +109,7 @@ class BlockEncoder:
         tokens = _Tokens(
             ids, np.repeat(flags, piece_lengths), *_sum_per_row(rows.counts, piece_lengths, piece_lengths * flags)
         )
-        self._check_specials(rows, tokens)
+        self._check_controls(rows, tokens)
         tokens = _insert_pretokenized(rows, tokens)
         return self._batch(rows, self._check_lengths(rows, tokens))
 
@@ -121,40 +126,48 @@ class BlockEncoder:
                     rows.dropped[len(rows)] = sample
                     add((line, name, stem, None))
                     continue
+                first = len(rows)
                 try:
                     if self._answers is not None:
                         self._answers.check(record, sample)  # type: ignore[arg-type]
-                    self._add(rows, len(rows), sample)
-                except Dropped as dropped:
-                    rows.dropped[len(rows)] = dropped.with_traceback(None)
-                except RecursionError:
-                    rows.drop(len(rows), *NESTED)
-                add((line, name, sample.source or stem, sample.score))
+                    suffixes = self._add(rows, first, sample)
+                except (Dropped, RecursionError) as error:
+                    dropped = error if isinstance(error, Dropped) else Dropped(*NESTED)
+                    rows.dropped[first], suffixes = dropped.with_traceback(None), ("",)
+                source = sample.source or stem
+                rows.columns += [(line, name + suffix, source, sample.score) for suffix in suffixes]
         return rows
 
-    def _add(self, rows: _Rows, row: int, sample: Sample) -> None:
-        conversation = sample.conversation
-        if conversation is None:
-            self._add_tokens(rows, row, sample)
-            return
+    def _add(self, rows: _Rows, first: int, sample: Sample) -> Sequence[str]:
+        """Add the sample's trajectories as rows from number `first` on. Returns what distinguishes their ids."""
+        if sample.conversation is None:
+            self._add_tokens(rows, first, sample)
+            return ("",)
         if self.template is None:
             raise Dropped("no chat template", "the first record was already tokenized, this one is text")
+        conversation = self.template.separate_reasoning(sample.conversation)
         self._check_content(conversation)
-        if self._benchmarks is not None and not self._benchmarks.check(conversation):
-            rows.short.add(row)
+        short = self._benchmarks is not None and not self._benchmarks.check(conversation)
         try:
-            pieces, frame, trained = self.template.pieces(conversation)
+            trajectories = self.template.trajectories(conversation)
         except TemplateError as error:
             raise Dropped(error.reason, str(error)) from None
-        rows.rendered.append(row)
-        rows.counts.append(len(pieces))
-        rows.pieces += pieces
-        rows.trained += trained
-        rows.specials.append(
-            -1 if frame is None else self._special_counts.get(id(frame)) or self._count_specials(frame)
-        )
-        if self._signatures is not None:
-            rows.texts[row] = " ".join(conversation.texts)
+        if short:
+            rows.short.update(range(first, first + len(trajectories)))
+        single = len(trajectories) == 1
+        for row, (texts, turns, frame) in enumerate(trajectories, first):
+            rows.rendered.append(row)
+            rows.counts.append(len(texts))
+            rows.pieces += texts
+            rows.trained += [turn is not None for turn in turns]
+            rows.controls.append(
+                -1 if frame is None else self._control_counts.get(id(frame)) or self._count_controls(frame)
+            )
+            if self._signatures is not None:
+                # The trajectories of one conversation share most of their text, and are not duplicates of each other.
+                trained = [text for text, turn in zip(texts, turns, strict=True) if turn is not None]
+                rows.texts[row] = " ".join(conversation.texts if single else trained)
+        return ("",) if single else [f"@{trajectory.last_turn}" for trajectory in trajectories]
 
     def _add_tokens(self, rows: _Rows, row: int, sample: Sample) -> None:
         assert sample.tokens is not None and sample.mask is not None
@@ -170,41 +183,45 @@ class BlockEncoder:
             rows.texts[row] = " ".join(map(str, sample.tokens.tolist()))
 
     def _check_content(self, conversation: Conversation) -> None:
-        search = self._search_special
+        search = self._search_control
         for k, text in enumerate(conversation.texts):
             if found := search(text):
                 role = conversation.shape[k] if conversation.shape[k] != "content" else conversation.shape[k - 1]
-                raise Dropped("special token in content", f"{found.group()!r} in a text of the {role}")
+                raise Dropped("control token in content", f"{found.group()!r} in a text of the {role} ({_PLAIN})")
         # The template might also render names, tool calls and tools.
         if conversation.full_messages is None:
             return
         everything = json.dumps([conversation.full_messages, conversation.tools], ensure_ascii=False, default=str)
         if found := search(everything):
-            raise Dropped("special token in content", f"{found.group()!r} outside the texts, such as in a tool call")
+            raise Dropped(
+                "control token in content", f"{found.group()!r} outside the texts, such as in a tool call ({_PLAIN})"
+            )
 
-    def _count_specials(self, frame: TracedFrame) -> int:
-        """Number of special tokens in a frame, counted by tokenizing it."""
+    def _count_controls(self, frame: TracedFrame) -> int:
+        """Number of control tokens in a frame, counted by tokenizing it."""
         texts = [text.replace("%s", "a").replace("%%", "%") for text, _ in frame.pieces]
         ids, _ = self.tokenizer.encode_batch(texts, [len(texts)])
-        self._special_counts[id(frame)] = count = int(self._is_special[ids].sum())
+        self._control_counts[id(frame)] = count = int(self._is_control[ids].sum())
         return count
 
-    def _check_specials(self, rows: _Rows, tokens: _Tokens) -> None:
-        """Drop rows in which a text forms a special token together with the template text around it."""
-        at = np.flatnonzero(self._is_special[tokens.ids])
+    def _check_controls(self, rows: _Rows, tokens: _Tokens) -> None:
+        """Drop rows in which a text forms a control token together with the template text around it."""
+        at = np.flatnonzero(self._is_control[tokens.ids])
         row_of = np.searchsorted(np.cumsum(tokens.lengths), at, side="right")
         found = np.bincount(row_of, minlength=len(rows.rendered))
-        expected = np.asarray(rows.specials, np.int64)
+        expected = np.asarray(rows.controls, np.int64)
         for k in np.flatnonzero((found != expected) & (expected >= 0)).tolist():
             rows.drop(
                 rows.rendered[k],
-                "special token in content",
+                "control token in content",
                 "a text forms one together with the template text around it",
             )
 
     def _check_lengths(self, rows: _Rows, tokens: _Tokens) -> _Tokens:
         """Drop rows by length and mask. Returns the tokens of all rows, with none for dropped rows."""
         low, high = self.curation.min_tokens or 0, self.curation.max_tokens or np.iinfo(np.int64).max
+        if self.curation.too_long == "truncate":
+            tokens = _truncated(tokens, high)
         lengths, trained = tokens.lengths, tokens.trained
         alive = np.ones(len(rows), bool)
         alive[list(rows.dropped)] = False
@@ -289,6 +306,19 @@ def _insert_pretokenized(rows: _Rows, tokens: _Tokens) -> _Tokens:
         lengths[row], trained[row] = len(ids), mask.sum()
     in_order = [parts[row] for row in sorted(parts)]
     return _Tokens(np.concatenate([i for i, _ in in_order]), np.concatenate([m for _, m in in_order]), lengths, trained)
+
+
+def _truncated(tokens: _Tokens, length: int) -> _Tokens:
+    """The first `length` tokens of every row."""
+    if not (tokens.lengths > length).any():
+        return tokens
+    ends = np.cumsum(tokens.lengths)
+    at = np.arange(len(tokens.ids)) - np.repeat(ends - tokens.lengths, tokens.lengths)
+    keep = at < length
+    lengths = np.minimum(tokens.lengths, length)
+    mask = tokens.mask[keep]
+    trained = np.diff(np.concatenate([[0], np.cumsum(mask, dtype=np.int64)])[np.concatenate([[0], np.cumsum(lengths)])])
+    return _Tokens(tokens.ids[keep], mask, lengths, trained)
 
 
 def _content_hashes(tokens: _Tokens, offsets: np.ndarray) -> pa.Array:

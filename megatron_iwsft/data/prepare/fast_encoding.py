@@ -30,6 +30,17 @@ HARD_TEXTS = (
     "a" * 300 + " " * 70 + "=" * 130,
 )
 
+# Characters that gigatoken and the `tokenizers` library normalise (NFC) by different versions of Unicode: combining marks and
+# composing letters that are newer than the tables of the latter. Texts that contain one are encoded by the tokenizer's own library.
+_NEWER_MARKS = re.compile(
+    "[\u07fd\u0897-\u089f\u08ca-\u08d3\u09fe\u0c3c\u0d3b-\u0d3c\u0eba\u1715\u1abf-\u1aeb\u1df6-\u1dfa\ua82c"
+    "\U000105c0-\U000105ff\U00010d24-\U00010d27\U00010d69-\U00010d6d\U00010eab-\U00010eac\U00010efa-\U00010eff"
+    "\U00010f46-\U00010f50\U00010f82-\U00010f85\U00011070\U0001133b\U00011380-\U000113ff\U0001145e\U00011839-\U0001183a"
+    "\U00011900-\U0001195f\U000119e0\U00011a34\U00011a47\U00011a99\U00011d42-\U00011d45\U00011d97\U00011f41-\U00011f42"
+    "\U00016100-\U0001613f\U00016d40-\U00016d7f\U00016ff0-\U00016ff1\U0001e08f\U0001e130-\U0001e136\U0001e2ae"
+    "\U0001e2ec-\U0001e2ef\U0001e4ec-\U0001e4ef\U0001e5ee-\U0001e5ef\U0001e6e3-\U0001e6f5]"
+)
+
 
 class Encoder(Protocol):
     """A function like `Tokenizer.encode_batch`, from any library."""
@@ -47,7 +58,7 @@ def gigatoken_encoder(tokenizer: Tokenizer) -> Encoder | str:
         if isinstance(tokenizer, HuggingFaceTokenizer):
             if tokenizer.adds_space:
                 return "this tokenizer adds a space before every text"
-            return _HuggingFaceEncoder(gigatoken.Tokenizer.from_json(tokenizer.json))
+            return _HuggingFaceEncoder(tokenizer, gigatoken.Tokenizer.from_json(tokenizer.json))
         assert isinstance(tokenizer, SentencePieceTokenizer)
         return _SentencePieceEncoder(tokenizer, gigatoken.Tokenizer.from_sentencepiece(tokenizer.continuation_model))
     except Exception as error:  # gigatoken's Rust code may raise anything; the tokenizer's own library is used instead
@@ -104,11 +115,21 @@ def _first_difference(
 
 
 class _HuggingFaceEncoder:
-    def __init__(self, backend: object) -> None:
-        self._backend = backend
+    def __init__(self, tokenizer: HuggingFaceTokenizer, backend: object) -> None:
+        self._tokenizer, self._backend = tokenizer, backend
+        self._normalizes = re.search(rb'"type"\s*:\s*"NFK?[CD]"', tokenizer.json) is not None
 
     def __call__(self, texts: Sequence[str], counts: Sequence[int], /) -> tuple[np.ndarray, np.ndarray]:
-        return _encode(self._backend, texts)
+        ids, lengths = _encode(self._backend, texts)
+        if not self._normalizes:
+            return ids, lengths
+        differ = [k for k, text in enumerate(texts) if not text.isascii() and _NEWER_MARKS.search(text)]
+        if not differ:
+            return ids, lengths
+        pieces = np.split(ids, np.cumsum(lengths)[:-1])
+        for k, own in zip(differ, self._tokenizer.encode_pieces([texts[k] for k in differ]), strict=True):
+            pieces[k] = np.asarray(own, np.int32)
+        return np.concatenate(pieces), np.asarray([len(piece) for piece in pieces], np.int64)
 
 
 class _SentencePieceEncoder:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from megatron_iwsft.data.chat_template import Conversation
 from megatron_iwsft.data.prepare.expressions import MissingField, compile_expression, lookup
+from megatron_iwsft.data.prepare.messages import Dropped
 from megatron_iwsft.data.prepare.ngrams import Words
 from megatron_iwsft.data.prepare.readers import (
     LONGEST_RECORD,
@@ -23,7 +24,7 @@ from megatron_iwsft.data.prepare.readers import (
     numbered_records,
     read_blocks,
 )
-from megatron_iwsft.data.prepare.records import Dropped, Sample
+from megatron_iwsft.data.prepare.records import Sample
 from megatron_iwsft.data.tokenizer import Tokenizer
 from megatron_iwsft.errors import DataError
 
@@ -42,6 +43,7 @@ class Curation:
     keep             expression over a record's fields that must be true
     min_score        minimum score
     min_tokens, max_tokens   bounds on a trajectory's length
+    too_long         "drop" drops a trajectory above max_tokens; "truncate" keeps its first max_tokens tokens
     near_duplicates  drop a trajectory whose similarity to an earlier one is at least this (Jaccard similarity of word 5-grams,
                      estimated by MinHash), 0.3 … 1; None to keep near-duplicates. Exact duplicates are always dropped.
                      Its words are as in `ngrams.py`.
@@ -58,6 +60,7 @@ class Curation:
     min_score: float | None = None
     min_tokens: int | None = None
     max_tokens: int | None = None
+    too_long: Literal["drop", "truncate"] = "drop"
     near_duplicates: float | None = None
     benchmarks: tuple[str, ...] = ()
     benchmark_texts: Literal["prompts", "all"] = "prompts"
@@ -77,6 +80,8 @@ class Curation:
             raise DataError(
                 f"min_tokens ({self.min_tokens}) is above max_tokens ({self.max_tokens}): no trajectory could be kept."
             )
+        if self.too_long == "truncate" and self.max_tokens is None:
+            raise DataError("--too-long truncate needs the number of tokens to keep: give it with --max-tokens.")
         if self.wrong_answers == "score" and self.answer_field is None:
             raise DataError(
                 "--wrong-answers score needs the field of the reference answer: name it with --answer-field."

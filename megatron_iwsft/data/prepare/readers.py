@@ -17,7 +17,8 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from megatron_iwsft.data.prepare.records import Dropped, parse
+from megatron_iwsft.data.prepare.messages import Dropped, without_null_members
+from megatron_iwsft.data.prepare.records import parse
 from megatron_iwsft.errors import DataError
 from megatron_iwsft.utils.files import other_kind
 
@@ -290,7 +291,7 @@ def _rows_of(batch: pa.RecordBatch, longest: int) -> Iterator[dict[str, Any] | D
         rows = [None] * batch.num_rows
     for i, row in enumerate(rows):
         found = row if row is not None else _row_of(batch.slice(i, 1), longest)
-        yield found if isinstance(found, Dropped) else {k: v for k, v in found.items() if v is not None}
+        yield found if isinstance(found, Dropped) else {k: _message_list(v) for k, v in found.items() if v is not None}
 
 
 def _row_of(row: pa.RecordBatch, longest: int) -> dict[str, Any] | Dropped:
@@ -301,3 +302,14 @@ def _row_of(row: pa.RecordBatch, longest: int) -> dict[str, Any] | Dropped:
         return row.to_pylist()[0]
     except Exception as error:
         return Dropped("cannot be read", str(error))
+
+
+def _message_list(value: Any) -> Any:
+    """A value of a Parquet row; in messages and tools, without the null members that other rows' structs brought."""
+    if not (isinstance(value, list) and value and isinstance(value[0], dict)):
+        return value
+    out = [without_null_members(item) for item in value]
+    for item in out:
+        if item.get("tool_calls"):
+            item.setdefault("content", None)  # as the record has it, and as templates look for it
+    return out

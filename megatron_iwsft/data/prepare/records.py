@@ -4,49 +4,45 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import numpy as np
 import orjson
 
 from megatron_iwsft.data.chat_template import Conversation, Rendering
 from megatron_iwsft.data.prepare.expressions import Evaluate, MissingField, compile_expression, lookup
+from megatron_iwsft.data.prepare.messages import Dropped, MessageReader
 from megatron_iwsft.errors import DataError
 
-_ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
-# Names of an assistant's reasoning in public corpora. Templates use the first.
-_REASONING = ("reasoning_content", "reasoning", "thinking")
 _EVALUATION_ERRORS = (TypeError, ValueError, ZeroDivisionError, OverflowError, AttributeError, MemoryError)
-# Keys of a message that a template may render beside its text.
-_NON_TEXT_KEYS = ("tool_calls", "tool_call_id", "name")
-
+_BOM = b"\xef\xbb\xbf"
 
 NESTED = "nested too deeply", "more levels than Python's recursion limit"
-
-
-class Dropped(ValueError):
-    """A record that is dropped. `reason` is a short phrase that is counted; `detail` is specific to this record."""
-
-    def __init__(self, reason: str, detail: str = "") -> None:
-        super().__init__(reason)
-        self.reason, self.detail = reason, detail
-        self.id: str | None = None  # as in Sample
-        self.number: int | None = None
 
 
 @dataclass(frozen=True)
 class RecordFormat:
     """The fields of a record. Field names may be dotted paths into nested objects.
 
-    A record with `messages` is a chat, one with `input_ids` is already tokenized, any other is a prompt with one response per
-    entry of `response_fields` (several sampled solutions of one problem). `reasoning_fields` and `score_fields` are empty, or
-    hold one entry for all responses or one per response. A score is a field or an expression over fields (`expressions.py`).
+    A record with `messages` or `conversations` is a chat, one with `input_ids` is already tokenized, any other is a prompt with
+    one response per entry of `response_fields` (several sampled solutions of one problem). A response field may also hold a list of
+    texts, each a response; then the values of reasoning fields, of scores and of `keep` that are lists belong to the responses, one by one.
+    The prompt and a response may be lists of messages (as in preference data); a response that begins with a user's turn is the
+    entire conversation. `reasoning_fields` and `score_fields` are empty, or hold one entry for all responses or one per
+    response. A score is a field or an expression over fields (`expressions.py`).
 
+    layout         "auto" as above; "fields" reads prompt and responses also from records that have messages
     source_field   field that holds the record's source; by default the source is the first part of the response field's path
                    if there are several response fields, else the input file
     source_scores  (source, expression) pairs that replace `score_fields` for these sources
+    answer_prefix  put before a response that does not contain it (compared without the spaces around it)
+    strip          strip whitespace around responses and reasoning
+    thought_tags   tags around an answer's reasoning and around its solution, which are removed: (open, close, open, close)
+    ignored_keys   keys of messages that are not looked at
+    plain_tokens   added tokens of the tokenizer that a content may contain, as ordinary text
     rendering      how conversations are rendered and which turns are trained on
     """
 
@@ -55,8 +51,14 @@ class RecordFormat:
     reasoning_fields: tuple[str, ...] = ()
     system_field: str | None = None
     score_fields: tuple[str, ...] = ()
+    layout: Literal["auto", "fields"] = "auto"
     source_field: str | None = None
     source_scores: tuple[tuple[str, str], ...] = ()
+    answer_prefix: str | None = None
+    strip: bool = False
+    thought_tags: tuple[str, str, str, str] | None = None
+    ignored_keys: tuple[str, ...] = ()
+    plain_tokens: tuple[str, ...] = ()
     rendering: Rendering = field(default_factory=Rendering)
 
     def __post_init__(self) -> None:
@@ -70,14 +72,34 @@ class RecordFormat:
             compile_expression(expression)
 
 
-# s1K-1.1 as in the s1 paper (arXiv 2501.19393): the thinking trajectory and the attempt under separate headings.
 PRESETS = {
+    # simplescaling/s1K-1.1, tokenized as in the s1 paper (arXiv 2501.19393): reasoning and attempt under separate headings.
     "s1k-1.1": RecordFormat(
         prompt_field="question",
         reasoning_fields=("deepseek_thinking_trajectory",),
         response_fields=("deepseek_attempt",),
+        answer_prefix="Answer: ",
+        strip=True,
         rendering=Rendering(thinking=("<|im_start|>think\n", "\n<|im_start|>answer\n")),
-    )
+    ),
+    # open-thoughts/OpenThoughts-114k
+    "openthoughts": RecordFormat(
+        thought_tags=(
+            "<|begin_of_thought|>",
+            "<|end_of_thought|>",
+            "<|begin_of_solution|>",
+            "<|end_of_solution|>",
+        )
+    ),
+    # open-r1/OpenR1-Math-220k: several generations per problem, each with its verdict as score
+    "openr1": RecordFormat(
+        prompt_field="problem",
+        response_fields=("generations",),
+        score_fields=("correctness_math_verify",),
+        layout="fields",
+    ),
+    # Preference data (prompt, chosen, rejected): the chosen answers
+    "preference": RecordFormat(prompt_field="prompt", response_fields=("chosen",), layout="fields"),
 }
 
 
@@ -99,6 +121,7 @@ class Sample:
 
 def parse(line: bytes) -> dict[str, Any]:
     """Parse a line of JSON as a record. Raises Dropped if it is not a JSON object."""
+    line = line.removeprefix(_BOM)
     try:
         record = orjson.loads(line)
     except orjson.JSONDecodeError:
@@ -122,33 +145,75 @@ def _parse_with_json(line: bytes) -> Any:
     return record
 
 
+@dataclass(frozen=True)
+class _Response:
+    """Which response of a record: its field and the field of its reasoning, their number, and the entry if they hold lists."""
+
+    field: str
+    reasoning: str | None
+    number: int
+    entry: int | None = None
+    entries: int = 0
+
+    def of(self, value: Any) -> Any:
+        """The part of a field's value that belongs to this response."""
+        if self.entry is None or not isinstance(value, list):
+            return value
+        if len(value) != self.entries:
+            raise Dropped("lists of different lengths", f"{self.entries} responses, and a list of {len(value)} values")
+        return value[self.entry]
+
+
 class RecordReader:
     """Reads records as samples. `keep` and `min_score` are as in `Curation`."""
 
     def __init__(self, record_format: RecordFormat, *, keep: str | None = None, min_score: float | None = None) -> None:
         self.format, self.min_score = record_format, min_score
+        self.messages = MessageReader(record_format.ignored_keys)
         self.keep = compile_expression(keep) if keep else None
         self._keep_text = keep
         self._scores = [compile_expression(e) for e in record_format.score_fields]
         self._source_scores = {source: compile_expression(e) for source, e in record_format.source_scores}
         reasoning = record_format.reasoning_fields
-        self._responses = [  # (response field, reasoning field or None)
-            (name, reasoning[k if len(reasoning) > 1 else 0] if reasoning else None)
+        self._responses = [
+            _Response(name, reasoning[k if len(reasoning) > 1 else 0] if reasoning else None, k)
             for k, name in enumerate(record_format.response_fields)
         ]
+        self._thought = _thought_pattern(record_format.thought_tags)
 
     def read(self, record: Mapping[str, Any]) -> list[Sample | Dropped]:
         """The samples of one record, each read or dropped with a reason."""
         name = record.get("id")
         name = name if type(name) is str else str(name) if type(name) is int else None
-        if len(self._responses) == 1 or "messages" in record or "input_ids" in record:
-            return [self._read_one(record, 0, name, single=True)]
-        return [self._read_one(record, k, name, single=False) for k in range(len(self._responses))]
+        responses = list(self._responses_of(record))
+        if len(responses) == 1:
+            return [self._read_one(record, responses[0], name, None)]
+        return [self._read_one(record, response, name, k) for k, response in enumerate(responses)]
 
-    def _read_one(self, record: Mapping[str, Any], k: int, name: str | None, *, single: bool) -> Sample | Dropped:
-        number = None if single else k
+    def _responses_of(self, record: Mapping[str, Any]) -> Iterator[_Response]:
+        if "input_ids" in record or self._is_chat(record):
+            yield self._responses[0]
+            return
+        for response in self._responses:
+            value = record.get(response.field)
+            if value is None and "." in response.field:
+                try:
+                    value = lookup(record, response.field)
+                except MissingField:
+                    value = None
+            if isinstance(value, list) and value and not isinstance(value[0], Mapping):
+                yield from (replace(response, entry=i, entries=len(value)) for i in range(len(value)))
+            else:
+                yield response
+
+    def _is_chat(self, record: Mapping[str, Any]) -> bool:
+        return self.format.layout == "auto" and ("messages" in record or "conversations" in record)
+
+    def _read_one(
+        self, record: Mapping[str, Any], response: _Response, name: str | None, number: int | None
+    ) -> Sample | Dropped:
         try:
-            return self._sample(record, k, name, number)
+            return self._sample(record, response, name, number)
         except Dropped as error:
             dropped = error
         except MissingField as error:
@@ -158,39 +223,43 @@ class RecordReader:
         dropped.id, dropped.number = name, number
         return dropped.with_traceback(None)  # a traceback would keep the entire block in memory
 
-    def _sample(self, record: Mapping[str, Any], k: int, name: str | None, number: int | None) -> Sample:
-        source = self._source(record, k, number)
+    def _sample(self, record: Mapping[str, Any], response: _Response, name: str | None, number: int | None) -> Sample:
+        source = self._source(record, response)
         if self.keep is not None:
-            self._apply_keep(record)
-        sample = Sample(name, number, source, self._score(record, k, source))
+            self._apply_keep(record, response)
+        sample = Sample(name, number, source, self._score(record, response, source))
         if "input_ids" in record:
             sample.tokens, sample.mask = _tokenized(record)
             return sample
-        sample.conversation = _chat(record) if "messages" in record else self._pair(record, k)
+        conversation = self._chat(record) if self._is_chat(record) else self._pair(record, response)
+        sample.conversation = self._with_thoughts(conversation) if self._thought is not None else conversation
         return sample
 
-    def _source(self, record: Mapping[str, Any], k: int, number: int | None) -> str | None:
+    def _source(self, record: Mapping[str, Any], response: _Response) -> str | None:
         if self.format.source_field is not None:
             return str(lookup(record, self.format.source_field))
-        return None if number is None else self.format.response_fields[k].split(".", 1)[0]
+        several = len(self._responses) > 1 and not self._is_chat(record) and "input_ids" not in record
+        return response.field.split(".", 1)[0] if several else None
 
-    def _apply_keep(self, record: Mapping[str, Any]) -> None:
+    def _apply_keep(self, record: Mapping[str, Any], response: _Response) -> None:
         assert self.keep is not None
         try:
-            kept = self.keep(record)
+            kept = response.of(self.keep(record))
         except _EVALUATION_ERRORS as error:
             raise Dropped("keep cannot be evaluated", f"{self._keep_text}: {error}") from None
         if not kept:
             raise Dropped("not to keep", f"{self._keep_text} is false")
 
-    def _score(self, record: Mapping[str, Any], k: int, source: str | None) -> float | None:
+    def _score(self, record: Mapping[str, Any], response: _Response, source: str | None) -> float | None:
         evaluate: Evaluate | None = self._source_scores.get(source) if source is not None else None
         if evaluate is None:
             if not self._scores:
                 return None
-            evaluate = self._scores[k if len(self._scores) > 1 else 0]
+            evaluate = self._scores[response.number if len(self._scores) > 1 else 0]
         try:
-            value = evaluate(record)
+            value = response.of(evaluate(record))
+        except Dropped:
+            raise
         except _EVALUATION_ERRORS as error:
             raise Dropped("score is not a number", str(error)) from None
         if not isinstance(value, bool | int | float):
@@ -205,82 +274,85 @@ class RecordReader:
             raise Dropped("score too low", f"{score:g} < {self.min_score:g}")
         return score
 
-    def _pair(self, record: Mapping[str, Any], k: int) -> Conversation:
-        response_field, reasoning_field = self._responses[k]
-        prompt, response = _text(record, self.format.prompt_field), _text(record, response_field)
+    def _chat(self, record: Mapping[str, Any]) -> Conversation:
+        turns = record["messages"] if "messages" in record else record["conversations"]
+        system = record.get("system") if "messages" not in record else None  # a field beside ShareGPT's conversations
+        if system and isinstance(turns, list):
+            turns = [{"role": "system", "content": system}, *turns]
+        return self.messages.read(turns, tools=record.get("tools"), options=record.get("chat_template_kwargs"))
+
+    def _pair(self, record: Mapping[str, Any], response: _Response) -> Conversation:
+        answer = response.of(_value(record, response.field))
+        if not isinstance(answer, str):
+            return self._conversation_of_parts(record, response, answer)
+        prompt = _value(record, self.format.prompt_field)
+        if isinstance(prompt, list):
+            return self._conversation_of_parts(record, response, [{"role": "assistant", "content": answer}])
+        if not isinstance(prompt, str):
+            raise Dropped("field is not text", f"{self.format.prompt_field} is {type(prompt).__name__}")
         if not prompt or prompt.isspace():
             raise Dropped("empty prompt", f"field {self.format.prompt_field}")
-        if not response or response.isspace():
+        if not answer or answer.isspace():
             raise Dropped("empty response")
+        prefix = self.format.answer_prefix
+        if prefix is not None and prefix.strip() not in answer:
+            answer = prefix + answer
         shape: tuple[str, ...] = ("user", "assistant")
-        texts = [prompt, response]
-        if reasoning_field is not None:
-            shape, texts = (*shape, "content"), [prompt, _text(record, reasoning_field), response]
+        texts = [prompt, self._stripped(answer)]
+        if response.reasoning is not None:
+            reasoning = _text(response.of(_value(record, response.reasoning)), response.reasoning)
+            shape, texts = (*shape, "content"), [prompt, self._stripped(reasoning), texts[1]]
         if self.format.system_field is not None:
-            shape, texts = ("system", *shape), [_text(record, self.format.system_field), *texts]
+            system = _text(_value(record, self.format.system_field), self.format.system_field)
+            shape, texts = ("system", *shape), [system, *texts]
         return Conversation(shape, texts)
 
+    def _conversation_of_parts(self, record: Mapping[str, Any], response: _Response, answer: Any) -> Conversation:
+        """Prompt and response as messages; a response that begins with another role than the assistant is the conversation."""
+        answer = [answer] if isinstance(answer, Mapping) else answer
+        if not isinstance(answer, list) or not answer or not isinstance(answer[0], Mapping):
+            raise Dropped("field is not text", f"{response.field} is {type(answer).__name__}")
+        if answer[0].get("role", answer[0].get("from")) in ("assistant", "gpt"):
+            prompt = _value(record, self.format.prompt_field)
+            answer = [*(prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]), *answer]
+        if self.format.system_field is not None:
+            answer = [{"role": "system", "content": _value(record, self.format.system_field)}, *answer]
+        return self.messages.read(answer, tools=record.get("tools"), options=record.get("chat_template_kwargs"))
 
-def _text(record: Mapping[str, Any], path: str) -> str:
+    def _stripped(self, text: str) -> str:
+        return text.strip() if self.format.strip else text
+
+    def _with_thoughts(self, conversation: Conversation) -> Conversation:
+        """The conversation with answers taken apart at `thought_tags`. Raises Dropped for an answer that has not all four."""
+        assert self._thought is not None
+        if conversation.full_messages is not None:
+            raise Dropped("reasoning tags in a conversation with tool calls")
+        shape: list[str] = []
+        texts: list[str] = []
+        for role, text in zip(conversation.shape, conversation.texts, strict=True):
+            if role != "assistant":
+                shape, texts = [*shape, role], [*texts, text]
+                continue
+            found = self._thought.fullmatch(text.strip())
+            if found is None:
+                raise Dropped("reasoning tags are incomplete", f"expected {' … '.join(self.format.thought_tags or ())}")
+            shape, texts = [*shape, role, "content"], [*texts, found[1].strip(), found[2].strip()]
+        return replace(conversation, shape=tuple(shape), texts=texts)
+
+
+def _thought_pattern(tags: tuple[str, str, str, str] | None) -> re.Pattern[str] | None:
+    return None if tags is None else re.compile(r"{}(.*?){}\s*{}(.*?){}".format(*map(re.escape, tags)), re.DOTALL)
+
+
+def _value(record: Mapping[str, Any], path: str) -> Any:
     value = record.get(path)
-    if type(value) is str:
-        return value
-    value = lookup(record, path)
+    return lookup(record, path) if value is None else value
+
+
+def _text(value: Any, path: str) -> str:
     if type(value) is not str:
         raise Dropped("field is not text", f"{path} is {type(value).__name__}")
     return value
-
-
-def _chat(record: Mapping[str, Any]) -> Conversation:
-    messages = record["messages"]
-    if not isinstance(messages, list) or not messages:
-        raise Dropped("messages is not a list")
-    shape: list[str] = []
-    texts: list[str] = []
-    text_only = not record.get("tools")
-    for i, message in enumerate(messages):
-        role, reasoning, content = _message(i, message)
-        shape.append(role)
-        if reasoning is not None:
-            shape.append("content")
-            texts.append(reasoning)
-        texts.append(content or "")
-        text_only = text_only and content is not None and not any(message.get(name) for name in _NON_TEXT_KEYS)
-    if text_only:
-        return Conversation(tuple(shape), texts)
-    full = [{**m, "content": text} for m, text in zip(messages, _contents(shape, texts), strict=True)]
-    return Conversation(tuple(shape), texts, full, record.get("tools") or None)
-
-
-def _contents(shape: list[str], texts: list[str]) -> list[str]:
-    """Those of `texts` that are the content of a message, not its reasoning."""
-    return [text for k, text in enumerate(texts) if shape[k + 1 : k + 2] != ["content"]]
-
-
-def _message(i: int, message: Any) -> tuple[str, str | None, str | None]:
-    """(role, reasoning, content) of message i; content is None if the message has only tool calls."""
-    role = message.get("role") if isinstance(message, Mapping) else type(message).__name__
-    if not isinstance(message, Mapping) or type(role) is not str or role not in _ROLES:
-        raise Dropped("message without a known role", f"message {i}: {role!r:.60}")
-    content, reasoning = message.get("content"), None
-    if isinstance(content, list):
-        content = _joined_parts(i, content)
-    if type(content) is not str and not (content is None and message.get("tool_calls")):
-        raise Dropped("message without text", f"message {i}: content is {type(content).__name__}")
-    if role == "assistant":
-        reasoning = next((message[name] for name in _REASONING if message.get(name)), None)
-        if reasoning is not None and type(reasoning) is not str:
-            raise Dropped("reasoning is not text", f"message {i}: it is {type(reasoning).__name__}")
-        if not (reasoning or (content and not content.isspace()) or message.get("tool_calls")):
-            raise Dropped("empty response")
-    return role, reasoning, content
-
-
-def _joined_parts(i: int, parts: list[Any]) -> str:
-    texts = [p.get("text") if isinstance(p, Mapping) and p.get("type", "text") == "text" else None for p in parts]
-    if not all(type(text) is str for text in texts):
-        raise Dropped("message without text", f"message {i}: content has parts that are not text")
-    return "".join(text for text in texts if text is not None)
 
 
 def _tokenized(record: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:

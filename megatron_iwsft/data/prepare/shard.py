@@ -44,8 +44,9 @@ from megatron_iwsft.data.prepare.corpus_writer import (
 from megatron_iwsft.data.prepare.encode import BlockEncoder, row_schema
 from megatron_iwsft.data.prepare.fast_encoding import choose_encoder
 from megatron_iwsft.data.prepare.filters import Curation
+from megatron_iwsft.data.prepare.messages import Dropped
 from megatron_iwsft.data.prepare.readers import Block, Input, find_inputs, fingerprint, numbered_records, read_blocks
-from megatron_iwsft.data.prepare.records import Dropped, RecordFormat
+from megatron_iwsft.data.prepare.records import RecordFormat
 from megatron_iwsft.data.tokenizer import CHAT_TEMPLATE, Tokenizer, load_tokenizer
 from megatron_iwsft.errors import DataError
 from megatron_iwsft.utils.json_files import read_json
@@ -300,7 +301,8 @@ def _choose_encoder(settings: ShardSettings, sample: list[Input]) -> tuple[bool,
             counts += some
             pieces += rows.pieces[: sum(some)]
     fast, why = choose_encoder(tokenizer, pieces, counts)
-    return fast, [why]
+    unused = ", ".join(sorted(sampler.reader.messages.unused))
+    return fast, [*([f"keys of messages that are not used: {unused}"] if unused else []), why]
 
 
 def _logged(fast: bool, lines: list[str]) -> bool:

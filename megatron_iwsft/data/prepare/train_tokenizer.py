@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from megatron_iwsft.data.chat_template import PRESETS
+from megatron_iwsft.data.template_presets import PRESETS
 from megatron_iwsft.errors import DataError
 
 END_OF_TURN, END_OF_TEXT = "<|im_end|>", "<|endoftext|>"

@@ -302,7 +302,7 @@ def test_s1k_records_are_rendered_with_their_headings(tmp_path: Path) -> None:
     corpus, _ = shard(tmp_path, [record], Curation(keep="deepseek_grade == 'Yes'"), PRESETS["s1k-1.1"])
     assert corpus.tokenizer().decode(corpus.tokens(0).tolist()) == (
         "<|im_start|>user\n7 + 8?<|im_end|>\n<|im_start|>assistant\n"
-        "<|im_start|>think\nSeven and eight.\n<|im_start|>answer\n15<|im_end|>\n"
+        "<|im_start|>think\nSeven and eight.\n<|im_start|>answer\nAnswer: 15<|im_end|>\n"
     )
 
 

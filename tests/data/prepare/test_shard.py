@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_iwsft.data.chat_template import PRESETS, ChatTemplate
+from megatron_iwsft.data.chat_template import ChatTemplate
 from megatron_iwsft.data.corpus import Corpus
 from megatron_iwsft.data.prepare.filters import Curation
 from megatron_iwsft.data.prepare.records import RecordFormat
 from megatron_iwsft.data.prepare.shard import ShardSettings, shard_corpus
+from megatron_iwsft.data.template_presets import PRESETS
 from megatron_iwsft.data.tokenizer import load_tokenizer
 from megatron_iwsft.errors import DataError
 from tests.support import tiny
@@ -138,7 +139,10 @@ def test_a_template_that_rewrites_history_drops_the_record(tmp_path: Path) -> No
     tokenizer = tiny.hf_tokenizer(tmp_path / "tokenizer", template=template)
     corpus = shard(tmp_path, [chat("Hi", "Hello", "Bye", "See you"), chat("Hi", "Hello")], tokenizer)
     assert len(corpus) == 1
-    assert dropped(corpus)[0]["detail"] == "the template rewrites turn 1 when later turns follow"
+    assert dropped(corpus)[0]["reason"] == "text is missing in the rendering"
+    assert dropped(corpus)[0]["detail"].startswith(
+        "the template leaves out or changes the content of turn 1 (assistant)"
+    )
 
 
 BAD_RECORDS = {
@@ -148,7 +152,7 @@ BAD_RECORDS = {
     '{"prompt": "a", "response": 3}': "field is not text",
     '{"prompt": "a", "response": "  "}': "empty response",
     '{"prompt": " ", "response": "b"}': "empty prompt",
-    '{"prompt": "a", "response": "b<|im_end|>"}': "special token in content",
+    '{"prompt": "a", "response": "b<|im_end|>"}': "control token in content",
     '{"prompt": "\\ud800", "response": "b"}': "not valid Unicode",
     '{"messages": [{"role": "robot", "content": "a"}]}': "message without a known role",
     '{"messages": [{"role": "user", "content": null}]}': "message without text",

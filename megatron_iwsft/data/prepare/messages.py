@@ -1,0 +1,197 @@
+"""Read the messages of a chat record, in the layouts that public corpora use, as a `Conversation`.
+
+Understood are OpenAI's messages (`role`, `content`, `tool_calls`) and ShareGPT's (`from`, `value`), and the flags that TRL, axolotl,
+ms-swift and LLaMA-Factory put on a message to say whether, and how much, it is trained on.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from megatron_iwsft.data.chat_template import Conversation
+from megatron_iwsft.errors import DataError
+
+_ROLES = {
+    **{role: role for role in ("system", "developer", "user", "assistant", "tool")},
+    **dict.fromkeys(("human",), "user"),
+    **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "model", "bot"), "assistant"),
+    **dict.fromkeys(("function", "observation", "function_response", "tool_response", "ipython"), "tool"),
+    **dict.fromkeys(("function_call", "tool_call"), "call"),  # an assistant's turn whose text is a tool call as JSON
+}
+# Names of an assistant's reasoning in public corpora.
+_REASONING = ("reasoning_content", "reasoning", "thinking")
+# Keys that templates render beside the text.
+_RENDERED = ("tool_calls", "tool_call_id", "name")
+_TEXT = ("role", "from", "content", "value", *_REASONING, *_RENDERED, "function_call")
+# Content that is not text.
+_MEDIA = ("images", "image", "audio", "audios", "videos", "video", "files", "documents", "refusal")
+_FLAGS = ("loss", "loss_mask", "trainable", "train")
+WEIGHT = "weight"
+_CHANGES_TRAINING = re.compile("loss|mask|train|weight|label|ignore|grad", re.IGNORECASE)
+
+
+class Dropped(ValueError):
+    """A record that is dropped. `reason` is a short phrase that is counted; `detail` is specific to this record."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(reason)
+        self.reason, self.detail = reason, detail
+        self.id: str | None = None  # as in Sample
+        self.number: int | None = None
+
+
+class MessageReader:
+    """Reads lists of messages. Keys in `ignored` are not looked at.
+
+    unused  keys that were found on messages and are not used, such as a timestamp
+    """
+
+    def __init__(self, ignored: Collection[str] = ()) -> None:
+        self._ignored = frozenset(ignored)
+        self.unused: set[str] = set()
+
+    def read(self, messages: Any, *, tools: Any = None, options: Any = None) -> Conversation:
+        """The conversation. Raises Dropped for messages that cannot be read, DataError for a key that may change training unread."""
+        if not isinstance(messages, list) or not messages:
+            raise Dropped("messages is not a list")
+        shape: list[str] = []
+        texts: list[str] = []
+        full: list[dict[str, Any]] = []
+        weights: list[float | None] = []
+        text_only = not tools
+        for i, message in enumerate(messages):
+            read = self._message(i, message)
+            weights.append(_weight(i, message, read["role"]))
+            reasoning, content = read.get("reasoning_content"), read.get("content")
+            shape += [read["role"]] if reasoning is None else [read["role"], "content"]
+            texts += [content or ""] if reasoning is None else [reasoning, content or ""]
+            text_only = text_only and content is not None and not any(read.get(name) for name in _RENDERED)
+            full.append(read)
+        if options is not None and not isinstance(options, Mapping):
+            raise Dropped("chat_template_kwargs is not an object", f"it is {type(options).__name__}")
+        return Conversation(
+            tuple(shape),
+            texts,
+            None if text_only else full,
+            _tools(tools),
+            None if weights.count(None) == len(weights) else tuple(weights),
+            options or None,
+        )
+
+    def _message(self, i: int, message: Any) -> dict[str, Any]:
+        """Message i with the keys role, content, reasoning_content, tool_calls, tool_call_id and name, as far as it has them.
+
+        `content` is None only where the record has none and there are tool calls.
+        """
+        given = message.get("role", message.get("from")) if isinstance(message, Mapping) else type(message).__name__
+        role = _ROLES.get(given) if type(given) is str else None
+        if role is None:
+            raise Dropped("message without a known role", f"message {i}: {given!r:.60}")
+        if len(message) > 2:
+            self._check_keys(i, message)
+        content = message["content"] if "content" in message else message.get("value")
+        if isinstance(content, list):
+            content = _joined_parts(i, content)
+        calls = message.get("tool_calls") or _old_call(message.get("function_call"))
+        if calls and not (isinstance(calls, list) and all(isinstance(call, Mapping) for call in calls)):
+            raise Dropped("tool_calls is not a list of objects", f"message {i}: it is {calls!r:.60}")
+        if role == "call":
+            role, content, calls = "assistant", None, _call_from_text(i, content)
+        if type(content) is not str and not (content is None and calls):
+            raise Dropped("message without text", f"message {i}: content is {type(content).__name__}")
+        out: dict[str, Any] = {"role": role, "content": content}
+        if role == "assistant":
+            reasoning = next((message[name] for name in _REASONING if message.get(name)), None)
+            if reasoning is not None and type(reasoning) is not str:
+                raise Dropped("reasoning is not text", f"message {i}: it is {type(reasoning).__name__}")
+            if not (reasoning or (content and not content.isspace()) or calls):
+                raise Dropped("empty response")
+            out |= {"reasoning_content": reasoning} if reasoning is not None else {}
+        out |= {name: message[name] for name in _RENDERED if message.get(name)}
+        return out | ({"tool_calls": calls} if calls else {})
+
+    def _check_keys(self, i: int, message: Mapping[str, Any]) -> None:
+        for key, value in message.items():
+            if key in _TEXT or key in _FLAGS or key == WEIGHT or value is None or key in self._ignored:
+                continue
+            if key in _MEDIA:
+                if value:
+                    raise Dropped("content is not text", f"message {i} has {key}")
+            elif _CHANGES_TRAINING.search(key):
+                raise DataError(
+                    f"message {i} of a record has the key {key!r}, which may change what is trained on and is not understood. "
+                    f"Understood are {', '.join((*_FLAGS, WEIGHT))}. Rename it to one of these, or leave it out of training with "
+                    f"--ignore-key {key}."
+                )
+            else:
+                self.unused.add(key)
+
+
+def _weight(i: int, message: Mapping[str, Any], role: str) -> float | None:
+    """How much message i is trained on, from its flags: 0 is not at all. None if it has no flag. Several flags multiply."""
+    out = None
+    for name in (*_FLAGS, WEIGHT):
+        value = message.get(name)
+        if value is None:
+            continue
+        if not isinstance(value, bool | int | float) or not (math.isfinite(value) and value >= 0):
+            raise Dropped("training flag is not a number", f"message {i}: {name} is {value!r:.60}")
+        if name != WEIGHT and value not in (0, 1):
+            raise Dropped(
+                "training flag is not a number", f"message {i}: {name} is {value!r:.60}, expected true or false"
+            )
+        out = float(value) if out is None else out * float(value)
+    if out and role not in ("assistant", "user"):
+        raise Dropped("trained turn of another role", f"message {i} of the role {role} is marked to be trained on")
+    return out
+
+
+def _tools(tools: Any) -> Any:
+    """Tool definitions as objects: many corpora hold them as JSON text."""
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except (ValueError, RecursionError):
+            raise Dropped("tools is not a list", f"it is the text {tools!r:.60}") from None
+    if tools and not isinstance(tools, list):
+        raise Dropped("tools is not a list", f"it is {type(tools).__name__}")
+    return tools or None
+
+
+def _old_call(function_call: Any) -> list[dict[str, Any]] | None:
+    return [{"type": "function", "function": function_call}] if isinstance(function_call, Mapping) else None
+
+
+def _call_from_text(i: int, text: Any) -> list[dict[str, Any]]:
+    try:
+        found = json.loads(text)
+    except (TypeError, ValueError, RecursionError):
+        found = None
+    calls = found if isinstance(found, list) else [found]
+    if not calls or not all(isinstance(call, dict) and "name" in call for call in calls):
+        raise Dropped("tool call is not JSON", f"message {i}: {text!r:.60}")
+    return [{"type": "function", "function": call} for call in calls]
+
+
+def _joined_parts(i: int, parts: list[Any]) -> str:
+    texts = [p.get("text") if isinstance(p, Mapping) and p.get("type", "text") == "text" else None for p in parts]
+    if not all(type(text) is str for text in texts):
+        raise Dropped("message without text", f"message {i}: content has parts that are not text")
+    return "".join(text for text in texts if text is not None)
+
+
+def without_null_members(value: Any) -> Any:
+    """`value` without the members that are None, at any depth.
+
+    A struct column of a Parquet file has the members of all rows, null where a row has none: in a tool's arguments they would be
+    rendered, and trained on.
+    """
+    if isinstance(value, dict):
+        return {key: without_null_members(inner) for key, inner in value.items() if inner is not None}
+    if isinstance(value, list):
+        return [without_null_members(inner) for inner in value]
+    return value

@@ -1,0 +1,167 @@
+"""The layouts of records that public corpora use."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_iwsft.data.corpus import Corpus
+from megatron_iwsft.data.prepare.filters import Curation
+from megatron_iwsft.data.prepare.messages import Dropped
+from megatron_iwsft.data.prepare.records import PRESETS, RecordFormat, RecordReader, parse
+from megatron_iwsft.data.prepare.shard import ShardSettings, shard_corpus
+from tests.support import tiny
+
+AUTO, ALL = RecordFormat(), Curation()
+
+
+def read(record: dict, record_format: RecordFormat = AUTO, **more) -> list:
+    return RecordReader(record_format, **more).read(record)
+
+
+def texts(record: dict, record_format: RecordFormat = AUTO, **more) -> list[tuple]:
+    samples = read(record, record_format, **more)
+    return [(s.conversation.shape, s.conversation.texts) for s in samples if not isinstance(s, Dropped)]
+
+
+def test_a_byte_order_mark_is_read_over() -> None:
+    assert parse(b'\xef\xbb\xbf{"a": 1}') == {"a": 1}
+
+
+def test_sharegpt_with_a_system_field() -> None:
+    record = {"system": "Brief.", "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
+    assert texts(record) == [(("system", "user", "assistant"), ["Brief.", "a", "b"])]
+
+
+def test_a_list_of_responses_is_a_sample_each_with_its_verdict_and_its_score() -> None:
+    """As OpenR1's generations."""
+    record = {
+        "problem": "p",
+        "generations": ["a", "b", "c"],
+        "correctness_math_verify": [True, False, True],
+        "messages": [],
+    }
+    samples = read(record, PRESETS["openr1"])
+    assert [(s.conversation.texts[1], s.score, s.number) for s in samples] == [("a", 1, 0), ("b", 0, 1), ("c", 1, 2)]
+    kept = read(record, PRESETS["openr1"], keep="correctness_math_verify")
+    assert [s.reason if isinstance(s, Dropped) else s.conversation.texts[1] for s in kept] == ["a", "not to keep", "c"]
+    short = read({**record, "correctness_math_verify": [True]}, PRESETS["openr1"])
+    assert {s.reason for s in short} == {"lists of different lengths"}
+
+
+def test_a_prompt_of_messages_and_a_response() -> None:
+    prompt = [{"role": "system", "content": "s"}, {"role": "user", "content": "p"}]
+    assert texts({"prompt": prompt, "response": "r"}) == [(("system", "user", "assistant"), ["s", "p", "r"])]
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"prompt": "p", "chosen": "c", "rejected": "r"},
+        {"prompt": [{"role": "user", "content": "p"}], "chosen": [{"role": "assistant", "content": "c"}]},
+        {"prompt": "p", "chosen": [{"role": "user", "content": "p"}, {"role": "assistant", "content": "c"}]},
+        {"chosen": [{"role": "user", "content": "p"}, {"role": "assistant", "content": "c"}]},
+    ],
+)
+def test_preference_data_gives_the_chosen_answers(record: dict) -> None:
+    assert texts(record, PRESETS["preference"]) == [(("user", "assistant"), ["p", "c"])]
+
+
+def test_openthoughts_answers_are_taken_apart_at_their_tags() -> None:
+    answer = "<|begin_of_thought|>\n\nhm\n\n<|end_of_thought|>\n\n<|begin_of_solution|>\n\n42\n\n<|end_of_solution|>"
+    record = {"system": "s", "conversations": [{"from": "user", "value": "q"}, {"from": "assistant", "value": answer}]}
+    assert texts(record, PRESETS["openthoughts"]) == [
+        (("system", "user", "assistant", "content"), ["s", "q", "hm", "42"])
+    ]
+    record["conversations"][1]["value"] = answer[:-5]
+    (dropped,) = read(record, PRESETS["openthoughts"])
+    assert dropped.reason == "reasoning tags are incomplete"
+
+
+def test_s1k_is_read_as_its_authors_tokenized_it() -> None:
+    record = {"question": " q ", "deepseek_thinking_trajectory": "\nt\n", "deepseek_attempt": "a\n"}
+    assert texts(record, PRESETS["s1k-1.1"]) == [(("user", "assistant", "content"), [" q ", "t", "Answer: a"])]
+    record["deepseek_attempt"] = "So.\nAnswer: a"
+    assert texts(record, PRESETS["s1k-1.1"])[0][1][2] == "So.\nAnswer: a"
+
+
+def test_fields_are_read_from_records_with_messages_if_asked() -> None:
+    record = {"prompt": "p", "response": "r", "messages": [{"role": "user", "content": "x"}]}
+    assert texts(record, RecordFormat(layout="fields")) == [(("user", "assistant"), ["p", "r"])]
+
+
+def shard(tmp_path: Path, records: list, curation: Curation = ALL, **fields) -> Corpus:
+    tokenizer = tiny.hf_tokenizer(tmp_path / "tokenizer")
+    source = tiny.write_jsonl(tmp_path / "records.jsonl", records)
+    settings = ShardSettings(str(tokenizer), record=RecordFormat(**fields), curation=curation)
+    shard_corpus([source], tmp_path / "corpus", settings, show_progress=False)
+    return Corpus.open(tmp_path / "corpus")
+
+
+def test_long_trajectories_are_truncated_if_asked(tmp_path: Path) -> None:
+    records = [{"prompt": f"{n}", "response": "word " * n} for n in (3, 40, 4)]
+    whole = shard(tmp_path / "whole", records)
+    cut = shard(tmp_path / "cut", records, Curation(max_tokens=int(whole.lengths[0]), too_long="truncate"))
+    assert cut.lengths.tolist() == [whole.lengths[0]] * 3
+    for i in range(3):
+        n = int(cut.lengths[i])
+        assert cut.tokens(i).tolist() == whole.tokens(i)[:n].tolist()
+        assert cut.mask(i).tolist() == whole.mask(i)[:n].tolist()
+        assert cut.num_trained[i] == whole.mask(i)[:n].sum()
+
+
+def test_added_tokens_are_control_text_whether_special_or_not(tmp_path: Path) -> None:
+    from tokenizers import AddedToken, Tokenizer
+
+    directory = tiny.hf_tokenizer(tmp_path / "tokenizer")
+    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    tokenizer.add_tokens([AddedToken("<tool_call>"), AddedToken("<b>"), AddedToken("\n\n")])
+    tokenizer.save(str(directory / "tokenizer.json"))
+    source = tiny.write_jsonl(
+        tmp_path / "records.jsonl",
+        [{"prompt": p, "response": r} for p, r in [("a", "<tool_call>"), ("<b>", "b"), ("a\n\nb", "c")]],
+    )
+
+    def kept(**fields) -> list[int]:
+        output = tmp_path / f"corpus-{len(fields)}"
+        shard_corpus(
+            [source], output, ShardSettings(str(directory), record=RecordFormat(**fields)), show_progress=False
+        )
+        return Corpus.open(output).meta(["line"])["line"].to_pylist()
+
+    assert kept() == [3]
+    assert kept(plain_tokens=("<b>",)) == [2, 3]
+
+
+def test_each_turn_of_a_rewritten_history_is_a_trajectory_with_an_id(tmp_path: Path) -> None:
+    from tests.data.test_chat_template import THINKING
+
+    tokenizer = tiny.hf_tokenizer(tmp_path / "tokenizer", template=THINKING)
+    messages = [
+        {"role": role, "content": text, **({"reasoning_content": f"so {text}"} if role == "assistant" else {})}
+        for role, text in [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
+    ]
+    source = tiny.write_jsonl(tmp_path / "records.jsonl", [{"id": "x", "messages": messages}])
+    shard_corpus([source], tmp_path / "corpus", ShardSettings(str(tokenizer)), show_progress=False)
+    corpus = Corpus.open(tmp_path / "corpus")
+    assert corpus.meta(["id"])["id"].to_pylist() == ["x@1", "x@3"]
+
+
+def test_null_members_of_parquet_structs_are_not_trained_on(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    def call(**arguments) -> dict:
+        function = {"name": "f", "arguments": arguments}
+        turn = {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": function}]}
+        return {"messages": [{"role": "user", "content": f"{arguments}"}, turn]}
+
+    from tests.data.test_chat_template import TOOLS
+
+    tokenizer = tiny.hf_tokenizer(tmp_path / "tokenizer", template=TOOLS)
+    pq.write_table(pa.Table.from_pylist([call(city="Rome"), call(days=3)]), tmp_path / "calls.parquet")
+    shard_corpus([tmp_path / "calls.parquet"], tmp_path / "corpus", ShardSettings(str(tokenizer)), show_progress=False)
+    corpus = Corpus.open(tmp_path / "corpus")
+    decoded = [corpus.tokenizer().decode(corpus.tokens(i).tolist()) for i in range(2)]
+    assert '"arguments": {"city": "Rome"}' in decoded[0] and '"arguments": {"days": 3}' in decoded[1]

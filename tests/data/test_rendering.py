@@ -1,0 +1,247 @@
+"""What a record says stands in the training text, and a trained turn follows the text that inference gives for it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_iwsft.data.chat_template import LOST, ChatTemplate, Conversation, Rendering, Trajectory
+from megatron_iwsft.data.prepare.messages import Dropped, MessageReader
+from megatron_iwsft.data.template_engine import TemplateError
+from megatron_iwsft.data.tokenizer import load_tokenizer
+from megatron_iwsft.errors import DataError
+from tests.support import tiny
+
+TURNS = (
+    "{% for m in messages %}{% if m.role == 'user' %}<|im_start|>Q {{ m.content }}"
+    "{% elif m.role == 'assistant' %}<|im_start|>A ANSWER<|im_end|>{% else %}OTHER{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>A {% endif %}"
+)
+# As published with DeepSeek-R1's distillations: first with an answer cut at </think>, then also with an opened generation prompt.
+CUTTING = TURNS.replace("ANSWER", "{{ m.content.split('</think>')[-1] }}").replace("OTHER", "{{ m.content }}")
+OPENING = CUTTING.replace(
+    "{% if add_generation_prompt %}<|im_start|>A ", "{% if add_generation_prompt %}<|im_start|>A <think>\n"
+)
+# As DeepSeek-V3: an answer without content is its tool calls, whose arguments must be text.
+NULL_CONTENT = TURNS.replace(
+    "ANSWER",
+    "{% if m.content is none %}{% for c in m.tool_calls %}{{ 'CALL ' + c.function.name + ' ' + c.function.arguments }}"
+    "{% endfor %}{% else %}{{ m.content }}{% endif %}",
+).replace("OTHER", "{{ m.content }}")
+# As Qwen3: the arguments of tool calls are objects, a content is always text.
+TEXT_CONTENT = TURNS.replace(
+    "ANSWER",
+    "{% if '</think>' in m.content %}{% endif %}{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}CALL {{ c.function.name }} {{ c.function.arguments | tojson }}{% endfor %}",
+).replace("OTHER", "{{ m.content }}")
+# As Mistral-Nemo: the system prompt stands before the last message, if that is the user's; no generation prompt.
+MOVING = (
+    "{% if messages[0].role == 'system' %}{% set system = messages[0].content %}{% set rest = messages[1:] %}"
+    "{% else %}{% set rest = messages %}{% endif %}"
+    "{% for m in rest %}{% if m.role == 'user' %}<|im_start|>{% if loop.last and system is defined %}{{ system }} {% endif %}"
+    "{{ m.content }}/{% else %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+)
+MARKED = TURNS.replace("ANSWER", "{% generation %}{{ m.content }}{% endgeneration %}").replace(
+    "OTHER", "{{ m.content }}"
+)
+CALL = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": {"city": 'a "b"', "days": 3}}}
+
+
+def template(tmp_path: Path, source: str, **rendering) -> ChatTemplate:
+    return ChatTemplate(load_tokenizer(tiny.hf_tokenizer(tmp_path, template=source)), rendering=Rendering(**rendering))
+
+
+def turns(*contents: str | None, system: str | None = None) -> list[dict]:
+    messages = [{"role": "system", "content": system}] if system else []
+    return messages + [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]
+
+
+def marked(trajectory: Trajectory) -> str:
+    pairs = zip(trajectory.texts, trajectory.turns, strict=True)
+    return "".join(text if turn is None else f"⟦{text}⟧" for text, turn in pairs).replace("⟧⟦", "")
+
+
+def render(chat: ChatTemplate, messages: list[dict], **more) -> list[str]:
+    conversation = chat.separate_reasoning(MessageReader().read(messages, **more))
+    return [marked(trajectory) for trajectory in chat.trajectories(conversation)]
+
+
+def test_reasoning_that_a_template_cuts_off_drops_the_record(tmp_path: Path) -> None:
+    messages = turns("7 + 8?", "15")
+    messages[1]["reasoning_content"] = "seven and eight"
+    with pytest.raises(TemplateError, match=r"the reasoning of turn 1 \(assistant\)") as error:
+        render(template(tmp_path, CUTTING), messages)
+    assert error.value.reason == LOST and "--template deepseek-r1" in str(error.value)
+
+
+@pytest.mark.parametrize("inline", [False, True])
+def test_an_opened_generation_prompt_is_followed_by_the_reasoning(tmp_path: Path, inline: bool) -> None:
+    messages = turns("7 + 8?", "15", "Double it.", "30")
+    for message, reasoning in zip(messages[1::2], ("seven and eight", "twice"), strict=True):
+        if inline:
+            message["content"] = f"<think>\n{reasoning}\n</think>\n\n{message['content']}"
+        else:
+            message["reasoning_content"] = reasoning
+    assert render(template(tmp_path, OPENING), messages) == [
+        "<|im_start|>Q 7 + 8?<|im_start|>A <think>\n⟦seven and eight\n</think>\n\n15<|im_end|>⟧",
+        "<|im_start|>Q 7 + 8?<|im_start|>A 15<|im_end|><|im_start|>Q Double it.<|im_start|>A <think>\n"
+        "⟦twice\n</think>\n\n30<|im_end|>⟧",
+    ]
+
+
+def test_thinking_tags_are_text_where_they_mean_nothing(tmp_path: Path) -> None:
+    chat = template(tmp_path, TURNS.replace("ANSWER", "{{ m.content }}"))
+    found = render(chat, turns("7 + 8?", "<think>a</think> 15"))
+    assert found == ["<|im_start|>Q 7 + 8?<|im_start|>A ⟦<think>a</think> 15<|im_end|>⟧"]
+
+
+@pytest.mark.parametrize("source", [NULL_CONTENT, TEXT_CONTENT])
+@pytest.mark.parametrize("content", [None, ""])
+@pytest.mark.parametrize("arguments", [{"city": 'a "b"', "days": 3}, '{"city": "a \\"b\\"", "days": 3}'])
+def test_a_tool_call_is_rendered_in_the_form_that_the_template_takes(
+    tmp_path: Path, source: str, content: str | None, arguments: object
+) -> None:
+    call = {**CALL, "function": {"name": "weather", "arguments": arguments}}
+    messages = [*turns("Rain?"), {"role": "assistant", "content": content, "tool_calls": [call]}]
+    (found,) = render(template(tmp_path, source), messages)
+    assert found.endswith('⟦CALL weather {"city": "a \\"b\\"", "days": 3}<|im_end|>⟧')
+
+
+def test_a_tool_call_that_the_template_does_not_render_drops_the_record(tmp_path: Path) -> None:
+    chat = template(tmp_path, TURNS.replace("ANSWER", "{{ m.content or '-' }}"))
+    messages = [*turns("Rain?"), {"role": "assistant", "content": "I look.", "tool_calls": [CALL]}]
+    with pytest.raises(TemplateError, match=r"a tool call of turn 1 \(assistant\): 'weather' is missing"):
+        render(chat, messages)
+
+
+@pytest.mark.parametrize("role", ["developer", "tool", "system"])
+def test_a_turn_that_the_template_leaves_out_drops_the_record(tmp_path: Path, role: str) -> None:
+    chat = template(tmp_path, TURNS.replace("ANSWER", "{{ m.content }}").replace("OTHER", ""))
+    messages = [{"role": role, "content": "a"}, *turns("has an a", "a")]  # its text is also found elsewhere
+    with pytest.raises(TemplateError, match=rf"the content of turn 0 \({role}\)"):
+        render(chat, messages)
+
+
+def test_the_prompt_is_what_inference_gives_where_the_template_moves_the_system_prompt(tmp_path: Path) -> None:
+    chat = template(tmp_path, MOVING)
+    messages = turns("7 + 8?", "15", "Double it.", "30", system="Brief.")
+    assert render(chat, messages) == [
+        "<|im_start|>Brief. 7 + 8?/⟦15<|im_end|>⟧",
+        "<|im_start|>7 + 8?/15<|im_end|><|im_start|>Brief. Double it./⟦30<|im_end|>⟧",
+    ]
+    for found, i in zip(render(chat, messages), (2, 4), strict=True):
+        assert found.split("⟦")[0] == chat.render(messages[:i], add_generation_prompt=True)
+
+
+def test_generation_blocks_say_what_is_trained_on(tmp_path: Path) -> None:
+    """The end-of-turn token is trained on even if it stands behind the block."""
+    (found,) = render(template(tmp_path, MARKED), turns("7 + 8?", "15", "Double it.", "30"))
+    assert found == (
+        "<|im_start|>Q 7 + 8?<|im_start|>A ⟦15<|im_end|>⟧<|im_start|>Q Double it.<|im_start|>A ⟦30<|im_end|>⟧"
+    )
+    partly = MARKED.replace("{% generation %}", "{% generation %}x{% endgeneration %}y{% generation %}")
+    (found,) = render(template(tmp_path / "partly", partly), turns("7 + 8?", "15"))
+    assert found == "<|im_start|>Q 7 + 8?<|im_start|>A ⟦x⟧y⟦15<|im_end|>⟧"
+
+
+def test_a_template_that_reads_the_clock_gets_the_date_of_the_settings(tmp_path: Path) -> None:
+    source = "{{ strftime_now('%d %b %Y') }}" + TURNS.replace("ANSWER", "{{ m.content }}")
+    assert render(template(tmp_path, source), turns("Q", "A"))[0].startswith("26 Jul 2024")
+    assert render(template(tmp_path, source, date="2025-12-01"), turns("Q", "A"))[0].startswith("01 Dec 2025")
+    with pytest.raises(DataError, match="--date yesterday is not a date"):
+        Rendering(date="yesterday")
+
+
+def test_template_options_come_from_the_settings_and_the_record(tmp_path: Path) -> None:
+    source = "{{ 'T' if thinking else 'N' }}" + TURNS.replace("ANSWER", "{{ m.content }}")
+    chat = template(tmp_path, source, options=(("thinking", "true"),))
+    assert render(chat, turns("Q", "A"))[0][0] == "T"
+    assert render(chat, turns("Q", "A"), options={"thinking": False})[0][0] == "N"
+    with pytest.raises(DataError, match="--template-option thinking=yes is not JSON"):
+        Rendering(options=(("thinking", "yes"),))
+
+
+@pytest.mark.parametrize("flag", ["loss", "loss_mask", "trainable", "train", "weight"])
+def test_flags_of_messages_say_what_is_trained_on(tmp_path: Path, flag: str) -> None:
+    chat = template(tmp_path, TURNS.replace("ANSWER", "{{ m.content }}"))
+    messages = turns("one", "two", "three", "four")
+    messages[1][flag] = False if flag != "weight" else 0
+    assert render(chat, messages)[0].count("⟦") == 1 and "⟦four<|im_end|>⟧" in render(chat, messages)[0]
+    messages[2][flag] = True if flag != "weight" else 1
+    assert (
+        "⟦three<|im_start|>⟧"
+        in render(
+            template(tmp_path / "b", chat.source.replace("Q {{ m.content }}", "Q {{ m.content }}<|im_start|>")),
+            messages,
+        )[0]
+    )
+    messages[3][flag] = False if flag != "weight" else 0
+    messages[2][flag] = None
+    with pytest.raises(TemplateError, match="no turn of assistant to train on"):
+        render(chat, messages)
+
+
+def test_flags_that_cannot_be_followed_are_not_ignored() -> None:
+    read = MessageReader().read
+    with pytest.raises(Dropped, match="training flag is not a number"):
+        read([{"role": "user", "content": "a", "train": "no"}])
+    with pytest.raises(Dropped, match="trained turn of another role"):
+        read([{"role": "tool", "content": "a", "train": True}])
+    with pytest.raises(
+        DataError, match=r"'loss_scale', which may change what is trained on .* --ignore-key loss_scale"
+    ):
+        read([{"role": "user", "content": "a", "loss_scale": 2}])
+    reader = MessageReader(ignored=["loss_scale"])
+    reader.read([{"role": "user", "content": "a", "loss_scale": 2, "timestamp": 3}])
+    assert reader.unused == {"timestamp"}
+
+
+def test_sharegpt_and_function_calls_are_read_as_messages() -> None:
+    conversation = MessageReader().read(
+        [
+            {"from": "human", "value": "Rain?"},
+            {"from": "function_call", "value": '{"name": "weather", "arguments": {"city": "Rome"}}'},
+            {"from": "observation", "value": "no"},
+            {"from": "gpt", "value": "No rain.", "weight": 0},
+        ],
+        tools='[{"name": "weather"}]',
+    )
+    assert conversation.shape == ("user", "assistant", "tool", "assistant")
+    assert conversation.messages[1]["tool_calls"][0]["function"]["arguments"] == {"city": "Rome"}
+    assert conversation.tools == [{"name": "weather"}] and conversation.train == (None, None, None, False)
+
+
+def test_deepseek_r1_gives_the_generation_prompts_of_the_published_template(tmp_path: Path) -> None:
+    directory = tiny.hf_tokenizer(tmp_path, template=None)
+    config = (directory / "tokenizer_config.json").read_text().replace("{", '{"bos_token": "<|endoftext|>", ', 1)
+    (directory / "tokenizer_config.json").write_text(config)
+    tokenizer = load_tokenizer(directory)
+    published = (
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}{% endif %}{% endfor %}"
+        "{% for m in messages %}{% if m.role == 'user' %}<｜User｜>{{ m.content }}{% elif m.role == 'assistant' %}"
+        "<｜Assistant｜>{{ m.content.split('</think>')[-1] }}{{ eos_token }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<｜Assistant｜><think>\n{% endif %}"
+    )
+    repair = ChatTemplate(tokenizer, "deepseek-r1")
+    messages = turns("one", "two", "three", "four", system="Brief.")
+    messages[2]["reasoning_content"] = messages[4]["reasoning_content"] = "so"
+    tokenizer.chat_template = published
+    original = ChatTemplate(tokenizer)
+    trajectories = render(repair, messages)
+    assert len(trajectories) == 2
+    for trajectory, i in zip(trajectories, (2, 4), strict=True):
+        prompt, _, answer = trajectory.partition("⟦")
+        assert prompt == original.render(messages[:i], add_generation_prompt=True)
+        assert answer == f"so\n</think>\n\n{messages[i]['content']}<|im_end|>⟧"
+
+
+def test_conversations_of_a_shape_share_a_trace(tmp_path: Path) -> None:
+    chat = template(tmp_path, OPENING.replace("m.content.split('</think>')[-1]", "m.content"))
+    shape = ("user", "assistant", "content", "user", "assistant", "content")
+    trajectories = chat.trajectories(Conversation(shape, list("abcdef")))
+    assert all(trajectory.frame is not None for trajectory in trajectories)
+    assert [marked(t).split("⟦")[1] for t in trajectories] == [
+        "b\n</think>\n\nc<|im_end|>⟧",
+        "e\n</think>\n\nf<|im_end|>⟧",
+    ]
