@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from megatron_iwsft.data.corpus import Corpus
+from megatron_iwsft.data.prepare import readers
 from megatron_iwsft.data.prepare.accounting import verify
 from megatron_iwsft.data.prepare.arithmetic import ArithmeticSettings, arithmetic_records
 from megatron_iwsft.data.prepare.corpus_writer import CorpusWriter
@@ -190,9 +191,8 @@ def test_of_two_runs_at_once_one_is_refused(tmp_path: Path, tokenizer: Path) -> 
     line = command(inputs, tmp_path / "out", tokenizer, "--workers", "1")
     runs = [subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     messages = [run.communicate()[1] for run in runs]
-    assert sorted(run.returncode for run in runs) in ([0, 0], [0, 2]), (
-        messages
-    )  # or one was done before the other began
+    # Or one was done before the other began.
+    assert sorted(run.returncode for run in runs) in ([0, 0], [0, 2]), messages
     for run, message in zip(runs, messages, strict=True):
         assert run.returncode == 0 or "is in use by another job" in message.splitlines()[-1]
         assert "Traceback" not in message
@@ -218,8 +218,9 @@ def test_a_run_that_kept_nothing_leaves_nothing_in_the_way(tmp_path: Path, token
     assert verify(tmp_path / "out") == []
 
 
-def test_a_run_that_failed_can_be_discarded(tmp_path: Path, tokenizer: Path) -> None:
+def test_a_run_that_failed_can_be_discarded(tmp_path: Path, tokenizer: Path, monkeypatch) -> None:
     """Its input was damaged; once that is repaired, it is another run."""
+    monkeypatch.setattr(readers, "BLOCK_BYTES", 20_000)
     inputs = [tiny.write_jsonl(tmp_path / f"{k}.jsonl", records(2500, k)) for k in range(2)]
     packed = tmp_path / "1.jsonl.gz"
     packed.write_bytes(gzip.compress(inputs[1].read_bytes())[:-50])
