@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import multiprocessing
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 from megatron_iwsft.errors import DataError
 from megatron_iwsft.utils.cli import positive_int
 from megatron_iwsft.utils.text import printable
+from megatron_iwsft.utils.worker_processes import start_forkserver
 
 _PRELOADED = [
     "megatron_iwsft.data.prepare.shard",
@@ -142,9 +142,8 @@ def _add_curation_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    # Worker processes are forked from one that has imported what they need.
-    multiprocessing.set_start_method("forkserver", force=True)
-    multiprocessing.set_forkserver_preload(_PRELOADED)
+    if args.workers > 1 and not args.merge:
+        start_forkserver(_PRELOADED)
 
     from megatron_iwsft.data.prepare.job_array import make_parts, merge_parts
     from megatron_iwsft.data.prepare.shard import shard_corpus

@@ -1,16 +1,20 @@
 """Speed of tools/shard_corpus.py and of Megatron-LM's tools/preprocess_data.py, with the same records, tokenizer and workers.
 
 Ours also renders the chat template, masks, scores, hashes and deduplicates; preprocess_data.py gets texts that are already rendered.
-Without a checkout of Megatron-LM, an equivalent script with Megatron-Core's IndexedDatasetBuilder replaces it.
+It comes from a checkout of Megatron-LM (--megatron-lm DIR, or MEGATRON_LM in the environment), which needs the package six and, at its
+newest, triton and Python 3.12. Without one, an equivalent script with Megatron-Core's IndexedDatasetBuilder replaces it. The output
+says which of them ran.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import multiprocessing
 import os
 import resource
+import runpy
 import shutil
 import subprocess
 import sys
@@ -39,6 +43,7 @@ def main() -> None:
     if args.stand_in:
         stand_in(*args.stand_in)
         return
+    print(f"compared with {describe_theirs(args.megatron_lm)}", flush=True)
     scratch = Path(tempfile.mkdtemp(prefix="bench-sharding-", dir=args.scratch))
     try:
         for kind in args.kind or ["huggingface", "sentencepiece"]:
@@ -62,13 +67,40 @@ def _arguments() -> argparse.Namespace:
         choices=("huggingface", "sentencepiece"),
         help="kind of tokenizer to train on the input (default: both)",
     )
-    add("--megatron-lm", type=Path, metavar="DIR", help="checkout of Megatron-LM (default: the equivalent script)")
+    checkout = os.environ.get("MEGATRON_LM")
+    add(
+        "--megatron-lm",
+        type=Path,
+        metavar="DIR",
+        default=Path(checkout) if checkout else None,
+        help="checkout of Megatron-LM (default: MEGATRON_LM; without it, the equivalent script)",
+    )
     add(
         "--check", action="store_true", help="compare the ids of every record with those of the tokenizer's own library"
     )
     add("--scratch", type=Path, help="directory for temporary files (default: the system's temporary directory)")
     add("--stand-in", nargs=4, help=argparse.SUPPRESS)
     return parser.parse_args()
+
+
+def describe_theirs(checkout: Path | None) -> str:
+    """Which script is compared with. Exits if the checkout's does not start."""
+    if checkout is None:
+        return "an equivalent of preprocess_data.py with Megatron-Core's IndexedDatasetBuilder (no checkout of Megatron-LM given)"
+    script = checkout / "tools" / "preprocess_data.py"
+    tried = subprocess.run(
+        [sys.executable, str(script), "--help"], env=_theirs(checkout), capture_output=True, text=True
+    )
+    if tried.returncode:
+        sys.exit(f"{script} does not start: {(tried.stderr.strip().splitlines() or ['no message'])[-1]}")
+    version = runpy.run_path(str(checkout / "megatron" / "core" / "package_info.py"))["__version__"]
+    return f"Megatron-LM's own {script} (version {version})"
+
+
+def _theirs(checkout: Path) -> dict[str, str]:
+    """The environment for a script of the checkout."""
+    paths = [str(checkout), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
 
 
 @dataclass(frozen=True)
@@ -179,15 +211,26 @@ def write_inputs(
 
 
 def timed(command: list[str], **options: Any) -> tuple[float, float]:
-    """Wall-clock and CPU seconds of a command and its children."""
+    """Wall-clock and CPU seconds of a command and all its descendants, also those that outlive it."""
+    adopt_orphans()
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     begin = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True, **options)
     wall = time.perf_counter() - begin
+    with suppress(ChildProcessError):
+        while True:
+            os.wait()
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     if done.returncode:
         sys.exit(f"{' '.join(command)}\nfailed:\n{done.stderr[-3000:]}")
     return wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def adopt_orphans() -> None:
+    """Make descendants whose parent has exited children of this process, so that their CPU time is counted too."""
+    PR_SET_CHILD_SUBREAPER = 36
+    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
+        raise OSError(ctypes.get_errno(), "prctl")
 
 
 def run_ours(records: Path, tokenizer: Path, template: str | None, output: Path, workers: int) -> Run:
@@ -214,7 +257,7 @@ def run_theirs(checkout: Path | None, texts: Path, kind: str, tokenizer: Path, o
             "--tokenizer-type", names[kind], "--tokenizer-model", str(tokenizer), "--output-prefix", str(output / "corpus"),
             "--workers", str(workers), "--log-interval", "1000000",
         ]  # fmt: skip
-        wall, cpu = timed(command, env=os.environ | {"PYTHONPATH": str(checkout)})
+        wall, cpu = timed(command, env=_theirs(checkout))
     from megatron_iwsft.data.indexed import IndexedReader
 
     return Run(int(IndexedReader(output / "corpus_text_document").lengths.sum(dtype=np.int64)), wall, cpu)
@@ -297,7 +340,7 @@ def stages(records: Path, tokenizer_path: Path, template_name: str | None) -> No
     from megatron_iwsft.data.chat_template import ChatTemplate
     from megatron_iwsft.data.prepare import encode
     from megatron_iwsft.data.prepare.filters import Curation
-    from megatron_iwsft.data.prepare.readers import find_inputs, read_blocks
+    from megatron_iwsft.data.prepare.readers import find_inputs, numbered_records, read_blocks
     from megatron_iwsft.data.prepare.records import RecordFormat
     from megatron_iwsft.data.tokenizer import load_tokenizer
 
@@ -317,7 +360,7 @@ def stages(records: Path, tokenizer_path: Path, template_name: str | None) -> No
 
     encoder(blocks[0])
     prepared = [encoder.prepare(block) for block in blocks]
-    parsing = best(lambda b: list(encode.numbered_records(b)), blocks)
+    parsing = best(lambda b: list(numbered_records(b)), blocks)
     rendering = best(encoder.prepare, blocks) - parsing
     tokenizing = best(lambda rows: encoder._encode(rows.pieces, rows.counts), prepared)
     total = best(encoder, blocks)

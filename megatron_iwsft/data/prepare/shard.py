@@ -51,6 +51,7 @@ from megatron_iwsft.data.tokenizer import CHAT_TEMPLATE, Tokenizer, load_tokeniz
 from megatron_iwsft.errors import DataError
 from megatron_iwsft.utils.json_files import read_json
 from megatron_iwsft.utils.text import printable
+from megatron_iwsft.utils.worker_processes import one_thread_each, worker_context
 
 log = logging.getLogger(__name__)
 
@@ -205,14 +206,8 @@ def worker_pool(
     if workers <= 1:
         yield partial(map, partial(encode, _logged(*choose())))
         return
-    # One thread per library in each worker: parallelism comes from the processes.
-    for name in ("TOKENIZERS_PARALLELISM", "RAYON_NUM_THREADS", "OMP_NUM_THREADS"):
-        os.environ[name] = "false" if name.startswith("TOK") else "1"
-    method = multiprocessing.get_start_method(
-        allow_none=True
-    )  # this program's choice; not fork, since it may have threads
-    context = multiprocessing.get_context("forkserver" if method == "forkserver" else "spawn")
-    with ProcessPoolExecutor(workers, context, initializer=_start_worker) as pool:
+    one_thread_each()
+    with ProcessPoolExecutor(workers, worker_context(), initializer=_start_worker) as pool:
         chosen = pool.submit(choose)
         for _ in range(workers - 1):
             pool.submit(os.getpid)  # the other workers start meanwhile
