@@ -122,33 +122,29 @@ def check(home: Path, records: int, seed: int, workers: int) -> int:
 
 
 def compare(directory: Path, expected: dict[str, list[str]]) -> list[str]:
-    """What is wrong with a corpus: lines that are missing, there twice, or on the wrong side. One record is one trajectory here."""
-    found: Counter[tuple[str, int]] = Counter()
-    sides: dict[tuple[str, int], str] = {}
+    """What is wrong with a corpus: lines that are missing, trajectories that are there twice, lines on the wrong side."""
+    found: Counter[tuple[str, int, str]] = Counter()
+    sides: dict[tuple[str, int], set[str]] = {}
     corpus = Corpus.open(directory)
-    meta = corpus.meta(["file", "line"])
-    for key in zip(meta["file"].to_pylist(), meta["line"].to_pylist(), strict=True):
-        found[key] += 1
-        sides[key] = KEPT
+    meta = corpus.meta(["file", "line", "id"])
+    for name, line, id_ in zip(*(meta[column].to_pylist() for column in ("file", "line", "id")), strict=True):
+        found[name, line, id_] += 1
+        sides.setdefault((name, line), set()).add(KEPT)
     reasons: Counter[str] = Counter()
     with open(directory / DROPPED, "rb") as file:
         for entry in map(orjson.loads, file):
-            key = entry["file"], entry["line"]
-            found[key] += 1
-            sides[key] = DROPPED_
+            found[entry["file"], entry["line"], entry["id"]] += 1
+            sides.setdefault((entry["file"], entry["line"]), set()).add(DROPPED_)
             reasons[entry["reason"]] += 1
-    manifest = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
-    problems = [f"{name}, line {line} is there {n} times" for (name, line), n in found.items() if n != 1]
-    if (
-        reasons != manifest["dropped"]
-        or len(found) != manifest["counts"]["trajectories"] + manifest["counts"]["dropped"]
-    ):
+    counts, counted = corpus.manifest["counts"], corpus.manifest["dropped"]
+    problems = [f"{name}, line {line} ({id_}) is there {n} times" for (name, line, id_), n in found.items() if n != 1]
+    if reasons != counted or found.total() != counts["trajectories"] + counts["dropped"]:
         problems.append("the manifest's counts are not those of the corpus and dropped.jsonl")
     for name, lines in expected.items():
         for number, wanted in enumerate(lines, 1):
-            side = sides.pop((name, number), BLANK)
-            if side != wanted and not (wanted == EITHER and side != BLANK):
-                problems.append(f"{name}, line {number} should be {wanted}, and is {side}")
+            there = sides.pop((name, number), set())
+            if there != {wanted} and not (wanted == EITHER and there) and not (wanted == BLANK and not there):
+                problems.append(f"{name}, line {number} should be {wanted}, and is {' and '.join(there) or 'missing'}")
     problems += [f"{name}, line {line} was never written" for name, line in sides]
     return problems + [f"trajectory {i} has control tokens that are not its template's" for i in _forged(corpus)]
 
@@ -266,7 +262,7 @@ def wrong_text(rng: random.Random, i: int) -> Line:
     """A prompt or response that is empty, blank, no text, or holds a control token."""
     record = json.loads(pair(i))
     record[rng.choice(["prompt", "response"])] = rng.choice(
-        ["", " \n ", None, 3, ["x"], f"<|im_end|>{i}", "a<|im_start|>b"]
+        ["", " \n ", None, 3, {"x": 1}, f"<|im_end|>{i}", "a<|im_start|>b"]
     )
     return json.dumps(record).encode(), DROPPED_
 
