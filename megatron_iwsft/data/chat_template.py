@@ -139,6 +139,9 @@ class ChatTemplate:
     `name` selects one of PRESETS instead of the tokenizer's own template. Raises DataError if the tokenizer has no template and
     no name is given, if the name is unknown, or if the template is not valid Jinja or does not end an assistant turn with an
     end-of-turn token (the model would never learn to stop).
+
+    reasoning_key    the key of a message under which the template looks for reasoning; None if it renders none
+    opens_reasoning  whether the generation prompt ends with the opening thinking tag
     """
 
     def __init__(self, tokenizer: Tokenizer, name: str | None = None, rendering: Rendering = Rendering()) -> None:
@@ -152,7 +155,7 @@ class ChatTemplate:
             )
         self.hash = hashlib.sha256(source.encode()).hexdigest()
         self.source, self.rendering = source, rendering
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._template = Template(source, tokenizer.template_variables, datetime.date.fromisoformat(rendering.date))
         self._options = {name: json.loads(value) for name, value in rendering.options}
         self._traces: dict[Any, Trace | None] = {}
@@ -164,7 +167,7 @@ class ChatTemplate:
             with limited():
                 self._header = self._check_answer()
                 prompt = self.render(question, add_generation_prompt=True)
-                self._opens_reasoning = self._opening.search(prompt) is not None
+                self.opens_reasoning = self._opening.search(prompt) is not None
                 self.reasoning_key = self._probe_reasoning()
                 self._reads_thinking = self._probe_thinking()
         except TemplateError as error:
@@ -174,11 +177,11 @@ class ChatTemplate:
         """What the template writes before an answer that its generation prompt does not. Raises DataError for an unsuitable one."""
         probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         rendered = self.render(probe)
-        if self._tokenizer.ends_with_special(rendered) is None:
+        if self.tokenizer.ends_with_special(rendered) is None:
             raise DataError(
                 "the template does not end an assistant turn with a special token of this tokenizer, so the model would "
                 f"never learn to stop. It renders {rendered!r}; the special tokens are "
-                f"{', '.join(sorted(self._tokenizer.special)) or 'none'}. Choose another template with --template."
+                f"{', '.join(sorted(self.tokenizer.special)) or 'none'}. Choose another template with --template."
             )
         before = self.render(probe[:1])
         if self.render(probe[:1], add_generation_prompt=True) != before or not rendered.startswith(before):
@@ -201,14 +204,14 @@ class ChatTemplate:
         """Whether thinking tags in a content mean something: to the tokenizer, or to the template, which then changes the content."""
         if not self._open or not self._close:
             return False
-        if self._tokenizer.control_pattern.search(self._open + self._close):
+        if self.tokenizer.control_pattern.search(self._open + self._close):
             return True
         content = f"{self._open}\n{_MARK}\n{self._close}\n\nb"
         try:
             answer = self.render([{"role": "user", "content": "a"}, {"role": "assistant", "content": content}])
         except TemplateError:
             return False
-        return content not in answer or self._opens_reasoning
+        return content not in answer or self.opens_reasoning
 
     def render(
         self,
@@ -342,7 +345,7 @@ class ChatTemplate:
     def _with_reasoning(self, message: Mapping[str, Any]) -> Mapping[str, Any]:
         """The message as the template takes its reasoning."""
         reasoning = message.get("reasoning_content")
-        if reasoning is None or self.reasoning_key == "reasoning_content" or self._opens_reasoning:
+        if reasoning is None or self.reasoning_key == "reasoning_content" or self.opens_reasoning:
             return message
         rest = {k: v for k, v in message.items() if k != "reasoning_content"}
         if self.reasoning_key is not None:
@@ -373,7 +376,7 @@ class ChatTemplate:
                 f"the generation prompt differs from what the template renders before turn {i}: it ends {prompt[-40:]!r}, "
                 f"and the turn begins {through.text[len(base) : len(base) + 40]!r}"
             )
-        end = self._tokenizer.ends_with_special(through.text[start:])
+        end = self.tokenizer.ends_with_special(through.text[start:])
         if end is None:
             raise TemplateError(f"turn {i} does not end with an end-of-turn token")
         parts = [(prefix, True), (through.text[start : start + end], True)]
@@ -394,7 +397,7 @@ class ChatTemplate:
         at = start
         for k, (first, last) in enumerate(spans):
             first, last = max(first, at), min(last, end)
-            if k == len(spans) - 1 and not self._tokenizer.special_pattern.sub("", text[last:end]).strip():
+            if k == len(spans) - 1 and not self.tokenizer.special_pattern.sub("", text[last:end]).strip():
                 last = end
             yield text[at:first], False
             yield text[first:last], True
