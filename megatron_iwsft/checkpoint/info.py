@@ -21,7 +21,10 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import (
+    Any,
+    NotRequired,  # pydantic asks for this one before Python 3.12
+)
 
 from torch.distributed.checkpoint.api import CheckpointException  # a BaseException
 from typing_extensions import TypedDict  # pydantic asks for this one before Python 3.12
@@ -55,7 +58,8 @@ class _Info(TypedDict):
     layout: _Layout
     config: dict[str, Any]
     template_hash: str | None
-    corpus: str | None
+    corpora: NotRequired[dict[str, str]]
+    corpus: NotRequired[str | None]  # of one corpus, written in place of `corpora` before there were mixtures
     objective: str | None
     host: dict[str, Any]
     files: dict[PlainPath, integrity.FileSum]
@@ -66,7 +70,7 @@ class CheckpointInfo:
     """What `iwsft.json` says.
 
     layout     that it was saved at
-    corpus     fingerprint of the training corpus
+    corpora    name → fingerprint of each training corpus, in order
     objective  SHA-256 of the file of a custom objective
     host       states of `TrainState.host`
     files      name under the directory → size and SHA-256
@@ -78,7 +82,7 @@ class CheckpointInfo:
     config: dict[str, Any]
     layout: ParallelLayout
     template_hash: str | None
-    corpus: str | None
+    corpora: dict[str, str]
     objective: str | None
     host: dict[str, Any]
     files: dict[str, integrity.FileSum]
@@ -104,6 +108,7 @@ class CheckpointInfo:
         if found.pop("checksum", None) != info_checksum(found):
             raise CheckpointError(f"{path} is damaged: its checksum does not match. {advice}")
         info = check_json(found, _Info, CheckpointError, where=str(path), advice=advice)
+        earlier = info.get("corpus")
         return CheckpointInfo(
             directory=directory,
             step=info["step"],
@@ -111,7 +116,7 @@ class CheckpointInfo:
             config=info["config"],
             layout=ParallelLayout.from_json(dict(info["layout"])),
             template_hash=info["template_hash"],
-            corpus=info["corpus"],
+            corpora=info.get("corpora", {"": earlier} if earlier else {}),
             objective=info["objective"],
             host=info["host"],
             files=info["files"],

@@ -59,7 +59,7 @@ class CheckpointWriter:
 
     layout         the run's, for iwsft.json
     chat_template  replaces the tokenizer's own, where the corpus was rendered with a named one
-    corpus, objective, template_hash  see `CheckpointInfo`
+    corpora, objective, template_hash  see `CheckpointInfo`
     keep           how many of the newest are kept; None keeps all
     keep_every     steps that are a multiple of it are kept as well
     asynchronous   tensors are copied, a forked process writes and hashes them, and the checkpoint counts once `poll` or `wait`
@@ -77,7 +77,7 @@ class CheckpointWriter:
     tokenizer_files: list[Path] = field(default_factory=list)
     template_hash: str | None = None
     chat_template: str | None = None
-    corpus: str | None = None
+    corpora: dict[str, str] = field(default_factory=dict)
     objective: str | None = None
     keep: int | None = None
     keep_every: int = 0
@@ -89,7 +89,7 @@ class CheckpointWriter:
 
     def supporting_files(self, step: int) -> SupportingFiles:
         """The files that go with the weights of `step` when they are exported."""
-        provenance = Provenance(step, self.config, self.corpus, self.template_hash)
+        provenance = Provenance(step, self.config, self.corpora, self.template_hash)
         return SupportingFiles(self.tokenizer_files, provenance, self.chat_template)
 
     def save(self, state: TrainState) -> Path:
@@ -232,7 +232,7 @@ class CheckpointWriter:
             "layout": self.layout.to_json(),
             "config": self.config,
             "template_hash": self.template_hash,
-            "corpus": self.corpus,
+            "corpora": self.corpora,
             "objective": self.objective,
             "host": pending.host,
             "files": files,

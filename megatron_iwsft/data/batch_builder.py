@@ -10,6 +10,7 @@ import torch
 
 from megatron_iwsft.data.batch import IGNORE, Batch
 from megatron_iwsft.data.corpus import Corpus
+from megatron_iwsft.data.mixture import Mixture
 from megatron_iwsft.data.sampler import Sampler
 
 # trajectory index → float32 [num_tokens], the reference log-prob of each token, 0 where not trained on
@@ -53,7 +54,7 @@ class BatchBuilder:
 
     def __init__(
         self,
-        corpus: Corpus,
+        corpus: Corpus | Mixture,
         sampler: Sampler,
         shape: RowShape,
         *,

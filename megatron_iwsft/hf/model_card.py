@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import (
     Any,
@@ -28,11 +28,11 @@ class _TokenIds(TypedDict):
 
 @dataclass(frozen=True)
 class Provenance:
-    """How the weights were trained. config: the run's resolved config; corpus: fingerprint of the training corpus."""
+    """How the weights were trained. config: the run's resolved config; corpora: name → fingerprint of each training corpus."""
 
     step: int
     config: dict[str, Any]
-    corpus: str | None = None
+    corpora: dict[str, str] = field(default_factory=dict)
     template_hash: str | None = None
 
 
@@ -97,8 +97,7 @@ def _model_card(provenance: Provenance) -> str:
         "run": run.get("name"),
         "step": provenance.step,
         "objective": _objective(objective),
-        "corpus": data.get("corpus"),
-        "corpus hash (SHA-256 of its manifest)": provenance.corpus,
+        **_corpora(data, provenance.corpora),
         "trained from": next((v for v in model.values() if isinstance(v, str)), None),
         "reference": (config.get("reference") or {}).get("model"),
         "chat template hash": provenance.template_hash,
@@ -106,6 +105,18 @@ def _model_card(provenance: Provenance) -> str:
     }
     lines = ["---", "library_name: transformers", "---", f"# {run.get('name', 'model')}", ""]
     return "\n".join([*lines, *(f"- {name}: {value}" for name, value in facts.items() if value is not None)]) + "\n"
+
+
+def _corpora(data: dict[str, Any], fingerprints: dict[str, str]) -> dict[str, Any]:
+    """Directories and hashes of the training corpora; of a mixture, with the amount of each."""
+    entries = data.get("corpora") or [{"corpus": data.get("corpus")}]
+    facts: dict[str, Any] = {}
+    for number, entry in enumerate(entries):
+        which = f"corpus {number + 1}" if len(entries) > 1 else "corpus"
+        amount = next((f" ({key} {entry[key]:g})" for key in ("epochs", "weight") if entry.get(key)), "")
+        facts[which] = f"{entry['corpus']}{amount}" if entry["corpus"] else None
+        facts[f"{which} hash (SHA-256 of its manifest)"] = dict(enumerate(fingerprints.values())).get(number)
+    return facts
 
 
 def _objective(objective: dict[str, Any]) -> str | None:

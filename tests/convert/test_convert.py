@@ -36,7 +36,7 @@ PROVENANCE = Provenance(
         "data": {"corpus": "corpora/sums"},
         "objective": {"name": "iw_sft", "level": "sequence", "clip": [0.0, 16.0], "proposal": {"kind": "current"}},
     },
-    corpus="c0ffee",
+    corpora={"sums": "c0ffee"},
 )
 
 
