@@ -3,7 +3,7 @@
 manifest.json                            settings, statistics and the SHA-256 of every file; written last
 shard-00000.bin, .idx                    tokens: a Megatron IndexedDataset, one sequence per trajectory
 shard-00000.mask.bin, .idx               uint8, 1 where trained on
-shard-00000.meta.parquet                 id, score, num_tokens, num_trained, source, file, line, content_hash
+shard-00000.meta.parquet                 id, score, num_tokens, num_trained, turn_weights, source, file, line, content_hash
 tokenizer/                               copy of the tokenizer's files, so that the corpus is self-contained
 dropped.jsonl                            every rejected record: file, line, id, reason, detail
 reference-<fingerprint>/                 sidecars of reference log-probs (`reference/sidecar.py`)
@@ -35,12 +35,14 @@ _SAMPLED_PIECES = 64  # of at most 64 MiB each
 _AGAIN = "Shard the records again."
 _CHANGED = "has changed since the manifest was written"
 
+TURN_WEIGHTS = pa.list_(pa.float32())  # of each run of trained tokens; null where all are 1
 _META = pa.schema(
     [
         ("id", pa.string()),
         ("score", pa.float64()),
         ("num_tokens", pa.int32()),
         ("num_trained", pa.int32()),
+        ("turn_weights", TURN_WEIGHTS),
         ("source", pa.string()),
         ("file", pa.string()),
         ("line", pa.int64()),
@@ -75,7 +77,10 @@ class ShardWriter:
         lengths = rows["tokens"].value_lengths().to_numpy()
         self._tokens.append_many(rows["tokens"].flatten().to_numpy(), lengths)
         self._masks.append_many(rows["mask"].flatten().to_numpy(), lengths)
-        columns = {name: rows[name] for name in ("id", "score", "num_trained", "source", "line", "content_hash")}
+        columns = {
+            name: rows[name]
+            for name in ("id", "score", "num_trained", "turn_weights", "source", "line", "content_hash")
+        }
         columns["num_tokens"] = pa.array(lengths.astype(np.int32))
         columns["file"] = pa.repeat(pa.scalar(file, pa.string()), rows.num_rows)
         self._meta.append(pa.record_batch([columns[name] for name in _META.names], schema=_META))
@@ -120,6 +125,7 @@ class Corpus:
     lengths      int32   [n]  tokens per trajectory
     num_trained  int32   [n]  |M_i|, trained tokens per trajectory
     scores       float64 [n]  NaN where a trajectory has no score
+    turn_weights trajectory → float32, the weight of each run of its trained tokens; none for trajectories whose weights are all 1
     fingerprint  SHA-256 of the manifest, which contains that of every file
     """
 
@@ -129,6 +135,7 @@ class Corpus:
     lengths: np.ndarray
     num_trained: np.ndarray
     scores: np.ndarray
+    turn_weights: dict[int, np.ndarray]
     _tokens: list[IndexedReader]
     _masks: list[IndexedReader]
     _starts: np.ndarray
@@ -158,6 +165,7 @@ class Corpus:
             lengths=meta["num_tokens"].to_numpy(),
             num_trained=meta["num_trained"].to_numpy(),
             scores=meta["score"].fill_null(float("nan")).to_numpy(),
+            turn_weights=_read_turn_weights(directory, names),
             _tokens=tokens,
             _masks=masks,
             _starts=np.cumsum([0, *sizes]),
@@ -172,11 +180,23 @@ class Corpus:
             (indexed != self.lengths, "differs in length from its metadata"),
             ((self.num_trained < 1) | (self.num_trained > self.lengths), "has an impossible number of trained tokens"),
             (np.isinf(self.scores), "has an infinite score"),
+            (self._impossible_weights(), "has an impossible weight of a turn"),
         ]
         for where, what in wrong:
             if where.any():
                 shard, k = self.locate(int(np.argmax(where)))
                 raise DataError(f"{self.directory / self.shards[shard]} is damaged: trajectory {k} {what}. {_AGAIN}")
+
+    @property
+    def has_turn_weights(self) -> bool:
+        """Whether any trajectory has turns of different weights."""
+        return bool(self.turn_weights)
+
+    def _impossible_weights(self) -> np.ndarray:
+        out = np.zeros(len(self), bool)
+        for i, weights in self.turn_weights.items():
+            out[i] = not (len(weights) and np.isfinite(weights).all() and weights.min() >= 0)
+        return out
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -199,6 +219,17 @@ class Corpus:
         """Loss mask of trajectory i, uint8 [lengths[i]], 1 where trained on; read-only. Raises DataError for values beyond 1."""
         shard, k = self.locate(i)
         return self._checked(self._masks[shard][k], shard, is_mask=True)
+
+    def token_weights(self, i: int) -> np.ndarray | None:
+        """How much each token of trajectory i is trained on, as its record's messages say, float32 [lengths[i]]; None if all alike."""
+        weights = self.turn_weights.get(i)
+        if weights is None:
+            return None
+        mask = self.mask(i)
+        run = np.cumsum(np.diff(mask, prepend=np.uint8(0)) == 1)  # from 1 on
+        if run[-1] > len(weights):
+            raise DataError(f"{self.directory} is damaged: trajectory {i} has fewer weights than turns. {_AGAIN}")
+        return np.where(mask == 1, np.concatenate([np.zeros(1, np.float32), weights])[run], np.float32(0))
 
     def _checked(self, values: np.ndarray, shard: int, *, is_mask: bool) -> np.ndarray:
         complaint = self._values_complaint(values, is_mask=is_mask)
@@ -318,3 +349,18 @@ def read_meta(directory: Path, names: list[str], columns: list[str] | None) -> p
             raise DataError(f"{path} is damaged: it does not have the columns of a corpus. {_AGAIN}")
         tables.append(table)
     return pa.concat_tables(tables) if tables else schema.empty_table()
+
+
+def _read_turn_weights(directory: Path, names: list[str]) -> dict[int, np.ndarray]:
+    """`Corpus.turn_weights`. Corpora that were made before messages could have weights have no such column."""
+    out: dict[int, np.ndarray] = {}
+    first = 0
+    for name in names:
+        path = directory / f"{name}.meta.parquet"
+        file = pq.ParquetFile(path)
+        if "turn_weights" in file.schema_arrow.names:
+            column = read_meta(directory, [name], ["turn_weights"])["turn_weights"]
+            for row in np.flatnonzero(column.is_valid().to_numpy()).tolist():
+                out[first + row] = np.asarray(column[row].as_py(), np.float32)
+        first += file.metadata.num_rows
+    return out

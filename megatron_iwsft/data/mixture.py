@@ -97,6 +97,16 @@ class Mixture:
         corpus, k = self.locate(i)
         return self.corpora[corpus].mask(k)
 
+    def token_weights(self, i: int) -> np.ndarray | None:
+        """As `Corpus.token_weights`."""
+        corpus, k = self.locate(i)
+        return self.corpora[corpus].token_weights(k)
+
+    @property
+    def has_turn_weights(self) -> bool:
+        """Whether any trajectory has turns of different weights."""
+        return any(corpus.has_turn_weights for corpus in self.corpora)
+
     def sources(self) -> list[str]:
         """The source of each trajectory."""
         return [source for corpus in self.corpora for source in corpus.meta(["source"])["source"].to_pylist()]
