@@ -17,6 +17,7 @@ from megatron_iwsft.model.gpt import forward
 from megatron_iwsft.reference.sidecar import SidecarWriter
 from megatron_iwsft.train.setup import StartedRun, all_packs, check, start
 from megatron_iwsft.train.step import run_schedule
+from megatron_iwsft.utils.text import say
 
 
 def precompute_reference(config: Config) -> str:
@@ -38,7 +39,7 @@ def precompute_reference(config: Config) -> str:
 def _precompute(run: StartedRun, writer: SidecarWriter, watch: Watchdog, stop: StopSignals) -> str:
     if run.platform.any(writer.complete):
         if run.is_main:
-            print(f"{writer.directory} is already complete.", flush=True)
+            say(f"{writer.directory} is already complete.")
         return str(writer.directory)
     if run.is_main:
         writer.prepare()
@@ -73,7 +74,7 @@ def _precompute(run: StartedRun, writer: SidecarWriter, watch: Watchdog, stop: S
         if told_to_stop:
             writer.flush()
             if run.is_main:
-                print(f"stopped after batch {number - 1} of {len(steps)}; start it again to continue.", flush=True)
+                say(f"stopped after batch {number - 1} of {len(steps)}; start it again to continue.")
             dist.barrier()
             raise RequeueError
         if not needed:
@@ -85,9 +86,6 @@ def _precompute(run: StartedRun, writer: SidecarWriter, watch: Watchdog, stop: S
     dist.barrier()
     if run.is_main:
         writer.finish({"model": run.reference.described, "layout": run.layout.describe()})
-        print(
-            f"{writer.directory}: log-probs of {len(run.corpus):,} trajectories by {run.reference.described}",
-            flush=True,
-        )
+        say(f"{writer.directory}: log-probs of {len(run.corpus):,} trajectories by {run.reference.described}")
     dist.barrier()
     return str(writer.directory)

@@ -44,7 +44,6 @@ from megatron_iwsft.data.tokenizer import CHAT_TEMPLATE, Tokenizer, load_tokeniz
 from megatron_iwsft.errors import DataError
 from megatron_iwsft.utils.json_files import read_json
 from megatron_iwsft.utils.locks import exclusive
-from megatron_iwsft.utils.text import printable
 
 log = logging.getLogger(__name__)
 
@@ -112,7 +111,7 @@ class ShardingJob:
                 counts += some
                 pieces += rows.pieces[: sum(some)]
         fast, why = choose_encoder(self.tokenizer, pieces, counts)
-        log.info(printable(why))
+        log.info(why)
         return fast
 
 

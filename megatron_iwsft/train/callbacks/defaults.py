@@ -16,7 +16,7 @@ from megatron_iwsft.train.callbacks.trackers import tensorboard_logger, wandb_lo
 from megatron_iwsft.train.callbacks.weight_warnings import WeightWarnings
 from megatron_iwsft.train.setup import StartedRun
 from megatron_iwsft.utils.files import write_text
-from megatron_iwsft.utils.text import printable_line
+from megatron_iwsft.utils.text import say
 
 if TYPE_CHECKING:
     from megatron_iwsft.train.trainer import Trainer
@@ -59,9 +59,8 @@ def _start_run_directory(run: StartedRun) -> None:
         (run.run_directory / name).mkdir(parents=True, exist_ok=True)
     write_text(run.run_directory / "config.yaml", run.config.to_yaml())
     counts, config = run.corpus.manifest["counts"], run.config
-    print(
-        f"{printable_line(config.run.name)}: {config.objective.name} on {len(run.corpus):,} trajectories ({counts['trained_tokens']:,} of "
+    say(
+        f"{config.run.name}: {config.objective.name} on {len(run.corpus):,} trajectories ({counts['trained_tokens']:,} of "
         f"{counts['tokens']:,} tokens trained), {run.total_steps} steps of global batch size {config.data.global_batch_size}; "
-        f"{run.platform.device.type}, {run.layout.describe()}",
-        flush=True,
+        f"{run.platform.device.type}, {run.layout.describe()}"
     )
