@@ -8,7 +8,7 @@
             tokenizer/         so that an export needs nothing else
             .metadata, *.distcp, common.pt, metadata.json    Megatron-Core's `dist_checkpointing` (torch_dist)
 
-A checkpoint is written (writer.py) under `step-….partial` and renamed when every rank is done.
+A checkpoint is written (writer.py) under `step-….partial`, a unique name, and renamed when every rank is done.
 
 `.metadata`, `common.pt` and parts of `*.distcp` are pickles, by Megatron-Core's and torch's format. Before they are loaded, owners and
 checksums of all files are checked (integrity.py), and the pickles themselves (pickles.py).
@@ -34,10 +34,12 @@ from megatron_iwsft.checkpoint.names import CHECKPOINTS, INFO, LATEST
 from megatron_iwsft.distributed.parallel_layout import ParallelLayout
 from megatron_iwsft.errors import CheckpointError
 from megatron_iwsft.hf.architecture import Architecture
+from megatron_iwsft.utils.files import PARTIAL
 from megatron_iwsft.utils.json_files import KEEP_UNKNOWN_KEYS, PlainPath, check_json, is_regular_file, read_json
 
 FORMAT_VERSION = 4
 _NAME = re.compile(r"step-\d{8,}")
+_UNFINISHED = re.compile(rf"{_NAME.pattern}\.[0-9a-f]{{8}}{re.escape(PARTIAL)}")
 
 
 class _Layout(TypedDict):
@@ -170,6 +172,11 @@ def complete_checkpoints(root: Path) -> list[Path]:
     """Complete checkpoints under `root`, newest first. Directories of other names, such as copies, are the user's."""
     found = [p for p in root.glob("step-*") if _NAME.fullmatch(p.name) and (p / INFO).exists()]
     return sorted(found, key=step_of, reverse=True)
+
+
+def unfinished_checkpoints(root: Path) -> list[Path]:
+    """Directories under `root` that are, or were when a process was killed, being written or removed."""
+    return [p for p in root.glob("step-*") if _UNFINISHED.fullmatch(p.name)]
 
 
 def one_line(error: BaseException) -> str:

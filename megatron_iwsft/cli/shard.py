@@ -17,7 +17,7 @@ from typing import Any
 
 from megatron_iwsft.errors import DataError
 from megatron_iwsft.utils.cli import positive_int
-from megatron_iwsft.utils.text import printable
+from megatron_iwsft.utils.text import say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -124,8 +124,15 @@ def _add_curation_options(parser: argparse.ArgumentParser) -> None:
     add("--max-per-source", type=positive_int, metavar="N", help="keep at most N trajectories of each source")
 
 
+class _Said(logging.Handler):
+    """Shows log messages as a command shows everything else."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        say(record.getMessage(), error=True)
+
+
 def run(args: argparse.Namespace) -> None:
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.basicConfig(level=logging.INFO, handlers=[_Said()])
 
     from megatron_iwsft.data.prepare.job_array import make_parts, merge_parts
     from megatron_iwsft.data.prepare.shard import shard_corpus
@@ -139,7 +146,7 @@ def run(args: argparse.Namespace) -> None:
             args.inputs, args.output, settings, task=task, tasks=tasks, workers=args.workers, encoder=args.encoder
         )
         found = ", ".join(names) or "no input file"
-        print(printable(f"{args.output}: parts of task {task} of {tasks} are complete: {found}"))
+        say(f"{args.output}: parts of task {task} of {tasks} are complete: {found}")
         return
     else:
         manifest = shard_corpus(args.inputs, args.output, settings, workers=args.workers, encoder=args.encoder)
@@ -235,9 +242,9 @@ def _array_task(given: str | None) -> tuple[int, int]:
 
 def _print_summary(output: Path, manifest: dict[str, Any]) -> None:
     counts = manifest["counts"]
-    print(
+    say(
         f"{output}: {counts['trajectories']:,} trajectories, {counts['tokens']:,} tokens, {counts['trained_tokens']:,} trained; "
         f"{counts['dropped']:,} dropped"
     )
     for reason, n in manifest["dropped"].items():
-        print(printable(f"  {reason}: {n:,}"))
+        say(f"  {reason}: {n:,}")

@@ -12,6 +12,7 @@ reference-<fingerprint>/                 sidecars of reference log-probs (`refer
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -268,19 +269,26 @@ class Corpus:
     def shard_meta(self, shard: str, columns: list[str]) -> pa.Table:
         return read_meta(self.directory, [shard], columns)
 
-    def damage(self, verify: Verify = "full", *, share: int = 0, shares: int = 1, seed: int = 0) -> list[str]:
-        """One complaint per damaged file, from share number `share` of `shares`: each rank checks one, the caller combines them.
+    def pieces(self, verify: Verify = "full", *, share: int = 0, shares: int = 1, seed: int = 0) -> list[Piece]:
+        """Share number `share` of `shares` of what is checked: each rank checks one.
 
-        full reads every file and compares its SHA-256 with the manifest; sample does so for 64 pieces of at most 64 MiB, chosen by
-        `seed` (of a corpus without checksums of blocks, 64 files); none reads nothing. In what is read, token ids must be in the
-        vocabulary, masks 0 or 1, and each trajectory must have as many trained tokens as its metadata says.
+        full: every file; sample: 64 pieces of at most 64 MiB, chosen by `seed` (of a corpus without checksums of blocks, 64 files);
+        none: nothing.
         """
-        pieces = pieces_of(self.manifest["files"], self.manifest.get("blocks", {}))
         if verify == "none":
-            pieces = []
-        elif verify == "sample" and len(pieces) > _SAMPLED_PIECES:
-            chosen = np.random.default_rng(seed).choice(len(pieces), _SAMPLED_PIECES, replace=False)
-            pieces = [pieces[k] for k in np.sort(chosen).tolist()]
+            return []
+        found = pieces_of(self.manifest["files"], self.manifest.get("blocks", {}))
+        if verify == "sample" and len(found) > _SAMPLED_PIECES:
+            chosen = np.random.default_rng(seed).choice(len(found), _SAMPLED_PIECES, replace=False)
+            found = [found[k] for k in np.sort(chosen).tolist()]
+        return found[share::shares]
+
+    def damage(self, pieces: Sequence[Piece] | None = None, *, show_progress: bool = False) -> list[str]:
+        """One complaint per damaged file of `pieces` (default: of all): its SHA-256 is compared with the manifest's.
+
+        In what is read, token ids must be in the vocabulary, masks 0 or 1, and each trajectory must have as many trained tokens as its
+        metadata says.
+        """
         contents = {reader.path.name: (shard, False) for shard, reader in enumerate(self._tokens)}
         contents |= {reader.path.name: (shard, True) for shard, reader in enumerate(self._masks)}
 
@@ -288,7 +296,13 @@ class Corpus:
             shard, is_mask = contents.get(piece.name, (-1, False))
             return None if shard < 0 else self._part_complaint(shard, start, data, is_mask=is_mask)
 
-        return damaged_files(self.directory, pieces[share::shares], changed=_CHANGED, look_at=look_at)
+        return damaged_files(
+            self.directory,
+            self.pieces() if pieces is None else pieces,
+            changed=_CHANGED,
+            look_at=look_at,
+            show_progress=show_progress,
+        )
 
     def _part_complaint(self, shard: int, start: int, data: bytes, *, is_mask: bool) -> str | None:
         """`_values_complaint` of a part of a shard's .bin or .mask.bin, which starts at byte `start`."""
@@ -313,21 +327,18 @@ class Corpus:
             return None
         return "is damaged: it does not have as many trained tokens as the metadata says"
 
-    def verify(self) -> list[str]:
-        """All complaints of `damage`."""
-        return self.damage()
 
-
-def verify_directory(directory: Path) -> list[str]:
+def verify_directory(directory: Path, *, show_progress: bool = False) -> list[str]:
     """All complaints of `Corpus.damage`; of a corpus that cannot be opened, one for each file that has changed or is missing.
 
     Raises DataError if the corpus cannot be opened although no file has changed.
     """
     try:
-        return Corpus.open(directory).damage()
+        return Corpus.open(directory).damage(show_progress=show_progress)
     except DataError:
         manifest, _ = read_manifest(directory)
-        complaints = damaged_files(directory, pieces_of(manifest["files"], {}), changed=_CHANGED)
+        pieces = pieces_of(manifest["files"], {})
+        complaints = damaged_files(directory, pieces, changed=_CHANGED, show_progress=show_progress)
         if not complaints:
             raise
         return complaints

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from megatron_iwsft.hf.architecture import Architecture
 from megatron_iwsft.hf.directory import GENERATION
 from megatron_iwsft.utils.files import write_json, write_text
 from megatron_iwsft.utils.json_files import check_json, read_json
+from megatron_iwsft.utils.text import printable_line
 from megatron_iwsft.version import __version__
 
 
@@ -103,8 +105,17 @@ def _model_card(provenance: Provenance) -> str:
         "chat template hash": provenance.template_hash,
         "exported by": f"megatron_iwsft {__version__}",
     }
-    lines = ["---", "library_name: transformers", "---", f"# {run.get('name', 'model')}", ""]
-    return "\n".join([*lines, *(f"- {name}: {value}" for name, value in facts.items() if value is not None)]) + "\n"
+    lines = ["---", "library_name: transformers", "---", f"# {_literally(run.get('name', 'model'))}", ""]
+    facts_given = (f"- {name}: {_literally(value)}" for name, value in facts.items() if value is not None)
+    return "\n".join([*lines, *facts_given]) + "\n"
+
+
+def _literally(value: object) -> str:
+    """A Markdown code span: nothing in it is taken for a link, HTML or emphasis."""
+    text = printable_line(str(value))
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    space = " " if not text or text[0] in "` " or text[-1] in "` " else ""
+    return f"{fence}{space}{text}{space}{fence}"
 
 
 def _corpora(data: dict[str, Any], fingerprints: dict[str, str]) -> dict[str, Any]:

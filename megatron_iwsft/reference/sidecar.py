@@ -126,7 +126,7 @@ class Sidecar:
         """One complaint per damaged file, from rank `rank` of `size`'s share of the files' blocks. Reads all of them."""
         again = f"Remove {self.directory}, and run `iwsft reference` with this config."
         changed = "is damaged: its checksum does not match"
-        complaints = damaged_files(self.directory, self._pieces[rank::size], changed=changed)
+        complaints = damaged_files(self.directory, self._pieces[rank::size], changed=changed, show_progress=rank == 0)
         return [f"{complaint}. {again}" for complaint in complaints]
 
     def __call__(self, i: int) -> np.ndarray:

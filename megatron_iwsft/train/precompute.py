@@ -17,6 +17,7 @@ from megatron_iwsft.model.gpt import forward
 from megatron_iwsft.reference.mixture import MixtureSidecarWriter
 from megatron_iwsft.train.setup import StartedRun, check, start
 from megatron_iwsft.train.step import run_schedule
+from megatron_iwsft.utils.text import say
 
 
 def precompute_reference(config: Config) -> list[str]:
@@ -41,7 +42,7 @@ def _precompute(run: StartedRun, writer: MixtureSidecarWriter, watch: Watchdog, 
     if writer.skip_complete(run.platform):
         if run.is_main:
             for directory in writer.directories:
-                print(f"{directory} is already complete.", flush=True)
+                say(f"{directory} is already complete.")
         return writer.directories
     if run.is_main:
         writer.prepare()
@@ -77,7 +78,7 @@ def _precompute(run: StartedRun, writer: MixtureSidecarWriter, watch: Watchdog, 
         if told_to_stop:
             writer.flush()
             if run.is_main:
-                print(f"stopped after batch {number - 1} of {plan.num_steps}; start it again to continue.", flush=True)
+                say(f"stopped after batch {number - 1} of {plan.num_steps}; start it again to continue.")
             dist.barrier()
             raise RequeueError
         if not needed:
@@ -89,6 +90,6 @@ def _precompute(run: StartedRun, writer: MixtureSidecarWriter, watch: Watchdog, 
     dist.barrier()
     if run.is_main:
         for directory, count in writer.finish({"model": run.reference.described, "layout": run.layout.describe()}):
-            print(f"{directory}: log-probs of {count:,} trajectories by {run.reference.described}", flush=True)
+            say(f"{directory}: log-probs of {count:,} trajectories by {run.reference.described}")
     dist.barrier()
     return writer.directories

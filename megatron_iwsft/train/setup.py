@@ -13,6 +13,7 @@ from megatron_iwsft.checkpoint.names import CHECKPOINTS
 from megatron_iwsft.checkpoint.writer import CheckpointWriter
 from megatron_iwsft.config.schema import Config, MixtureCorpus, Model, QualityConfig
 from megatron_iwsft.data.batch_builder import BatchBuilder, ReferenceLogprobs, RowShape
+from megatron_iwsft.data.checksums import bytes_of
 from megatron_iwsft.data.corpus import Corpus
 from megatron_iwsft.data.mixture import Mixture
 from megatron_iwsft.data.sampler import Part, Quality, Sampler
@@ -32,6 +33,10 @@ from megatron_iwsft.objectives.functions import Objective, Settings
 from megatron_iwsft.reference.sidecar import ReferenceIdentity
 from megatron_iwsft.train.callbacks import CallbackFunction
 from megatron_iwsft.train.callbacks.custom import load_callbacks
+from megatron_iwsft.utils.files import gibibytes
+from megatron_iwsft.utils.text import say
+
+_ANNOUNCED_BYTES = 4 << 30  # reading as much can take a minute
 
 
 @dataclass(frozen=True)
@@ -185,9 +190,19 @@ def start(checked: CheckedRun) -> StartedRun:
     platform = context.start(config.run.device, timeout_s=2 * config.run.hang_timeout_s)
     parallel = platform.parallel(checked.layout, seed=config.run.seed)
     for corpus in filter(None, (*checked.mixture.corpora, checked.evaluation)):
-        share = {"share": platform.rank, "shares": platform.world_size}
-        raise_together(platform, corpus.damage(config.data.verify, seed=config.run.seed, **share))
+        _check_contents(corpus, config, platform)
     return StartedRun(**vars(checked), platform=platform, parallel=parallel)
+
+
+def _check_contents(corpus: Corpus, config: Config, platform: Platform) -> None:
+    """Read what `data.verify` asks for; each rank reads a share. Collective over all ranks. Raises DataError on all of them."""
+    verify, is_main = config.data.verify, platform.rank == 0
+    pieces = corpus.pieces(verify, share=platform.rank, shares=platform.world_size, seed=config.run.seed)
+    size = bytes_of(corpus.directory, pieces)
+    if is_main and size >= _ANNOUNCED_BYTES:
+        less = "; `sample` reads less" if verify == "full" else ""
+        say(f"checking {corpus.directory}: each process reads {gibibytes(size)} (data.verify: {verify}{less}).")
+    raise_together(platform, corpus.damage(pieces, show_progress=is_main))
 
 
 def raise_together(platform: Platform, complaints: list[str]) -> None:

@@ -12,6 +12,7 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -158,6 +159,7 @@ ATTACKS: dict[Callable[[Path, Path], None], str] = {
     foreign_info: "belongs to 54321",
 }
 NOT_READ_BY_EXPORT = {evil_common, evil_object}
+PICKLES = (evil_metadata, evil_metadata_by_attribute_path, evil_common, evil_object)
 NEEDS_ROOT = {group_writable, foreign_info}
 
 
@@ -183,6 +185,16 @@ def save_and_attack(platform: Any, tmp: Path) -> dict[str, str]:
             said[attack.__name__] = "loaded"
         except CheckpointError as error:
             said[attack.__name__] = str(error)
+    for attack in PICKLES:
+        home = tmp / f"{attack.__name__}-after-the-check"
+        shutil.copytree(saved, home / "step-00000006")
+        attack(home / "step-00000006", home / CODE_RAN)
+        try:
+            with mock.patch("megatron_iwsft.checkpoint.load.verify"):  # it has seen another directory
+                load(CheckpointInfo.read(home / "step-00000006"), TrainState(chunks))
+            said[home.name] = "loaded"
+        except CheckpointError as error:
+            said[home.name] = str(error)
     return said
 
 
@@ -208,6 +220,15 @@ def test_an_attack_is_refused_by_name_and_runs_no_code(
     else:
         export_checkpoint(home / attack.__name__ / "step-00000006", tmp_path / "hf")
     assert not (home / attack.__name__ / CODE_RAN).exists(), "code of the attacker ran"
+
+
+@pytest.mark.parametrize("attack", PICKLES, ids=lambda attack: attack.__name__)
+def test_a_checkpoint_exchanged_after_its_check_runs_no_code(attacked, attack: Callable[[Path, Path], None]) -> None:
+    home, said = attacked
+    name = f"{attack.__name__}-after-the-check"
+    assert not (home / name / CODE_RAN).exists(), "code of the attacker ran"
+    if attack is not evil_common:  # which only some lines of Megatron-Core read
+        assert "cannot be loaded" in said[name]
 
 
 def test_groups_can_be_trusted(attacked, tmp_path: Path, monkeypatch) -> None:

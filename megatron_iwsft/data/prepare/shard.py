@@ -45,7 +45,6 @@ from megatron_iwsft.data.tokenizer import CHAT_TEMPLATE, Tokenizer, load_tokeniz
 from megatron_iwsft.errors import DataError
 from megatron_iwsft.utils.json_files import read_json
 from megatron_iwsft.utils.locks import exclusive
-from megatron_iwsft.utils.text import printable
 
 log = logging.getLogger(__name__)
 
@@ -113,9 +112,9 @@ class ShardingJob:
                 counts += some
                 pieces += rows.pieces[: sum(some)]
         if unused := sampler.reader.messages.unused:
-            log.info(printable(f"keys of messages that are not used: {', '.join(sorted(unused))}"))
+            log.info(f"keys of messages that are not used: {', '.join(sorted(unused))}")
         fast, why = choose_encoder(self.tokenizer, pieces, counts)
-        log.info(printable(why))
+        log.info(why)
         return fast
 
 
