@@ -15,13 +15,22 @@ import datetime
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
+from megatron_iwsft.data.conversation import (
+    Conversation,
+    Messages,
+    TrainFlags,
+    equivalent_forms,
+    messages_of,
+    separate_reasoning,
+    shape_of,
+)
 from megatron_iwsft.data.lost_text import find_lost_text
-from megatron_iwsft.data.template_engine import Messages, Template, TemplateError, limited
+from megatron_iwsft.data.template_engine import Template, TemplateError, limited
 from megatron_iwsft.data.template_presets import PRESETS
 from megatron_iwsft.data.template_tracing import Pieces, Trace, TracedFrame, trace
 from megatron_iwsft.data.tokenizer import CHAT_TEMPLATE, Tokenizer
@@ -37,49 +46,6 @@ _MAX_TRACES = 4096
 _REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 
 LOST = "text is missing in the rendering"
-
-# Per message of a conversation: whether it is trained on; None where the record does not say.
-TrainFlags = tuple[bool | None, ...]
-
-
-@dataclass(slots=True)
-class Conversation:
-    """A conversation.
-
-    shape          what each of `texts` is: the role of its turn, or "content". If a turn has reasoning, the text under its role
-                   is the reasoning and the next text, under "content", is its content.
-    texts          the texts, one per entry of `shape`
-    full_messages  the original messages if they have more than role, content and reasoning (tool calls, names), else None
-    tools          tool definitions for the template
-    weights        per message how much its turn is trained on, as the record says: 0 is not at all; None where it says nothing
-    options        further variables for the template (`chat_template_kwargs`)
-    """
-
-    shape: tuple[str, ...]
-    texts: list[str]
-    full_messages: Messages | None = None
-    tools: Any = None
-    weights: tuple[float | None, ...] | None = None
-    options: Mapping[str, Any] | None = None
-
-    @property
-    def train(self) -> TrainFlags | None:
-        """Per message whether it is trained on, as the record says."""
-        return None if self.weights is None else tuple(None if w is None else w > 0 for w in self.weights)
-
-    @property
-    def messages(self) -> Messages:
-        return self.full_messages if self.full_messages is not None else _messages(self.shape, self.texts)
-
-
-def _messages(shape: Sequence[str], texts: Sequence[str]) -> Messages:
-    out: list[dict[str, str]] = []
-    for role, text in zip(shape, texts, strict=True):
-        if role == "content":
-            out[-1] |= {"reasoning_content": out[-1]["content"], "content": text}
-        else:
-            out.append({"role": role, "content": text})
-    return out
 
 
 class Trajectory(NamedTuple):
@@ -253,7 +219,7 @@ class ChatTemplate:
             return None
 
         def render(probes: list[Any]) -> list[Pieces]:
-            return self._render_all(_messages(shape, probes), train, None, {})
+            return self._render_all(messages_of(shape, probes), train, None, {})
 
         with limited():
             found = trace(len(shape), render)
@@ -264,7 +230,7 @@ class ChatTemplate:
     def render_trajectories(self, conversation: Conversation) -> list[Pieces]:
         """`trajectories`, always rendered by Jinja: for each trajectory [(text, turn that it trains or None)]."""
         errors = []
-        for messages in _equivalent_forms(conversation.messages):
+        for messages in equivalent_forms(conversation.messages):
             try:
                 return self._render_checked(messages, conversation)
             except TemplateError as error:
@@ -276,11 +242,7 @@ class ChatTemplate:
         train, tools, options = conversation.train, conversation.tools, conversation.options or {}
         rendered = self._render_all(messages, train, tools, options)
         self._check_lost(messages, rendered, tools)
-        signature = tuple(
-            (m.get("role"), *(_kind(m.get(key)) for key in ("content", "reasoning_content", "tool_calls")))
-            for m in messages
-        )
-        key = signature, train, bool(tools), repr(options)
+        key = shape_of(messages), train, bool(tools), repr(options)
         if key not in self._shapes:
             self._check_shape(messages, train, tools, options)
             if len(self._shapes) < _MAX_TRACES:
@@ -427,29 +389,7 @@ class ChatTemplate:
         """
         if not self._reads_thinking or not any(self._close in text for text in conversation.texts):
             return conversation
-        if conversation.full_messages is not None:
-            messages = [self._separated(m) for m in conversation.full_messages]
-        else:
-            messages = [self._separated(m) for m in conversation.messages]
-        shape: list[str] = []
-        texts: list[str] = []
-        for m in messages:
-            reasoning = m.get("reasoning_content")
-            shape += [m["role"]] if reasoning is None else [m["role"], "content"]
-            texts += [m.get("content") or ""] if reasoning is None else [reasoning, m.get("content") or ""]
-        full = None if conversation.full_messages is None else messages
-        return replace(conversation, shape=tuple(shape), texts=texts, full_messages=full)
-
-    def _separated(self, message: Mapping[str, Any]) -> Mapping[str, Any]:
-        content = message.get("content")
-        if message["role"] != "assistant" or message.get("reasoning_content") or not isinstance(content, str):
-            return message
-        before, tag, after = content.partition(self._close)
-        opened = before.lstrip().startswith(self._open)
-        if not tag or (self._open in before and not opened):
-            return message
-        reasoning = before.lstrip().removeprefix(self._open) if opened else before
-        return {**message, "reasoning_content": reasoning.strip("\n"), "content": after.lstrip("\n")}
+        return separate_reasoning(conversation, self._open, self._close)
 
 
 class _Turn(NamedTuple):
@@ -463,50 +403,3 @@ class _Turn(NamedTuple):
 _ADVICE = (
     "use a template that renders it (--template deepseek-r1 for the reasoning of DeepSeek-R1), or change the record"
 )
-
-
-def _kind(value: Any) -> Any:
-    return len(value) if isinstance(value, list) else bool(value) if value is not None else None
-
-
-def _equivalent_forms(messages: Messages) -> Iterator[Messages]:
-    """The messages, with tool calls in each form that means the same to an API and of which a template may take only one.
-
-    Arguments are objects or JSON texts, and the content beside a call is empty or null.
-    """
-    if not any(m.get("tool_calls") for m in messages):
-        yield messages
-        return
-    for form in (_as_object, _as_json):
-        for empty in ("", None):
-            yield [_with_call_form(m, form, empty) for m in messages]
-
-
-def _with_call_form(message: Mapping[str, Any], form: Callable[[Any], Any], empty: Any) -> Mapping[str, Any]:
-    calls = message.get("tool_calls")
-    if not isinstance(calls, list):
-        return message
-    out = []
-    for call in calls:
-        if isinstance(call, Mapping) and isinstance(call.get("function"), Mapping):
-            function = call["function"]
-            call = {**call, "function": {**function, "arguments": form(function.get("arguments"))}}
-        elif isinstance(call, Mapping) and "arguments" in call:
-            call = {**call, "arguments": form(call["arguments"])}
-        out.append(call)
-    content = empty if not message.get("content") else message["content"]
-    return {**message, "tool_calls": out, "content": content}
-
-
-def _as_object(arguments: Any) -> Any:
-    if not isinstance(arguments, str):
-        return arguments
-    try:
-        found = json.loads(arguments)
-    except (ValueError, RecursionError):
-        return arguments
-    return found if isinstance(found, dict) else arguments
-
-
-def _as_json(arguments: Any) -> Any:
-    return json.dumps(arguments, ensure_ascii=False) if isinstance(arguments, dict | list) else arguments

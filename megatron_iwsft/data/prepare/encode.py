@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from megatron_iwsft.data.chat_template import ChatTemplate, Conversation
+from megatron_iwsft.data.chat_template import ChatTemplate
+from megatron_iwsft.data.conversation import Conversation
 from megatron_iwsft.data.corpus import TURN_WEIGHTS
 from megatron_iwsft.data.indexed import token_dtype
 from megatron_iwsft.data.prepare.fast_encoding import CheckedEncoder, Encoder, gigatoken_encoder

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from megatron_iwsft.data.chat_template import Conversation
+from megatron_iwsft.data.conversation import Conversation
 from megatron_iwsft.data.prepare.expressions import MissingField, compile_expression, lookup
 from megatron_iwsft.data.prepare.messages import Dropped
 from megatron_iwsft.data.prepare.readers import find_inputs, fingerprint, read_blocks, rows_of
