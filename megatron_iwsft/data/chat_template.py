@@ -307,11 +307,13 @@ class ChatTemplate:
     def _with_reasoning(self, message: Mapping[str, Any]) -> Mapping[str, Any]:
         """The message as the template takes its reasoning."""
         reasoning = message.get("reasoning_content")
-        if reasoning is None or self.reasoning_key == "reasoning_content" or self.opens_reasoning:
+        if reasoning is None or self.reasoning_key == "reasoning_content":
             return message
         rest = {k: v for k, v in message.items() if k != "reasoning_content"}
         if self.reasoning_key is not None:
             return rest | {self.reasoning_key: reasoning}
+        if self.opens_reasoning:
+            return message  # `_turn` puts it behind the generation prompt
         before, after = self.rendering.thinking
         return rest | {"content": before + reasoning + after + (message.get("content") or "")}
 
@@ -344,6 +346,8 @@ class ChatTemplate:
         parts = [(prefix, True), (through.text[start : start + end], True)]
         if self._template.marks_generation:
             spans = through.generated[len(before.generated) if before else 0 :]
+            if not spans:
+                raise TemplateError(f"no generation block of the template contains turn {i}", "no turn to train on")
             parts = [(prefix, True), *self._marked_parts(through.text, start, start + end, spans)]
         return _Turn(context, parts, through.text[start + end :])
 
