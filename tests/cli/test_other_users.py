@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import ROOT, command_environment, run_python
+from tests.support import ROOT, STRANGER, command_environment, run_python
 from tests.support.launched_runs import write_config
 
-ALICE, BOB = 54321, 54322
+ALICE, BOB = STRANGER, STRANGER + 1
 # Bob may read every file, so that he can start this Python wherever it is installed; he may write only his own.
 AS_BOB = ["setpriv", f"--reuid={BOB}", f"--regid={BOB}", "--clear-groups"]
 AS_BOB += ["--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"]
