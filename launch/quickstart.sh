@@ -15,11 +15,8 @@ tuning=(model.config=null model.checkpoint=$out/base data.corpus=$out/corpus-cur
   data.micro_batch_size=4 data.global_batch_size=4 logging.every=50)
 
 say "1/6 corpus: 12,000 worked sums, 30 % of them wrong, scored by a judge that is wrong in 10 % of cases"
-if [ ! -f $out/records.jsonl ]; then
-  iwsft make-arithmetic --output $out/records.jsonl.partial --count 12000 --seed 1
-  mv $out/records.jsonl.partial $out/records.jsonl
-fi
-[ -f $out/tokenizer/tokenizer_config.json ] ||
+[ -f $out/records.jsonl ] || iwsft make-arithmetic --output $out/records.jsonl --count 12000 --seed 1
+[ -f $out/tokenizer/tokenizer.json ] ||
   iwsft train-tokenizer $out/records.jsonl --output $out/tokenizer --field prompt --field response --vocab-size 400
 iwsft shard $out/records.jsonl --output $out/corpus-all --tokenizer $out/tokenizer --score-field score
 iwsft shard $out/records.jsonl --output $out/corpus-curated --tokenizer $out/tokenizer --score-field score --min-score 0.5

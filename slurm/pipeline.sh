@@ -4,7 +4,8 @@
 #
 #   slurm/pipeline.sh --config CONFIG.yaml [options] [section.key=value …]
 #
-#   --records FILE        records to shard into the config's data.corpus; repeatable. Without it the corpus must exist
+#   --records FILE        records to shard into the config's data.corpus; repeatable. Without it the corpus must exist, as those of
+#                         data.corpora must
 #   --shard-option ARG    an argument for iwsft shard (--tokenizer, its value, …); repeatable
 #   --benchmark FILE      evaluate the exported model on FILE
 #   --score CORPUS        or measure its log-likelihood on a corpus
@@ -60,6 +61,10 @@ submit() {
   echo "$name: job $previous"
 }
 
+if [ ${#records[@]} -gt 0 ] && [ "$corpus" = null ]; then
+  echo "--records makes data.corpus, but $config has data.corpora: shard these first, then leave out --records." >&2
+  exit 2
+fi
 if [ ${#records[@]} -gt 0 ]; then
   submit shard --job-name=iwsft-shard "$root/slurm/tool.sbatch" shard "${records[@]}" --output "$corpus" "${shard[@]}"
 fi

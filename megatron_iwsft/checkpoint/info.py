@@ -8,7 +8,7 @@
             tokenizer/         so that an export needs nothing else
             .metadata, *.distcp, common.pt, metadata.json    Megatron-Core's `dist_checkpointing` (torch_dist)
 
-A checkpoint is written (writer.py) under `step-….partial` and renamed when every rank is done.
+A checkpoint is written (writer.py) under `step-….partial`, a unique name, and renamed when every rank is done.
 
 `.metadata`, `common.pt` and parts of `*.distcp` are pickles, by Megatron-Core's and torch's format. Before they are loaded, owners and
 checksums of all files are checked (integrity.py), and the pickles themselves (pickles.py).
@@ -21,7 +21,10 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import (
+    Any,
+    NotRequired,  # pydantic asks for this one before Python 3.12
+)
 
 from torch.distributed.checkpoint.api import CheckpointException  # a BaseException
 from typing_extensions import TypedDict  # pydantic asks for this one before Python 3.12
@@ -31,10 +34,12 @@ from megatron_iwsft.checkpoint.names import CHECKPOINTS, INFO, LATEST
 from megatron_iwsft.distributed.parallel_layout import ParallelLayout
 from megatron_iwsft.errors import CheckpointError
 from megatron_iwsft.hf.architecture import Architecture
+from megatron_iwsft.utils.files import PARTIAL
 from megatron_iwsft.utils.json_files import KEEP_UNKNOWN_KEYS, PlainPath, check_json, is_regular_file, read_json
 
 FORMAT_VERSION = 4
 _NAME = re.compile(r"step-\d{8,}")
+_UNFINISHED = re.compile(rf"{_NAME.pattern}\.[0-9a-f]{{8}}{re.escape(PARTIAL)}")
 
 
 class _Layout(TypedDict):
@@ -55,7 +60,8 @@ class _Info(TypedDict):
     layout: _Layout
     config: dict[str, Any]
     template_hash: str | None
-    corpus: str | None
+    corpora: NotRequired[dict[str, str]]
+    corpus: NotRequired[str | None]  # of one corpus, written in place of `corpora` before there were mixtures
     objective: str | None
     host: dict[str, Any]
     files: dict[PlainPath, integrity.FileSum]
@@ -66,7 +72,7 @@ class CheckpointInfo:
     """What `iwsft.json` says.
 
     layout     that it was saved at
-    corpus     fingerprint of the training corpus
+    corpora    name → fingerprint of each training corpus, in order
     objective  SHA-256 of the file of a custom objective
     host       states of `TrainState.host`
     files      name under the directory → size and SHA-256
@@ -78,7 +84,7 @@ class CheckpointInfo:
     config: dict[str, Any]
     layout: ParallelLayout
     template_hash: str | None
-    corpus: str | None
+    corpora: dict[str, str]
     objective: str | None
     host: dict[str, Any]
     files: dict[str, integrity.FileSum]
@@ -104,6 +110,7 @@ class CheckpointInfo:
         if found.pop("checksum", None) != info_checksum(found):
             raise CheckpointError(f"{path} is damaged: its checksum does not match. {advice}")
         info = check_json(found, _Info, CheckpointError, where=str(path), advice=advice)
+        earlier = info.get("corpus")
         return CheckpointInfo(
             directory=directory,
             step=info["step"],
@@ -111,7 +118,7 @@ class CheckpointInfo:
             config=info["config"],
             layout=ParallelLayout.from_json(dict(info["layout"])),
             template_hash=info["template_hash"],
-            corpus=info["corpus"],
+            corpora=info.get("corpora", {"": earlier} if earlier else {}),
             objective=info["objective"],
             host=info["host"],
             files=info["files"],
@@ -165,6 +172,11 @@ def complete_checkpoints(root: Path) -> list[Path]:
     """Complete checkpoints under `root`, newest first. Directories of other names, such as copies, are the user's."""
     found = [p for p in root.glob("step-*") if _NAME.fullmatch(p.name) and (p / INFO).exists()]
     return sorted(found, key=step_of, reverse=True)
+
+
+def unfinished_checkpoints(root: Path) -> list[Path]:
+    """Directories under `root` that are, or were when a process was killed, being written or removed."""
+    return [p for p in root.glob("step-*") if _UNFINISHED.fullmatch(p.name)]
 
 
 def one_line(error: BaseException) -> str:

@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.api import CheckpointException  # a BaseExcept
 from megatron_iwsft.checkpoint import integrity
 from megatron_iwsft.checkpoint.info import CheckpointInfo, one_line
 from megatron_iwsft.checkpoint.names import INFO
-from megatron_iwsft.checkpoint.pickles import check_pickles, read_metadata
+from megatron_iwsft.checkpoint.pickles import check_pickles, read_metadata, restricted_unpickling
 from megatron_iwsft.checkpoint.state import TrainState
 from megatron_iwsft.errors import CheckpointError
 
@@ -42,7 +42,8 @@ def load(info: CheckpointInfo, state: TrainState, *, random: bool = False) -> No
     wanted = state.sharded(random=random)
     try:
         # Megatron-Core's access check gathers every rank's requests on every rank, and ignores pieces of parameters.
-        loaded = dist_checkpointing.load(wanted, str(info.directory), validate_access_integrity=False)
+        with restricted_unpickling():
+            loaded = dist_checkpointing.load(wanted, str(info.directory), validate_access_integrity=False)
     except (Exception, CheckpointException) as error:  # a damaged file raises many kinds
         raise CheckpointError(f"{info.directory} cannot be loaded: {one_line(error)}") from error
     state.load_sharded(loaded)

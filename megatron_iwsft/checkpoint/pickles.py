@@ -2,16 +2,20 @@
 
 Three kinds of files contain pickles, by torch's and Megatron-Core's formats: `.metadata` (what is stored where), `common.pt` (small
 values that are the same on all ranks) and, inside `*.distcp`, objects that are not tensors (random states, for example). Megatron-Core
-loads them with an unrestricted unpickler, so all of them are checked here first.
+and torch load them with an unrestricted unpickler. So all of them are checked here first, which names the file that is wrong, and loaded
+under the same restrictions, since another directory may have got the name after the check.
 """
 
 from __future__ import annotations
 
 import importlib
 import io
+import os
 import pickle
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -20,6 +24,8 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from megatron_iwsft.errors import CheckpointError
 
 METADATA, COMMON = ".metadata", "common.pt"
+# For torch.load, whatever its caller says: yes, and the contrary.
+_WEIGHTS_ONLY = ("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")
 
 # Every class and function of a `.metadata`, on all supported lines of torch and Megatron-Core.
 _ALLOWED = {
@@ -54,6 +60,25 @@ class _Unpickler(pickle.Unpickler):
         if name not in _ALLOWED.get(module, ()):
             raise pickle.UnpicklingError(f"it refers to {module}.{name}, which no checkpoint needs")
         return getattr(importlib.import_module(module), name)
+
+
+@contextmanager
+def restricted_unpickling() -> Iterator[None]:
+    """In the block, torch reads `.metadata` with the unpickler above, and everything else as tensors and plain values only."""
+    from torch.distributed.checkpoint import filesystem
+
+    before, environment = (
+        filesystem.pickle,
+        {name: os.environ.pop(name) for name in _WEIGHTS_ONLY if name in os.environ},
+    )
+    restricted: Any = SimpleNamespace(**vars(before) | {"load": lambda file: _Unpickler(file).load()})
+    filesystem.pickle, os.environ[_WEIGHTS_ONLY[0]] = restricted, "1"
+    try:
+        yield
+    finally:
+        filesystem.pickle = before
+        del os.environ[_WEIGHTS_ONLY[0]]
+        os.environ.update(environment)
 
 
 def read_metadata(directory: Path) -> Metadata:

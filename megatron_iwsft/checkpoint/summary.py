@@ -59,7 +59,7 @@ def _details(info: CheckpointInfo, *, verify: bool, config: bool) -> tuple[str, 
         f"saved at      {info.layout.describe()}",
         f"model         {_model(info)}",
         f"objective     {info.config.get('objective', {}).get('name', '–')}, {info.config.get('precision', {}).get('dtype', '–')}",
-        f"corpus        {info.corpus or '–'}",
+        *_corpora(info),
         f"skipped       {divergence.get('skipped', 0)} steps not finite; after rewinds: {divergence.get('passed_over') or 'none'}",
         f"size          {info.size / 1e9:.3f} GB in {len(info.files)} files",
         *(f"              {size / 1e9:.3f} GB  {kind}" for kind, size in sorted(kinds.items())),
@@ -68,6 +68,12 @@ def _details(info: CheckpointInfo, *, verify: bool, config: bool) -> tuple[str, 
     if config:
         lines += ["config", yaml.safe_dump(info.config, sort_keys=False, allow_unicode=True)]
     return "\n".join(lines), not damage
+
+
+def _corpora(info: CheckpointInfo) -> list[str]:
+    if len(info.corpora) < 2:
+        return [f"corpus        {next(iter(info.corpora.values()), '–')}"]
+    return [f"{'' if k else 'corpora':13} {name}: {sha}" for k, (name, sha) in enumerate(info.corpora.items())]
 
 
 def _model(info: CheckpointInfo) -> str:

@@ -25,6 +25,7 @@ from megatron_iwsft.checkpoint.info import (
     one_line,
     step_name,
     step_of,
+    unfinished_checkpoints,
 )
 from megatron_iwsft.checkpoint.integrity import FileSum, file_sum
 from megatron_iwsft.checkpoint.names import INFO, LATEST, TOKENIZER
@@ -35,7 +36,15 @@ from megatron_iwsft.distributed.parallel_layout import ParallelLayout
 from megatron_iwsft.errors import CheckpointError
 from megatron_iwsft.hf.architecture import Architecture
 from megatron_iwsft.hf.model_card import Provenance, SupportingFiles
-from megatron_iwsft.utils.files import PARTIAL, flush_to_disk, gibibytes, publish, remove_directory, write_text
+from megatron_iwsft.utils.files import (
+    PARTIAL,
+    flush_to_disk,
+    gibibytes,
+    move_aside,
+    publish,
+    remove_directory,
+    write_text,
+)
 
 # Free space required beyond the tensors: for the small files, and for others who write there meanwhile.
 _SPARE_BYTES = 64 << 20
@@ -59,7 +68,7 @@ class CheckpointWriter:
 
     layout         the run's, for iwsft.json
     chat_template  replaces the tokenizer's own, where the corpus was rendered with a named one
-    corpus, objective, template_hash  see `CheckpointInfo`
+    corpora, objective, template_hash  see `CheckpointInfo`
     keep           how many of the newest are kept; None keeps all
     keep_every     steps that are a multiple of it are kept as well
     asynchronous   tensors are copied, a forked process writes and hashes them, and the checkpoint counts once `poll` or `wait`
@@ -77,7 +86,7 @@ class CheckpointWriter:
     tokenizer_files: list[Path] = field(default_factory=list)
     template_hash: str | None = None
     chat_template: str | None = None
-    corpus: str | None = None
+    corpora: dict[str, str] = field(default_factory=dict)
     objective: str | None = None
     keep: int | None = None
     keep_every: int = 0
@@ -89,7 +98,7 @@ class CheckpointWriter:
 
     def supporting_files(self, step: int) -> SupportingFiles:
         """The files that go with the weights of `step` when they are exported."""
-        provenance = Provenance(step, self.config, self.corpus, self.template_hash)
+        provenance = Provenance(step, self.config, self.corpora, self.template_hash)
         return SupportingFiles(self.tokenizer_files, provenance, self.chat_template)
 
     def save(self, state: TrainState) -> Path:
@@ -161,7 +170,10 @@ class CheckpointWriter:
             raise CheckpointError(f"{what} could not be written: {reason}") from None
 
     def _point_at(self, final: Path) -> None:
-        write_text(self.root / LATEST, final.name + "\n")
+        latest = self.root / LATEST
+        if latest.is_dir() and not latest.is_symlink():  # nothing else can be in the way of a rename
+            move_aside(latest)
+        write_text(latest, final.name + "\n")
 
     def _calls(self) -> Any:
         if self._queue is None:
@@ -174,7 +186,7 @@ class CheckpointWriter:
         def prepare() -> str:
             self.root.mkdir(parents=True, exist_ok=True)
             if not self._swept:  # what a killed run has left
-                for left in self.root.glob(f"step-*{PARTIAL}"):
+                for left in unfinished_checkpoints(self.root):
                     shutil.rmtree(left, ignore_errors=True)
                 self._swept = True
             self._check_space(needed)
@@ -232,7 +244,7 @@ class CheckpointWriter:
             "layout": self.layout.to_json(),
             "config": self.config,
             "template_hash": self.template_hash,
-            "corpus": self.corpus,
+            "corpora": self.corpora,
             "objective": self.objective,
             "host": pending.host,
             "files": files,

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from megatron_iwsft.config.schema import Config
 
 _NEEDS_SIDECAR = "reference.needs_sidecar"
+_DIRECTORIES = "data.directories"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--get",
         action="append",
         metavar="KEY",
-        help=f"print one resolved value; repeatable. {_NEEDS_SIDECAR}: whether `iwsft reference` must run before training",
+        help=f"print one resolved value; repeatable. {_NEEDS_SIDECAR}: whether `iwsft reference` must run before training; "
+        f"{_DIRECTORIES}: of all corpora, one per line",
     )
     parser.add_argument(
         "--null", action="store_true", help="end each value of --get with a null byte instead of a newline"
@@ -65,6 +67,8 @@ def _value(config: Config, key: str) -> Any:
     """The value of section.key. Raises ConfigError, with the nearest known key, if there is none."""
     if key == _NEEDS_SIDECAR:
         return _needs_sidecar(config)
+    if key == _DIRECTORIES:
+        return "\n".join(entry.corpus for entry in config.data.mixture)
     value: Any = config.model_dump()
     for part in key.split("."):
         if not isinstance(value, dict) or part not in value:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 
 from megatron_iwsft.cli.options import add_config
+from megatron_iwsft.utils.text import say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,4 +24,4 @@ def run(args: argparse.Namespace) -> None:
     from megatron_iwsft.experiments.control.experiment import run_experiment, table
 
     experiment = load_experiment(args.config, [*(QUICK if args.quick else []), *args.overrides])
-    print(table(experiment, run_experiment(experiment)))
+    say(table(experiment, run_experiment(experiment)))

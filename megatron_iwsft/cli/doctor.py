@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import argparse
 
+from megatron_iwsft.utils.text import say
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """No options."""
@@ -24,8 +26,8 @@ def run(args: argparse.Namespace) -> None:
     def show(findings: list[Finding]) -> None:
         for finding in findings:
             line = f"{' ' if finding.ok else '!'} {finding.what:20} {finding.found:40} {finding.means}"
-            print(line.rstrip(), flush=True)
+            say(line.rstrip())
 
     show(examine())
-    print("\nImplementations used on this machine")
+    say("\nImplementations used on this machine")
     show(paths())

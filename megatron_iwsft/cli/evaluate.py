@@ -18,7 +18,7 @@ from pathlib import Path
 
 from megatron_iwsft.errors import ConfigError
 from megatron_iwsft.utils.cli import positive_int
-from megatron_iwsft.utils.text import printable_line
+from megatron_iwsft.utils.text import printable_line, say
 
 ACCEPTS_UNKNOWN = True  # with --tasks they go to lm_eval
 
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
         for model in models:
             score = score_corpus(model.directory, args.corpus)
             counted = f"{score.tokens:,} tokens of {score.trajectories:,} trajectories"
-            print(f"{printable_line(model.label)}: nll {score.nll:.6f} per trained token, {counted}")
+            say(f"{printable_line(model.label)}: nll {score.nll:.6f} per trained token, {counted}")
     if args.tasks:
         from megatron_iwsft.evaluate.harness import run_harness
 
@@ -133,8 +133,8 @@ def _benchmark(args: argparse.Namespace, models: list, benchmark: str) -> None:
     ]
     write_summary(output / "summary.json", results, args.k, settings)
     how = "greedy" if greedy else f"temperature {args.temperature:g}, top-p {args.top_p:g}"
-    print(
+    say(
         f"\n{benchmark}: {len(problems):,} problems, {args.samples} answer{'s' * (args.samples > 1)} each ({how}), at most "
         f"{args.max_new_tokens:,} tokens; 95 % intervals; answers in {output}\n"
     )
-    print(table(results, args.k))
+    say(table(results, args.k))

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import argparse
 
+from megatron_iwsft.utils.text import say
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
@@ -25,4 +27,4 @@ def run(args: argparse.Namespace) -> None:
     quiet_megatron()
     from megatron_iwsft.convert.export import export_checkpoint
 
-    print(f"wrote {export_checkpoint(args.checkpoint, args.output, dtype=args.dtype)}")
+    say(f"wrote {export_checkpoint(args.checkpoint, args.output, dtype=args.dtype)}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 
 from megatron_iwsft.utils.cli import positive_int
-from megatron_iwsft.utils.text import printable
+from megatron_iwsft.utils.text import say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,4 +28,4 @@ def run(args: argparse.Namespace) -> None:
 
     generator = make_generator(args.model, Sampling(max_new_tokens=args.max_new_tokens))
     for prompt, (answer,) in zip(args.prompts, generator.answer(list(enumerate(args.prompts))), strict=True):
-        print(printable(f"> {prompt}\n{answer.text}"))
+        say(f"> {prompt}\n{answer.text}")

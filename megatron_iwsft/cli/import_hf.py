@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 
 from megatron_iwsft.cli.options import add_degrees
+from megatron_iwsft.utils.text import say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,4 +29,4 @@ def run(args: argparse.Namespace) -> None:
 
     degrees = dict(tensor=args.tensor, pipeline=args.pipeline, expert=args.expert)
     written = import_directory(args.hf, args.output, dtype=args.dtype, **degrees)
-    print(f"wrote {written}")
+    say(f"wrote {written}")

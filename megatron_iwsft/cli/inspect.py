@@ -18,7 +18,7 @@ from megatron_iwsft.checkpoint.names import CHECKPOINTS, INFO, LATEST
 from megatron_iwsft.errors import ConfigError, DataError
 from megatron_iwsft.utils.cli import positive_int
 from megatron_iwsft.utils.files import write_text
-from megatron_iwsft.utils.text import printable
+from megatron_iwsft.utils.text import say
 
 _CORPUS_FILES = ("manifest.json", "shard-*")
 _CHECKPOINT_FILES = (INFO, LATEST, CHECKPOINTS, "step-*")
@@ -73,19 +73,19 @@ def _inspect_corpus(args: argparse.Namespace) -> int:
     from megatron_iwsft.data.prepare.inspect import Inspection, write_jsonl
 
     if args.verify:
-        complaints = verify(args.path)
+        complaints = verify(args.path, show_progress=True)
         if complaints:
             raise DataError("\n  ".join([f"{args.path} does not match its manifest:", *complaints]))
-        print(f"{args.path}: every file matches the manifest, and {DROPPED} adds up")
+        say(f"{args.path}: every file matches the manifest, and {DROPPED} adds up")
     corpus = Corpus.open(args.path)
     samples = 2 if args.samples is None else args.samples
     inspection = Inspection(corpus, seq_lengths=args.seq_length or [], samples=samples, seed=args.seed or 0)
     print(inspection.to_terminal(colour=sys.stdout.isatty()))
     if args.html:
         write_text(args.html, inspection.to_html())
-        print(f"wrote {args.html}")
+        say(f"wrote {args.html}")
     if args.to_jsonl:
-        print(f"wrote {write_jsonl(corpus, args.to_jsonl):,} records to {args.to_jsonl}")
+        say(f"wrote {write_jsonl(corpus, args.to_jsonl):,} records to {args.to_jsonl}")
     return 0
 
 
@@ -98,5 +98,5 @@ def _inspect_checkpoint(args: argparse.Namespace) -> int:
     from megatron_iwsft.checkpoint.summary import describe
 
     text, healthy = describe(args.path, verify=args.verify, config=args.show_config)
-    print(printable(text))
+    say(text)
     return 0 if healthy else 1

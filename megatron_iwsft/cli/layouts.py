@@ -10,6 +10,7 @@ import argparse
 
 from megatron_iwsft.errors import ConfigError
 from megatron_iwsft.utils.cli import positive_int
+from megatron_iwsft.utils.text import say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,15 +64,15 @@ def run(args: argparse.Namespace) -> None:
     rows.sort(key=lambda row: (row[2].bubble, row[0].tensor * row[0].context * row[0].pipeline))
     shown = rows[: args.most]
     width = max(len(layout.describe()) for layout, _, _ in shown)
-    print(
+    say(
         f"{'layout':{width}} {'micro-batches':>13} {'weights':>9} {'gradients':>9} {'optimizer':>9} {'activations':>11} {'GB':>7} "
         f"{'bubble':>7}"
     )
     for layout, micro_batches, estimate in shown:
         sizes = (estimate.parameters, estimate.gradients, estimate.optimizer, estimate.activations, estimate.total)
         weights, gradients, optimizer, activations, total = (f"{size / 1e9:.1f}" for size in sizes)
-        print(
+        say(
             f"{layout.describe():{width}} {micro_batches:>13} {weights:>9} {gradients:>9} {optimizer:>9} {activations:>11} {total:>7} "
             f"{estimate.bubble:>7.1%}"
         )
-    print(f"{len(rows)} layouts fit. Sizes in GB per GPU; estimates as in megatron_iwsft/model/memory.py.")
+    say(f"{len(rows)} layouts fit. Sizes in GB per GPU; estimates as in megatron_iwsft/model/memory.py.")

@@ -19,6 +19,7 @@ from typing import NoReturn
 
 from megatron_iwsft.errors import ConfigError
 from megatron_iwsft.utils.cli import run_command
+from megatron_iwsft.utils.text import say
 from megatron_iwsft.version import __version__
 
 # name → (module, one-line help), in the order in which a run needs them.
@@ -55,10 +56,10 @@ def run(arguments: list[str], *, commands: Iterable[str] = COMMANDS) -> int | No
         raise ConfigError(f"a command is missing: {', '.join(commands)}. See `iwsft --help`.")
     name, *rest = arguments
     if name in ("-h", "--help"):
-        print(overview(commands))
+        say(overview(commands))
         return 0
     if name == "--version":
-        print(f"megatron-iwsft {__version__}")
+        say(f"megatron-iwsft {__version__}")
         return 0
     if name not in commands:
         near = difflib.get_close_matches(name, commands, n=1)

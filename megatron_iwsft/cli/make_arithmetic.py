@@ -11,6 +11,8 @@ import json
 from pathlib import Path
 
 from megatron_iwsft.utils.cli import positive_int
+from megatron_iwsft.utils.files import atomic_write
+from megatron_iwsft.utils.text import say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +29,7 @@ def run(args: argparse.Namespace) -> None:
 
     settings = ArithmeticSettings(args.digits, args.wrong, args.judge_error)
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    with open(args.output, "w", encoding="utf-8") as file:
+    with atomic_write(args.output) as file:
         for record in arithmetic_records(args.count, settings, args.seed):
             file.write(json.dumps(record) + "\n")
-    print(f"wrote {args.count:,} records to {args.output}")
+    say(f"wrote {args.count:,} records to {args.output}")

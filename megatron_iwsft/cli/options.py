@@ -36,7 +36,8 @@ def start_process(args: argparse.Namespace) -> Config:
     config = load_config(args.config, args.overrides)
     check_launch_environment()
     config.layout(int(os.environ.get("WORLD_SIZE", "1")))
-    read_manifest(Path(config.data.corpus))
+    for entry in config.data.mixture:
+        read_manifest(Path(entry.corpus))
 
     from megatron_iwsft.distributed.context import prepare
 

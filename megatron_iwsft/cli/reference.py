@@ -1,4 +1,4 @@
-"""Compute the reference log-probs of the config's corpus, one forward pass, for `reference.source: cached`.
+"""Compute the reference log-probs of the config's corpora, one forward pass, for `reference.source: cached`.
 
 Uses the layout, packing and batch sizes of the config, so that policy and reference go through the same arithmetic.
 A run that was stopped continues where it was.

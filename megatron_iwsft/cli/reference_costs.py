@@ -11,6 +11,7 @@ import argparse
 from megatron_iwsft.cli.options import add_degrees
 from megatron_iwsft.errors import ConfigError
 from megatron_iwsft.utils.cli import positive_int
+from megatron_iwsft.utils.text import say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,7 +38,7 @@ def run(args: argparse.Namespace) -> None:
     broken = layout.broken_rule(arch)
     if broken:
         raise ConfigError(f"{broken}.")
-    print(f"{'':20} {'FLOPs':>8} {'GB per GPU':>11} {'GB host':>9} {'GB disk':>9}")
+    say(f"{'':20} {'FLOPs':>8} {'GB per GPU':>11} {'GB host':>9} {'GB disk':>9}")
     for cost in reference_costs(arch, layout, tokens=args.tokens, epochs=args.epochs):
         gpu, host, disk = (size / 1e9 for size in (cost.memory, cost.host, cost.disk))
-        print(f"{cost.kind:20} {cost.flops:>+8.1%} {gpu:>11.2f} {host:>9.2f} {disk:>9.2f}")
+        say(f"{cost.kind:20} {cost.flops:>+8.1%} {gpu:>11.2f} {host:>9.2f} {disk:>9.2f}")

@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from megatron_iwsft.utils.text import say
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR", help="run directory (run.dir of the config)")
@@ -21,5 +23,5 @@ def run(args: argparse.Namespace) -> None:
     from megatron_iwsft.report.page import write_report
 
     output = args.output or args.runs[0] / "report.html"
-    print(write_report(args.runs, output))
-    print(f"wrote {output}")
+    say(write_report(args.runs, output))
+    say(f"wrote {output}")

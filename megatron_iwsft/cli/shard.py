@@ -17,7 +17,7 @@ from typing import Any
 
 from megatron_iwsft.errors import DataError
 from megatron_iwsft.utils.cli import positive_int
-from megatron_iwsft.utils.text import printable
+from megatron_iwsft.utils.text import say
 from megatron_iwsft.utils.worker_processes import start_forkserver
 
 _PRELOADED = [
@@ -140,8 +140,15 @@ def _add_curation_options(parser: argparse.ArgumentParser) -> None:
     add("--max-record-bytes", type=positive_int, metavar="N", help=record_help)
 
 
+class _Said(logging.Handler):
+    """Shows log messages as a command shows everything else."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        say(record.getMessage(), error=True)
+
+
 def run(args: argparse.Namespace) -> None:
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.basicConfig(level=logging.INFO, handlers=[_Said()])
     if args.workers > 1 and not args.merge:
         start_forkserver(_PRELOADED)
 
@@ -164,7 +171,7 @@ def run(args: argparse.Namespace) -> None:
             restart=args.restart,
         )
         found = ", ".join(names) or "no input file"
-        print(printable(f"{args.output}: parts of task {task} of {tasks} are complete: {found}"))
+        say(f"{args.output}: parts of task {task} of {tasks} are complete: {found}")
         return
     else:
         manifest = shard_corpus(
@@ -264,11 +271,11 @@ def _array_task(given: str | None) -> tuple[int, int]:
 
 def _print_summary(output: Path, manifest: dict[str, Any]) -> None:
     counts = manifest["counts"]
-    print(
+    say(
         f"{output}: {counts['trajectories']:,} trajectories, {counts['tokens']:,} tokens, {counts['trained_tokens']:,} trained; "
         f"{counts['dropped']:,} dropped"
     )
     for reason, n in manifest["dropped"].items():
-        print(printable(f"  {reason}: {n:,}"))
+        say(f"  {reason}: {n:,}")
     for reason, n in manifest.get("unchecked", {}).items():
-        print(printable(f"not checked: {reason}: {n:,}"))
+        say(f"not checked: {reason}: {n:,}")

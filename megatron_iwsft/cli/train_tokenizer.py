@@ -10,6 +10,7 @@ import argparse
 from pathlib import Path
 
 from megatron_iwsft.utils.cli import positive_int
+from megatron_iwsft.utils.text import say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,4 +24,4 @@ def run(args: argparse.Namespace) -> None:
     from megatron_iwsft.data.prepare.train_tokenizer import train_tokenizer
 
     train_tokenizer(args.inputs, args.output, fields=args.field, vocab_size=args.vocab_size)
-    print(f"wrote {args.output}")
+    say(f"wrote {args.output}")

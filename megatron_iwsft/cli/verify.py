@@ -13,6 +13,7 @@ from pathlib import Path
 
 from megatron_iwsft.errors import CheckpointError, ConfigError
 from megatron_iwsft.utils.cli import positive_int
+from megatron_iwsft.utils.text import say
 
 _TEXT = "A train leaves at 9:40 and arrives at 12:05. How long is the journey? From 9:40 to 12:05 is 2 hours and 25 minutes."
 
@@ -50,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
     text = args.text.read_text(encoding="utf-8") if args.text else _TEXT
     parities = verify(args.hf, args.checkpoint, text, lengths=args.length)
     for parity in parities:
-        print(
+        say(
             f"{parity.tokens:,} tokens: log-probs differ by at most {parity.max_difference:.2e} (mean {parity.mean_difference:.2e}), "
             f"at token {parity.worst} {parity.worst_token!r}: {parity.theirs:.6f} in transformers, {parity.ours:.6f} here"
         )

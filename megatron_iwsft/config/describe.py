@@ -114,7 +114,7 @@ def _name(annotation: Any) -> str:
         return " | ".join(map(_name, arguments))
     if origin is list:
         return f"list of ({_name(arguments[0])})"
-    if origin is dict:
+    if origin is dict or (isinstance(annotation, type) and issubclass(annotation, Section)):
         return "mapping"
     return _TYPES.get(annotation, str(annotation))
 

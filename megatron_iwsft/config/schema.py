@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import difflib
 import re
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, field_validator, model_validator
 
-from megatron_iwsft.config.section import NonNegativeFloat, NonNegativeInt, PositiveInt, Section, Share
+from megatron_iwsft.config.section import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section, Share
 from megatron_iwsft.distributed.fp8_recipes import FP8Recipe
 from megatron_iwsft.distributed.parallel_layout import ParallelLayout
 from megatron_iwsft.objectives.functions import OBJECTIVES
@@ -92,11 +93,34 @@ class QualityConfig(Section):
         return self
 
 
-class Data(Section):
-    """Corpus, packing, batch sizes, and the length of the run."""
+class MixtureCorpus(Section):
+    """One corpus of a mixture."""
 
     corpus: str
     """Corpus directory, made by `iwsft shard`."""
+    name: str | None = None
+    """Of the corpus in metrics and messages. null: the directory's name."""
+    epochs: PositiveFloat | None = None
+    """Passes over the corpus in each epoch of the run. 2.5: every trajectory twice, half of them a third time. null: one."""
+    weight: PositiveFloat | None = None
+    """Instead of epochs: the share of each epoch's trajectories that come from this corpus, relative to the other weights."""
+
+    @property
+    def label(self) -> str:
+        """Its name, given or not."""
+        return self.name or Path(self.corpus).absolute().name
+
+
+class Data(Section):
+    """Corpus or mixture of corpora, packing, batch sizes, and the length of the run."""
+
+    corpus: str | None = None
+    """Corpus directory, made by `iwsft shard`. Set this or corpora."""
+    corpora: list[MixtureCorpus] = []
+    """Several corpora in one run: a list of mappings with the keys corpus (a directory), name, and epochs or weight.
+    name: of the corpus in metrics and messages; by default the directory's name.
+    epochs: passes over the corpus in each epoch of the run; 2.5 is every trajectory twice, half of them a third time. By default 1.
+    weight: the share of each epoch's trajectories, relative to the other weights. All corpora have weights, or none has."""
     seq_length: PositiveInt
     """Tokens per sequence. A longer trajectory in the corpus is an error: raise this, or shard with --max-tokens."""
     packing: Literal["best_fit", "none"] = "best_fit"
@@ -106,7 +130,7 @@ class Data(Section):
     global_batch_size: PositiveInt = 1
     """Sequences per optimizer step, over all micro-batches and data-parallel ranks."""
     epochs: PositiveInt | None = None
-    """End the run after this many passes over the corpus.
+    """End the run after this many passes over the corpus, or over the mixture as `corpora` defines it.
     At least one of epochs and max_steps must be set; the one reached first ends the run."""
     max_steps: PositiveInt | None = None
     """End the run after this many optimizer steps."""
@@ -115,6 +139,29 @@ class Data(Section):
     """What is checked of the corpus when a run starts, beyond its indices; the ranks share the work.
     full: the SHA-256 of every file, token ids and masks. sample: the same of at most 64 blocks of 64 MiB, chosen by `run.seed`;
     for corpora that take minutes to read. none: nothing; token ids and masks are then checked only as they are read."""
+
+    @model_validator(mode="after")
+    def _has_corpora(self) -> Data:
+        if (self.corpus is None) == (not self.corpora):
+            raise ValueError("needs corpus (one directory) or corpora (a list), not both")
+        weighted = [entry.label for entry in self.corpora if entry.weight is not None]
+        counted = [entry.label for entry in self.corpora if entry.epochs is not None]
+        unweighted = [entry.label for entry in self.corpora if entry.weight is None]
+        if weighted and (counted or unweighted):
+            raise ValueError(
+                f"corpora: {weighted[0]} has a weight, {(counted or unweighted)[0]} "
+                f"{'has epochs' if counted else 'has none'}. Give all corpora a weight, or none"
+            )
+        labels = [entry.label for entry in self.corpora]
+        twice = next((label for label in labels if labels.count(label) > 1), None)
+        if twice is not None:
+            raise ValueError(f"corpora: two have the name {twice}. Set name for one of them")
+        return self
+
+    @property
+    def mixture(self) -> list[MixtureCorpus]:
+        """The corpora, also where there is only one."""
+        return self.corpora if self.corpus is None else [MixtureCorpus(corpus=self.corpus)]
 
     @model_validator(mode="after")
     def _has_an_end(self) -> Data:

@@ -34,7 +34,7 @@ def export_checkpoint(
     read, names = hugging_face_reader(info.directory, info.architecture)
     supporting_files = SupportingFiles(
         sorted((info.directory / TOKENIZER).glob("*")),
-        Provenance(info.step, info.config, info.corpus, info.template_hash),
+        Provenance(info.step, info.config, info.corpora, info.template_hash),
     )
     write_directory(
         Path(output),

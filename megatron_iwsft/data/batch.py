@@ -25,6 +25,7 @@ class Batch:
     labels        int64   [1, T]   next token of the same segment, IGNORE where not trained on
     position_ids  int64   [1, T]   restarts at 0 in each segment
     segment       int64   [T]      0 … S−1
+    turn_weights  float32 [T]      weight of the label's turn; None where no trajectory of the corpus has turns of different weights
     reference     float32 [T]      r_t of the label, 0 where not trained on; None without a cached reference
     cu_seqlens    int32   [S+1]    segment boundaries of the full row, before context-parallel slicing
     max_seqlen    int              length of the longest segment
@@ -43,6 +44,7 @@ class Batch:
     lengths: Tensor
     quality: Tensor
     trajectory: Tensor
+    turn_weights: Tensor | None = None
 
     @property
     def num_segments(self) -> int:
@@ -77,6 +79,7 @@ class Batch:
             position_ids=self.position_ids[:, at],
             segment=self.segment[at],
             reference=None if self.reference is None else self.reference[at],
+            turn_weights=None if self.turn_weights is None else self.turn_weights[at],
         )
 
 

@@ -10,6 +10,7 @@ import torch
 
 from megatron_iwsft.data.batch import IGNORE, Batch
 from megatron_iwsft.data.corpus import Corpus
+from megatron_iwsft.data.mixture import Mixture
 from megatron_iwsft.data.sampler import Sampler
 
 # trajectory index → float32 [num_tokens], the reference log-prob of each token, 0 where not trained on
@@ -53,7 +54,7 @@ class BatchBuilder:
 
     def __init__(
         self,
-        corpus: Corpus,
+        corpus: Corpus | Mixture,
         sampler: Sampler,
         shape: RowShape,
         *,
@@ -93,6 +94,7 @@ class BatchBuilder:
         tokens = np.zeros(length, np.int64)
         labels = np.full(length, IGNORE, np.int64)
         reference = np.zeros(length, np.float32) if self.reference is not None else None
+        weights = np.ones(length, np.float32) if self.corpus.has_turn_weights else None
         for i, start in zip(ids.tolist(), boundaries.tolist(), strict=False):
             text, mask = self.corpus.tokens(i).astype(np.int64), self.corpus.mask(i)
             n = len(text)
@@ -100,6 +102,8 @@ class BatchBuilder:
             labels[start : start + n - 1] = np.where(mask[1:] == 1, text[1:], IGNORE)
             if reference is not None and self.reference is not None:
                 reference[start : start + n - 1] = self.reference(i)[1:]
+            if weights is not None and (of_tokens := self.corpus.token_weights(i)) is not None:
+                weights[start : start + n - 1] = of_tokens[1:]
         pad = 1 if filler else 0
         # The first token of a trajectory is never a label, so a mask that includes it trains one token less.
         trained = [int((self.corpus.mask(i)[1:] == 1).sum()) for i in ids.tolist()]
@@ -113,5 +117,6 @@ class BatchBuilder:
             max_seqlen=int(sizes.max()),
             lengths=torch.tensor([*trained, *[0] * pad], dtype=torch.float32),
             quality=torch.from_numpy(np.append(self.sampler.trajectory_weights(ids), np.zeros(pad, np.float32))),
+            turn_weights=None if weights is None else torch.from_numpy(weights),
             trajectory=torch.from_numpy(np.append(ids, [-1] * pad).astype(np.int64)),
         )

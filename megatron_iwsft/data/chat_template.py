@@ -15,13 +15,22 @@ import datetime
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
+from megatron_iwsft.data.conversation import (
+    Conversation,
+    Messages,
+    TrainFlags,
+    equivalent_forms,
+    messages_of,
+    separate_reasoning,
+    shape_of,
+)
 from megatron_iwsft.data.lost_text import find_lost_text
-from megatron_iwsft.data.template_engine import Messages, Template, TemplateError, limited
+from megatron_iwsft.data.template_engine import Template, TemplateError, limited
 from megatron_iwsft.data.template_presets import PRESETS
 from megatron_iwsft.data.template_tracing import Pieces, Trace, TracedFrame, trace
 from megatron_iwsft.data.tokenizer import CHAT_TEMPLATE, Tokenizer
@@ -37,49 +46,6 @@ _MAX_TRACES = 4096
 _REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 
 LOST = "text is missing in the rendering"
-
-# Per message of a conversation: whether it is trained on; None where the record does not say.
-TrainFlags = tuple[bool | None, ...]
-
-
-@dataclass(slots=True)
-class Conversation:
-    """A conversation.
-
-    shape          what each of `texts` is: the role of its turn, or "content". If a turn has reasoning, the text under its role
-                   is the reasoning and the next text, under "content", is its content.
-    texts          the texts, one per entry of `shape`
-    full_messages  the original messages if they have more than role, content and reasoning (tool calls, names), else None
-    tools          tool definitions for the template
-    weights        per message how much its turn is trained on, as the record says: 0 is not at all; None where it says nothing
-    options        further variables for the template (`chat_template_kwargs`)
-    """
-
-    shape: tuple[str, ...]
-    texts: list[str]
-    full_messages: Messages | None = None
-    tools: Any = None
-    weights: tuple[float | None, ...] | None = None
-    options: Mapping[str, Any] | None = None
-
-    @property
-    def train(self) -> TrainFlags | None:
-        """Per message whether it is trained on, as the record says."""
-        return None if self.weights is None else tuple(None if w is None else w > 0 for w in self.weights)
-
-    @property
-    def messages(self) -> Messages:
-        return self.full_messages if self.full_messages is not None else _messages(self.shape, self.texts)
-
-
-def _messages(shape: Sequence[str], texts: Sequence[str]) -> Messages:
-    out: list[dict[str, str]] = []
-    for role, text in zip(shape, texts, strict=True):
-        if role == "content":
-            out[-1] |= {"reasoning_content": out[-1]["content"], "content": text}
-        else:
-            out.append({"role": role, "content": text})
-    return out
 
 
 class Trajectory(NamedTuple):
@@ -139,6 +105,9 @@ class ChatTemplate:
     `name` selects one of PRESETS instead of the tokenizer's own template. Raises DataError if the tokenizer has no template and
     no name is given, if the name is unknown, or if the template is not valid Jinja or does not end an assistant turn with an
     end-of-turn token (the model would never learn to stop).
+
+    reasoning_key    the key of a message under which the template looks for reasoning; None if it renders none
+    opens_reasoning  whether the generation prompt ends with the opening thinking tag
     """
 
     def __init__(self, tokenizer: Tokenizer, name: str | None = None, rendering: Rendering = Rendering()) -> None:
@@ -152,7 +121,7 @@ class ChatTemplate:
             )
         self.hash = hashlib.sha256(source.encode()).hexdigest()
         self.source, self.rendering = source, rendering
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._template = Template(source, tokenizer.template_variables, datetime.date.fromisoformat(rendering.date))
         self._options = {name: json.loads(value) for name, value in rendering.options}
         self._traces: dict[Any, Trace | None] = {}
@@ -164,7 +133,7 @@ class ChatTemplate:
             with limited():
                 self._header = self._check_answer()
                 prompt = self.render(question, add_generation_prompt=True)
-                self._opens_reasoning = self._opening.search(prompt) is not None
+                self.opens_reasoning = self._opening.search(prompt) is not None
                 self.reasoning_key = self._probe_reasoning()
                 self._reads_thinking = self._probe_thinking()
         except TemplateError as error:
@@ -174,11 +143,11 @@ class ChatTemplate:
         """What the template writes before an answer that its generation prompt does not. Raises DataError for an unsuitable one."""
         probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         rendered = self.render(probe)
-        if self._tokenizer.ends_with_special(rendered) is None:
+        if self.tokenizer.ends_with_special(rendered) is None:
             raise DataError(
                 "the template does not end an assistant turn with a special token of this tokenizer, so the model would "
                 f"never learn to stop. It renders {rendered!r}; the special tokens are "
-                f"{', '.join(sorted(self._tokenizer.special)) or 'none'}. Choose another template with --template."
+                f"{', '.join(sorted(self.tokenizer.special)) or 'none'}. Choose another template with --template."
             )
         before = self.render(probe[:1])
         if self.render(probe[:1], add_generation_prompt=True) != before or not rendered.startswith(before):
@@ -201,14 +170,14 @@ class ChatTemplate:
         """Whether thinking tags in a content mean something: to the tokenizer, or to the template, which then changes the content."""
         if not self._open or not self._close:
             return False
-        if self._tokenizer.control_pattern.search(self._open + self._close):
+        if self.tokenizer.control_pattern.search(self._open + self._close):
             return True
         content = f"{self._open}\n{_MARK}\n{self._close}\n\nb"
         try:
             answer = self.render([{"role": "user", "content": "a"}, {"role": "assistant", "content": content}])
         except TemplateError:
             return False
-        return content not in answer or self._opens_reasoning
+        return content not in answer or self.opens_reasoning
 
     def render(
         self,
@@ -250,7 +219,7 @@ class ChatTemplate:
             return None
 
         def render(probes: list[Any]) -> list[Pieces]:
-            return self._render_all(_messages(shape, probes), train, None, {})
+            return self._render_all(messages_of(shape, probes), train, None, {})
 
         with limited():
             found = trace(len(shape), render)
@@ -261,7 +230,7 @@ class ChatTemplate:
     def render_trajectories(self, conversation: Conversation) -> list[Pieces]:
         """`trajectories`, always rendered by Jinja: for each trajectory [(text, turn that it trains or None)]."""
         errors = []
-        for messages in _equivalent_forms(conversation.messages):
+        for messages in equivalent_forms(conversation.messages):
             try:
                 return self._render_checked(messages, conversation)
             except TemplateError as error:
@@ -273,11 +242,7 @@ class ChatTemplate:
         train, tools, options = conversation.train, conversation.tools, conversation.options or {}
         rendered = self._render_all(messages, train, tools, options)
         self._check_lost(messages, rendered, tools)
-        signature = tuple(
-            (m.get("role"), *(_kind(m.get(key)) for key in ("content", "reasoning_content", "tool_calls")))
-            for m in messages
-        )
-        key = signature, train, bool(tools), repr(options)
+        key = shape_of(messages), train, bool(tools), repr(options)
         if key not in self._shapes:
             self._check_shape(messages, train, tools, options)
             if len(self._shapes) < _MAX_TRACES:
@@ -342,11 +307,13 @@ class ChatTemplate:
     def _with_reasoning(self, message: Mapping[str, Any]) -> Mapping[str, Any]:
         """The message as the template takes its reasoning."""
         reasoning = message.get("reasoning_content")
-        if reasoning is None or self.reasoning_key == "reasoning_content" or self._opens_reasoning:
+        if reasoning is None or self.reasoning_key == "reasoning_content":
             return message
         rest = {k: v for k, v in message.items() if k != "reasoning_content"}
         if self.reasoning_key is not None:
             return rest | {self.reasoning_key: reasoning}
+        if self.opens_reasoning:
+            return message  # `_turn` puts it behind the generation prompt
         before, after = self.rendering.thinking
         return rest | {"content": before + reasoning + after + (message.get("content") or "")}
 
@@ -373,12 +340,14 @@ class ChatTemplate:
                 f"the generation prompt differs from what the template renders before turn {i}: it ends {prompt[-40:]!r}, "
                 f"and the turn begins {through.text[len(base) : len(base) + 40]!r}"
             )
-        end = self._tokenizer.ends_with_special(through.text[start:])
+        end = self.tokenizer.ends_with_special(through.text[start:])
         if end is None:
             raise TemplateError(f"turn {i} does not end with an end-of-turn token")
         parts = [(prefix, True), (through.text[start : start + end], True)]
         if self._template.marks_generation:
             spans = through.generated[len(before.generated) if before else 0 :]
+            if not spans:
+                raise TemplateError(f"no generation block of the template contains turn {i}", "no turn to train on")
             parts = [(prefix, True), *self._marked_parts(through.text, start, start + end, spans)]
         return _Turn(context, parts, through.text[start + end :])
 
@@ -394,7 +363,7 @@ class ChatTemplate:
         at = start
         for k, (first, last) in enumerate(spans):
             first, last = max(first, at), min(last, end)
-            if k == len(spans) - 1 and not self._tokenizer.special_pattern.sub("", text[last:end]).strip():
+            if k == len(spans) - 1 and not self.tokenizer.special_pattern.sub("", text[last:end]).strip():
                 last = end
             yield text[at:first], False
             yield text[first:last], True
@@ -424,29 +393,7 @@ class ChatTemplate:
         """
         if not self._reads_thinking or not any(self._close in text for text in conversation.texts):
             return conversation
-        if conversation.full_messages is not None:
-            messages = [self._separated(m) for m in conversation.full_messages]
-        else:
-            messages = [self._separated(m) for m in conversation.messages]
-        shape: list[str] = []
-        texts: list[str] = []
-        for m in messages:
-            reasoning = m.get("reasoning_content")
-            shape += [m["role"]] if reasoning is None else [m["role"], "content"]
-            texts += [m.get("content") or ""] if reasoning is None else [reasoning, m.get("content") or ""]
-        full = None if conversation.full_messages is None else messages
-        return replace(conversation, shape=tuple(shape), texts=texts, full_messages=full)
-
-    def _separated(self, message: Mapping[str, Any]) -> Mapping[str, Any]:
-        content = message.get("content")
-        if message["role"] != "assistant" or message.get("reasoning_content") or not isinstance(content, str):
-            return message
-        before, tag, after = content.partition(self._close)
-        opened = before.lstrip().startswith(self._open)
-        if not tag or (self._open in before and not opened):
-            return message
-        reasoning = before.lstrip().removeprefix(self._open) if opened else before
-        return {**message, "reasoning_content": reasoning.strip("\n"), "content": after.lstrip("\n")}
+        return separate_reasoning(conversation, self._open, self._close)
 
 
 class _Turn(NamedTuple):
@@ -460,50 +407,3 @@ class _Turn(NamedTuple):
 _ADVICE = (
     "use a template that renders it (--template deepseek-r1 for the reasoning of DeepSeek-R1), or change the record"
 )
-
-
-def _kind(value: Any) -> Any:
-    return len(value) if isinstance(value, list) else bool(value) if value is not None else None
-
-
-def _equivalent_forms(messages: Messages) -> Iterator[Messages]:
-    """The messages, with tool calls in each form that means the same to an API and of which a template may take only one.
-
-    Arguments are objects or JSON texts, and the content beside a call is empty or null.
-    """
-    if not any(m.get("tool_calls") for m in messages):
-        yield messages
-        return
-    for form in (_as_object, _as_json):
-        for empty in ("", None):
-            yield [_with_call_form(m, form, empty) for m in messages]
-
-
-def _with_call_form(message: Mapping[str, Any], form: Callable[[Any], Any], empty: Any) -> Mapping[str, Any]:
-    calls = message.get("tool_calls")
-    if not isinstance(calls, list):
-        return message
-    out = []
-    for call in calls:
-        if isinstance(call, Mapping) and isinstance(call.get("function"), Mapping):
-            function = call["function"]
-            call = {**call, "function": {**function, "arguments": form(function.get("arguments"))}}
-        elif isinstance(call, Mapping) and "arguments" in call:
-            call = {**call, "arguments": form(call["arguments"])}
-        out.append(call)
-    content = empty if not message.get("content") else message["content"]
-    return {**message, "tool_calls": out, "content": content}
-
-
-def _as_object(arguments: Any) -> Any:
-    if not isinstance(arguments, str):
-        return arguments
-    try:
-        found = json.loads(arguments)
-    except (ValueError, RecursionError):
-        return arguments
-    return found if isinstance(found, dict) else arguments
-
-
-def _as_json(arguments: Any) -> Any:
-    return json.dumps(arguments, ensure_ascii=False) if isinstance(arguments, dict | list) else arguments

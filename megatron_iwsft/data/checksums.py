@@ -7,14 +7,19 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from megatron_iwsft.utils.files import open_regular
 from megatron_iwsft.utils.json_files import is_regular_file
+from megatron_iwsft.utils.text import printable_line
 
 BLOCK_BYTES = 1 << 26
+_UNSHOWN_S = 2.0  # what takes less than this shows no progress
 
 
 class Checksum:
@@ -104,26 +109,54 @@ def damaged_files(
     *,
     changed: str,
     look_at: Callable[[Piece, int, bytes], str | None] = lambda piece, start, data: None,
+    show_progress: bool = False,
 ) -> list[str]:
     """One complaint per file of `pieces` that is missing, not a regular file, or differs from its checksum. Reads all of them.
 
     `look_at` gets the content too, in parts of at most 64 MiB with their place in the file, and may return a complaint.
-    `changed` is the complaint about a wrong checksum, after the file's path.
+    `changed` is the complaint about a wrong checksum, after the file's path. `show_progress`: a bar, where there is a terminal.
     """
     out: dict[str, str] = {}
-    for piece in pieces:
-        if piece.name in out:
-            continue
-        path = directory / piece.name
-        try:
-            complaint = _complaint(path, piece, changed, look_at)
-        except FileNotFoundError:
-            complaint = "is missing"
-        except OSError as error:
-            complaint = f"cannot be read: {error.strerror}"
-        if complaint is not None:
-            out[piece.name] = f"{path} {complaint}"
+    pieces = list(pieces)
+    bar = tqdm(
+        total=bytes_of(directory, pieces),
+        desc=f"checking {printable_line(directory.name)}",
+        unit="B",
+        unit_scale=True,
+        delay=_UNSHOWN_S,
+        disable=None if show_progress else True,
+    )
+
+    def seen(piece: Piece, start: int, data: bytes) -> str | None:
+        bar.update(len(data))
+        return look_at(piece, start, data)
+
+    with bar:
+        for piece in pieces:
+            if piece.name in out:
+                continue
+            path = directory / piece.name
+            try:
+                complaint = _complaint(path, piece, changed, seen)
+            except FileNotFoundError:
+                complaint = "is missing"
+            except OSError as error:
+                complaint = f"cannot be read: {error.strerror}"
+            if complaint is not None:
+                out[piece.name] = f"{path} {complaint}"
     return list(out.values())
+
+
+def bytes_of(directory: Path, pieces: Iterable[Piece]) -> int:
+    """How many bytes of the files in `directory` the pieces have; a missing file has none."""
+    total = 0
+    for piece in pieces:
+        if piece.size is not None:
+            total += piece.size
+        else:
+            with suppress(OSError):
+                total += max(0, (directory / piece.name).stat().st_size - piece.start)
+    return total
 
 
 def _complaint(
@@ -136,6 +169,7 @@ def _complaint(
         file.seek(piece.start)
         while data := file.read(BLOCK_BYTES if piece.size is None else piece.start + piece.size - at):
             digest.update(data)
-            found = found or look_at(piece, at, data)
+            complaint = look_at(piece, at, data)
+            found = found or complaint
             at += len(data)
     return changed if digest.hexdigest() != piece.sha256 else found

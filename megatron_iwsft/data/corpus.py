@@ -3,7 +3,7 @@
 manifest.json                            settings, statistics and the SHA-256 of every file; written last
 shard-00000.bin, .idx                    tokens: a Megatron IndexedDataset, one sequence per trajectory
 shard-00000.mask.bin, .idx               uint8, 1 where trained on
-shard-00000.meta.parquet                 id, score, num_tokens, num_trained, source, file, line, content_hash
+shard-00000.meta.parquet                 id, score, num_tokens, num_trained, turn_weights, source, file, line, content_hash
 tokenizer/                               copy of the tokenizer's files, so that the corpus is self-contained
 dropped.jsonl                            every rejected record: file, line, id, reason, detail
 reference-<fingerprint>/                 sidecars of reference log-probs (`reference/sidecar.py`)
@@ -12,6 +12,7 @@ reference-<fingerprint>/                 sidecars of reference log-probs (`refer
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -35,12 +36,14 @@ _SAMPLED_PIECES = 64  # of at most 64 MiB each
 _AGAIN = "Shard the records again."
 _CHANGED = "has changed since the manifest was written"
 
+TURN_WEIGHTS = pa.list_(pa.float32())  # of each run of trained tokens; null where all are 1
 _META = pa.schema(
     [
         ("id", pa.string()),
         ("score", pa.float64()),
         ("num_tokens", pa.int32()),
         ("num_trained", pa.int32()),
+        ("turn_weights", TURN_WEIGHTS),
         ("source", pa.string()),
         ("file", pa.string()),
         ("line", pa.int64()),
@@ -75,7 +78,10 @@ class ShardWriter:
         lengths = rows["tokens"].value_lengths().to_numpy()
         self._tokens.append_many(rows["tokens"].flatten().to_numpy(), lengths)
         self._masks.append_many(rows["mask"].flatten().to_numpy(), lengths)
-        columns = {name: rows[name] for name in ("id", "score", "num_trained", "source", "line", "content_hash")}
+        columns = {
+            name: rows[name]
+            for name in ("id", "score", "num_trained", "turn_weights", "source", "line", "content_hash")
+        }
         columns["num_tokens"] = pa.array(lengths.astype(np.int32))
         columns["file"] = pa.repeat(pa.scalar(file, pa.string()), rows.num_rows)
         self._meta.append(pa.record_batch([columns[name] for name in _META.names], schema=_META))
@@ -120,6 +126,7 @@ class Corpus:
     lengths      int32   [n]  tokens per trajectory
     num_trained  int32   [n]  |M_i|, trained tokens per trajectory
     scores       float64 [n]  NaN where a trajectory has no score
+    turn_weights trajectory → float32, the weight of each run of its trained tokens; none for trajectories whose weights are all 1
     fingerprint  SHA-256 of the manifest, which contains that of every file
     """
 
@@ -129,6 +136,7 @@ class Corpus:
     lengths: np.ndarray
     num_trained: np.ndarray
     scores: np.ndarray
+    turn_weights: dict[int, np.ndarray]
     _tokens: list[IndexedReader]
     _masks: list[IndexedReader]
     _starts: np.ndarray
@@ -158,6 +166,7 @@ class Corpus:
             lengths=meta["num_tokens"].to_numpy(),
             num_trained=meta["num_trained"].to_numpy(),
             scores=meta["score"].fill_null(float("nan")).to_numpy(),
+            turn_weights=_read_turn_weights(directory, names),
             _tokens=tokens,
             _masks=masks,
             _starts=np.cumsum([0, *sizes]),
@@ -172,11 +181,23 @@ class Corpus:
             (indexed != self.lengths, "differs in length from its metadata"),
             ((self.num_trained < 1) | (self.num_trained > self.lengths), "has an impossible number of trained tokens"),
             (np.isinf(self.scores), "has an infinite score"),
+            (self._impossible_weights(), "has an impossible weight of a turn"),
         ]
         for where, what in wrong:
             if where.any():
                 shard, k = self.locate(int(np.argmax(where)))
                 raise DataError(f"{self.directory / self.shards[shard]} is damaged: trajectory {k} {what}. {_AGAIN}")
+
+    @property
+    def has_turn_weights(self) -> bool:
+        """Whether any trajectory has turns of different weights."""
+        return bool(self.turn_weights)
+
+    def _impossible_weights(self) -> np.ndarray:
+        out = np.zeros(len(self), bool)
+        for i, weights in self.turn_weights.items():
+            out[i] = not (len(weights) and np.isfinite(weights).all() and weights.min() >= 0)
+        return out
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -199,6 +220,17 @@ class Corpus:
         """Loss mask of trajectory i, uint8 [lengths[i]], 1 where trained on; read-only. Raises DataError for values beyond 1."""
         shard, k = self.locate(i)
         return self._checked(self._masks[shard][k], shard, is_mask=True)
+
+    def token_weights(self, i: int) -> np.ndarray | None:
+        """How much each token of trajectory i is trained on, as its record's messages say, float32 [lengths[i]]; None if all alike."""
+        weights = self.turn_weights.get(i)
+        if weights is None:
+            return None
+        mask = self.mask(i)
+        run = np.cumsum(np.diff(mask, prepend=np.uint8(0)) == 1)  # from 1 on
+        if run[-1] > len(weights):
+            raise DataError(f"{self.directory} is damaged: trajectory {i} has fewer weights than turns. {_AGAIN}")
+        return np.where(mask == 1, np.concatenate([np.zeros(1, np.float32), weights])[run], np.float32(0))
 
     def _checked(self, values: np.ndarray, shard: int, *, is_mask: bool) -> np.ndarray:
         complaint = self._values_complaint(values, is_mask=is_mask)
@@ -237,19 +269,26 @@ class Corpus:
     def shard_meta(self, shard: str, columns: list[str]) -> pa.Table:
         return read_meta(self.directory, [shard], columns)
 
-    def damage(self, verify: Verify = "full", *, share: int = 0, shares: int = 1, seed: int = 0) -> list[str]:
-        """One complaint per damaged file, from share number `share` of `shares`: each rank checks one, the caller combines them.
+    def pieces(self, verify: Verify = "full", *, share: int = 0, shares: int = 1, seed: int = 0) -> list[Piece]:
+        """Share number `share` of `shares` of what is checked: each rank checks one.
 
-        full reads every file and compares its SHA-256 with the manifest; sample does so for 64 pieces of at most 64 MiB, chosen by
-        `seed` (of a corpus without checksums of blocks, 64 files); none reads nothing. In what is read, token ids must be in the
-        vocabulary, masks 0 or 1, and each trajectory must have as many trained tokens as its metadata says.
+        full: every file; sample: 64 pieces of at most 64 MiB, chosen by `seed` (of a corpus without checksums of blocks, 64 files);
+        none: nothing.
         """
-        pieces = pieces_of(self.manifest["files"], self.manifest.get("blocks", {}))
         if verify == "none":
-            pieces = []
-        elif verify == "sample" and len(pieces) > _SAMPLED_PIECES:
-            chosen = np.random.default_rng(seed).choice(len(pieces), _SAMPLED_PIECES, replace=False)
-            pieces = [pieces[k] for k in np.sort(chosen).tolist()]
+            return []
+        found = pieces_of(self.manifest["files"], self.manifest.get("blocks", {}))
+        if verify == "sample" and len(found) > _SAMPLED_PIECES:
+            chosen = np.random.default_rng(seed).choice(len(found), _SAMPLED_PIECES, replace=False)
+            found = [found[k] for k in np.sort(chosen).tolist()]
+        return found[share::shares]
+
+    def damage(self, pieces: Sequence[Piece] | None = None, *, show_progress: bool = False) -> list[str]:
+        """One complaint per damaged file of `pieces` (default: of all): its SHA-256 is compared with the manifest's.
+
+        In what is read, token ids must be in the vocabulary, masks 0 or 1, and each trajectory must have as many trained tokens as its
+        metadata says.
+        """
         contents = {reader.path.name: (shard, False) for shard, reader in enumerate(self._tokens)}
         contents |= {reader.path.name: (shard, True) for shard, reader in enumerate(self._masks)}
 
@@ -257,7 +296,13 @@ class Corpus:
             shard, is_mask = contents.get(piece.name, (-1, False))
             return None if shard < 0 else self._part_complaint(shard, start, data, is_mask=is_mask)
 
-        return damaged_files(self.directory, pieces[share::shares], changed=_CHANGED, look_at=look_at)
+        return damaged_files(
+            self.directory,
+            self.pieces() if pieces is None else pieces,
+            changed=_CHANGED,
+            look_at=look_at,
+            show_progress=show_progress,
+        )
 
     def _part_complaint(self, shard: int, start: int, data: bytes, *, is_mask: bool) -> str | None:
         """`_values_complaint` of a part of a shard's .bin or .mask.bin, which starts at byte `start`."""
@@ -282,21 +327,18 @@ class Corpus:
             return None
         return "is damaged: it does not have as many trained tokens as the metadata says"
 
-    def verify(self) -> list[str]:
-        """All complaints of `damage`."""
-        return self.damage()
 
-
-def verify_directory(directory: Path) -> list[str]:
+def verify_directory(directory: Path, *, show_progress: bool = False) -> list[str]:
     """All complaints of `Corpus.damage`; of a corpus that cannot be opened, one for each file that has changed or is missing.
 
     Raises DataError if the corpus cannot be opened although no file has changed.
     """
     try:
-        return Corpus.open(directory).damage()
+        return Corpus.open(directory).damage(show_progress=show_progress)
     except DataError:
         manifest, _ = read_manifest(directory)
-        complaints = damaged_files(directory, pieces_of(manifest["files"], {}), changed=_CHANGED)
+        pieces = pieces_of(manifest["files"], {})
+        complaints = damaged_files(directory, pieces, changed=_CHANGED, show_progress=show_progress)
         if not complaints:
             raise
         return complaints
@@ -318,3 +360,18 @@ def read_meta(directory: Path, names: list[str], columns: list[str] | None) -> p
             raise DataError(f"{path} is damaged: it does not have the columns of a corpus. {_AGAIN}")
         tables.append(table)
     return pa.concat_tables(tables) if tables else schema.empty_table()
+
+
+def _read_turn_weights(directory: Path, names: list[str]) -> dict[int, np.ndarray]:
+    """`Corpus.turn_weights`. Corpora that were made before messages could have weights have no such column."""
+    out: dict[int, np.ndarray] = {}
+    first = 0
+    for name in names:
+        path = directory / f"{name}.meta.parquet"
+        file = pq.ParquetFile(path)
+        if "turn_weights" in file.schema_arrow.names:
+            column = read_meta(directory, [name], ["turn_weights"])["turn_weights"]
+            for row in np.flatnonzero(column.is_valid().to_numpy()).tolist():
+                out[first + row] = np.asarray(column[row].as_py(), np.float32)
+        first += file.metadata.num_rows
+    return out

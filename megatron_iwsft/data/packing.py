@@ -30,6 +30,21 @@ class Packs:
     def __getitem__(self, pack: int) -> np.ndarray:
         return self.items[self.offsets[pack] : self.offsets[pack + 1]]
 
+    def take(self, packs: np.ndarray) -> Packs:
+        """Some of the packs (int64 [n]), in the order given."""
+        sizes = np.diff(self.offsets)[packs]
+        offsets = np.concatenate([[0], np.cumsum(sizes)])
+        # Start of each pack plus 0 … size−1 within it.
+        items = np.repeat(self.offsets[:-1][packs] - offsets[:-1], sizes) + np.arange(offsets[-1])
+        return Packs(offsets, self.items[items])
+
+    def followed_by(self, other: Packs) -> Packs:
+        """These packs and then the others, of the same `lengths`."""
+        return Packs(
+            np.concatenate([self.offsets, self.offsets[-1] + other.offsets[1:]]),
+            np.concatenate([self.items, other.items]),
+        )
+
 
 def one_per_pack(n: int) -> Packs:
     """One trajectory per sequence, as in the paper's experiments."""

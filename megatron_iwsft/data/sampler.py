@@ -6,6 +6,7 @@ broadcast and a resumed run needs only its step number.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -31,6 +32,24 @@ class Quality:
 
 
 @dataclass(frozen=True)
+class Part:
+    """One corpus of a mixture: the next `size` of the sampler's trajectories, and how many of them an epoch has.
+
+    epochs  passes over the corpus in each epoch; may be fractional
+    weight  instead: the share of the epoch's trajectories, relative to the other parts' weights. The epoch then has as many
+            trajectories as one pass over each part
+
+    One pass is each trajectory once (quality modes none and weight), once per threshold that it reaches (thresholds), or `size` draws
+    (sample).
+    """
+
+    name: str
+    size: int
+    epochs: float = 1.0
+    weight: float | None = None
+
+
+@dataclass(frozen=True)
 class EpochPlan:
     """One epoch: `packs` of corpus trajectory indices, in training order."""
 
@@ -50,10 +69,11 @@ class EpochPlan:
 
 
 class Sampler:
-    """Plans the epochs over a corpus.
+    """Plans the epochs over a corpus or a mixture of several.
 
-    lengths int [n] in tokens; scores float [n] (NaN where a trajectory has none); seq_length in tokens. Raises ConfigError if
-    a trajectory is longer than seq_length, DataError if the scores do not suit the quality mode.
+    lengths int [n] in tokens; scores float [n] (NaN where a trajectory has none); seq_length in tokens; parts: of a mixture, in
+    order, all with weights or none. Raises ConfigError if a trajectory is longer than seq_length, DataError if the scores do not suit
+    the quality mode.
     """
 
     def __init__(
@@ -66,6 +86,7 @@ class Sampler:
         global_batch_size: int,
         quality: Quality,
         seed: int,
+        parts: Sequence[Part] = (),
     ) -> None:
         if len(lengths) == 0:
             raise DataError("the corpus contains no trajectories.")
@@ -75,50 +96,107 @@ class Sampler:
                 f"data.seq_length is {seq_length}, but {int((lengths > seq_length).sum())} of {len(lengths)} trajectories are "
                 f"longer (up to {longest} tokens). Raise data.seq_length, or shard the corpus with --max-tokens {seq_length}."
             )
-        if quality.mode != "none":
-            missing = int(np.isnan(scores).sum())
-            if missing:
-                raise DataError(
-                    f"data.quality.mode is {quality.mode}, but {missing} of {len(scores)} trajectories have no score. "
-                    "Shard the corpus again with --score-field, or use data.quality.mode: none."
-                )
-            if quality.mode in ("sample", "weight") and (scores.min() < 0 or scores.sum() <= 0):
-                raise DataError(
-                    f"data.quality.mode {quality.mode} needs scores ≥ 0 with a positive sum; found {scores.min():g} … {scores.max():g}."
-                )
-            if quality.mode == "thresholds" and not (scores >= min(quality.thresholds)).any():
-                raise DataError(
-                    f"no trajectory reaches the lowest of data.quality.thresholds, {min(quality.thresholds):g}."
-                )
         self.lengths, self.scores = lengths, scores
         self.seq_length, self.packing = seq_length, packing
         self.global_batch_size, self.quality, self.seed = global_batch_size, quality, seed
+        self.parts = list(parts) or [Part("", len(lengths))]
+        self._starts = np.cumsum([0, *(part.size for part in self.parts)]).tolist()
+        assert self._starts[-1] == len(lengths)
+        for number in range(len(self.parts)):
+            self._check_scores(number)
+        self._pass_sizes = [self._one_pass_size(number) for number in range(len(self.parts))]
         self.epoch = lru_cache(maxsize=2)(self._epoch)
         self._steps: dict[int, int] = {}
 
+    def _check_scores(self, number: int) -> None:
+        """Raise DataError if a part's scores do not suit the quality mode."""
+        quality, scores = self.quality, self._scores_of(number)
+        of_part = f" of corpus {self.parts[number].name}" if len(self.parts) > 1 else ""
+        if quality.mode == "none":
+            return
+        missing = int(np.isnan(scores).sum())
+        if missing:
+            raise DataError(
+                f"data.quality.mode is {quality.mode}, but {missing} of {len(scores)} trajectories{of_part} have no score. "
+                "Shard the corpus again with --score-field, or use data.quality.mode: none."
+            )
+        if quality.mode in ("sample", "weight") and (scores.min() < 0 or scores.sum() <= 0):
+            raise DataError(
+                f"data.quality.mode {quality.mode} needs scores ≥ 0 with a positive sum; found {scores.min():g} … {scores.max():g}"
+                f"{of_part}."
+            )
+        if quality.mode == "thresholds" and not (scores >= min(quality.thresholds)).any():
+            raise DataError(
+                f"no trajectory{of_part} reaches the lowest of data.quality.thresholds, {min(quality.thresholds):g}."
+            )
+
+    def _scores_of(self, number: int) -> np.ndarray:
+        return self.scores[self._starts[number] : self._starts[number + 1]]
+
     def _epoch(self, epoch: int) -> EpochPlan:
         rng = np.random.default_rng(np.random.SeedSequence([self.seed, epoch]))
-        ids = rng.permutation(self._population(rng))
+        parts = [self._starts[k] + self._population(k, epoch, rng) for k in range(len(self.parts))]
+        ids = rng.permutation(parts[0] if len(parts) == 1 else np.concatenate(parts))
+        return EpochPlan(self._packed(ids, rng), self.global_batch_size)
+
+    def _packed(self, ids: np.ndarray, rng: np.random.Generator) -> Packs:
+        """Trajectories `ids` in packs, whose order is random."""
         if self.packing == "none":
             packs = one_per_pack(len(ids))
         else:
             packed = best_fit(self.lengths[ids], self.seq_length)
-            order = rng.permutation(len(packed))  # best fit places the longest first
-            sizes = np.diff(packed.offsets)[order]
-            offsets = np.concatenate([[0], np.cumsum(sizes)])
-            # Gather the packs in the new order: start of each pack plus 0 … size−1 within it.
-            items = np.repeat(packed.offsets[:-1][order] - offsets[:-1], sizes) + np.arange(len(ids))
-            packs = Packs(offsets, packed.items[items])
-        return EpochPlan(Packs(packs.offsets, ids[packs.items]), self.global_batch_size)
+            packs = packed.take(rng.permutation(len(packed)))  # best fit places the longest first
+        return Packs(packs.offsets, ids[packs.items])
 
-    def _population(self, rng: np.random.Generator) -> np.ndarray:
-        n = len(self.lengths)
+    def _population(self, number: int, epoch: int, rng: np.random.Generator) -> np.ndarray:
+        """The trajectories of part `number` in an epoch, as indices within the part, each as often as it is trained on."""
+        first, end = self._drawn_before(number, epoch), self._drawn_before(number, epoch + 1)
         if self.quality.mode == "sample":
-            return rng.choice(n, size=n, p=self.scores / self.scores.sum())
-        if self.quality.mode == "thresholds":
-            times = sum((self.scores >= c).astype(np.int64) for c in self.quality.thresholds)
-            return np.repeat(np.arange(n), times)
-        return np.arange(n)
+            scores = self._scores_of(number)
+            return rng.choice(len(scores), size=end - first, p=scores / scores.sum())
+        once = self._one_pass(number)
+        passes, more = divmod(end - first, len(once))
+        whole = once if passes == 1 else np.tile(once, passes)
+        if not more:
+            return whole
+        # The same order in every epoch, and each takes up where the one before ended: no trajectory is ahead of another by two.
+        order = np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=(number,))).permutation(once)
+        return np.concatenate([whole, order[(first + np.arange(more)) % len(once)]])
+
+    def _drawn_before(self, number: int, epoch: int) -> int:
+        """How many trajectories of a part all epochs before `epoch` have."""
+        return round(epoch * self._drawn_per_epoch(number))
+
+    def _drawn_per_epoch(self, number: int) -> float:
+        part = self.parts[number]
+        if part.weight is None:
+            return part.epochs * self._pass_sizes[number]
+        return part.weight / sum(other.weight or 0.0 for other in self.parts) * sum(self._pass_sizes)
+
+    def _one_pass(self, number: int) -> np.ndarray:
+        """The trajectories of one pass over a part, as indices within it."""
+        n = self.parts[number].size
+        if self.quality.mode != "thresholds":
+            return np.arange(n)
+        scores = self._scores_of(number)
+        return np.repeat(np.arange(n), sum((scores >= c).astype(np.int64) for c in self.quality.thresholds))
+
+    def _one_pass_size(self, number: int) -> int:
+        if self.quality.mode != "thresholds":
+            return self.parts[number].size
+        return sum(int((self._scores_of(number) >= c).sum()) for c in self.quality.thresholds)
+
+    def covering(self) -> EpochPlan:
+        """Every trajectory of the corpus at least once: the packs of epoch 0 that hold a further one, in order, then the rest."""
+        plan = self.epoch(0)
+        items = plan.packs.items
+        place = np.full(len(self.lengths), len(items))
+        np.minimum.at(place, items, np.arange(len(items)))  # where each trajectory comes first
+        rest = np.flatnonzero(place == len(items))
+        pack_of = np.repeat(np.arange(len(plan.packs)), np.diff(plan.packs.offsets))
+        first = plan.packs.take(np.unique(pack_of[place[place < len(items)]]))
+        last = self._packed(rest, np.random.default_rng(np.random.SeedSequence([self.seed, 0])))
+        return EpochPlan(first.followed_by(last), self.global_batch_size)
 
     def trajectory_weights(self, ids: np.ndarray) -> np.ndarray:
         """Loss weights s_i of trajectories `ids`, float32 [len(ids)]."""
@@ -127,11 +205,18 @@ class Sampler:
         return np.ones(len(ids), dtype=np.float32)
 
     def steps_in(self, epoch: int) -> int:
-        # Best fit needs the same number of packs for the same lengths in any order; only sampling changes the lengths.
-        planned = epoch if self.quality.mode == "sample" else 0
+        # Best fit needs the same number of packs for the same lengths in any order.
+        planned = 0 if self._every_epoch_has_the_same else epoch
         if planned not in self._steps:
             self._steps[planned] = self.epoch(planned).num_steps
         return self._steps[planned]
+
+    @property
+    def _every_epoch_has_the_same(self) -> bool:
+        """Whether all epochs contain the same trajectories equally often."""
+        return self.quality.mode != "sample" and not any(
+            self._drawn_per_epoch(number) % size for number, size in enumerate(self._pass_sizes)
+        )
 
     def total_steps(self, epochs: int | None, max_steps: int | None) -> int:
         """Number of steps of a run that ends after `epochs` or `max_steps`, whichever comes first."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -15,11 +15,10 @@ import jinja2.sandbox
 from jinja2 import nodes
 from jinja2.parser import Parser
 
+from megatron_iwsft.data.conversation import Messages
 from megatron_iwsft.data.template_tracing import Untraceable, traceable
 from megatron_iwsft.errors import DataError
 from megatron_iwsft.utils.limits import TimeLimit, limits
-
-Messages = Sequence[Mapping[str, Any]]
 
 # A template is a program that came with a tokenizer, and renders whatever a record contains. These are limits for one conversation.
 _SECONDS, _EXTRA_BYTES = 30.0, 2 << 30

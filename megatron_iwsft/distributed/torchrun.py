@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from megatron_iwsft.distributed.stop_signals import STOP_SIGNALS
 from megatron_iwsft.errors import EXIT_REQUEUE
 from megatron_iwsft.utils.cli import prepare_streams
+from megatron_iwsft.utils.text import say
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -104,7 +105,7 @@ def _status(error: ChildFailedError, notice: StopNotice) -> int:
     if failure.exitcode >= 0:
         return failure.exitcode
     name = signal.Signals(-failure.exitcode).name
-    print(f"rank {rank} (process {failure.pid} on {socket.gethostname()}) was ended by {name}.", file=sys.stderr)
+    say(f"rank {rank} (process {failure.pid} on {socket.gethostname()}) was ended by {name}.", error=True)
     return 128 - failure.exitcode
 
 

@@ -25,6 +25,7 @@ import torch.distributed as dist
 
 from megatron_iwsft.errors import EXIT_FAILURE, PeerError, RequeueError, UserError
 from megatron_iwsft.utils.files import open_for_writing
+from megatron_iwsft.utils.text import say
 
 _BEAT_S = 1.0
 _FAILURE = "failure"
@@ -144,9 +145,10 @@ class Watchdog:
                 if lost < _LOST_BEATS or self._leaving.is_set():
                     continue
                 if os.environ.get("LOCAL_RANK", "0") == "0":
-                    _print_error(
+                    say(
                         f"{self._peers[self.rank]} lost the connection to the job's store at {os.environ['MASTER_ADDR']}: the machine "
-                        "or process of rank 0 is gone."
+                        "or process of rank 0 is gone.",
+                        error=True,
                     )
                 self._end()
 
@@ -162,7 +164,7 @@ class Watchdog:
             if peer.place == self._peers[self.rank].place and not peer.alive() and not self._has_left(peer):
                 text = f"{peer} exited unexpectedly (killed, or out of memory; check dmesg on {peer.host})."
                 if self._claim(text):
-                    _print_error(text)
+                    say(text, error=True)
                 return
         if stuck_s > self.timeout_s:
             self._report_hang()
@@ -203,7 +205,7 @@ class Watchdog:
         if before is not None:
             text = self._who_is_stuck(before, self._marks())
             if self._claim(text):
-                _print_error(text)
+                say(text, error=True)
         self._end()
 
     def _who_is_stuck(self, before: dict[int, dict[str, Any]], after: dict[int, dict[str, Any]]) -> str:
@@ -250,7 +252,3 @@ def _where(mark: dict[str, Any] | None) -> str:
 def _is_echo(error: BaseException) -> bool:
     """Whether an error is one that a broken collective raises."""
     return isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "NCCL", "Connection"))
-
-
-def _print_error(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

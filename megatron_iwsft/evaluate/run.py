@@ -7,9 +7,9 @@ OUTPUT/BENCHMARK/summary.json   pass@k of every model, and the comparisons
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ from megatron_iwsft.evaluate.statistics import Comparison, Estimate, compare, me
 from megatron_iwsft.utils.files import sampled_fingerprint, write_json
 from megatron_iwsft.utils.json_files import KEEP_UNKNOWN_KEYS, fits
 from megatron_iwsft.utils.jsonl import JsonLines
-from megatron_iwsft.utils.text import printable_line
+from megatron_iwsft.utils.locks import exclusive
+from megatron_iwsft.utils.text import printable_line, say
 
 FORMAT_VERSION = 1
 
@@ -85,7 +86,7 @@ def _find_model(path: Path) -> EvaluatedModel:
     run = root.parent if root.name == CHECKPOINTS else root
     exported = run / "hf" / info.directory.name
     if not exported.exists():
-        print(printable_line(f"exporting {info.directory} to {exported}"), flush=True)
+        say(f"exporting {info.directory} to {exported}")
         export_checkpoint(info.directory, exported, exist_ok=True)
     return EvaluatedModel(f"{run.name}-{exported.name}", exported)
 
@@ -115,8 +116,8 @@ def evaluate_model(
 ) -> Result:
     """Answer the problems that `output`/LABEL.jsonl does not contain yet, and check all answers. A damaged file is repaired.
 
-    settings: everything else that the answers depend on. Raises DataError if the file was written with other settings.
-    `make` is called only if there are problems left.
+    settings: everything else that the answers depend on. `make` is called only if there are problems left.
+    Raises DataError if the file was written with other settings, or another command is writing it.
     """
     path = output / f"{model.label}.jsonl"
     header = {
@@ -125,22 +126,9 @@ def evaluate_model(
         "weights": sampled_fingerprint(model.directory, "*.safetensors"),
         "settings": settings,
     }
-    results = JsonLines(path, _warn, valid=lambda i, row: _is_ours(i, row, samples))
-    done = _earlier_results(results, header)
-    for problem in problems:
-        if problem.number in done and done[problem.number]["answer"] != problem.answer:
-            raise DataError(f"{path} has answers to another problem in line {problem.number}. Choose another --output.")
-    left = [problem for problem in problems if problem.number not in done]
-    if left:
-        generator = make(model.directory)
-        output.mkdir(parents=True, exist_ok=True)
-        bar = tqdm(
-            total=len(problems), initial=len(problems) - len(left), desc=model.label, unit="problem", disable=None
-        )
-        with bar:
-            for batch in _answer(left, generator, results, header):
-                done |= batch
-                bar.update(len(batch))
+    output.mkdir(parents=True, exist_ok=True)
+    with exclusive(output, DataError, name=path.name):  # another command would give the same answers again
+        done = _all_answers(model, problems, path, header, samples=samples, make=make)
     answered = [done[problem.number]["answers"] for problem in problems]
     return Result(
         model,
@@ -149,6 +137,34 @@ def evaluate_model(
         cut_off=sum(a["cut_off"] for own in answered for a in own),
         tokens=sum(a["tokens"] for own in answered for a in own),
     )
+
+
+def _all_answers(
+    model: EvaluatedModel,
+    problems: list[Problem],
+    path: Path,
+    header: dict[str, Any],
+    *,
+    samples: int,
+    make: Callable[[Path], Generator],
+) -> dict[int, dict[str, Any]]:
+    """Those in the file at `path`, to which missing ones are added: problem number → its line."""
+    results = JsonLines(path, partial(say, error=True), valid=lambda i, row: _is_ours(i, row, samples))
+    done = _earlier_results(results, header)
+    for problem in problems:
+        if problem.number in done and done[problem.number]["answer"] != problem.answer:
+            raise DataError(f"{path} has answers to another problem in line {problem.number}. Choose another --output.")
+    left = [problem for problem in problems if problem.number not in done]
+    if left:
+        generator = make(model.directory)
+        label = printable_line(model.label)
+        with tqdm(
+            total=len(problems), initial=len(problems) - len(left), desc=label, unit="problem", disable=None
+        ) as bar:
+            for batch in _answer(left, generator, results, header):
+                done |= batch
+                bar.update(len(batch))
+    return done
 
 
 def _answer(
@@ -184,10 +200,6 @@ def _is_ours(index: int, row: dict[str, Any], samples: int) -> bool:
     if index == 0:
         return fits(row, _Header)
     return fits(row, _AnsweredProblem) and len(row["answers"]) == samples
-
-
-def _warn(text: str) -> None:
-    print(printable_line(text), file=sys.stderr, flush=True)
 
 
 def pairs(results: Sequence[Result]) -> list[tuple[Result, Result, Comparison]]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import (
     Any,
@@ -19,6 +20,7 @@ from megatron_iwsft.hf.architecture import Architecture
 from megatron_iwsft.hf.directory import GENERATION
 from megatron_iwsft.utils.files import write_json, write_text
 from megatron_iwsft.utils.json_files import check_json, read_json
+from megatron_iwsft.utils.text import printable_line
 from megatron_iwsft.version import __version__
 
 
@@ -28,11 +30,11 @@ class _TokenIds(TypedDict):
 
 @dataclass(frozen=True)
 class Provenance:
-    """How the weights were trained. config: the run's resolved config; corpus: fingerprint of the training corpus."""
+    """How the weights were trained. config: the run's resolved config; corpora: name → fingerprint of each training corpus."""
 
     step: int
     config: dict[str, Any]
-    corpus: str | None = None
+    corpora: dict[str, str] = field(default_factory=dict)
     template_hash: str | None = None
 
 
@@ -97,15 +99,35 @@ def _model_card(provenance: Provenance) -> str:
         "run": run.get("name"),
         "step": provenance.step,
         "objective": _objective(objective),
-        "corpus": data.get("corpus"),
-        "corpus hash (SHA-256 of its manifest)": provenance.corpus,
+        **_corpora(data, provenance.corpora),
         "trained from": next((v for v in model.values() if isinstance(v, str)), None),
         "reference": (config.get("reference") or {}).get("model"),
         "chat template hash": provenance.template_hash,
         "exported by": f"megatron_iwsft {__version__}",
     }
-    lines = ["---", "library_name: transformers", "---", f"# {run.get('name', 'model')}", ""]
-    return "\n".join([*lines, *(f"- {name}: {value}" for name, value in facts.items() if value is not None)]) + "\n"
+    lines = ["---", "library_name: transformers", "---", f"# {_literally(run.get('name', 'model'))}", ""]
+    facts_given = (f"- {name}: {_literally(value)}" for name, value in facts.items() if value is not None)
+    return "\n".join([*lines, *facts_given]) + "\n"
+
+
+def _literally(value: object) -> str:
+    """A Markdown code span: nothing in it is taken for a link, HTML or emphasis."""
+    text = printable_line(str(value))
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    space = " " if not text or text[0] in "` " or text[-1] in "` " else ""
+    return f"{fence}{space}{text}{space}{fence}"
+
+
+def _corpora(data: dict[str, Any], fingerprints: dict[str, str]) -> dict[str, Any]:
+    """Directories and hashes of the training corpora; of a mixture, with the amount of each."""
+    entries = data.get("corpora") or [{"corpus": data.get("corpus")}]
+    facts: dict[str, Any] = {}
+    for number, entry in enumerate(entries):
+        which = f"corpus {number + 1}" if len(entries) > 1 else "corpus"
+        amount = next((f" ({key} {entry[key]:g})" for key in ("epochs", "weight") if entry.get(key)), "")
+        facts[which] = f"{entry['corpus']}{amount}" if entry["corpus"] else None
+        facts[f"{which} hash (SHA-256 of its manifest)"] = dict(enumerate(fingerprints.values())).get(number)
+    return facts
 
 
 def _objective(objective: dict[str, Any]) -> str | None:

@@ -1,9 +1,9 @@
-"""Loss by score and by source: which groups each trajectory of a corpus belongs to."""
+"""Loss by score, by source and by corpus: which groups each trajectory of a corpus belongs to."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,15 +46,24 @@ class Breakdown:
         return {name: nll / tokens for name, (nll, tokens) in zip(self.names, sums.tolist(), strict=True) if tokens}
 
 
-def break_down(scores: np.ndarray, sources: Sequence[str]) -> Breakdown | None:
-    """Group by score (each value if there are few, else quartiles) and by source; None if neither distinguishes trajectories."""
+def break_down(
+    scores: np.ndarray, sources: Sequence[str], corpora: Mapping[str, int] | None = None
+) -> Breakdown | None:
+    """Group by score (each value if there are few, else quartiles), by source and by corpus; None if nothing distinguishes trajectories.
+
+    corpora: name → number of trajectories, in their order.
+    """
     names: list[str] = []
     kinds = []
-    for labels, numbers in (_by_score(scores), _by_source(sources)):
+    for labels, numbers in (_by_score(scores), _by_source(sources), _by_corpus(corpora or {})):
         if len(labels) > 1:
             kinds.append(torch.from_numpy(numbers.astype(np.int64) + len(names)))
             names += labels
     return Breakdown(names, torch.stack(kinds)) if kinds else None
+
+
+def _by_corpus(sizes: Mapping[str, int]) -> tuple[list[str], np.ndarray]:
+    return [f"nll/corpus {name}" for name in sizes], np.repeat(np.arange(len(sizes)), list(sizes.values()))
 
 
 def _by_score(scores: np.ndarray) -> tuple[list[str], np.ndarray]:

@@ -47,6 +47,7 @@ class Trajectories:
     segment    int64   [T]  index of the token's trajectory, 0 … S−1
     lengths    float32 [S]  |M_i|, over the full trajectory on all ranks; 0 for filler
     quality    float32 [S]  s_i
+    turn_weights  float32 [T] or None  weight of the token's turn, a factor of s_i; None where all are 1
     segment_sum  [T] → [S]  sum over every token of each trajectory, on all ranks that hold a part of it
     """
 
@@ -58,6 +59,7 @@ class Trajectories:
     lengths: Tensor
     quality: Tensor
     segment_sum: Callable[[Tensor], Tensor]
+    turn_weights: Tensor | None = None
 
     @cached_property
     def log_ratio(self) -> Tensor:

@@ -85,7 +85,7 @@ def micro_batch_loss(objective: Objective, t: Trajectories, s: Settings) -> Loss
     of which holds some of the tokens, without counting a trajectory twice.
     """
     result = objective.function(t, s)
-    quality = t.quality[t.segment]
+    quality = t.quality[t.segment] if t.turn_weights is None else t.quality[t.segment] * t.turn_weights
     share = t.mask / t.lengths.clamp(min=1.0)[t.segment]
     per_token = quality * (share if s.normalize == "sequences" else 1.0)
     loss = (per_token * result.loss).sum()

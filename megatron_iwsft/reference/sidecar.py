@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +52,17 @@ class ReferenceIdentity:
     tokenizer: str
     template: str
     dtype: str
+
+    @staticmethod
+    def of(corpus: Corpus, *, weights: str, dtype: str) -> ReferenceIdentity:
+        """Of a corpus's log-probs by a model with the fingerprint `weights`."""
+        template = corpus.manifest["template"]
+        return ReferenceIdentity(
+            weights=weights,
+            tokenizer=corpus.manifest["tokenizer"]["fingerprint"],
+            template=template["hash"] if template else "none",
+            dtype=dtype,
+        )
 
     @property
     def fingerprint(self) -> str:
@@ -114,12 +126,30 @@ class Sidecar:
         """One complaint per damaged file, from rank `rank` of `size`'s share of the files' blocks. Reads all of them."""
         again = f"Remove {self.directory}, and run `iwsft reference` with this config."
         changed = "is damaged: its checksum does not match"
-        complaints = damaged_files(self.directory, self._pieces[rank::size], changed=changed)
+        complaints = damaged_files(self.directory, self._pieces[rank::size], changed=changed, show_progress=rank == 0)
         return [f"{complaint}. {again}" for complaint in complaints]
 
     def __call__(self, i: int) -> np.ndarray:
         shard, k = self._corpus.locate(i)
         return self._shards[shard][k]
+
+
+def logprobs_by_trajectory(batch: Batch, logprobs: Tensor) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """(trajectory, positions int64 [k], values float32 [k]) of each trajectory of which this rank's micro-batch has trained tokens.
+
+    logprobs float32 [T] of its context-parallel slice. Raises DataError if one of a trained token is NaN.
+    """
+    trained = batch.mask.bool().cpu().numpy()
+    values = logprobs.float().cpu().numpy()[trained]
+    if np.isnan(values).any():
+        raise DataError("the reference model returns NaN log-probs. Check its weights, or use precision.dtype: fp32.")
+    segment = batch.segment.cpu().numpy()[trained]
+    # A label belongs to the next token.
+    positions = batch.position_ids[0].cpu().numpy()[trained] + 1
+    trajectory = batch.trajectory.cpu().numpy()
+    for s in np.unique(segment):
+        at = segment == s
+        yield int(trajectory[s]), positions[at], values[at]
 
 
 class SidecarWriter:
@@ -199,26 +229,14 @@ class SidecarWriter:
         starts = self._starts[shard]
         return self._maps[shard][starts[k] : starts[k + 1]]
 
-    def write(self, batch: Batch, logprobs: Tensor) -> None:
-        """Store logprobs float32 [T] of this rank's micro-batch (its context-parallel slice)."""
-        trained = batch.mask.bool().cpu().numpy()
-        values = logprobs.float().cpu().numpy()[trained]
-        if np.isnan(values).any():
-            raise DataError(
-                "the reference model returns NaN log-probs. Check its weights, or use precision.dtype: fp32."
-            )
-        segment = batch.segment.cpu().numpy()[trained]
-        # A label belongs to the next token.
-        position = batch.position_ids[0].cpu().numpy()[trained] + 1
-        trajectory = batch.trajectory.cpu().numpy()
-        for s in np.unique(segment):
-            at = segment == s
-            shard, k = self.corpus.locate(int(trajectory[s]))
-            runs = np.flatnonzero(np.diff(position[at]) != 1) + 1
-            # Not written through the mapping: on a network file system, nodes that share a page would write back each other's
-            # stale values.
-            for where, run in zip(np.split(position[at], runs), np.split(values[at], runs), strict=True):
-                os.pwrite(self._files[shard], run.tobytes(), run.itemsize * int(self._starts[shard][k] + where[0]))
+    def write(self, i: int, positions: np.ndarray, values: np.ndarray) -> None:
+        """Store log-probs, float32 [k], of trajectory i at `positions`, int64 [k], ascending."""
+        shard, k = self.corpus.locate(i)
+        runs = np.flatnonzero(np.diff(positions) != 1) + 1
+        # Not written through the mapping: on a network file system, nodes that share a page would write back each other's
+        # stale values.
+        for where, run in zip(np.split(positions, runs), np.split(values, runs), strict=True):
+            os.pwrite(self._files[shard], run.tobytes(), run.itemsize * int(self._starts[shard][k] + where[0]))
 
     def flush(self) -> None:
         for file in self._files:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import html
 import io
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from megatron_iwsft.objectives.metrics import METRICS
 from megatron_iwsft.train.callbacks.metrics_file import METRICS_FILE, read_metrics_file
 from megatron_iwsft.utils.files import write_text
 from megatron_iwsft.utils.json_files import is_regular_file
-from megatron_iwsft.utils.text import printable, printable_line
+from megatron_iwsft.utils.text import printable, printable_line, say
 
 # metric → title of its plot
 _PLOTS = {metric.name: metric.title for metric in METRICS if metric.plotted}
@@ -45,7 +44,7 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
             f"{path} is damaged: {damage}." if damage else f"{path} is empty: the run has not finished a step."
         )
     if damage:
-        print(f"{path} is damaged: {damage}. The {len(lines):,} lines before it are shown.", file=sys.stderr)
+        say(f"{path} is damaged: {damage}. The {len(lines):,} lines before it are shown.", error=True)
     return lines
 
 

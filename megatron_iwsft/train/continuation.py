@@ -16,6 +16,8 @@ _MAY_CHANGE = {
     "run": {"name", "dir", "device", "hang_timeout_s", "max_bad_steps", "spike"},
     "data": {"corpus", "micro_batch_size", "epochs", "max_steps", "verify"},
 }
+# Of each corpus of a mixture: its content is compared by fingerprint.
+_MAY_CHANGE_IN_CORPORA = {"corpus", "name"}
 _MUST_STAY = ("model", "data", "objective", "reference", "precision", "run")
 _NOT_REPORTED = {"run.name", "run.dir"}
 _AFFECTS_LR_SCHEDULE = {
@@ -45,14 +47,26 @@ def _differences(
         before = earlier.get(name, value) if isinstance(earlier, dict) else value
         if isinstance(value, Section):
             yield from _differences(value, before, (*path, name))
+        elif isinstance(value, list) and any(isinstance(entry, Section) for entry in value):
+            if len(value) == len(before):
+                for number, (entry, earlier_entry) in enumerate(zip(value, before, strict=True)):
+                    yield from _differences(entry, earlier_entry, (*path, name, str(number)))
+            else:
+                yield (*path, name), [entry.model_dump() for entry in value], before
         elif value != before:
             yield (*path, name), value, before
+
+
+def _may_change(path: tuple[str, ...]) -> bool:
+    if path[:2] == ("data", "corpora"):
+        return path[-1] in _MAY_CHANGE_IN_CORPORA
+    return path[0] not in _MUST_STAY or path[1] in _MAY_CHANGE.get(path[0], ())
 
 
 def check_same_run(run: CheckedRun, info: CheckpointInfo) -> None:
     """Raise ConfigError naming the first thing that differs and may not."""
     for path, value, earlier in _differences(run.config, info.config):
-        if path[0] in _MUST_STAY and path[1] not in _MAY_CHANGE.get(path[0], ()):
+        if not _may_change(path):
             raise ConfigError(
                 f"{'.'.join(path)} is {value!r}, but {info.directory} was trained with {earlier!r}. Set it back to continue that run, or "
                 "choose another run.dir for a new one."
@@ -62,8 +76,11 @@ def check_same_run(run: CheckedRun, info: CheckpointInfo) -> None:
             f"the file of objective.name {run.config.objective.name} has changed since {info.directory} was written, so earlier and later "
             "steps would use different objectives. Restore the earlier file, or choose another run.dir for a new run."
         )
-    if info.corpus is not None and info.corpus != run.corpus.fingerprint:
-        raise ConfigError(
-            f"data.corpus {run.corpus.directory} is not the corpus that {info.directory} was trained on: its fingerprint is "
-            f"{run.corpus.fingerprint[:12]}, not {info.corpus[:12]}. Restore the earlier corpus, or choose another run.dir for a new run."
-        )
+    for corpus, earlier in zip(
+        run.mixture.corpora, info.corpora.values(), strict=False
+    ):  # none of an imported checkpoint
+        if corpus.fingerprint != earlier:
+            raise ConfigError(
+                f"data.corpus {corpus.directory} is not the corpus that {info.directory} was trained on: its fingerprint is "
+                f"{corpus.fingerprint[:12]}, not {earlier[:12]}. Restore the earlier corpus, or choose another run.dir for a new run."
+            )

@@ -1,4 +1,4 @@
-"""One forward pass of the reference over the corpus → the sidecar of reference log-probs."""
+"""One forward pass of the reference over the corpora → a sidecar of reference log-probs in each."""
 
 from __future__ import annotations
 
@@ -14,32 +14,36 @@ from megatron_iwsft.distributed.stop_signals import StopSignals
 from megatron_iwsft.distributed.watchdog import Watchdog
 from megatron_iwsft.errors import RequeueError
 from megatron_iwsft.model.gpt import forward
-from megatron_iwsft.reference.sidecar import SidecarWriter
-from megatron_iwsft.train.setup import StartedRun, all_packs, check, start
+from megatron_iwsft.reference.mixture import MixtureSidecarWriter
+from megatron_iwsft.train.setup import StartedRun, check, start
 from megatron_iwsft.train.step import run_schedule
+from megatron_iwsft.utils.text import say
 
 
-def precompute_reference(config: Config) -> str:
-    """Write the sidecar that `reference.source: cached` reads; returns its directory. Collective over all ranks.
+def precompute_reference(config: Config) -> list[str]:
+    """Write the sidecars that `reference.source: cached` reads; returns their directories. Collective over all ranks.
 
     Uses the config's own layout, packing and batch sizes, so that reference and policy log-probs go through the same arithmetic. An
-    interrupted run continues: finished global batches are skipped. A complete sidecar is left unchanged.
+    interrupted run continues: finished global batches are skipped. Complete sidecars are left unchanged. Global batches are those of
+    training's first epoch as far as they hold something new, then what that epoch leaves out: so the log-probs of the first epoch are
+    computed in the same rows as the policy's.
 
     Raises RequeueError when asked to stop (SIGUSR1, SIGTERM) before the end.
     """
     with StopSignals() as stop:
         run = start(check(config, world_size=int(os.environ.get("WORLD_SIZE", "1"))))
-        writer = SidecarWriter(run.corpus, run.identity)
-        complete = run.platform.any(writer.complete)
-        with run.watchdog() as watch, writer.lock() if run.is_main and not complete else nullcontext():
+        writer = MixtureSidecarWriter(run.mixture, run.identities)
+        writer.skip_complete(run.platform)
+        with run.watchdog() as watch, writer.lock() if run.is_main else nullcontext():
             return _precompute(run, writer, watch, stop)
 
 
-def _precompute(run: StartedRun, writer: SidecarWriter, watch: Watchdog, stop: StopSignals) -> str:
-    if run.platform.any(writer.complete):
+def _precompute(run: StartedRun, writer: MixtureSidecarWriter, watch: Watchdog, stop: StopSignals) -> list[str]:
+    if writer.skip_complete(run.platform):
         if run.is_main:
-            print(f"{writer.directory} is already complete.", flush=True)
-        return str(writer.directory)
+            for directory in writer.directories:
+                say(f"{directory} is already complete.")
+        return writer.directories
     if run.is_main:
         writer.prepare()
     dist.barrier()
@@ -49,7 +53,7 @@ def _precompute(run: StartedRun, writer: SidecarWriter, watch: Watchdog, stop: S
     chunks = run.build(run.reference)
     for chunk in chunks:
         chunk.eval()
-    builder = run.batches(run.corpus, run.sampler)
+    builder = run.batches(run.mixture, run.sampler)
     # One rank of each tensor-parallel group writes; context-parallel ranks hold different positions.
     writes = run.parallel.tp.rank() == 0
 
@@ -63,9 +67,10 @@ def _precompute(run: StartedRun, writer: SidecarWriter, watch: Watchdog, stop: S
 
         return forward(model, batch.to(run.platform.device)), keep
 
-    steps = list(all_packs(run))
-    shown = tqdm(steps, desc="reference log-probs", unit="batch", disable=None if run.is_main else True)
-    for number, packs in enumerate(shown, start=1):
+    plan = run.sampler.covering()
+    shown = tqdm(range(plan.num_steps), desc="reference log-probs", unit="batch", disable=None if run.is_main else True)
+    for index in shown:
+        packs, number = plan.step(index), index + 1
         watch.at(number, "forward")
         unfinished = not all(writer.done(i) for pack in packs for i in pack.tolist())
         # Ranks see shared files and signals at slightly different times; they must agree.
@@ -73,7 +78,7 @@ def _precompute(run: StartedRun, writer: SidecarWriter, watch: Watchdog, stop: S
         if told_to_stop:
             writer.flush()
             if run.is_main:
-                print(f"stopped after batch {number - 1} of {len(steps)}; start it again to continue.", flush=True)
+                say(f"stopped after batch {number - 1} of {plan.num_steps}; start it again to continue.")
             dist.barrier()
             raise RequeueError
         if not needed:
@@ -84,10 +89,7 @@ def _precompute(run: StartedRun, writer: SidecarWriter, watch: Watchdog, stop: S
     writer.flush()
     dist.barrier()
     if run.is_main:
-        writer.finish({"model": run.reference.described, "layout": run.layout.describe()})
-        print(
-            f"{writer.directory}: log-probs of {len(run.corpus):,} trajectories by {run.reference.described}",
-            flush=True,
-        )
+        for directory, count in writer.finish({"model": run.reference.described, "layout": run.layout.describe()}):
+            say(f"{directory}: log-probs of {count:,} trajectories by {run.reference.described}")
     dist.barrier()
-    return str(writer.directory)
+    return writer.directories

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
 from megatron_iwsft.checkpoint.initial_weights import InitialWeights
 from megatron_iwsft.checkpoint.names import CHECKPOINTS
 from megatron_iwsft.checkpoint.writer import CheckpointWriter
-from megatron_iwsft.config.schema import Config, Model, QualityConfig
+from megatron_iwsft.config.schema import Config, MixtureCorpus, Model, QualityConfig
 from megatron_iwsft.data.batch_builder import BatchBuilder, ReferenceLogprobs, RowShape
+from megatron_iwsft.data.checksums import bytes_of
 from megatron_iwsft.data.corpus import Corpus
-from megatron_iwsft.data.sampler import Quality, Sampler
+from megatron_iwsft.data.mixture import Mixture
+from megatron_iwsft.data.sampler import Part, Quality, Sampler
 from megatron_iwsft.data.scores import normalized_by_source, thresholds_in_scores
 from megatron_iwsft.data.tokenizer import load_tokenizer
 from megatron_iwsft.distributed import context
@@ -33,6 +33,10 @@ from megatron_iwsft.objectives.functions import Objective, Settings
 from megatron_iwsft.reference.sidecar import ReferenceIdentity
 from megatron_iwsft.train.callbacks import CallbackFunction
 from megatron_iwsft.train.callbacks.custom import load_callbacks
+from megatron_iwsft.utils.files import gibibytes
+from megatron_iwsft.utils.text import say
+
+_ANNOUNCED_BYTES = 4 << 30  # reading as much can take a minute
 
 
 @dataclass(frozen=True)
@@ -41,20 +45,21 @@ class CheckedRun:
 
     objective_source  SHA-256 of a custom objective's file, else None
     policy, reference the initial weights of each, not yet read; the same object where the reference is the initial policy
-    identity          of the reference log-probs
+    mixture           the corpora to train on, as one sequence of trajectories
+    identities        of the reference log-probs of each of these corpora
     evaluation        the held-out corpus, if there is one
     callbacks         the user's own: name in the config → function
     """
 
     config: Config
     layout: ParallelLayout
-    corpus: Corpus
+    mixture: Mixture
     sampler: Sampler
     objective: Objective
     objective_source: str | None
     policy: InitialWeights
     reference: InitialWeights
-    identity: ReferenceIdentity
+    identities: list[ReferenceIdentity]
     evaluation: Corpus | None
     callbacks: dict[str, CallbackFunction]
 
@@ -113,7 +118,9 @@ class StartedRun(CheckedRun):
         weights.load(chunks, self.parallel)
         return chunks
 
-    def batches(self, corpus: Corpus, sampler: Sampler, reference: ReferenceLogprobs | None = None) -> BatchBuilder:
+    def batches(
+        self, corpus: Corpus | Mixture, sampler: Sampler, reference: ReferenceLogprobs | None = None
+    ) -> BatchBuilder:
         """The builder of this rank's micro-batches."""
         data, layout = self.config.data, self.layout
         row = data.micro_batch_size * data.seq_length if data.packing == "best_fit" else None
@@ -141,36 +148,33 @@ def check(config: Config, *, world_size: int) -> CheckedRun:
     Raises ConfigError, DataError or CheckpointError.
     """
     layout = config.layout(world_size)
-    corpus = Corpus.open(config.data.corpus)
-    sampler = make_sampler(config, corpus)
+    mixture = open_mixture(config)
+    sampler = make_sampler(config, mixture)
     objective, objective_source = find_objective(config.objective.name), source_hash(config.objective.name)
     conflict = objective.proposal_conflict(config.objective.proposal.kind)
     if conflict:
         raise ConfigError(f"objective.{conflict}.")
     policy = InitialWeights(config.model, config.run.seed)
-    check_tokenizer(corpus, policy)
+    check_tokenizer(mixture.corpora[0], policy)
     if config.objective.router_balance and policy.architecture.experts is None:
         raise ConfigError(
             f"objective.router_balance is {config.objective.router_balance:g}, but the {policy.architecture.family} family has no experts."
         )
-    reference = _reference(config, corpus, policy)
-    template = corpus.manifest["template"]
+    reference = _reference(config, mixture.corpora[0], policy)
     return CheckedRun(
         config=config,
         layout=layout,
-        corpus=corpus,
+        mixture=mixture,
         sampler=sampler,
         objective=objective,
         objective_source=objective_source,
         policy=policy,
         reference=reference,
-        identity=ReferenceIdentity(
-            weights=reference.fingerprint,
-            tokenizer=corpus.manifest["tokenizer"]["fingerprint"],
-            template=template["hash"] if template else "none",
-            dtype=config.precision.described,
-        ),
-        evaluation=_evaluation(config, corpus),
+        identities=[
+            ReferenceIdentity.of(corpus, weights=reference.fingerprint, dtype=config.precision.described)
+            for corpus in mixture.corpora
+        ],
+        evaluation=_evaluation(config, mixture.corpora[0]),
         callbacks=load_callbacks(config.logging.callbacks),
     )
 
@@ -185,10 +189,20 @@ def start(checked: CheckedRun) -> StartedRun:
     # Twice the watchdog's timeout: it can then name the ranks that a collective waits for.
     platform = context.start(config.run.device, timeout_s=2 * config.run.hang_timeout_s)
     parallel = platform.parallel(checked.layout, seed=config.run.seed)
-    for corpus in filter(None, (checked.corpus, checked.evaluation)):
-        share = {"share": platform.rank, "shares": platform.world_size}
-        raise_together(platform, corpus.damage(config.data.verify, seed=config.run.seed, **share))
+    for corpus in filter(None, (*checked.mixture.corpora, checked.evaluation)):
+        _check_contents(corpus, config, platform)
     return StartedRun(**vars(checked), platform=platform, parallel=parallel)
+
+
+def _check_contents(corpus: Corpus, config: Config, platform: Platform) -> None:
+    """Read what `data.verify` asks for; each rank reads a share. Collective over all ranks. Raises DataError on all of them."""
+    verify, is_main = config.data.verify, platform.rank == 0
+    pieces = corpus.pieces(verify, share=platform.rank, shares=platform.world_size, seed=config.run.seed)
+    size = bytes_of(corpus.directory, pieces)
+    if is_main and size >= _ANNOUNCED_BYTES:
+        less = "; `sample` reads less" if verify == "full" else ""
+        say(f"checking {corpus.directory}: each process reads {gibibytes(size)} (data.verify: {verify}{less}).")
+    raise_together(platform, corpus.damage(pieces, show_progress=is_main))
 
 
 def raise_together(platform: Platform, complaints: list[str]) -> None:
@@ -203,17 +217,16 @@ def raise_together(platform: Platform, complaints: list[str]) -> None:
 
 def checkpoint_writer(run: StartedRun) -> CheckpointWriter:
     """The writer of the run's checkpoints."""
-    config, template = run.config, run.corpus.manifest["template"]
-    named = template and run.corpus.manifest["settings"]["template"] != "tokenizer"
+    config, mixture = run.config, run.mixture
     return CheckpointWriter(
         run.run_directory / CHECKPOINTS,
         architecture=run.policy.architecture,
         config=config.model_dump(),
         layout=run.layout,
-        tokenizer_files=run.policy.tokenizer_files or run.corpus.tokenizer_files,
-        template_hash=template["hash"] if template else None,
-        chat_template=template["source"] if named else None,
-        corpus=run.corpus.fingerprint,
+        tokenizer_files=run.policy.tokenizer_files or mixture.tokenizer_files,
+        template_hash=mixture.template["hash"] if mixture.template else None,
+        chat_template=mixture.template["source"] if mixture.template and mixture.has_named_template else None,
+        corpora=mixture.fingerprints,
         objective=run.objective_source,
         keep=config.checkpoint.keep,
         keep_every=config.checkpoint.keep_every,
@@ -251,23 +264,33 @@ def _evaluation(config: Config, corpus: Corpus) -> Corpus | None:
 
 def evaluation_sampler(config: Config, evaluation: Corpus) -> Sampler:
     """Every trajectory of the held-out corpus once. Raises DataError if one does not fit into a row."""
-    data = config.data.model_copy(update={"quality": QualityConfig()})
-    return make_sampler(config.model_copy(update={"data": data}), evaluation)
+    mixture = [MixtureCorpus(corpus=str(evaluation.directory))]
+    data = config.data.model_copy(update={"quality": QualityConfig(), "corpus": None, "corpora": mixture})
+    return make_sampler(config.model_copy(update={"data": data}), Mixture.of({mixture[0].label: evaluation}))
 
 
-def make_sampler(config: Config, corpus: Corpus) -> Sampler:
-    """The sampler that a config's `data` section describes."""
-    data, scores = config.data, corpus.scores
+def open_mixture(config: Config) -> Mixture:
+    """The corpora that a config trains on. Raises DataError."""
+    return Mixture.open({entry.label: entry.corpus for entry in config.data.mixture})
+
+
+def make_sampler(config: Config, mixture: Mixture) -> Sampler:
+    """The sampler that a config's `data` section describes, over its corpora."""
+    data, scores = config.data, mixture.scores
     if data.quality.normalize:
-        scores = normalized_by_source(scores, corpus.meta(["source"])["source"].to_pylist())
+        scores = normalized_by_source(scores, mixture.sources())
     return Sampler(
-        corpus.lengths,
+        mixture.lengths,
         scores,
         seq_length=data.seq_length,
         packing=data.packing,
         global_batch_size=data.global_batch_size,
         quality=Quality(data.quality.mode, thresholds_in_scores(data.quality.thresholds, scores)),
         seed=config.run.seed,
+        parts=[
+            Part(entry.label, len(corpus), entry.epochs or 1.0, entry.weight)
+            for entry, corpus in zip(data.mixture, mixture.corpora, strict=True)
+        ],
     )
 
 
@@ -299,18 +322,3 @@ def _model_at(path: str) -> Model:
     if not Path(path).exists():
         raise CheckpointError(f"reference.model: {path} does not exist.")
     return Model(checkpoint=path)
-
-
-def all_packs(run: CheckedRun) -> Iterator[list[np.ndarray]]:
-    """Global batches with every trajectory at least once: epoch 0 as training will see it, then the rest.
-
-    So the reference log-probs of training's first epoch are computed in the same rows as the policy's.
-    """
-    plan = run.sampler.epoch(0)
-    for index in range(plan.num_steps):
-        yield plan.step(index)
-    rest = np.setdiff1d(np.arange(len(run.corpus)), plan.packs.items)
-    size = run.config.data.global_batch_size
-    for at in range(0, len(rest), size):
-        packs = [rest[i : i + 1] for i in range(at, min(at + size, len(rest)))]
-        yield packs + [rest[:0]] * (size - len(packs))

@@ -149,6 +149,7 @@ class TrainStep:
             segment=batch.segment,
             lengths=batch.lengths,
             quality=batch.quality,
+            turn_weights=batch.turn_weights,
             segment_sum=self._segment_sum(batch),
         )
 

@@ -22,7 +22,7 @@ from megatron_iwsft.model.flops import training_flops
 from megatron_iwsft.model.gpt import PolicyModel
 from megatron_iwsft.objectives.breakdown import Breakdown, break_down
 from megatron_iwsft.reference.lagged_copy import LaggedCopy
-from megatron_iwsft.reference.sidecar import Sidecar
+from megatron_iwsft.reference.mixture import MixtureSidecars
 from megatron_iwsft.train.callbacks import Callback, CallbackFunction, StepResult
 from megatron_iwsft.train.callbacks.defaults import add_configured_callbacks
 from megatron_iwsft.train.callbacks.events import Events
@@ -69,7 +69,7 @@ class Trainer:
             at_exit.enter_context(exclusive(run.run_directory, ConfigError, patience_s=_LOCK_PATIENCE_S))
         self.events = Events(run.run_directory / "logs" / "events.jsonl" if run.is_main else None)
         cached = run.objective.needs_reference and config.reference.source == "cached"
-        sidecar = _verified_sidecar(run) if cached else None
+        reference = _verified_sidecars(run) if cached else None
 
         watch.at(0, "building the model")
         policy = run.build(run.policy)
@@ -100,7 +100,7 @@ class Trainer:
             router_balance=config.objective.router_balance,
             breakdown=_breakdown(run),
         )
-        self.batches = run.batches(run.corpus, run.sampler, sidecar)
+        self.batches = run.batches(run.mixture, run.sampler, reference)
         self.callbacks: list[Callback] = []
         self.failures: list[str] = []
         writer = checkpoint_writer(run)
@@ -207,7 +207,7 @@ class Trainer:
         if not metrics["trained_tokens"]:
             raise DataError(
                 f"step {number} would train no token: the masks of its trajectories are all 0 ({', '.join(self._trajectory_ids(packs))}). "
-                f"Check the corpus with `iwsft inspect {run.corpus.directory}`."
+                f"Check the corpus with `iwsft inspect`: {run.mixture.described}."
             )
         if number == 1 and run.objective.needs_reference:
             self._check_start(metrics)
@@ -234,7 +234,7 @@ class Trainer:
         return StepResult(metrics["step"], self.total_steps, metrics, stopping, self.run.config)
 
     def _measure(self, packs: list[np.ndarray], trained_tokens: int, step_time_s: float) -> dict[str, Any]:
-        lengths = self.run.corpus.lengths[np.concatenate(packs)]
+        lengths = self.run.mixture.lengths[np.concatenate(packs)]
         tokens = int(lengths.sum())
         # The policy's model FLOPs only: what a reference or proposal computes does not count.
         flops = training_flops(self.run.policy.architecture, lengths, trained_tokens) / self.run.platform.world_size
@@ -314,8 +314,7 @@ class Trainer:
         return True
 
     def _trajectory_ids(self, packs: list[np.ndarray]) -> list[str]:
-        ids = self.run.corpus.meta(["id"])["id"]
-        return [str(ids[int(i)]) for pack in packs for i in pack]
+        return self.run.mixture.ids(np.concatenate(packs).tolist())
 
     def _save_and_leave(self) -> None:
         step = self.state.step
@@ -356,11 +355,11 @@ class Trainer:
             )
 
 
-def _verified_sidecar(run: StartedRun) -> Sidecar:
+def _verified_sidecars(run: StartedRun) -> MixtureSidecars:
     """The cached reference, each rank having verified some of its files. Collective; raises DataError on all ranks."""
-    sidecar = Sidecar(run.corpus, run.identity)
-    raise_together(run.platform, sidecar.damage(run.platform.rank, run.platform.world_size))
-    return sidecar
+    sidecars = MixtureSidecars(run.mixture, run.identities)
+    raise_together(run.platform, sidecars.damage(run.platform.rank, run.platform.world_size))
+    return sidecars
 
 
 def _lagged_copies(
@@ -382,5 +381,7 @@ def _lagged_copies(
 
 
 def _breakdown(run: StartedRun) -> Breakdown | None:
-    found = break_down(run.corpus.scores, run.corpus.meta(["source"])["source"].to_pylist())
+    mixture = run.mixture
+    corpora = dict(zip(mixture.names, map(len, mixture.corpora), strict=True))
+    found = break_down(mixture.scores, mixture.sources(), corpora)
     return None if found is None else found.to(run.platform.device)

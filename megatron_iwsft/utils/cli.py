@@ -26,7 +26,7 @@ from megatron_iwsft.errors import (
     RequeueError,
     UserError,
 )
-from megatron_iwsft.utils.text import printable
+from megatron_iwsft.utils.text import say
 
 
 def run_command(main: Callable[[], int | None]) -> NoReturn:
@@ -59,7 +59,7 @@ def _run(main: Callable[[], int | None]) -> NoReturn:
         if rank > 0:
             time.sleep(3 if os.environ.get("LOCAL_RANK") == "0" else 6)
         where = f" (rank {rank})" if rank > 0 else ""
-        _leave(EXIT_USER_ERROR, printable(f"{type(error).__name__}{where}: {error}"))
+        _leave(EXIT_USER_ERROR, f"{type(error).__name__}{where}: {error}")
     except RequeueError:
         _leave(EXIT_REQUEUE, None)
     except PeerError:
@@ -69,13 +69,13 @@ def _run(main: Callable[[], int | None]) -> NoReturn:
             _leave(EXIT_FAILURE, traceback.format_exc())
         _leave(EXIT_UNREAD, "standard output was closed; stopping." if "RANK" in os.environ else None)
     except OSError as error:
-        _leave(EXIT_USER_ERROR, printable(f"{error.strerror}: {error.filename}" if error.filename else str(error)))
+        _leave(EXIT_USER_ERROR, f"{error.strerror}: {error.filename}" if error.filename else str(error))
     except UnicodeError as error:
         if not _is_ascii(locale.getpreferredencoding(False)):
             _leave(EXIT_FAILURE, traceback.format_exc())
         _leave(
             EXIT_USER_ERROR,
-            f"the locale's text encoding is ASCII, in which some names and files cannot be read or written ({printable(str(error))}). "
+            f"the locale's text encoding is ASCII, in which some names and files cannot be read or written ({error}). "
             "Set PYTHONUTF8=1, or LC_ALL to a UTF-8 locale such as C.UTF-8.",
         )
     except Exception:
@@ -150,7 +150,7 @@ def _leave(status: int, message: str | None) -> NoReturn:
     """End the process at once: interpreter teardown would add tracebacks from peers that wait in a collective."""
     with contextlib.suppress(OSError, ValueError):  # the disk that output goes to may be full, or its reader gone
         if message is not None:
-            print(message, file=sys.stderr, flush=True)
+            say(message, error=True)
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
     os._exit(status)

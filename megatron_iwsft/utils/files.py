@@ -233,11 +233,14 @@ def write_json(
 
 
 def remove_directory(directory: Path) -> None:
-    """Remove a directory: first its name, so that an incomplete one is never taken for a complete one."""
-    doomed = directory.with_name(f"{directory.name}.removed{PARTIAL}")
-    shutil.rmtree(doomed, ignore_errors=True)
-    os.replace(directory, doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
+    """Remove a directory: first its name, so that an incomplete one is never taken for a complete one.
+
+    Several processes may do this at once: a directory that another one has removed is no error.
+    """
+    doomed = directory.with_name(f"{directory.name}.{uuid.uuid4().hex[:8]}{PARTIAL}")
+    with suppress(FileNotFoundError):
+        os.rename(directory, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
 
 
 def sha256_file(path: Path) -> str:

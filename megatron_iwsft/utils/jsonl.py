@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from megatron_iwsft.utils.files import atomic_write, move_aside
+from megatron_iwsft.utils.text import printable_json
 
 Row = dict[str, Any]
 _LONGEST_LINE = 1 << 26  # bytes; beyond that a line is damage, such as a file full of zeros
@@ -143,8 +144,7 @@ class JsonLines:
 
 def encode(row: Row) -> bytes:
     """One object as a line of JSON. Numbers that are not finite become null, since JSON has none; other types become text."""
-    text = json.dumps(_plain(row), ensure_ascii=False, allow_nan=False) + "\n"
-    return text.encode("utf-8", "backslashreplace")  # a lone surrogate becomes its JSON escape
+    return printable_json(json.dumps(_plain(row), ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def _plain(value: Any) -> Any:

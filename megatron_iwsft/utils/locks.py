@@ -1,4 +1,4 @@
-"""A lock that two processes which write into one directory cannot both hold."""
+"""A lock that two processes which write into one directory, or one file, cannot both hold."""
 
 from __future__ import annotations
 
@@ -17,22 +17,29 @@ LOCK = ".lock"
 
 
 @contextmanager
-def exclusive(directory: Path, error: type[UserError], *, patience_s: float = 0.0) -> Iterator[None]:
-    """Hold the lock of an existing directory. Raises `error` if another process still holds it after `patience_s`, or OSError.
+def exclusive(
+    directory: Path, error: type[UserError], *, name: str | None = None, patience_s: float = 0.0
+) -> Iterator[None]:
+    """Hold the lock of an existing directory; with `name`, that of a file in it, whether there is one yet or not.
 
-    The lock is advisory and ends with the process; on a file system without locks there is none. It is on the directory, since a file
-    in it can be removed while it is held, and on a file, since network file systems lock only files; the file says who holds it.
+    Raises `error` if another process still holds it after `patience_s`, or OSError.
+
+    The lock is advisory and ends with the process; on a file system without locks there is none. A directory's is on the directory,
+    since a file in it can be removed while it is held, and on a file, since network file systems lock only files; the file says who
+    holds it.
     """
-    path, until = directory / LOCK, time.monotonic() + patience_s
+    what, until = directory / (name or ""), time.monotonic() + patience_s
+    path = directory / (f".{name}{LOCK}" if name else LOCK)
     with ExitStack() as held:
-        handle = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
-        held.callback(os.close, handle)
-        if not _locked(handle, until):
-            raise error(_in_use(directory))
+        if not name:
+            handle = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
+            held.callback(os.close, handle)
+            if not _locked(handle, until):
+                raise error(_in_use(what, path))
         while True:
             file = held.enter_context(open_for_writing(path, os.O_RDWR | os.O_APPEND))
             if not _locked(file.fileno(), until):
-                raise error(_in_use(directory))
+                raise error(_in_use(what, path))
             if path.exists() and os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
                 break  # else the holder removed it between the two calls
         held.callback(path.unlink, missing_ok=True)
@@ -58,9 +65,9 @@ def _locked(handle: int, until: float) -> bool:
             return True
 
 
-def _in_use(directory: Path) -> str:
+def _in_use(what: Path, lock: Path) -> str:
     try:
-        holder = read_regular(directory / LOCK)[:200].decode(errors="replace") or "unknown"
+        holder = read_regular(lock)[:200].decode(errors="replace") or "unknown"
     except OSError:
         holder = "unknown"
-    return f"{directory} is in use by another job ({holder}). Wait for it, stop it, or choose another directory."
+    return f"{what} is in use by another job ({holder}). Wait for it, stop it, or choose another directory."

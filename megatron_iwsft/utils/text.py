@@ -1,7 +1,8 @@
-"""Text from elsewhere, made safe to print: without control characters and terminal escape sequences."""
+"""Text from elsewhere, made safe to show: without control characters and terminal escape sequences."""
 
 from __future__ import annotations
 
+import sys
 import unicodedata
 
 _KEPT = "\n\t"
@@ -11,16 +12,28 @@ _ESCAPED = ("Cc", "Cs", "Zl", "Zp")
 _DIRECTION = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\ufeff"
 
 
+def say(text: str, *, error: bool = False) -> None:
+    """Print `printable(text)`, on standard error if `error`. Everything that a command says goes through here."""
+    print(printable(text), file=sys.stderr if error else sys.stdout, flush=True)
+
+
 def printable(text: str) -> str:
     r"""`text` with control characters, escape sequences, surrogates and direction marks written as \x1b; line breaks and tabs stay."""
     if text.isascii() and text.isprintable():
         return text
-    return "".join(_escaped(c) if _is_escaped(c) else c for c in text)
+    return "".join((f"\\x{ord(c):02x}" if ord(c) < 256 else _unicode_escape(c)) if _is_escaped(c) else c for c in text)
 
 
 def printable_line(text: str) -> str:
     """`printable` for names and table cells: line breaks and tabs are escaped too."""
     return printable(text).replace("\n", "\\n").replace("\t", "\\t")
+
+
+def printable_json(text: str) -> str:
+    """A JSON document in which `printable` would find nothing to escape, and which means the same."""
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(_unicode_escape(c) if _is_escaped(c) else c for c in text)
 
 
 def _is_escaped(character: str) -> bool:
@@ -29,5 +42,5 @@ def _is_escaped(character: str) -> bool:
     return character in _DIRECTION or unicodedata.category(character) in _ESCAPED
 
 
-def _escaped(character: str) -> str:
-    return f"\\x{ord(character):02x}" if ord(character) < 256 else f"\\u{ord(character):04x}"
+def _unicode_escape(character: str) -> str:
+    return f"\\u{ord(character):04x}"

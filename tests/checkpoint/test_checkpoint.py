@@ -22,7 +22,7 @@ from megatron_iwsft.hf.directory import RandomInit
 from megatron_iwsft.model.gpt import ModelSettings, build_model
 from megatron_iwsft.model.parameters import load_weights
 from megatron_iwsft.testing import run_distributed
-from tests.support import run_python, tiny
+from tests.support import STRANGER, run_python, tiny
 
 pytestmark = pytest.mark.parallel
 
@@ -143,10 +143,10 @@ def test_pickles_of_other_users_are_not_read(written, tmp_path: Path, monkeypatc
     CheckpointTensors(copy)
     if os.geteuid() != 0:
         pytest.skip("only root can give files away")
-    os.chown(copy / ".metadata", 54321, 54321)
-    with pytest.raises(CheckpointError, match=r"belongs to 54321.*IWSFT_TRUSTED_USERS=54321"):
+    os.chown(copy / ".metadata", STRANGER, STRANGER)
+    with pytest.raises(CheckpointError, match=rf"belongs to {STRANGER}.*IWSFT_TRUSTED_USERS={STRANGER}"):
         CheckpointTensors(copy)
-    monkeypatch.setenv(TRUSTED_USERS, "nobody,54321")
+    monkeypatch.setenv(TRUSTED_USERS, f"nobody,{STRANGER}")
     CheckpointTensors(copy)
     monkeypatch.setenv(TRUSTED_USERS, "no-such-user")
     with pytest.raises(CheckpointError, match="names no-such-user"):

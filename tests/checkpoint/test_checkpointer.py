@@ -98,6 +98,28 @@ class Fixture:
         return sorted(path.name for path in self.checkpointer.directory.iterdir())
 
 
+def save_among_leftovers(platform: Any, directory: Path) -> tuple[list[str], str]:
+    fixture = Fixture(platform, directory, [])
+    fixture.save_steps(1)
+    if platform.rank == 0:
+        for name in ("step-00000001.0123abcd.partial", "step-00000001.partial", "step-00000001-best.0123abcd.partial"):
+            (directory / name).mkdir()
+        (directory / "latest").unlink()
+        (directory / "latest").mkdir()
+    dist.barrier()
+    second = Fixture(platform, directory, [])
+    second.save_steps(2)
+    return second.saved, (directory / "latest").read_text()
+
+
+def test_a_save_removes_what_a_killed_run_left_and_nothing_of_the_user(tmp_path: Path) -> None:
+    """And a directory in the place of `latest` is moved aside."""
+    saved, latest = run_distributed(save_among_leftovers, 2, tmp_path / "checkpoints")[0]
+    ours = ["latest", "latest.damaged-1", "step-00000001", "step-00000002"]
+    assert saved == sorted([*ours, "step-00000001.partial", "step-00000001-best.0123abcd.partial"])
+    assert latest == "step-00000002\n"
+
+
 def truncate(platform: Any, directory: Path, pattern: str) -> None:
     """Truncate files on the first rank, before any rank continues."""
     if platform.rank == 0:

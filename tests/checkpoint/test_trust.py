@@ -12,6 +12,7 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ from megatron_iwsft.hf.directory import RandomInit
 from megatron_iwsft.model.gpt import ModelSettings, build_model
 from megatron_iwsft.model.parameters import load_weights
 from megatron_iwsft.testing import run_distributed
-from tests.support import tiny
+from tests.support import STRANGER, tiny
 
 pytestmark = pytest.mark.parallel
 
@@ -130,7 +131,7 @@ def info_of_odd_types(directory: Path, sentinel: Path) -> None:
 
 def group_writable(directory: Path, sentinel: Path) -> None:
     (directory / ".metadata").chmod(0o664)
-    os.chown(directory / ".metadata", -1, 54321)
+    os.chown(directory / ".metadata", -1, STRANGER)
 
 
 def sticky_directory(directory: Path, sentinel: Path) -> None:
@@ -138,7 +139,7 @@ def sticky_directory(directory: Path, sentinel: Path) -> None:
 
 
 def foreign_info(directory: Path, sentinel: Path) -> None:
-    os.chown(directory / INFO, 54321, 0)
+    os.chown(directory / INFO, STRANGER, 0)
 
 
 # attack → what the refusal says
@@ -153,11 +154,12 @@ ATTACKS: dict[Callable[[Path, Path], None], str] = {
     fifo: r"common\.pt is not a regular file",
     info_is_a_directory: "holds no complete checkpoint",
     info_of_odd_types: r"iwsft\.json is damaged: (step|files)",
-    group_writable: r"can be written by the group 54321.*IWSFT_TRUSTED_GROUPS=54321",
+    group_writable: rf"can be written by the group {STRANGER}.*IWSFT_TRUSTED_GROUPS={STRANGER}",
     sticky_directory: "can be written by every user",
-    foreign_info: "belongs to 54321",
+    foreign_info: f"belongs to {STRANGER}",
 }
 NOT_READ_BY_EXPORT = {evil_common, evil_object}
+PICKLES = (evil_metadata, evil_metadata_by_attribute_path, evil_common, evil_object)
 NEEDS_ROOT = {group_writable, foreign_info}
 
 
@@ -183,6 +185,16 @@ def save_and_attack(platform: Any, tmp: Path) -> dict[str, str]:
             said[attack.__name__] = "loaded"
         except CheckpointError as error:
             said[attack.__name__] = str(error)
+    for attack in PICKLES:
+        home = tmp / f"{attack.__name__}-after-the-check"
+        shutil.copytree(saved, home / "step-00000006")
+        attack(home / "step-00000006", home / CODE_RAN)
+        try:
+            with mock.patch("megatron_iwsft.checkpoint.load.verify"):  # it has seen another directory
+                load(CheckpointInfo.read(home / "step-00000006"), TrainState(chunks))
+            said[home.name] = "loaded"
+        except CheckpointError as error:
+            said[home.name] = str(error)
     return said
 
 
@@ -210,14 +222,23 @@ def test_an_attack_is_refused_by_name_and_runs_no_code(
     assert not (home / attack.__name__ / CODE_RAN).exists(), "code of the attacker ran"
 
 
+@pytest.mark.parametrize("attack", PICKLES, ids=lambda attack: attack.__name__)
+def test_a_checkpoint_exchanged_after_its_check_runs_no_code(attacked, attack: Callable[[Path, Path], None]) -> None:
+    home, said = attacked
+    name = f"{attack.__name__}-after-the-check"
+    assert not (home / name / CODE_RAN).exists(), "code of the attacker ran"
+    if attack is not evil_common:  # which only some lines of Megatron-Core read
+        assert "cannot be loaded" in said[name]
+
+
 def test_groups_can_be_trusted(attacked, tmp_path: Path, monkeypatch) -> None:
     if os.geteuid() != 0:
         pytest.skip("only root can give files away")
     copy = Path(shutil.copytree(attacked[0] / "run" / "step-00000006", tmp_path / "copy"))
     group_writable(copy, tmp_path / CODE_RAN)
-    with pytest.raises(CheckpointError, match="can be written by the group 54321"):
+    with pytest.raises(CheckpointError, match=f"can be written by the group {STRANGER}"):
         CheckpointTensors(copy)
-    monkeypatch.setenv(TRUSTED_GROUPS, "54321")
+    monkeypatch.setenv(TRUSTED_GROUPS, str(STRANGER))
     CheckpointTensors(copy)
 
 

@@ -15,7 +15,6 @@ import pytest
 
 from megatron_iwsft.errors import ConfigError
 from megatron_iwsft.utils.launch import check_launch_environment
-from megatron_iwsft.utils.text import printable, printable_line
 from tests.support import ROOT, command_environment
 from tests.support.launched_runs import write_config
 from tests.support.malformed_commands import VALID
@@ -222,11 +221,3 @@ def test_a_run_in_a_directory_full_of_planted_links(tmp_path: Path) -> None:
     assert not [p for p in run.rglob("*") if p.is_symlink() and "damaged" not in p.name and p.resolve() == victim]
     content = b"".join(p.read_bytes() for p in run.rglob("*") if p.is_file())
     assert not [secret for secret in secrets.values() if secret.encode() in content]
-
-
-def test_printable() -> None:
-    assert printable("a\tb\n→ é 列") == "a\tb\n→ é 列"
-    assert printable("\x1b[2J\x07\r\x00\x7f\x9b\u2028\u202e\udc80") == (
-        "\\x1b[2J\\x07\\x0d\\x00\\x7f\\x9b\\u2028\\u202e\\udc80"
-    )
-    assert printable_line("a\nb\tc") == "a\\nb\\tc"

@@ -139,6 +139,7 @@ def test_config_prints_the_resolved_config(config: str, capsys: pytest.CaptureFi
         (["--get", "run.dir", "run.dir='a b'"], "a b\n"),
         (["--get", "data.max_steps", "--get", "optimizer.betas"], "null\n[0.9, 0.95]\n"),
         (["--null", "--get", "run.dir", "--get", "data.corpus", 'run.dir="a\\nb\\n"'], "a\nb\n\0c\0"),
+        (["--get", "data.directories", "data.corpus=null", "data.corpora=[{corpus: a}, {corpus: b/c}]"], "a\nb/c\n"),
         (["--get", "parallel.sequence"], "false\n"),
         (["--get", "reference.needs_sidecar"], "false\n"),
         (["--get", "reference.needs_sidecar", "objective.name=iw_sft"], "true\n"),

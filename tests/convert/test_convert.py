@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -36,7 +37,7 @@ PROVENANCE = Provenance(
         "data": {"corpus": "corpora/sums"},
         "objective": {"name": "iw_sft", "level": "sequence", "clip": [0.0, 16.0], "proposal": {"kind": "current"}},
     },
-    corpus="c0ffee",
+    corpora={"sums": "c0ffee"},
 )
 
 
@@ -118,6 +119,24 @@ def test_a_failed_import_leaves_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "ck").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("<img src=x onerror=alert(1)>", "`<img src=x onerror=alert(1)>`"),
+        ("[a](http://b) **c**", "`[a](http://b) **c**`"),
+        ("a\n# b\x1b[2J", "`a\\n# b\\x1b[2J`"),
+        ("a``b`", "``` a``b` ```"),
+        ("", "`  `"),
+    ],
+)
+def test_a_model_card_shows_any_name_literally(name: str, shown: str, tmp_path: Path) -> None:
+    architecture = Architecture.from_hf(tiny.model_config(), where="test")
+    provenance = replace(PROVENANCE, config=PROVENANCE.config | {"run": {"name": name}})
+    SupportingFiles([], provenance).write(tmp_path, architecture)
+    lines = (tmp_path / "README.md").read_text().splitlines()
+    assert f"# {shown}" in lines and f"- run: {shown}" in lines
+
+
 def test_tokenizer_generation_config_and_model_card_are_exported(tmp_path: Path) -> None:
     import transformers
 
@@ -132,8 +151,8 @@ def test_tokenizer_generation_config_and_model_card_are_exported(tmp_path: Path)
     assert config == {"eos_token_id": [0, end], "top_k": 20}
     card = (out / "README.md").read_text()
     for fact in (
-        "run: worked-sums",
-        "step: 12",
+        "run: `worked-sums`",
+        "step: `12`",
         "iw_sft (level sequence, clip [0.0, 16.0], proposal current)",
         "c0ffee",
         "models/base",

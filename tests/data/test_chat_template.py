@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_iwsft.data.chat_template import ChatTemplate, Conversation, Rendering, Trajectory
+from megatron_iwsft.data.chat_template import ChatTemplate, Rendering, Trajectory
+from megatron_iwsft.data.conversation import Conversation
 from megatron_iwsft.data.corpus import Corpus
 from megatron_iwsft.data.prepare.inspect import runs
 from megatron_iwsft.data.prepare.records import RecordFormat

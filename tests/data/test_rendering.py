@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_iwsft.data.chat_template import LOST, ChatTemplate, Conversation, Rendering, Trajectory
+from megatron_iwsft.data.chat_template import LOST, ChatTemplate, Rendering, Trajectory
+from megatron_iwsft.data.conversation import Conversation
 from megatron_iwsft.data.prepare.messages import Dropped, MessageReader
 from megatron_iwsft.data.template_engine import TemplateError
 from megatron_iwsft.data.tokenizer import load_tokenizer

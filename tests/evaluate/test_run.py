@@ -14,6 +14,7 @@ from megatron_iwsft.evaluate.benchmark import read_benchmark
 from megatron_iwsft.evaluate.generate import PromptFormat, Sampling, TransformersGenerator, make_generator
 from megatron_iwsft.evaluate.run import EvaluatedModel, Result, evaluate_model, find_models, table, write_summary
 from megatron_iwsft.hf.transformers_models import load_in_transformers
+from megatron_iwsft.utils.locks import exclusive
 from tests.convert.test_round_trip import hf_directory
 from tests.support import tiny
 
@@ -150,6 +151,16 @@ def test_an_interrupted_evaluation_is_resumed(
     assert resumed == result
     assert generators == (sizes[kept] < len(content))
     assert file.read_bytes() == content
+
+
+def test_two_commands_do_not_answer_the_same_problems(model, benchmark, finished, tmp_path: Path) -> None:
+    with (
+        exclusive(tmp_path, DataError, name="a.jsonl"),
+        pytest.raises(DataError, match=r"a\.jsonl is in use by another"),
+    ):
+        evaluated(model, benchmark, tmp_path)
+    with exclusive(tmp_path, DataError, name="b.jsonl"):  # another model
+        assert evaluated(model, benchmark, tmp_path) == (finished[1], 1)
 
 
 def test_answers_with_other_settings_are_rejected(model, benchmark, finished, tmp_path: Path) -> None:

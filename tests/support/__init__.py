@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import grp
 import json
 import os
+import pwd
 import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]  # of the checkout
+# The id of a user and group that have no name on this machine.
+STRANGER = next(
+    i for i in range(54321, 1 << 31) if i not in {u.pw_uid for u in pwd.getpwall()} | {g.gr_gid for g in grp.getgrall()}
+)
 
 
 def command_environment(**more: str) -> dict[str, str]:

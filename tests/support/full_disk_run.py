@@ -1,6 +1,6 @@
 """A run on a small disk that is filled and later emptied. test_faults runs this module in a mount namespace.
 
-Prints one JSON object: the exit status, metrics, messages of failed saves, and the complete checkpoints while the disk was full.
+Prints one JSON object: the exit status, metrics, messages of failed saves, and what was in the directory of checkpoints after them.
 """
 
 from __future__ import annotations
@@ -32,12 +32,14 @@ def main(config: Path, mount: Path) -> None:
     fill_disk(mount / "filler", leaving=100_000)
     run.wait_until(lambda: len(events(directory, "save failed")) >= 1)
     complete = sorted(p.parent.name for p in directory.glob("checkpoints/step-*/iwsft.json"))
+    unfinished = sorted(p.name for p in directory.glob("checkpoints/*.partial"))
     (mount / "filler").unlink()
     found = {
         "status": run.finish(),
         "metrics": comparable_metrics(directory),
         "failures": [line for line in run.output.splitlines() if line.startswith("saving after step")],
         "complete_while_full": complete,
+        "unfinished_while_full": unfinished,
     }
     print(json.dumps(found))
 

@@ -108,6 +108,16 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     assert "contains values that are not finite" in run.output
 
 
+def test_a_step_that_would_train_nothing_is_refused(tmp_path: Path) -> None:
+    """Also where the corpus is not checked."""
+    config = write_config(tmp_path, data={"verify": "none"})
+    masks = tmp_path / "corpus" / "shard-00000.mask.bin"
+    masks.write_bytes(bytes(masks.stat().st_size))
+    run = LaunchedRun(config, tmp_path / "run")
+    assert run.finish() == EXIT_USER_ERROR, run.output
+    assert "DataError: step 1 would train no token" in run.output
+
+
 def test_liveness_does_not_depend_on_the_clock() -> None:
     """Start times are clock ticks since boot: Linux counts them without the wall clock."""
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)

@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from megatron_iwsft.config.schema import Config
-from megatron_iwsft.data.corpus import Corpus
 from megatron_iwsft.testing import comparable_metrics
-from megatron_iwsft.train.setup import make_sampler
+from megatron_iwsft.train.setup import make_sampler, open_mixture
 from tests.support import plain_model
 from tests.support.shared_runs import SharedRuns
 from tests.support.small_runs import small_run
@@ -54,14 +53,14 @@ def expected_metrics(settings: Config) -> dict[str, float]:
     from megatron_iwsft.hf.directory import RandomInit
     from megatron_iwsft.hf.mapping import shapes
 
-    corpus, model = Corpus.open(settings.data.corpus), settings.model.config
+    mixture, model = open_mixture(settings), settings.model.config
     arch = Architecture.from_hf(model, where="test")
     source = RandomInit(arch, settings.run.seed)
     weights = {name: source.read(name, (0, 0, shape[0])).double() for name, shape in shapes(arch).items()}
     trained = []
-    for i in np.concatenate(make_sampler(settings, corpus).packs_at(0)).tolist():
-        tokens = torch.from_numpy(corpus.tokens(i).astype(np.int64))
-        mask = torch.from_numpy(corpus.mask(i)[1:].astype(bool))
+    for i in np.concatenate(make_sampler(settings, mixture).packs_at(0)).tolist():
+        tokens = torch.from_numpy(mixture.tokens(i).astype(np.int64))
+        mask = torch.from_numpy(mixture.mask(i)[1:].astype(bool))
         trained.append(plain_model.logprobs(weights, model, tokens)[mask])
     logprobs = torch.cat(trained)
     w, squares = (0.5 * logprobs).exp(), (logprobs**2).sum()

@@ -12,7 +12,7 @@ from megatron_iwsft.config.schema import Config
 from megatron_iwsft.data.corpus import Corpus
 from megatron_iwsft.errors import DivergenceError
 from megatron_iwsft.testing import comparable_metrics, run_distributed
-from megatron_iwsft.train.setup import make_sampler
+from megatron_iwsft.train.setup import make_sampler, open_mixture
 from tests.support import events, tiny
 from tests.support.shared_runs import SharedRuns, copy_without_checkpoints_after
 
@@ -73,7 +73,7 @@ def diverging_runs(tmp_path_factory: pytest.TempPathFactory) -> SharedRuns:
 def steps_with_bad(runs: SharedRuns, run: str) -> list[int]:
     """Steps of a run whose batch has the bad trajectory, counted from 1."""
     settings = config(runs.directory, run, RUNS[run][0])
-    sampler = make_sampler(settings, Corpus.open(settings.data.corpus))
+    sampler = make_sampler(settings, open_mixture(settings))
     return [
         number + 1
         for number in range(sampler.total_steps(2, None))

@@ -159,6 +159,7 @@ def test_training_survives_a_full_disk(config: Path, uninterrupted: list[dict], 
     assert "the next checkpoint needs" in found["failures"][0]
     assert "Free" in found["failures"][0] and "Training continues" in found["failures"][0]
     assert found["complete_while_full"] == ["step-00000010"]
+    assert found["unfinished_while_full"] == []
 
 
 @pytest.mark.slow
@@ -182,6 +183,7 @@ def test_failed_writes_leave_the_last_checkpoint_and_end_the_run(config: Path, t
     assert "This is failure 2 in a row (checkpoint.max_failures)" in run.output
     (good,) = set(re.findall(r"The last good checkpoint is (\S+)\.", run.output))
     assert Path(good).name == (checkpoints / "latest").read_text().strip()
+    assert not list(checkpoints.glob("*.partial"))
     failed = events(tmp_path / "run", "save failed")
     assert len(failed) == 1
     assert len(comparable_metrics(tmp_path / "run")) >= failed[0]["step"] + 2

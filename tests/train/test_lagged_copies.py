@@ -14,10 +14,9 @@ from megatron_iwsft.checkpoint.info import CheckpointInfo
 from megatron_iwsft.checkpoint.tensors import hugging_face_reader
 from megatron_iwsft.config.loader import parse_config
 from megatron_iwsft.config.schema import Config
-from megatron_iwsft.data.corpus import Corpus
 from megatron_iwsft.errors import ConfigError
 from megatron_iwsft.reference.frozen_stage import StageWithFrozenModels
-from megatron_iwsft.train.setup import make_sampler
+from megatron_iwsft.train.setup import make_sampler, open_mixture
 from tests.support import plain_model, tiny
 from tests.support.shared_runs import SharedRuns, copy_without_checkpoints_after
 
@@ -104,8 +103,9 @@ def policies(run: Path) -> list[dict[str, Tensor]]:
 
 def expected_losses(runs: SharedRuns, run: str) -> list[float]:
     """Every step's loss in float64 from the run's policies, with proposal and reference as its config describes them."""
-    settings, corpus = config(runs.directory, run, PROPOSALS[run]), Corpus.open(runs.directory / "corpus")
-    sampler, weights = make_sampler(settings, corpus), policies(runs(run))
+    settings = config(runs.directory, run, PROPOSALS[run])
+    mixture = open_mixture(settings)
+    sampler, weights = make_sampler(settings, mixture), policies(runs(run))
     steps_in_epoch = sampler.steps_in(0)
     proposal: dict[str, Tensor] | None = weights[0] if "refresh" not in run else None
     reference = weights[0]
@@ -121,10 +121,10 @@ def expected_losses(runs: SharedRuns, run: str) -> list[float]:
             reference = policy
         batch = []
         for i in np.concatenate(sampler.packs_at(step)).tolist():
-            tokens = torch.from_numpy(corpus.tokens(i).astype(np.int64))
-            mask = torch.from_numpy(corpus.mask(i)[1:].astype(np.int64))
+            tokens = torch.from_numpy(mixture.tokens(i).astype(np.int64))
+            mask = torch.from_numpy(mixture.mask(i)[1:].astype(np.int64))
             ell, r, q = (plain_model.logprobs(w, MODEL, tokens) for w in (policy, reference, proposal or policy))
-            batch.append((ell, r, mask, float(np.float32(corpus.scores[i])), q))
+            batch.append((ell, r, mask, float(np.float32(mixture.scores[i])), q))
         out.append(float(plain_model.loss(batch, objective)))
     return out
 

@@ -57,4 +57,4 @@ def test_exports_during_training_equal_exports_of_its_checkpoints(runs: SharedRu
         assert (exports / "step-00000014" / file.name).read_bytes() == file.read_bytes(), file.name
     card = (offline / "README.md").read_text()
     assert Corpus.open(runs.directory / "corpus").fingerprint in card
-    assert "run: overlap" in card
+    assert "run: `overlap`" in card

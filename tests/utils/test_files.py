@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -101,10 +102,26 @@ def test_publish_replaces_a_file_and_names_a_directory(tmp_path: Path) -> None:
 
 def test_removing_a_directory_leaves_nothing(tmp_path: Path) -> None:
     directory = tmp_path / "step-1"
-    left = tmp_path / "step-1.removed.partial"  # by a run that was killed while it removed the directory
-    for path in (directory, left):
-        path.mkdir()
-        (path / "file").touch()
+    directory.mkdir()
+    (directory / "file").touch()
+    remove_directory(directory)
+    remove_directory(directory)  # another process was faster
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_processes_remove_directories_of_one_name(tmp_path: Path, monkeypatch) -> None:
+    """While the first one removes its files, the second one removes a new directory of that name."""
+    directory, remove = tmp_path / "step-1", shutil.rmtree
+
+    def meanwhile(path: Path, **options: bool) -> None:
+        monkeypatch.setattr(shutil, "rmtree", remove)
+        directory.mkdir()
+        remove_directory(directory)
+        assert list(tmp_path.iterdir()) == [path]
+        remove(path, **options)
+
+    directory.mkdir()
+    monkeypatch.setattr(shutil, "rmtree", meanwhile)
     remove_directory(directory)
     assert list(tmp_path.iterdir()) == []
 

@@ -196,7 +196,8 @@ def write_inputs(
     base: list[dict[str, str]], copies: int, tokenizer: Path, template: str | None, records: Path, texts: Path
 ) -> None:
     """Write the same conversations twice: as records with a score, and as rendered texts."""
-    from megatron_iwsft.data.chat_template import ChatTemplate, Conversation
+    from megatron_iwsft.data.chat_template import ChatTemplate
+    from megatron_iwsft.data.conversation import Conversation
     from megatron_iwsft.data.tokenizer import load_tokenizer
 
     chat = ChatTemplate(load_tokenizer(tokenizer), template)
@@ -374,7 +375,8 @@ def stages(records: Path, tokenizer_path: Path, template_name: str | None) -> No
 
 def check(corpus_path: Path, records: Path, tokenizer_path: Path, template_name: str | None) -> None:
     """Compare the ids of every trajectory with those of the tokenizer's own library, piece by piece and as one text."""
-    from megatron_iwsft.data.chat_template import ChatTemplate, Conversation
+    from megatron_iwsft.data.chat_template import ChatTemplate
+    from megatron_iwsft.data.conversation import Conversation
     from megatron_iwsft.data.corpus import Corpus
     from megatron_iwsft.data.tokenizer import load_tokenizer
 

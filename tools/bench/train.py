@@ -330,16 +330,15 @@ def peer_steps(config: Any, steps: int) -> Iterator[dict[str, Any]]:
     """Train on the same batches in transformers: float32 parameters, autocast, one trajectory per forward pass, fused AdamW."""
     import torch
 
-    from megatron_iwsft.data.corpus import Corpus
     from megatron_iwsft.distributed.context import Platform
     from megatron_iwsft.hf.architecture import Architecture
     from megatron_iwsft.model.flops import training_flops
-    from megatron_iwsft.train.setup import make_sampler
+    from megatron_iwsft.train.setup import make_sampler, open_mixture
 
     cuda = torch.cuda.is_available() and os.environ.get("IWSFT_DEVICE") != "cpu"
     platform = Platform(torch.device("cuda" if cuda else "cpu"), rank=0, world_size=1)
     device = platform.device
-    corpus = Corpus.open(config.data.corpus)
+    corpus = open_mixture(config)
     sampler = make_sampler(config, corpus)
     arch = Architecture.from_hf(config.model.config, where="the model")
     model, reference = _peer_models(config, arch, device)

@@ -22,9 +22,9 @@ _LONGEST_ENTRY = 1 << 26  # bytes
 _LINE_BITS = 40  # of a record's key; the rest is the number of its file
 
 
-def verify(directory: Path) -> list[str]:
+def verify(directory: Path, *, show_progress: bool = False) -> list[str]:
     """All complaints about a corpus: `verify_directory`'s and, if it can be opened, those of `accounting_complaints`."""
-    complaints = verify_directory(directory)
+    complaints = verify_directory(directory, show_progress=show_progress)
     with contextlib.suppress(DataError, OSError):  # then it is among the complaints
         complaints += accounting_complaints(Corpus.open(directory))
     return complaints

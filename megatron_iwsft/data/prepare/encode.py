@@ -14,7 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from megatron_iwsft.data.chat_template import ChatTemplate, Conversation
+from megatron_iwsft.data.chat_template import ChatTemplate
+from megatron_iwsft.data.conversation import Conversation
+from megatron_iwsft.data.corpus import TURN_WEIGHTS
 from megatron_iwsft.data.indexed import token_dtype
 from megatron_iwsft.data.prepare.fast_encoding import CheckedEncoder, Encoder, gigatoken_encoder
 from megatron_iwsft.data.prepare.filters import AnswerCheck, Benchmarks, Curation, Signatures
@@ -38,6 +40,7 @@ def row_schema(token_type: np.dtype, curation: Curation) -> pa.Schema:
         ("detail", pa.string()),
         ("score", pa.float64()),
         ("num_trained", pa.int32()),
+        ("turn_weights", TURN_WEIGHTS),
         ("content_hash", pa.binary(32)),
         ("tokens", pa.large_list(pa.from_numpy_dtype(token_type))),
         ("mask", pa.large_list(pa.uint8())),
@@ -63,6 +66,7 @@ class _Rows:
         self.pretokenized: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # row → (ids, mask)
         self.texts: dict[int, str] = {}  # row → text, for signatures
         self.short: set[int] = set()  # rows that are too short to share a run of words with a benchmark problem
+        self.turn_weights: dict[int, list[float]] = {}  # row → weight of each run of trained tokens, where one is not 1
 
     def drop(self, row: int, reason: str, detail: str = "") -> None:
         self.dropped[row] = Dropped(reason, detail)
@@ -163,6 +167,8 @@ class BlockEncoder:
             rows.controls.append(
                 -1 if frame is None else self._control_counts.get(id(frame)) or self._count_controls(frame)
             )
+            if any(weight not in (None, 0, 1) for weight in conversation.weights or ()):
+                rows.turn_weights[row] = _run_weights(turns, conversation.weights or ())
             if self._signatures is not None:
                 # The trajectories of one conversation share most of their text, and are not duplicates of each other.
                 trained = [text for text, turn in zip(texts, turns, strict=True) if turn is not None]
@@ -257,7 +263,8 @@ class BlockEncoder:
             pa.array(details, pa.string()),
             pa.array(scores, pa.float64()),
             pa.array(tokens.trained.astype(np.int32)),
-            _content_hashes(tokens, offsets),
+            pa.array([rows.turn_weights.get(row) for row in range(len(rows))], TURN_WEIGHTS),
+            _content_hashes(tokens, offsets, rows.turn_weights),
             pa.LargeListArray.from_arrays(offsets, tokens.ids.astype(self._token_dtype)),
             pa.LargeListArray.from_arrays(offsets, tokens.mask),
         ]
@@ -274,6 +281,20 @@ class BlockEncoder:
         for row, signature in zip(wanted, self._signatures([rows.texts[row] for row in wanted]), strict=True):
             out[row] = signature
         return pa.array(out, pa.binary())
+
+
+def _run_weights(turns: Sequence[int | None], weights: Sequence[float | None]) -> list[float]:
+    """The weight of each run of trained pieces, given the message that each piece trains. Raises Dropped where two weights touch."""
+    out = []
+    for trained, run in itertools.groupby(turns, lambda turn: turn is not None):
+        if trained:
+            found = {1.0 if weights[turn] is None else float(weights[turn] or 0) for turn in run if turn is not None}
+            if len(found) > 1:
+                raise Dropped(
+                    "turns of different weights touch", f"weights {sorted(found)}, and no text between the turns"
+                )
+            out.append(found.pop())
+    return out
 
 
 @dataclass(frozen=True)
@@ -321,9 +342,12 @@ def _truncated(tokens: _Tokens, length: int) -> _Tokens:
     return _Tokens(tokens.ids[keep], mask, lengths, trained)
 
 
-def _content_hashes(tokens: _Tokens, offsets: np.ndarray) -> pa.Array:
-    """SHA-256 of each row's content: of 2·token + mask as little-endian int32."""
+def _content_hashes(tokens: _Tokens, offsets: np.ndarray, turn_weights: dict[int, list[float]]) -> pa.Array:
+    """SHA-256 of each row's content: of 2·token + mask as little-endian int32, then of the weights of its turns as float32, if any."""
     raw = (tokens.ids * 2 + tokens.mask).astype("<i4").tobytes()
     bounds = (4 * offsets).tolist()
-    digests = b"".join([hashlib.sha256(raw[a:b]).digest() for a, b in itertools.pairwise(bounds)])
-    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(32), len(bounds) - 1, [None, pa.py_buffer(digests)])
+    digests = [hashlib.sha256(raw[a:b]).digest() for a, b in itertools.pairwise(bounds)]
+    for row, weights in turn_weights.items():
+        content = raw[bounds[row] : bounds[row + 1]] + np.asarray(weights, "<f4").tobytes()
+        digests[row] = hashlib.sha256(content).digest()
+    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(32), len(bounds) - 1, [None, pa.py_buffer(b"".join(digests))])

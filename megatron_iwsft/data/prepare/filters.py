@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from megatron_iwsft.data.chat_template import Conversation
+from megatron_iwsft.data.conversation import Conversation
 from megatron_iwsft.data.prepare.expressions import MissingField, compile_expression, lookup
 from megatron_iwsft.data.prepare.messages import Dropped
 from megatron_iwsft.data.prepare.ngrams import Words

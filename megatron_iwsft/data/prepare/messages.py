@@ -12,7 +12,7 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from megatron_iwsft.data.chat_template import Conversation
+from megatron_iwsft.data.conversation import Conversation
 from megatron_iwsft.errors import DataError
 
 _ROLES = {

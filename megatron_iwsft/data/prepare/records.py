@@ -12,7 +12,8 @@ from typing import Any, Literal
 import numpy as np
 import orjson
 
-from megatron_iwsft.data.chat_template import Conversation, Rendering
+from megatron_iwsft.data.chat_template import Rendering
+from megatron_iwsft.data.conversation import Conversation
 from megatron_iwsft.data.prepare.expressions import Evaluate, MissingField, compile_expression, lookup
 from megatron_iwsft.data.prepare.messages import Dropped, MessageReader
 from megatron_iwsft.errors import DataError

@@ -50,7 +50,6 @@ from megatron_iwsft.data.prepare.records import RecordFormat
 from megatron_iwsft.data.tokenizer import CHAT_TEMPLATE, Tokenizer, load_tokenizer
 from megatron_iwsft.errors import DataError
 from megatron_iwsft.utils.json_files import read_json
-from megatron_iwsft.utils.text import printable
 from megatron_iwsft.utils.worker_processes import one_thread_each, worker_context
 
 log = logging.getLogger(__name__)
@@ -302,7 +301,7 @@ def _choose_encoder(settings: ShardSettings, sample: list[Input]) -> tuple[bool,
 
 def _logged(fast: bool, lines: list[str]) -> bool:
     for line in lines:
-        log.info(printable(line))
+        log.info(line)
     return fast
 
 

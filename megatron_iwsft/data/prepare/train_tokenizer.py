@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megatron_iwsft.data.template_presets import PRESETS
 from megatron_iwsft.errors import DataError
+from megatron_iwsft.utils.files import write_json, write_text
 
 END_OF_TURN, END_OF_TEXT = "<|im_end|>", "<|endoftext|>"
 
@@ -16,7 +17,7 @@ def train_tokenizer(inputs: Sequence[Path], output: Path, *, fields: Sequence[st
     """Train a byte-level BPE tokenizer on `fields` of JSONL records; write it, with a ChatML template, in Hugging Face format.
 
     Every digit is a separate token, so that arithmetic does not depend on which numbers were merged. Raises DataError if an
-    input file does not exist or no record has any of the fields.
+    input file does not exist, no record has any of the fields, or the files cannot be written.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -41,15 +42,18 @@ def train_tokenizer(inputs: Sequence[Path], output: Path, *, fields: Sequence[st
         yield from texts
 
     tokenizer.train_from_iterator(all_texts(), trainer)
-    output.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(output / "tokenizer.json"))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": END_OF_TURN,
         "pad_token": END_OF_TEXT,
         "chat_template": PRESETS["chatml"],
     }
-    (output / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        write_json(output / "tokenizer_config.json", config)
+        write_text(output / "tokenizer.json", tokenizer.to_str(pretty=True))  # last: without it there is no tokenizer
+    except OSError as error:
+        raise DataError(f"cannot write the tokenizer {output}: {error.strerror}.") from None
 
 
 def _texts(inputs: Sequence[Path], fields: Sequence[str]) -> Iterator[str]:
@@ -60,7 +64,7 @@ def _texts(inputs: Sequence[Path], fields: Sequence[str]) -> Iterator[str]:
             for line in file:
                 try:
                     record = json.loads(line)
-                except ValueError:
+                except (ValueError, RecursionError):
                     continue  # sharding reports it
                 if isinstance(record, dict):
                     yield from (record[field] for field in fields if isinstance(record.get(field), str))

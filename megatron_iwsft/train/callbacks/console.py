@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from megatron_iwsft.train.callbacks import StepResult
+from megatron_iwsft.utils.text import say
 
 
 def progress_line(result: StepResult) -> None:
     """Print step, loss, weights, gradient norm, learning rate and speed."""
     m = result.metrics
     if m.get("loss") is None:
-        print(f"step {result.step}/{result.total_steps} | passed over: {m['skipped']}", flush=True)
+        say(f"step {result.step}/{result.total_steps} | passed over: {m['skipped']}")
         return
     parts = [f"step {result.step}/{result.total_steps}", f"loss {m['loss']:.4f}", f"nll {m['nll']:.4f}"]
     if "kl_to_reference" in m:
@@ -19,4 +20,4 @@ def progress_line(result: StepResult) -> None:
         parts.append(f"eval nll {m['eval_nll']:.4f}")
     if "skipped" in m:
         parts.append(f"skipped: {m['skipped']}")
-    print(" | ".join(parts), flush=True)
+    say(" | ".join(parts))

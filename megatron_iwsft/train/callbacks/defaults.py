@@ -5,6 +5,8 @@ from __future__ import annotations
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from megatron_iwsft.checkpoint.names import CHECKPOINTS
 from megatron_iwsft.checkpoint.writer import CheckpointWriter
 from megatron_iwsft.train.callbacks.console import progress_line
@@ -16,7 +18,7 @@ from megatron_iwsft.train.callbacks.trackers import tensorboard_logger, wandb_lo
 from megatron_iwsft.train.callbacks.weight_warnings import WeightWarnings
 from megatron_iwsft.train.setup import StartedRun
 from megatron_iwsft.utils.files import write_text
-from megatron_iwsft.utils.text import printable_line
+from megatron_iwsft.utils.text import say
 
 if TYPE_CHECKING:
     from megatron_iwsft.train.trainer import Trainer
@@ -58,10 +60,26 @@ def _start_run_directory(run: StartedRun) -> None:
     for name in ("logs", CHECKPOINTS):
         (run.run_directory / name).mkdir(parents=True, exist_ok=True)
     write_text(run.run_directory / "config.yaml", run.config.to_yaml())
-    counts, config = run.corpus.manifest["counts"], run.config
-    print(
-        f"{printable_line(config.run.name)}: {config.objective.name} on {len(run.corpus):,} trajectories ({counts['trained_tokens']:,} of "
+    counts, config = run.mixture.counts, run.config
+    for line in (
+        f"{config.run.name}: {config.objective.name} on {len(run.mixture):,} trajectories ({counts['trained_tokens']:,} of "
         f"{counts['tokens']:,} tokens trained), {run.total_steps} steps of global batch size {config.data.global_batch_size}; "
         f"{run.platform.device.type}, {run.layout.describe()}",
-        flush=True,
-    )
+        *(f"  {share}" for share in _shares(run)),
+    ):
+        say(line)
+
+
+def _shares(run: StartedRun) -> list[str]:
+    """One line per corpus of a mixture: what it contributes to the first epoch."""
+    mixture, plan = run.mixture, run.sampler.epoch(0)
+    if len(mixture.corpora) < 2:
+        return []
+    times = np.bincount(plan.packs.items, minlength=len(mixture))
+    trajectories = np.add.reduceat(times, mixture.starts[:-1])
+    tokens = np.add.reduceat(times * mixture.lengths, mixture.starts[:-1])
+    return [
+        f"{name}: {count / len(corpus):.4g} passes over {len(corpus):,} trajectories per epoch; "
+        f"{count / trajectories.sum():.1%} of the trajectories, {size / tokens.sum():.1%} of the tokens"
+        for name, corpus, count, size in zip(mixture.names, mixture.corpora, trajectories, tokens, strict=True)
+    ]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from megatron_iwsft.train.callbacks import StepResult
 from megatron_iwsft.utils.jsonl import JsonLines, read_json_lines
+from megatron_iwsft.utils.text import say
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -25,7 +25,7 @@ class MetricsFile:
     be repaired. If the disk is full, lines are kept in memory and written later.
     """
 
-    def __init__(self, path: Path, resumed_at: int, say: Callable[[str], None] = print) -> None:
+    def __init__(self, path: Path, resumed_at: int, say: Callable[[str], None] = say) -> None:
         self._file, self._last, self._failing = JsonLines(path, say, valid=_is_of_a_step), resumed_at, False
         self._cut(resumed_at)
 
@@ -38,11 +38,7 @@ class MetricsFile:
             self._failing = False
         except OSError as error:
             if not self._failing:
-                print(
-                    f"{self._file.path}: {error.strerror}; its lines are kept in memory and written later.",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                say(f"{self._file.path}: {error.strerror}; its lines are kept in memory and written later.", error=True)
             self._failing = True
 
     def _cut(self, last: int) -> None:

@@ -16,6 +16,7 @@ from megatron_iwsft.train.callbacks import StepResult
 from megatron_iwsft.train.callbacks.events import Events
 from megatron_iwsft.utils.files import move_aside, write_text
 from megatron_iwsft.utils.json_files import is_regular_file
+from megatron_iwsft.utils.text import say
 
 _ID = re.compile(rb"[A-Za-z0-9_-]{1,64}")
 
@@ -53,7 +54,7 @@ def wandb_logger(config: Config, events: Events, at_exit: ExitStack) -> Callable
                 handle.log({k: v for k, v in result.metrics.items() if k != "step" and v is not None}, step=result.step)
             except OSError as error:  # its service also gets the SIGTERM that Slurm sends to all processes of a job
                 connected = False
-                print(f"lost connection to wandb ({error}); metrics.jsonl is complete.", flush=True)
+                say(f"lost connection to wandb ({error}); metrics.jsonl is complete.")
 
     at_exit.callback(finish)
     return log

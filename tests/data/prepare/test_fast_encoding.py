@@ -105,3 +105,28 @@ def test_both_libraries_give_the_same_corpus(tokenizer: Tokenizer, tmp_path: Pat
         (tmp_path / "auto" / name).read_bytes() == (tmp_path / "own" / name).read_bytes()
         for name in ("manifest.json", "shard-00000.bin", "shard-00000.mask.bin")
     )
+
+
+def test_texts_with_marks_of_newer_unicode_versions_get_the_ids_of_the_tokenizer(tmp_path: Path) -> None:
+    """Normalisation to NFC reorders and composes combining marks, by tables that differ between the libraries."""
+    directory = tiny.hf_tokenizer(tmp_path)
+    content = json.loads((directory / "tokenizer.json").read_text())
+    (directory / "tokenizer.json").write_text(json.dumps(content | {"normalizer": {"type": "NFC"}}))
+    tokenizer = load_tokenizer(directory)
+    encoder = gigatoken_encoder(tokenizer)
+    assert not isinstance(encoder, str), encoder
+    letters = [c for c in range(0x300, 0x1F000) if not 0x3400 <= c < 0xA000 and not 0xAC00 <= c < 0xF900]
+    texts = [f"e{chr(c)}\u0323\u0301 x" for c in letters]
+    for low, high in (
+        (0x105C0, 0x10600),
+        (0x11380, 0x11400),
+        (0x11900, 0x11960),
+        (0x16100, 0x16140),
+        (0x16D40, 0x16D80),
+    ):
+        texts += [f"x{chr(a)}{chr(b)}" for a in range(low, high) for b in (*range(low, high), 0x307)]
+    counts = [1] * len(texts)
+    for found, expected in zip(encoder(texts, counts), tokenizer.encode_batch(texts, counts), strict=True):
+        assert np.array_equal(found, expected)
+    slow = sum(bool(fast_encoding._NEWER_MARKS.search(text)) for text in texts[: len(letters)])
+    assert 150 < slow < 1000, "only few characters may take the slow way"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from megatron_iwsft.data.corpus import Corpus
@@ -165,3 +166,56 @@ def test_null_members_of_parquet_structs_are_not_trained_on(tmp_path: Path) -> N
     corpus = Corpus.open(tmp_path / "corpus")
     decoded = [corpus.tokenizer().decode(corpus.tokens(i).tolist()) for i in range(2)]
     assert '"arguments": {"city": "Rome"}' in decoded[0] and '"arguments": {"days": 3}' in decoded[1]
+
+
+def test_weights_of_messages_reach_their_tokens_and_the_batch(tmp_path: Path) -> None:
+    from megatron_iwsft.data.batch_builder import BatchBuilder, RowShape
+    from megatron_iwsft.data.sampler import Quality, Sampler
+
+    def chat(**flags) -> dict:
+        turns = [
+            ("user", "a"),
+            ("assistant", "one two"),
+            ("user", "b"),
+            ("assistant", "three"),
+            ("user", "c"),
+            ("assistant", "4"),
+        ]
+        messages = [{"role": role, "content": text} for role, text in turns]
+        for name, value in flags.items():
+            messages[int(name[1:])]["weight"] = value
+        return {"messages": messages}
+
+    corpus = shard(tmp_path, [chat(), chat(m1=0.25, m3=0), chat(m5=2)])
+    assert {i: w.tolist() for i, w in corpus.turn_weights.items()} == {1: [0.25, 1.0], 2: [1.0, 1.0, 2.0]}
+    for i, expected in ((1, [0.25, 1.0]), (2, [1.0, 1.0, 2.0])):
+        weights = corpus.token_weights(i)
+        assert (weights > 0).tolist() == (corpus.mask(i) == 1).tolist()
+        runs = [float(w) for w, before in zip(weights, [0, *weights], strict=False) if w and not before]
+        assert runs == expected
+    assert corpus.token_weights(0) is None
+    settings = dict(seq_length=128, packing="none", global_batch_size=3, quality=Quality(), seed=0)
+    sampler = Sampler(corpus.lengths, corpus.scores, **settings)
+    packs = [np.asarray([i]) for i in range(3)]
+    (batch,) = BatchBuilder(corpus, sampler, RowShape(1, 1, None), micro_batch_size=3).from_packs(packs)
+    found = batch.turn_weights[batch.labels[0] != -100].tolist()
+    expected = [w for i in range(3) for w in _trained_weights(corpus, i)]
+    assert found == expected
+
+
+def _trained_weights(corpus: Corpus, i: int) -> list[float]:
+    weights = corpus.token_weights(i)
+    mask = corpus.mask(i) == 1
+    return [1.0] * int(mask.sum()) if weights is None else weights[mask].tolist()
+
+
+def test_turns_of_different_weights_need_text_between_them(tmp_path: Path) -> None:
+    tokenizer = tiny.hf_tokenizer(
+        tmp_path / "tokenizer", template="{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"
+    )
+    messages = [{"role": "user", "content": "a"}] + [
+        {"role": "assistant", "content": c, "weight": w} for c, w in (("b", 1), ("c", 0.5))
+    ]
+    source = tiny.write_jsonl(tmp_path / "records.jsonl", [{"messages": messages}, {"prompt": "p", "response": "r"}])
+    manifest = shard_corpus([source], tmp_path / "corpus", ShardSettings(str(tokenizer)), show_progress=False)
+    assert manifest["dropped"] == {"turns of different weights touch": 1}

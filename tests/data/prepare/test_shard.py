@@ -255,10 +255,10 @@ def test_megatrons_own_reader_opens_the_shards(tmp_path: Path, bpe: Path) -> Non
 
 def test_verify_reports_changed_files(tmp_path: Path, bpe: Path) -> None:
     corpus = shard(tmp_path, [{"prompt": "a", "response": "b"}], bpe)
-    assert corpus.verify() == []
+    assert corpus.damage() == []
     with open(corpus.directory / "shard-00000.bin", "r+b") as file:
         file.write(b"\xff")
-    assert corpus.verify() == [f"{corpus.directory}/shard-00000.bin has changed since the manifest was written"]
+    assert corpus.damage() == [f"{corpus.directory}/shard-00000.bin has changed since the manifest was written"]
 
 
 def test_a_damaged_corpus_is_rejected_with_the_file_name(tmp_path: Path, bpe: Path) -> None:

@@ -1,0 +1,165 @@
+"""Several corpora as one sequence of trajectories, numbered corpus after corpus. A single corpus is a mixture of one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_iwsft.data.corpus import Corpus
+from megatron_iwsft.errors import DataError
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Open corpora of one tokenizer. Trajectory starts[c] + k of the mixture is trajectory k of corpora[c].
+
+    names    of the corpora, in metrics and messages
+    starts   int64   [corpora + 1]
+    lengths  int32   [n]  tokens per trajectory
+    scores   float64 [n]  NaN where a trajectory has no score
+    """
+
+    names: list[str]
+    corpora: list[Corpus]
+    starts: np.ndarray
+    lengths: np.ndarray
+    scores: np.ndarray
+
+    @staticmethod
+    def open(directories: Mapping[str, str | Path]) -> Mixture:
+        """Open corpora, given as name → directory.
+
+        Raises DataError if one cannot be opened (`Corpus.open`), is empty or listed twice, or was made with another tokenizer or chat
+        template than those before it.
+        """
+        mixture = Mixture.of({name: Corpus.open(directory) for name, directory in directories.items()})
+        mixture._check_corpora()
+        return mixture
+
+    @staticmethod
+    def of(corpora: Mapping[str, Corpus]) -> Mixture:
+        """Of open corpora, unchecked."""
+        opened = list(corpora.values())
+        return Mixture(
+            names=list(corpora),
+            corpora=opened,
+            starts=np.cumsum([0, *map(len, opened)]),
+            lengths=_joined([c.lengths for c in opened]),
+            scores=_joined([c.scores for c in opened]),
+        )
+
+    def _check_corpora(self) -> None:
+        first, seen = self.corpora[0], dict[str, Path]()
+        rendered: Corpus | None = None
+        for corpus in self.corpora:
+            if not len(corpus):
+                raise DataError(f"{corpus.directory} contains no trajectories.")
+            if corpus.fingerprint in seen:
+                raise DataError(
+                    f"data.corpora: {seen[corpus.fingerprint]} and {corpus.directory} are the same corpus. List it once, with more epochs "
+                    "or a larger weight."
+                )
+            seen[corpus.fingerprint] = corpus.directory
+            if corpus.manifest["tokenizer"] != first.manifest["tokenizer"]:
+                raise DataError(
+                    f"data.corpora: {corpus.directory} was made with a different tokenizer than {first.directory}. Shard its records again "
+                    "with the same one."
+                )
+            template = corpus.manifest["template"]
+            if template is None:  # records that came tokenized
+                continue
+            rendered = rendered or corpus
+            if template["hash"] != rendered.manifest["template"]["hash"]:
+                raise DataError(
+                    f"data.corpora: {corpus.directory} was made with a different chat template than {rendered.directory}. Shard its "
+                    "records again with the same one."
+                )
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def locate(self, i: int) -> tuple[int, int]:
+        """(corpus, index within the corpus) of trajectory i."""
+        corpus = int(np.searchsorted(self.starts, i, side="right")) - 1
+        return corpus, i - int(self.starts[corpus])
+
+    def tokens(self, i: int) -> np.ndarray:
+        """As `Corpus.tokens`."""
+        corpus, k = self.locate(i)
+        return self.corpora[corpus].tokens(k)
+
+    def mask(self, i: int) -> np.ndarray:
+        """As `Corpus.mask`."""
+        corpus, k = self.locate(i)
+        return self.corpora[corpus].mask(k)
+
+    def token_weights(self, i: int) -> np.ndarray | None:
+        """As `Corpus.token_weights`."""
+        corpus, k = self.locate(i)
+        return self.corpora[corpus].token_weights(k)
+
+    @property
+    def has_turn_weights(self) -> bool:
+        """Whether any trajectory has turns of different weights."""
+        return any(corpus.has_turn_weights for corpus in self.corpora)
+
+    def sources(self) -> list[str]:
+        """The source of each trajectory."""
+        return [source for corpus in self.corpora for source in corpus.meta(["source"])["source"].to_pylist()]
+
+    def ids(self, trajectories: Sequence[int]) -> list[str]:
+        """The ids of some trajectories; in a mixture of several corpora, CORPUS/ID. Reads the metadata of their shards."""
+        columns: dict[tuple[int, int], Any] = {}
+        out = []
+        for i in trajectories:
+            number, k = self.locate(i)
+            corpus = self.corpora[number]
+            shard, row = corpus.locate(k)
+            if (number, shard) not in columns:
+                columns[number, shard] = corpus.shard_meta(corpus.shards[shard], ["id"])["id"]
+            prefix = f"{self.names[number]}/" if len(self.corpora) > 1 else ""
+            out.append(f"{prefix}{columns[number, shard][row]}")
+        return out
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Name → fingerprint of each corpus."""
+        return {name: corpus.fingerprint for name, corpus in zip(self.names, self.corpora, strict=True)}
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """The manifests' counts, summed over corpora."""
+        return {key: sum(c.manifest["counts"][key] for c in self.corpora) for key in self.corpora[0].manifest["counts"]}
+
+    @property
+    def template(self) -> dict[str, Any] | None:
+        """The manifest's entry about the chat template; None if all records came tokenized."""
+        return self._rendered.manifest["template"]
+
+    @property
+    def has_named_template(self) -> bool:
+        """Whether the chat template is another one than the tokenizer's own."""
+        return self.template is not None and self._rendered.manifest["settings"]["template"] != "tokenizer"
+
+    @property
+    def _rendered(self) -> Corpus:
+        """The first corpus that a chat template rendered, if there is one."""
+        return next((c for c in self.corpora if c.manifest["template"] is not None), self.corpora[0])
+
+    @property
+    def tokenizer_files(self) -> list[Path]:
+        return self.corpora[0].tokenizer_files
+
+    @property
+    def described(self) -> str:
+        """The directories, for messages."""
+        return ", ".join(str(corpus.directory) for corpus in self.corpora)
+
+
+def _joined(arrays: list[np.ndarray]) -> np.ndarray:
+    """The arrays end to end; a single one is not copied."""
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)

