@@ -187,7 +187,7 @@ def iwsft_cases(directory: Path) -> dict[str, tuple[list[str], str]]:
         "verifying on no text": (["verify", "a", "b", "--text", "/nowhere"], "text file /nowhere does not exist"),
         "a preset that is not there": (
             ["shard", *SHARD[1:], "--preset", "s2k"],
-            "unknown preset 's2k'; known: s1k-1.1.",
+            "unknown preset 's2k'; known: s1k-1.1, openthoughts, openr1, preference.",
         ),
         "a share of what": (["shard", *SHARD[1:], "--task", "0"], "--task '0' is not of the form I/N"),
     }
