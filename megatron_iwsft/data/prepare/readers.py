@@ -298,10 +298,14 @@ def _row_of(row: pa.RecordBatch, longest: int) -> dict[str, Any] | Dropped:
     """The only row of a batch, read on its own."""
     if row.nbytes > longest:
         return _too_large(row.nbytes, longest)
-    try:
-        return row.to_pylist()[0]
-    except Exception as error:
-        return Dropped("cannot be read", str(error))
+    out: dict[str, Any] = {}
+    for name, column in zip(row.schema.names, row.columns, strict=True):
+        try:
+            out[name] = column[0].as_py()
+        except Exception as error:
+            if not pa.types.is_temporal(column.type):  # no record's text or score is a time
+                return Dropped("cannot be read", f"{name}: {error}")
+    return out
 
 
 def _message_list(value: Any) -> Any:

@@ -141,3 +141,12 @@ def test_damaged_files_are_reported_by_name(tmp_path: Path, tokenizer: Path, nam
     source.write_bytes(source.read_bytes()[:-100])
     with pytest.raises(DataError, match=rf"input file .*{name} (is damaged|cannot be read)"):
         shard_corpus([source], tmp_path / "corpus", ShardSettings(str(tokenizer)), show_progress=False)
+
+
+def test_times_that_python_cannot_hold_harm_no_record(tmp_path: Path) -> None:
+    far = pa.array([2**62, 5], pa.timestamp("us", tz="Mars/Olympus"))
+    table = pa.table({"prompt": ["a", "b"], "response": ["c", "d"], "created": far})
+    pq.write_table(table, tmp_path / "times.parquet")
+    (source,) = find_inputs([tmp_path / "times.parquet"])
+    (block,) = read_blocks(source)
+    assert [record["prompt"] for _, record in numbered_records(block)] == ["a", "b"]
