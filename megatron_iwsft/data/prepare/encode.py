@@ -148,7 +148,7 @@ class BlockEncoder:
             self._add_tokens(rows, first, sample)
             return ("",)
         if self.template is None:
-            raise Dropped("no chat template", "the first record was already tokenized, this one is text")
+            raise Dropped("no chat template", "the first records were already tokenized, this one is text")
         conversation = self.template.separate_reasoning(sample.conversation)
         self._check_content(conversation)
         short = self._benchmarks is not None and not self._benchmarks.check(conversation)

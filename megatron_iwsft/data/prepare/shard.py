@@ -115,13 +115,13 @@ class ShardingJob:
                 )
 
     def _needs_template(self) -> bool:
-        """Whether records have text to render. The first record that can be read decides: all records should be of one kind."""
+        """Whether any record of the first block has text to render; records that are tokenized already need no template."""
         longest = self.settings.curation.max_record_bytes
         for number in range(len(self.inputs)):
             for block in self.blocks(number):
-                for _, record in numbered_records(block, longest=longest):
-                    if not isinstance(record, Dropped):
-                        return "input_ids" not in record
+                records = [r for _, r in numbered_records(block, longest=longest) if not isinstance(r, Dropped)]
+                if records:
+                    return any("input_ids" not in record for record in records)
         return True
 
 

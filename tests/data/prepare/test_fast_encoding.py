@@ -68,7 +68,7 @@ def test_a_difference_disables_gigatoken_or_stops_the_run(tokenizer: Tokenizer, 
         assert not fast and "gives different ids, for example for" in why
     monkeypatch.setattr(fast_encoding, "_CHECK_EVERY", 1)
     CheckedEncoder(tokenizer, encoder)(texts, counts)
-    with pytest.raises(DataError, match="run again with --encoder own"):
+    with pytest.raises(DataError, match="again with --encoder own --restart"):
         CheckedEncoder(tokenizer, wrong)(texts, counts)
 
 
