@@ -25,7 +25,12 @@ def run(args: argparse.Namespace) -> None:
 
     quiet_megatron()
     from megatron_iwsft.convert.import_hf import import_directory
+    from megatron_iwsft.hf.architecture import Architecture
+    from megatron_iwsft.utils.text import printable
 
     degrees = dict(tensor=args.tensor, pipeline=args.pipeline, expert=args.expert)
     written = import_directory(args.hf, args.output, dtype=args.dtype, **degrees)
+    ignored = Architecture.from_directory(args.hf).ignored_keys
+    if ignored:
+        print(printable(ignored))
     print(f"wrote {written}")

@@ -33,6 +33,7 @@ from megatron_iwsft.objectives.functions import Objective, Settings
 from megatron_iwsft.reference.sidecar import ReferenceIdentity
 from megatron_iwsft.train.callbacks import CallbackFunction
 from megatron_iwsft.train.callbacks.custom import load_callbacks
+from megatron_iwsft.utils.hub import missing_directory
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,10 @@ def check(config: Config, *, world_size: int) -> CheckedRun:
         raise ConfigError(
             f"objective.router_balance is {config.objective.router_balance:g}, but the {policy.architecture.family} family has no experts."
         )
-    reference = _reference(config, corpus, policy)
+    reference, evaluation = _reference(config, corpus, policy), _evaluation(config, corpus)
+    for data in filter(None, (corpus, evaluation)):
+        for weights in (policy, reference):
+            check_lengths(data, weights)
     template = corpus.manifest["template"]
     return CheckedRun(
         config=config,
@@ -170,7 +174,7 @@ def check(config: Config, *, world_size: int) -> CheckedRun:
             template=template["hash"] if template else "none",
             dtype=config.precision.described,
         ),
-        evaluation=_evaluation(config, corpus),
+        evaluation=evaluation,
         callbacks=load_callbacks(config.logging.callbacks),
     )
 
@@ -292,12 +296,22 @@ def check_tokenizer(corpus: Corpus, weights: InitialWeights) -> None:
             )
 
 
+def check_lengths(corpus: Corpus, weights: InitialWeights) -> None:
+    """Raise DataError if a trajectory is longer than the model's rotary positions are the same for every length."""
+    limit, longest = weights.architecture.longest, int(corpus.lengths.max(initial=0))
+    if limit is not None and longest > limit:
+        raise DataError(
+            f"{corpus.directory} has a trajectory of {longest:,} tokens, but {weights.described} has rope type dynamic, whose positions "
+            f"depend on a text's length beyond {limit:,} tokens. Shard the records with --max-tokens {limit}, or use another model."
+        )
+
+
 def _model_at(path: str) -> Model:
     """A Hugging Face directory or a checkpoint directory, distinguished by what it contains."""
     if (Path(path) / "config.json").exists():
         return Model(hf=path)
     if not Path(path).exists():
-        raise CheckpointError(f"reference.model: {path} does not exist.")
+        raise CheckpointError(f"reference.model: {missing_directory(path)}")
     return Model(checkpoint=path)
 
 
