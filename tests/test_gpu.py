@@ -39,6 +39,21 @@ SEQ_LENGTH = 512
 MODEL = tiny.model_config(
     hidden_size=256, intermediate_size=512, num_attention_heads=4, num_key_value_heads=2, vocab_size=512, initializer_range=0.05
 ) | {"max_position_embeddings": 1024}  # fmt: skip
+# Families whose layers are built from other parts.
+MODELS = {
+    "qwen2": MODEL,
+    "smollm3": MODEL | {"model_type": "smollm3", "no_rope_layers": [1, 0, 1, 0]},
+    "gemma3_text": MODEL
+    | {
+        "model_type": "gemma3_text",
+        "head_dim": 64,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": 64,
+        "sliding_window": 128,
+        "sliding_window_pattern": 2,
+        "rope_local_base_freq": 500.0,
+    },
+}
 
 
 @pytest.fixture(scope="module")
@@ -105,14 +120,14 @@ def test_the_operator_agrees_with_float64(dtype: torch.dtype) -> None:
     assert max(found) < (1e-2 if dtype == torch.bfloat16 else 1e-5)
 
 
-def gradients(platform, corpus_dir: str, cases: list[tuple[str, str, str]]):
+def gradients(platform, corpus_dir: str, model: dict, cases: list[tuple[str, str, str]]):
     """(loss, complete gradients) of one global batch for each (dtype, backend, packing)."""
     from megatron_iwsft.model.gpt import ModelSettings, build_model
     from megatron_iwsft.model.parameters import load_weights
     from megatron_iwsft.train.optim import wrap_for_gradients
     from megatron_iwsft.train.step import TrainStep
 
-    corpus, parallel, arch = Corpus.open(corpus_dir), platform.parallel(), Architecture.from_hf(MODEL, where="test")
+    corpus, parallel, arch = Corpus.open(corpus_dir), platform.parallel(), Architecture.from_hf(model, where="test")
     out = {}
     for case in cases:
         name, backend, packing = case
@@ -134,14 +149,15 @@ def gradients(platform, corpus_dir: str, cases: list[tuple[str, str, str]]):
     return out
 
 
-def test_backends_and_packing_agree(corpus: Corpus) -> None:
+@pytest.mark.parametrize("family", MODELS)
+def test_backends_and_packing_agree(family: str, corpus: Corpus) -> None:
     """The batch is all of the corpus, so packed and unpacked sums are equal. bf16 is compared with the local backend's error in bf16."""
     exact = ("fp32", "local", "none")
     local, local_packed = ("bf16", "local", "none"), ("bf16", "local", "best_fit")
     cases = [exact, ("fp32", "local", "best_fit"), local, local_packed]
     if transformer_engine()[0] is not None:
         cases += [("bf16", "transformer_engine", "none"), ("bf16", "transformer_engine", "best_fit")]
-    found = run_distributed(gradients, 1, str(corpus.directory), cases, device="cuda")[0]
+    found = run_distributed(gradients, 1, str(corpus.directory), MODELS[family], cases, device="cuda")[0]
     loss, want = found[exact]
     off = {}
     for case, (value, grads) in found.items():
@@ -277,7 +293,7 @@ def chosen_attention(platform, corpus_dir: str) -> int:
     calls: list[int] = []
     real = attention._attend_at_once
     attention._attend_at_once = lambda *args: calls.append(1) or real(*args)
-    gradients(platform, corpus_dir, [("bf16", "local", "best_fit")])
+    gradients(platform, corpus_dir, MODEL, [("bf16", "local", "best_fit")])
     return len(calls)
 
 

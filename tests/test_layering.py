@@ -34,6 +34,7 @@ FREE = ["objectives", "data/batch.py", "data/packing.py", "hf/mapping.py"]
 WITHOUT_TORCH = [
     *("errors.py", "version.py", "__init__.py", "utils", "config", "objectives/functions.py", "objectives/metrics.py"),
     *("distributed/parallel_layout.py", "distributed/fp8_recipes.py", "hf/architecture.py", "model/memory.py"),
+    *("hf/config_class.py", "hf/config_keys.py", "hf/quantization.py", "hf/rope.py"),
     "checkpoint/names.py",
 ]
 # The only modules that may ask Megatron-Core for the process groups.

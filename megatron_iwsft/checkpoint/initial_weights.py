@@ -53,7 +53,7 @@ class InitialWeights:
             self.tokenizer_files = sorted((self._info.directory / TOKENIZER).glob("*"))
         else:
             assert model.config is not None
-            self.architecture = Architecture.from_hf(model.config, where="model.config")
+            self.architecture = Architecture.from_hf(model.config, where="model.config", by_hand=True)
             self._source = RandomInit(self.architecture, seed)
             contents = f"seed {seed}"
             self.described = f"random initialisation with seed {seed}"

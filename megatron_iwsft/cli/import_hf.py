@@ -26,7 +26,11 @@ def run(args: argparse.Namespace) -> None:
 
     quiet_megatron()
     from megatron_iwsft.convert.import_hf import import_directory
+    from megatron_iwsft.hf.architecture import Architecture
 
     degrees = dict(tensor=args.tensor, pipeline=args.pipeline, expert=args.expert)
     written = import_directory(args.hf, args.output, dtype=args.dtype, **degrees)
+    ignored = Architecture.from_directory(args.hf).ignored_keys
+    if ignored:
+        say(ignored)
     say(f"wrote {written}")

@@ -56,7 +56,8 @@ def verify(
     if len(once) < 2:
         raise DataError(f"the text {text!r} has {len(once)} tokens; at least 2 are needed.")
     if lengths is None:
-        lengths = [len(once), *(n + 64 for n in _context_lengths(info.architecture.hf) if n + 64 <= _LONGEST)]
+        longest = min(_LONGEST, info.architecture.longest or _LONGEST)
+        lengths = [len(once), *(n + 64 for n in _context_lengths(info.architecture.hf) if n + 64 <= longest)]
     encoded = [(once * -(-n // len(once)))[:n] for n in sorted(set(lengths))]
     with torch.no_grad():
         expected = [hugging_face_logprobs(model, ids) for ids in encoded]

@@ -24,6 +24,7 @@ from megatron_iwsft.evaluate.benchmark import Problem, is_correct
 from megatron_iwsft.evaluate.generate import Generator
 from megatron_iwsft.evaluate.statistics import Comparison, Estimate, compare, mean_pass_at_k
 from megatron_iwsft.utils.files import sampled_fingerprint, write_json
+from megatron_iwsft.utils.hub import missing_directory
 from megatron_iwsft.utils.json_files import KEEP_UNKNOWN_KEYS, fits
 from megatron_iwsft.utils.jsonl import JsonLines
 from megatron_iwsft.utils.locks import exclusive
@@ -74,13 +75,13 @@ def find_models(paths: Sequence[str | Path]) -> list[EvaluatedModel]:
     return models
 
 
-def _find_model(path: Path) -> EvaluatedModel:
-    path = path.resolve()
+def _find_model(given: Path) -> EvaluatedModel:
+    path = given.resolve()
     if (path / "config.json").exists():
         is_export = path.parent.name == "hf" and path.name.startswith("step-")
         return EvaluatedModel(f"{path.parent.parent.name}-{path.name}" if is_export else path.name, path)
     if not path.is_dir():
-        raise CheckpointError(f"no model found at {path}: there is no such directory.")
+        raise CheckpointError(f"no model found at {given}: {missing_directory(given)}")
     info = CheckpointInfo.read(path)
     root = info.directory.parent
     run = root.parent if root.name == CHECKPOINTS else root

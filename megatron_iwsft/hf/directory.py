@@ -141,8 +141,8 @@ class ReadingProgress:
 class RandomInit:
     """Random weights that depend only on the seed and the tensor's name, and so not on the parallel layout.
 
-    Normal with std initializer_range, divided by √(2·layers) for the output projections of each block (as in Megatron); norms are 1,
-    biases 0.
+    Normal with std initializer_range, divided by √(2·layers) for the output projections of each block (as in Megatron); norms multiply
+    by 1, biases are 0.
     """
 
     def __init__(self, architecture: Architecture, seed: int) -> None:
@@ -154,7 +154,7 @@ class RandomInit:
         if name.endswith(".bias"):
             full = torch.zeros(shape)
         elif name.endswith("norm.weight"):
-            full = torch.ones(shape)
+            full = torch.zeros(shape) if self.architecture.zero_centered_norms else torch.ones(shape)
         else:
             digest = hashlib.sha256(f"{self._seed}/{name}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))

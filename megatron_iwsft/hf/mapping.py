@@ -12,6 +12,7 @@ Pure tensor functions: no Megatron-Core, no collectives.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -28,7 +29,7 @@ class ParameterLayout(Protocol):
     """How the Hugging Face tensors of one parameter are sharded over `size` tensor-parallel ranks and joined."""
 
     def spans(self, shapes: list[tuple[int, ...]], rank: int, size: int) -> list[Span]:
-        """The slice of each Hugging Face tensor that `rank` needs."""
+        """The slices that `rank` needs: one of each Hugging Face tensor, or several of a single one."""
         ...
 
     def join(self, parts: list[Tensor], rank: int, size: int) -> Tensor:
@@ -143,6 +144,28 @@ class QKV:
 
 
 @dataclass(frozen=True)
+class Fused:
+    """One Hugging Face tensor: the tensors of `parts`, with these numbers of rows, stacked."""
+
+    parts: ParameterLayout
+    rows: tuple[int, ...]
+
+    def spans(self, shapes: list[tuple[int, ...]], rank: int, size: int) -> list[Span]:
+        inner = self.parts.spans([(rows, *shapes[0][1:]) for rows in self.rows], rank, size)
+        first = itertools.accumulate(self.rows, initial=0)
+        return [(dim, at + start, at + stop) for at, (dim, start, stop) in zip(first, inner, strict=False)]
+
+    def join(self, parts: list[Tensor], rank: int, size: int) -> Tensor:
+        return self.parts.join(parts, rank, size)
+
+    def unshard(self, shards: list[Tensor]) -> Tensor:
+        return self.parts.unshard(shards)
+
+    def split(self, full: Tensor) -> list[Tensor]:
+        return [torch.cat(self.parts.split(full))]
+
+
+@dataclass(frozen=True)
 class Vocabulary:
     """Rows split evenly over the ranks after zero-padding to `padded`."""
 
@@ -206,6 +229,11 @@ class Mapping:
     hf: tuple[str, ...]
     layout: ParameterLayout
 
+    def slices(self, shapes: dict[str, tuple[int, ...]], rank: int, size: int) -> list[tuple[str, Span]]:
+        """What a rank reads: (Hugging Face tensor, slice), in the order in which `layout` joins them. shapes: of all tensors."""
+        spans = self.layout.spans([shapes[name] for name in self.hf], rank, size)
+        return list(zip(itertools.cycle(self.hf), spans, strict=False))
+
 
 def table(arch: Architecture, *, tensor_parallel: int = 1) -> list[Mapping]:
     """The mapping table of a model. A tied output layer has no row, because it is the embedding."""
@@ -219,10 +247,17 @@ def table(arch: Architecture, *, tensor_parallel: int = 1) -> list[Mapping]:
     def projections(kind: str) -> tuple[str, ...]:
         return tuple(f"self_attn.{name}_proj.{kind}" for name in "qkv")
 
+    if arch.fused_projections:
+        query, kv = arch.num_heads * arch.head_dim, arch.num_groups * arch.head_dim
+        weights = in_layer(
+            "self_attention.linear_qkv.weight", "self_attn.qkv_proj.weight", layout=Fused(qkv, (query, kv, kv))
+        )
+    else:
+        weights = in_layer("self_attention.linear_qkv.weight", *projections("weight"), layout=qkv)
     rows = [
         Mapping("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), vocabulary),
         in_layer("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight", layout=Replicated()),
-        in_layer("self_attention.linear_qkv.weight", *projections("weight"), layout=qkv),
+        weights,
         in_layer("self_attention.linear_proj.weight", "self_attn.o_proj.weight", layout=Split(1)),
         *_feed_forward(arch, in_layer),
         Mapping("decoder.final_layernorm.weight", ("model.norm.weight",), Replicated()),
@@ -232,6 +267,11 @@ def table(arch: Architecture, *, tensor_parallel: int = 1) -> list[Mapping]:
             in_layer(f"self_attention.{x}_layernorm.weight", f"self_attn.{x}_norm.weight", layout=Replicated())
             for x in "qk"
         ]
+    if arch.post_norms:
+        rows += [
+            in_layer("self_attn_bda.norm.weight", "post_attention_layernorm.weight", layout=Replicated()),
+            in_layer("mlp_bda.norm.weight", "post_feedforward_layernorm.weight", layout=Replicated()),
+        ]
     if arch.qkv_bias:
         rows.append(in_layer("self_attention.linear_qkv.bias", *projections("bias"), layout=qkv))
     if not arch.tied:
@@ -240,11 +280,14 @@ def table(arch: Architecture, *, tensor_parallel: int = 1) -> list[Mapping]:
 
 
 def _feed_forward(arch: Architecture, in_layer: Callable[..., Mapping]) -> list[Mapping]:
-    norm = "post_attention_layernorm.weight"
+    norm = "pre_feedforward_layernorm.weight" if arch.post_norms else "post_attention_layernorm.weight"
     if arch.experts is None:
+        fused = Fused(GateUp(), (arch.ffn_size, arch.ffn_size))
         return [
             in_layer("mlp.linear_fc1.layer_norm_weight", norm, layout=Replicated()),
-            in_layer("mlp.linear_fc1.weight", "mlp.gate_proj.weight", "mlp.up_proj.weight", layout=GateUp()),
+            in_layer("mlp.linear_fc1.weight", "mlp.gate_up_proj.weight", layout=fused)
+            if arch.fused_projections
+            else in_layer("mlp.linear_fc1.weight", "mlp.gate_proj.weight", "mlp.up_proj.weight", layout=GateUp()),
             in_layer("mlp.linear_fc2.weight", "mlp.down_proj.weight", layout=Split(1)),
         ]
     count = arch.experts.count
@@ -268,6 +311,8 @@ def shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
     by_suffix = {
         "embed_tokens.weight": (arch.vocab_size, arch.hidden_size),
         "lm_head.weight": (arch.vocab_size, arch.hidden_size),
+        "qkv_proj.weight": (query + 2 * kv, arch.hidden_size),  # before their suffixes
+        "gate_up_proj.weight": (2 * ffn, arch.hidden_size),
         "q_proj.weight": (query, arch.hidden_size),
         "k_proj.weight": (kv, arch.hidden_size),
         "v_proj.weight": (kv, arch.hidden_size),

@@ -1,7 +1,8 @@
 """Rotary position embeddings (RoPE): the frequencies for every scaling type that the supported families use.
 
-Sources: linear interpolation (arXiv 2306.15595), YaRN (arXiv 2309.00071, section 3), Llama 3.1's scaling by wavelength. The keys are
-those of `rope_parameters` in a Hugging Face config (`rope_scaling` and `rope_theta` before transformers 5).
+Sources: linear interpolation (arXiv 2306.15595), YaRN (arXiv 2309.00071, section 3), Llama 3.1's scaling by wavelength, dynamic NTK
+scaling, which changes nothing up to the context length. The keys are those of `rope_parameters` in a Hugging Face config
+(`rope_scaling` and `rope_theta` before transformers 5).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 _PARAMETERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "default": ((), ()),
     "linear": (("factor",), ()),
+    "dynamic": (("factor",), ("original_max_position_embeddings",)),
     "llama3": (("factor", "low_freq_factor", "high_freq_factor"), ("original_max_position_embeddings",)),
     "yarn": (
         ("factor",),
@@ -48,31 +50,44 @@ def is_finite_number(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class Rope:
-    """theta: base of the frequencies; kind, parameters: the scaling type and its settings."""
+    """Rotary positions of a layer.
+
+    theta             base of the frequencies
+    kind, parameters  the scaling type and its settings
+    fraction          of a head's dimensions, from the first, that is rotated
+    longest           number of tokens beyond which the frequencies would depend on a text's length (dynamic scaling), else None
+    """
 
     theta: float
     kind: str = "default"
     parameters: dict[str, float] = field(default_factory=dict)
+    fraction: float = 1.0
+    longest: int | None = None
 
     @staticmethod
-    def from_hf(config: dict[str, Any], *, max_positions: int, where: str) -> Rope:
-        """Read a Hugging Face config. Raises CheckpointError naming the key that is missing, wrong or unsupported."""
-        given: dict[str, Any] = {}
-        for key in ("rope_scaling", "rope_parameters"):
-            if not isinstance(config.get(key) or {}, dict):
-                raise CheckpointError(f"{where}: {key} must be an object; found {config[key]!r:.80}.")
-            given |= config.get(key) or {}
+    def from_hf(given: dict[str, Any], *, theta: Any, max_positions: int, where: str, partial: bool = False) -> Rope:
+        """Read one rope of a Hugging Face config. Raises CheckpointError naming the key that is missing, wrong or unsupported.
+
+        given: `rope_parameters`, without which `theta` is the base. partial: whether the family may rotate a part of each head.
+        """
+        given = dict(given)
         kind = given.pop("rope_type", given.pop("type", "default"))
         given.pop("type", None)
-        theta = given.pop("rope_theta", config.get("rope_theta", 10000.0))
-        if given.pop("partial_rotary_factor", 1.0) != 1.0:
+        theta = given.pop("rope_theta", theta)
+        fraction = given.pop("partial_rotary_factor", None)
+        fraction = 1.0 if fraction is None else fraction
+        if not is_finite_number(fraction) or not 0 < fraction <= 1:
+            raise CheckpointError(
+                f"{where}: partial_rotary_factor must be above 0 and at most 1; found {fraction!r:.80}."
+            )
+        if fraction != 1.0 and not partial:
             raise CheckpointError(f"{where}: a partial_rotary_factor other than 1 is not supported.")
         if not isinstance(kind, str) or kind not in _PARAMETERS:
             raise CheckpointError(
                 f"{where}: rope type {kind!r:.80} is not supported; supported are {', '.join(_PARAMETERS)}."
             )
         required, optional = _PARAMETERS[kind]
-        given = {k: v for k, v in given.items() if v is not None}
+        given = {k: v for k, v in given.items() if v is not None and kind != "default"}
         for key in required:
             if key not in given:
                 raise CheckpointError(f"{where}: rope type {kind} needs {key}.")
@@ -85,25 +100,32 @@ class Rope:
                 raise CheckpointError(f"{where}: {key} must be positive and, as a base, not 1; found {value!r:.80}.")
         if kind == "llama3" and given["low_freq_factor"] == given["high_freq_factor"]:
             raise CheckpointError(f"{where}: low_freq_factor and high_freq_factor must differ.")
-        if "original_max_position_embeddings" in optional:
+        if "original_max_position_embeddings" in optional and kind != "dynamic":
             given.setdefault("original_max_position_embeddings", max_positions)
-        return Rope(float(theta), kind, given)
+        longest = min(max_positions, int(given.get("original_max_position_embeddings", max_positions)))
+        return Rope(float(theta), kind, given, float(fraction), longest if kind == "dynamic" else None)
 
     def to_hf(self) -> dict[str, Any]:
         """`rope_parameters` for a config."""
-        return {"rope_type": self.kind, "rope_theta": self.theta, **self.parameters}
+        partial = {"partial_rotary_factor": self.fraction} if self.fraction != 1.0 else {}
+        return {"rope_type": self.kind, "rope_theta": self.theta, **self.parameters, **partial}
+
+    def scaling_to_hf(self) -> dict[str, Any] | None:
+        """`rope_scaling`, for transformers before 5."""
+        return {"rope_type": self.kind, **self.parameters} if self.kind != "default" else None
 
     def inverse_frequencies(self, head_dim: int) -> Tensor:
-        """Rotation of each pair of dimensions in radians per position: float32 [head_dim / 2]."""
+        """Rotation of each pair of rotated dimensions in radians per position: float32 [head_dim · fraction / 2]."""
         import torch  # here: configs are read, and layouts searched, without it
 
-        plain = 1.0 / (self.theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim))
+        rotated = int(head_dim * self.fraction)
+        plain = 1.0 / (self.theta ** (torch.arange(0, rotated, 2, dtype=torch.float32) / rotated))
         if self.kind == "linear":
             return plain / self.parameters["factor"]
         if self.kind == "llama3":
             return self._llama3(plain)
         if self.kind == "yarn":
-            return self._yarn(head_dim)
+            return self._yarn(rotated)
         return plain
 
     @property

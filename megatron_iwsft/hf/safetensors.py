@@ -20,6 +20,7 @@ from torch import Tensor
 from typing_extensions import TypedDict  # pydantic asks for this one before Python 3.12
 
 from megatron_iwsft.errors import CheckpointError
+from megatron_iwsft.hf.quantization import how_to_dequantise
 from megatron_iwsft.utils.files import atomic_write, open_regular
 from megatron_iwsft.utils.json_files import check_json, parse_json
 
@@ -81,7 +82,10 @@ class SafetensorsFile:
         end = 0
         for name, entry in header.items():
             if entry["dtype"] not in _DTYPES:
-                raise ValueError(f"tensor {name} has dtype {entry['dtype']}; supported are {', '.join(_DTYPES)}")
+                raise CheckpointError(
+                    f"{self.path}: tensor {name} has dtype {entry['dtype']}; supported are {', '.join(_DTYPES)}. "
+                    f"{how_to_dequantise()}"
+                )
             begin, stop = entry["data_offsets"]
             if stop - begin != math.prod(entry["shape"]) * _DTYPES[entry["dtype"]].itemsize:
                 raise ValueError(f"the data offsets of tensor {name} do not match its shape and dtype")

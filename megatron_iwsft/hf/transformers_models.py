@@ -9,6 +9,7 @@ import torch
 
 from megatron_iwsft.errors import CheckpointError
 from megatron_iwsft.utils.files import other_kind
+from megatron_iwsft.utils.hub import missing_directory
 
 
 def load_in_transformers(directory: str | Path, *, dtype: torch.dtype | str = torch.float32) -> tuple[Any, Any]:
@@ -34,6 +35,8 @@ def load_tokenizer_in_transformers(directory: str | Path) -> Any:
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    if not Path(directory).exists():
+        raise CheckpointError(missing_directory(directory))
     if not (Path(directory) / "config.json").exists():
         raise CheckpointError(f"{directory} is not a Hugging Face model directory: it has no config.json.")
     for path in Path(directory).iterdir():

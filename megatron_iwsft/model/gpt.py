@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.nn.functional import gelu, rms_norm, silu
 
 from megatron_iwsft.data.batch import Batch
 from megatron_iwsft.distributed.capabilities import has_gradient_accumulation_fusion
@@ -22,6 +24,7 @@ from megatron_iwsft.distributed.mcore_compat import moe_submodules
 from megatron_iwsft.distributed.parallel_layout import ParallelLayout
 from megatron_iwsft.errors import ConfigError
 from megatron_iwsft.hf.architecture import Architecture
+from megatron_iwsft.model.layers import RotaryLayer, inverse_frequencies, normed_residual, rope_columns
 from megatron_iwsft.model.moe import Balance, BalancedRouter, ExpertLayer, PackedRow
 from megatron_iwsft.model.packed_attention import PackedAttention
 from megatron_iwsft.model.parameters import ATTENTION_NORM, is_expert
@@ -47,6 +50,9 @@ class ModelSettings:
     bf16_edges: tuple[int, int] = (0, 0)
 
 
+_ACTIVATIONS = {"silu": silu, "gelu_pytorch_tanh": functools.partial(gelu, approximate="tanh")}
+
+
 class LocalRMSNorm(torch.nn.Module):
     """RMSNorm of the local backend. Marks its weight for the gradient all-reduce that sequence parallelism needs."""
 
@@ -55,9 +61,12 @@ class LocalRMSNorm(torch.nn.Module):
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
         setattr(self.weight, "sequence_parallel", config.sequence_parallel)  # noqa: B010 - an attribute of Megatron-Core's
         self.eps = config.layernorm_epsilon
+        self.zero_centered = config.layernorm_zero_centered_gamma
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.nn.functional.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+        if self.zero_centered:  # in float32: 1 + weight has fewer digits than the weight
+            return rms_norm(x.float(), (x.shape[-1],), 1.0 + self.weight.float(), self.eps).to(x.dtype)
+        return rms_norm(x, (x.shape[-1],), self.weight, self.eps)
 
 
 class _HiddenStates(ColumnParallelLinear):
@@ -73,6 +82,16 @@ class PolicyModel(GPTModel):
     def __init__(self, architecture: Architecture, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.architecture = architecture
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, attention_mask: None, **kwargs: Any) -> Tensor:
+        """GPTModel's, with scaled embeddings where the architecture has them."""
+        scale = self.architecture.embedding_scale
+        if self.pre_process and scale != 1.0:
+            embeddings = self.embedding(input_ids=input_ids, position_ids=position_ids)
+            kwargs["decoder_input"] = embeddings * torch.tensor(
+                scale, dtype=embeddings.dtype
+            )  # rounded, as in transformers
+        return super().forward(input_ids, position_ids, attention_mask, **kwargs)
 
     def setup_embeddings_and_output_layer(self) -> None:
         # GPTModel's constructor calls this between making the output layer and tying it to the embedding.
@@ -144,7 +163,7 @@ def build_model(
             position_embedding_type="rope",
             vp_stage=vp_stage,
         )
-        model.rotary_pos_emb.inv_freq = arch.rope.inverse_frequencies(arch.head_dim).to(platform.device)
+        model.rotary_pos_emb.inv_freq = inverse_frequencies(arch).to(platform.device)
         for name, parameter in model.named_parameters():
             if is_expert(name):
                 # With TP, expert gradients are reduced over a different group than dense ones, even at EP 1. Megatron-Core
@@ -168,12 +187,13 @@ def _transformer_config(
         layernorm_epsilon=arch.norm_eps,
         normalization="RMSNorm",
         gated_linear_unit=True,
-        activation_func=torch.nn.functional.silu,
+        activation_func=_ACTIVATIONS[arch.activation],
+        layernorm_zero_centered_gamma=arch.zero_centered_norms,
         add_bias_linear=False,
         add_qkv_bias=arch.qkv_bias,
         qk_layernorm=arch.qk_norm,
         # Queries and keys scaled alike after rotation: the product, by the square.
-        softmax_scale=arch.rope.attention_factor**2 / arch.head_dim**0.5,
+        softmax_scale=arch.distinct_ropes[0].attention_factor ** 2 * arch.attention_scale,
         window_size=None if window is None else (window - 1, 0),
         window_attn_skip_freq=None if window is None else [int(w is not None) for w in arch.windows],
         **_expert_settings(arch, settings),
@@ -259,9 +279,12 @@ def _block_spec(
     arch: Architecture, config: TransformerConfig, settings: ModelSettings, vp_stage: int | None
 ) -> ModuleSpec | TransformerBlockSubmodules:
     options = dict(qk_layernorm=arch.qk_norm, num_experts=arch.experts.count if arch.experts else None)
+    norm: Any = LocalRMSNorm
     if settings.backend == "transformer_engine":
+        from megatron.core.extensions.transformer_engine import TENorm
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
+        norm = TENorm
         layer = get_gpt_layer_with_transformer_engine_spec(**options, moe_grouped_gemm=arch.experts is not None)
     else:
         layer = get_gpt_layer_local_spec(normalization="RMSNorm", **options)
@@ -270,6 +293,11 @@ def _block_spec(
         attention.core_attention = PackedAttention
         if arch.qk_norm:
             attention.q_layernorm = attention.k_layernorm = LocalRMSNorm
+    if arch.post_norms:
+        layer.submodules.self_attn_bda = layer.submodules.mlp_bda = normed_residual(config, norm)
+    columns = rope_columns(arch)
+    if columns is not None:
+        layer.module, layer.params = RotaryLayer, layer.params | {"columns": columns}
     if arch.experts is not None:
         layer.module = ExpertLayer
         moe_submodules(layer).router = BalancedRouter

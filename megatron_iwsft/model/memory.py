@@ -79,7 +79,7 @@ def stage_parameters(arch: Architecture, layout: ParallelLayout) -> list[tuple[i
     """(dense, experts') parameters on one rank of each pipeline stage."""
     query, kv, h = arch.num_heads * arch.head_dim, arch.num_groups * arch.head_dim, arch.hidden_size
     split = h * (query + 2 * kv) + query * h + (query + 2 * kv if arch.qkv_bias else 0)
-    replicated = 2 * h + (2 * arch.head_dim if arch.qk_norm else 0)
+    replicated = (4 if arch.post_norms else 2) * h + (2 * arch.head_dim if arch.qk_norm else 0)
     per_expert = 0
     if arch.experts is None:
         split += 3 * h * arch.ffn_size
@@ -100,7 +100,8 @@ def stage_parameters(arch: Architecture, layout: ParallelLayout) -> list[tuple[i
 
 def _activation_bytes(arch: Architecture, layout: ParallelLayout) -> int:
     """Bytes that one layer keeps for backward, per token of this rank, in bf16. Experts: as if their load were balanced."""
-    replicated = 4 * arch.hidden_size  # inputs of both norms, of the QKV and of the first feed-forward projection
+    # Inputs of both norms, of the QKV and of the first feed-forward projection; of the norms after attention and feed-forward.
+    replicated = (6 if arch.post_norms else 4) * arch.hidden_size
     attention = 2 * (arch.num_heads + arch.num_groups) * arch.head_dim  # query, key, value, attention's output
     feed_forward = 3 * arch.ffn_size  # gate, up, their product
     if arch.experts is not None:  # and the tokens' copies before and after their experts

@@ -9,7 +9,7 @@ import torch
 
 from megatron_iwsft.distributed.context import ParallelContext
 from megatron_iwsft.hf.directory import TensorSource
-from megatron_iwsft.hf.mapping import PerExpert, shapes, table
+from megatron_iwsft.hf.mapping import Mapping, PerExpert, shapes, table
 
 if TYPE_CHECKING:
     from megatron_iwsft.model.gpt import PolicyModel
@@ -65,8 +65,7 @@ def load_weights(chunks: list[PolicyModel], source: TensorSource, parallel: Para
             row = rows[pattern]
             if isinstance(row.layout, PerExpert) and expert is not None:
                 row = row.layout.one(row, expert)
-            names = [hf.format(layer) for hf in row.hf]
+            named = Mapping(target, tuple(hf.format(layer) for hf in row.hf), row.layout)
             cut = (0, 1) if expert is not None else (rank, size)  # tensor parallelism does not cut experts
-            spans = row.layout.spans([all_shapes[n] for n in names], *cut)
-            parts = [source.read(n, span) for n, span in zip(names, spans, strict=True)]
+            parts = [source.read(hf, span) for hf, span in named.slices(all_shapes, *cut)]
             parameter.copy_(row.layout.join(parts, *cut))

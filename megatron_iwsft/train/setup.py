@@ -34,6 +34,7 @@ from megatron_iwsft.reference.sidecar import ReferenceIdentity
 from megatron_iwsft.train.callbacks import CallbackFunction
 from megatron_iwsft.train.callbacks.custom import load_callbacks
 from megatron_iwsft.utils.files import gibibytes
+from megatron_iwsft.utils.hub import missing_directory
 from megatron_iwsft.utils.text import say
 
 _ANNOUNCED_BYTES = 4 << 30  # reading as much can take a minute
@@ -160,7 +161,10 @@ def check(config: Config, *, world_size: int) -> CheckedRun:
         raise ConfigError(
             f"objective.router_balance is {config.objective.router_balance:g}, but the {policy.architecture.family} family has no experts."
         )
-    reference = _reference(config, mixture.corpora[0], policy)
+    reference, evaluation = _reference(config, mixture.corpora[0], policy), _evaluation(config, mixture.corpora[0])
+    for corpus in filter(None, (*mixture.corpora, evaluation)):
+        for weights in (policy, reference):
+            check_lengths(corpus, weights)
     return CheckedRun(
         config=config,
         layout=layout,
@@ -174,7 +178,7 @@ def check(config: Config, *, world_size: int) -> CheckedRun:
             ReferenceIdentity.of(corpus, weights=reference.fingerprint, dtype=config.precision.described)
             for corpus in mixture.corpora
         ],
-        evaluation=_evaluation(config, mixture.corpora[0]),
+        evaluation=evaluation,
         callbacks=load_callbacks(config.logging.callbacks),
     )
 
@@ -315,10 +319,20 @@ def check_tokenizer(corpus: Corpus, weights: InitialWeights) -> None:
             )
 
 
+def check_lengths(corpus: Corpus, weights: InitialWeights) -> None:
+    """Raise DataError if a trajectory is longer than the model's rotary positions are the same for every length."""
+    limit, longest = weights.architecture.longest, int(corpus.lengths.max(initial=0))
+    if limit is not None and longest > limit:
+        raise DataError(
+            f"{corpus.directory} has a trajectory of {longest:,} tokens, but {weights.described} has rope type dynamic, whose positions "
+            f"depend on a text's length beyond {limit:,} tokens. Shard the records with --max-tokens {limit}, or use another model."
+        )
+
+
 def _model_at(path: str) -> Model:
     """A Hugging Face directory or a checkpoint directory, distinguished by what it contains."""
     if (Path(path) / "config.json").exists():
         return Model(hf=path)
     if not Path(path).exists():
-        raise CheckpointError(f"reference.model: {path} does not exist.")
+        raise CheckpointError(f"reference.model: {missing_directory(path)}")
     return Model(checkpoint=path)

@@ -112,6 +112,9 @@ class Trainer:
             report=self.events,
         )
         self._resume()
+        ignored = run.policy.architecture.ignored_keys
+        if ignored and self.state.step == 0:
+            self.events("config keys ignored", ignored)
         add_configured_callbacks(self, writer, at_exit)
 
     def add_callback(

@@ -20,8 +20,10 @@ from megatron_iwsft.hf.architecture import Architecture
 from megatron_iwsft.hf.directory import DTYPES
 from megatron_iwsft.hf.model_card import Provenance, SupportingFiles
 from megatron_iwsft.testing import run_distributed
-from tests.convert.test_round_trip import hf_directory
-from tests.support import tiny
+from tests.convert.test_round_trip import edit_config, hf_directory
+from tests.support import events, tiny
+from tests.support.shared_runs import train_on
+from tests.support.small_runs import small_run
 
 LAYOUTS = {
     "tp2": dict(tensor=2),
@@ -191,3 +193,11 @@ def test_verify_tests_beyond_the_context_and_finds_a_changed_weight(tmp_path: Pa
     for parity in (short, long, changed):
         assert abs(parity.theirs - parity.ours) == pytest.approx(parity.max_difference)
     same_tensors(export_checkpoint(tmp_path / "ck", tmp_path / "out"), original)
+
+
+@pytest.mark.parallel
+def test_keys_that_are_ignored_are_named_in_the_log_of_a_run(tmp_path: Path) -> None:
+    edit_config(use_mrope=False)(hf_directory(tmp_path / "hf"))
+    train_on(1, small_run(tmp_path, "run", f"model={{hf: {tmp_path}/hf}}", "data.max_steps=1"))
+    named = [event["text"] for event in events(tmp_path / "run", "config keys ignored")]
+    assert named == ["Ignored keys of config.json, which Qwen2ForCausalLM does not read: use_mrope."]

@@ -27,6 +27,15 @@ LLAMA3 = dict(
     rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32
 )
 MOE = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=48)
+GEMMA3 = dict(
+    family="gemma3_text",
+    head_dim=16,
+    hidden_activation="gelu_pytorch_tanh",
+    query_pre_attn_scalar=24,
+    sliding_window=24,
+    tie_word_embeddings=True,
+    vocab_size=257,
+)
 MODELS = {  # every prompt is longer than the original context of a scaled rope, and than a sliding window
     "qwen2": dict(family="qwen2", rope_theta=1e6),
     "qwen2-tied": dict(family="qwen2", tie_word_embeddings=True, num_key_value_heads=1),
@@ -36,6 +45,7 @@ MODELS = {  # every prompt is longer than the original context of a scaled rope,
     "llama-head-size": dict(family="llama", head_dim=16, vocab_size=257, tie_word_embeddings=True),
     "llama-3": dict(family="llama", rope_scaling=LLAMA3, rope_theta=5e5),
     "llama-linear": dict(family="llama", rope_scaling=dict(type="linear", factor=4.0), max_position_embeddings=32),
+    "llama-dynamic": dict(family="llama", rope_scaling=dict(type="dynamic", factor=4.0)),
     "mistral": dict(family="mistral", sliding_window=24, head_dim=16),
     "qwen3": dict(family="qwen3", head_dim=16),
     "qwen3-yarn": dict(
@@ -43,6 +53,25 @@ MODELS = {  # every prompt is longer than the original context of a scaled rope,
     ),
     "qwen3-moe": dict(family="qwen3_moe", head_dim=16, norm_topk_prob=True, **MOE),
     "qwen3-moe-plain": dict(family="qwen3_moe", norm_topk_prob=False, tie_word_embeddings=True, **MOE),
+    "qwen3-moe-windows": dict(
+        family="qwen3_moe", norm_topk_prob=True, use_sliding_window=True, sliding_window=24, **MOE
+    ),
+    "smollm3": dict(family="smollm3", pad_token_id=0, no_rope_layer_interval=2, tie_word_embeddings=True),
+    "smollm3-windows": dict(
+        family="smollm3",
+        pad_token_id=0,
+        no_rope_layers=[0, 1, 1, 0],
+        use_sliding_window=True,
+        sliding_window=24,
+        tie_word_embeddings=False,
+    ),
+    "phi3": dict(family="phi3", pad_token_id=0, sliding_window=24),
+    "phi3-partial": dict(family="phi3", pad_token_id=0, num_key_value_heads=2, partial_rotary_factor=0.5),
+    "gemma3": GEMMA3 | dict(layer_types=["sliding_attention", "full_attention"] * 2),
+    "gemma3-linear": GEMMA3
+    | dict(
+        sliding_window_pattern=3, rope_theta=1e6, rope_local_base_freq=5e3, rope_scaling=dict(type="linear", factor=8.0)
+    ),
 }
 LAYOUTS = {
     1: [dict()],
@@ -253,7 +282,7 @@ DAMAGED = {
         "layer type 'chunked_attention' is not supported",
     ),
     "an unknown activation": (edit_config(hidden_act="gelu"), "hidden_act 'gelu' is not supported"),
-    "an unknown config key": (edit_config(new_feature=1), "unsupported config key for qwen2: new_feature"),
+    "a key that matters": (edit_config(attention_dropout=0.1), r"attention_dropout 0\.1 for qwen2 is not supported"),
     "a size that is text": (
         edit_config(hidden_size="64"),
         "hidden_size must be a positive integer; found '64'",

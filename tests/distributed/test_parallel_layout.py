@@ -79,7 +79,8 @@ COUNTED = [
     ParallelLayout(pipeline=2, virtual_pipeline=2),
     ParallelLayout(data=2, expert=2),
 ]
-COUNTED_MODELS = {"untied": {}, "tied": dict(tie_word_embeddings=True), "experts": MOE}
+GEMMA3 = dict(family="gemma3_text", head_dim=16, query_pre_attn_scalar=16, tie_word_embeddings=True)
+COUNTED_MODELS = {"untied": {}, "tied": dict(tie_word_embeddings=True), "experts": MOE, "norms after": GEMMA3}
 
 
 def built_parameters(platform) -> dict[tuple[str, ParallelLayout], int]:

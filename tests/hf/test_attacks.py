@@ -32,6 +32,15 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "theta is zero": ({"rope_theta": 0}, "rope_theta must be positive"),
     "factor is zero": ({"rope_scaling": {"rope_type": "linear", "factor": 0}}, "factor must be positive"),
     "rope of no type": ({"rope_scaling": {"rope_type": [1]}}, "rope type .* is not supported"),
+    "part of a head of no size": (
+        {"model_type": "phi3", "partial_rotary_factor": 0},
+        "partial_rotary_factor must be above 0",
+    ),
+    "an odd part of a head": ({"model_type": "phi3", "partial_rotary_factor": 0.9}, "an even number of dimensions"),
+    "attention without scale": (
+        {"model_type": "gemma3_text", "hidden_activation": "silu", "query_pre_attn_scalar": -1},
+        r"query_pre_attn_scalar -1\.0 is not supported",
+    ),
     "layer types of no type": ({"layer_types": [[], {}, 1, None]}, "layer type .* is not supported"),
 }
 
@@ -46,7 +55,7 @@ def test_absurd_configs_are_refused(attack: str) -> None:
 
 def test_usual_scalings_are_accepted() -> None:
     for scaling in ({"rope_type": "linear", "factor": 2}, {"rope_type": "yarn", "factor": 4.0, "truncate": False}):
-        Rope.from_hf({"rope_scaling": scaling}, max_positions=64, where="config.json").inverse_frequencies(8)
+        Rope.from_hf(scaling, theta=1e4, max_positions=64, where="config.json").inverse_frequencies(8)
 
 
 def entry(**changes: Any) -> bytes:

@@ -15,9 +15,9 @@ from tests.support import tiny
 pytestmark = pytest.mark.numerics
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "phi3", "gemma3_text"])
 def test_forward_and_training_flops_match_torchs_count(family: str) -> None:
-    config = tiny.model_config(family)
+    config = tiny.model_config(family, pad_token_id=0)
     arch, n = Architecture.from_hf(config, where="test"), 48
     fields = {k: v for k, v in config.items() if k != "model_type"}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **fields), attn_implementation="eager")

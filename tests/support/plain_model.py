@@ -30,6 +30,12 @@ def swiglu(w: dict[str, Tensor], p: str, h: Tensor) -> Tensor:
     return (gate * torch.sigmoid(gate) * up) @ w[p + "down_proj.weight"].T
 
 
+def geglu(w: dict[str, Tensor], p: str, h: Tensor) -> Tensor:
+    gate, up = (h @ w[p + f"{name}_proj.weight"].T for name in ("gate", "up"))
+    bent = torch.tanh(math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3))
+    return (0.5 * gate * (1 + bent) * up) @ w[p + "down_proj.weight"].T
+
+
 def experts(w: dict[str, Tensor], config: dict, p: str, h: Tensor, routed: list | None) -> Tensor:
     """Every expert on every token, weighted; (probabilities, chosen) [n, experts] of the layer are appended to `routed`."""
     probs = torch.softmax(h @ w[p + "gate.weight"].T, dim=-1)
@@ -56,31 +62,45 @@ def logits(w: dict[str, Tensor], config: dict, tokens: Tensor, routed: list | No
     """tokens [n] → [n, vocabulary]."""
     heads, groups = config["num_attention_heads"], config["num_key_value_heads"]
     d = config.get("head_dim") or config["hidden_size"] // heads
-    eps, theta = config["rms_norm_eps"], config["rope_theta"]
+    gemma = config["model_type"] == "gemma3_text"
     n = len(tokens)
-    x = w["model.embed_tokens.weight"][tokens]
+    x = w["model.embed_tokens.weight"][tokens] * (math.sqrt(config["hidden_size"]) if gemma else 1.0)
     hidden = torch.full((n, n), -math.inf, dtype=x.dtype)
-    masked = hidden.triu(1)
-    if config.get("use_sliding_window") or config["model_type"] == "mistral":
-        masked = masked + hidden.tril(-config["sliding_window"])
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        return rms_norm(x, w[f"{name}.weight"] + (1.0 if gemma else 0.0), config["rms_norm_eps"])
+
     for layer in range(config["num_hidden_layers"]):
         p = f"model.layers.{layer}."
-        h = rms_norm(x, w[p + "input_layernorm.weight"], eps)
+        local = gemma and (layer + 1) % config["sliding_window_pattern"] != 0
+        masked = hidden.triu(1)
+        if local or config.get("use_sliding_window") or config["model_type"] == "mistral":
+            masked = masked + hidden.tril(-config["sliding_window"])
+        h = norm(x, p + "input_layernorm")
         q, k, v = (
             h @ w[p + f"self_attn.{name}_proj.weight"].T + w.get(p + f"self_attn.{name}_proj.bias", 0.0)
             for name in "qkv"
         )
         q, k = q.view(n, heads, d), k.view(n, groups, d)
-        if config["model_type"].startswith("qwen3"):
-            q, k = (rms_norm(x_, w[p + f"self_attn.{name}_norm.weight"], eps) for name, x_ in (("q", q), ("k", k)))
-        q, k = rotate(q.transpose(0, 1), theta), rotate(k.transpose(0, 1), theta)
+        if config["model_type"].startswith("qwen3") or gemma:
+            q, k = (norm(x_, p + f"self_attn.{name}_norm") for name, x_ in (("q", q), ("k", k)))
+        q, k = q.transpose(0, 1), k.transpose(0, 1)
+        if config.get("no_rope_layers", [1] * (layer + 1))[layer]:
+            q, k = (rotate(x_, config["rope_local_base_freq" if local else "rope_theta"]) for x_ in (q, k))
         k, v = (t.repeat_interleave(heads // groups, dim=0) for t in (k, v.view(n, groups, d).transpose(0, 1)))
-        attention = torch.softmax(q @ k.transpose(1, 2) / math.sqrt(d) + masked, dim=-1)
-        x = x + (attention @ v).transpose(0, 1).reshape(n, heads * d) @ w[p + "self_attn.o_proj.weight"].T
-        h = rms_norm(x, w[p + "post_attention_layernorm.weight"], eps)
+        scores = q @ k.transpose(1, 2) / math.sqrt(config.get("query_pre_attn_scalar", d))
+        attention = torch.softmax(scores + masked, dim=-1)
+        out = (attention @ v).transpose(0, 1).reshape(n, heads * d) @ w[p + "self_attn.o_proj.weight"].T
+        if gemma:
+            x = x + norm(out, p + "post_attention_layernorm")
+            out = geglu(w, p + "mlp.", norm(x, p + "pre_feedforward_layernorm"))
+            x = x + norm(out, p + "post_feedforward_layernorm")
+            continue
+        x = x + out
+        h = norm(x, p + "post_attention_layernorm")
         x = x + (experts(w, config, p + "mlp.", h, routed) if "num_experts" in config else swiglu(w, p + "mlp.", h))
     head = w.get("lm_head.weight", w["model.embed_tokens.weight"])
-    return rms_norm(x, w["model.norm.weight"], eps) @ head.T
+    return norm(x, "model.norm") @ head.T
 
 
 def logprobs(w: dict[str, Tensor], config: dict, tokens: Tensor, routed: list | None = None) -> Tensor:

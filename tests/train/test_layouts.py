@@ -33,7 +33,7 @@ SEQ_LENGTH = 64
 
 @dataclass(frozen=True)
 class Case:
-    """Parallel degrees and other settings that must not change a number. expert None: a dense model."""
+    """Parallel degrees and other settings that must not change a number, and the model's family. expert None: a dense model."""
 
     tensor: int = 1
     pipeline: int = 1
@@ -47,6 +47,7 @@ class Case:
     tied: bool = False
     recompute: str = "none"
     overlap: bool = False
+    family: str = "qwen"
 
     @property
     def degrees(self) -> dict:
@@ -79,6 +80,7 @@ CASES = {
         Case(overlap=True),
         Case(expert=1, micro_batch_size=2),
         Case(expert=1, packing="none", tied=True, recompute="full"),
+        Case(family="gemma3_text", micro_batch_size=2),
     ],
     2: [
         Case(tensor=2),
@@ -94,6 +96,9 @@ CASES = {
         Case(expert=2),
         Case(expert=1, tensor=2, sequence=True, packing="none"),
         Case(expert=1, pipeline=2, virtual_pipeline=2, recompute="full"),
+        Case(family="gemma3_text", tensor=2, sequence=True, tied=True, recompute="full"),
+        Case(family="gemma3_text", pipeline=2, virtual_pipeline=2),
+        Case(family="smollm3", context=2, packing="none"),
     ],
     4: [
         Case(tensor=4),  # two key-value heads over four ranks
@@ -112,6 +117,8 @@ CASES = {
         Case(expert=2, tensor=2, sequence=True, pipeline=2, tied=True),
         Case(expert=4, tensor=2, sequence=True, context=2),
         Case(expert=2, micro_batch_size=2),  # data parallel 4
+        Case(family="gemma3_text", tensor=2, pipeline=2, tied=True),
+        Case(family="smollm3", tensor=2, sequence=True, context=2, recompute="selective"),
     ],
     8: [
         Case(tensor=4, sequence=True, pipeline=2, virtual_pipeline=2, tied=True),
@@ -127,13 +134,27 @@ LOSSES = [
     Loss("dft", Settings(clip=CLIP)),
     Loss("psft", Settings("token", clip=(0.8, 1.28))),
 ]
+FAMILIES = {
+    "gemma3_text": dict(
+        model_type="gemma3_text",
+        num_hidden_layers=4,
+        head_dim=8,
+        hidden_activation="gelu_pytorch_tanh",
+        query_pre_attn_scalar=6,
+        sliding_window=24,
+        sliding_window_pattern=2,
+        rope_local_base_freq=500.0,
+    ),
+    "smollm3": dict(model_type="smollm3", num_hidden_layers=4, no_rope_layers=[1, 0, 1, 0]),
+}
 ROUTER_BALANCE = 0.1  # for experts, where the denominator is known before the forward pass
 
 
 def model(case: Case) -> dict:
     changes = dict(num_hidden_layers=8, hidden_size=32, num_attention_heads=8, num_key_value_heads=2)
     if case.expert is None:
-        return tiny.model_config(**changes, intermediate_size=64, tie_word_embeddings=case.tied)
+        family = FAMILIES.get(case.family, {})
+        return tiny.model_config(**changes, intermediate_size=64, tie_word_embeddings=case.tied) | family
     moe = dict(moe_intermediate_size=24, num_experts=4, num_experts_per_tok=2, norm_topk_prob=True, head_dim=8)
     return tiny.model_config("qwen3_moe", **changes | dict(num_hidden_layers=4) | moe, tie_word_embeddings=case.tied)
 
@@ -215,9 +236,9 @@ def run_case(platform, corpus_dir: str, case: Case, losses: Sequence[Loss] = LOS
 
 
 @lru_cache
-def expected(corpus_dir: str, packing: str, tied: bool, has_experts: bool, loss: Loss):
+def expected(corpus_dir: str, packing: str, tied: bool, has_experts: bool, family: str, loss: Loss):
     """Loss, routers' balance loss and gradients of the same global batch from the plain model, in float64."""
-    case = Case(packing=packing, tied=tied, expert=1 if has_experts else None)
+    case = Case(packing=packing, tied=tied, expert=1 if has_experts else None, family=family)
     corpus, config = Corpus.open(corpus_dir), model(case)
     arch = Architecture.from_hf(config, where="test")
     source = RandomInit(arch, 5)
@@ -275,7 +296,8 @@ ALL_CASES = [
 def test_a_layout_agrees_with_plain_torch(world_size: int, case: Case, sweep: Sweep) -> None:
     complaints = []
     for loss, (losses, gradients) in sweep(world_size, case).items():
-        want_losses, want = expected(sweep.directory, case.packing, case.tied, case.expert is not None, loss)
+        has_experts = case.expert is not None
+        want_losses, want = expected(sweep.directory, case.packing, case.tied, has_experts, case.family, loss)
         loss_error = max(abs(x - y) / abs(y) if y else abs(x) for x, y in zip(losses, want_losses, strict=True))
         errors = {name: relative_error(gradients[name], gradient) for name, gradient in want.items()}
         print(f"\n{world_size} {case!s:62} {loss!s:26} {loss_error:8.1e} {max(errors.values()):8.1e}", end="")

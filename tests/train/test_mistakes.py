@@ -51,6 +51,9 @@ MISTAKES = {
     "degrees above the world size": (ConfigError, "does not divide the world size of 2 processes"),
     "no checkpoint at model.checkpoint": (CheckpointError, "holds no complete checkpoint"),
     "no corpus": (DataError, "there is no corpus at /nowhere"),
+    "the id of a model": (CheckpointError, "hf download Qwen/Qwen2.5-7B --local-dir models/Qwen2.5-7B"),
+    "the id of a reference": (CheckpointError, "reference.model: Qwen/Qwen2.5-7B does not exist here"),
+    "positions that depend on the length": (DataError, "depend on a text's length beyond 64 tokens. Shard the records"),
 }
 CUSTOM_RUN = (LIVE, "data.max_steps=1")
 
@@ -61,6 +64,7 @@ def configs(directory: Path) -> dict[str, Config]:
     def x(*overrides: str) -> Config:
         return config(directory, "x", *overrides)
 
+    dynamic = tiny.model_config(max_position_embeddings=64, rope_scaling={"type": "dynamic", "factor": 2.0})
     custom, another = f"objective.name={directory}/own.py:mine", f"data.corpus={directory}/another/corpus"
     damaged = {
         "an unfinished sidecar": "unfinished",
@@ -86,6 +90,9 @@ def configs(directory: Path) -> dict[str, Config]:
         "degrees above the world size": x("parallel.tensor=4"),
         "no checkpoint at model.checkpoint": x(f"model.checkpoint={directory}/corpus"),
         "no corpus": x("data.corpus=/nowhere"),
+        "the id of a model": x("model={hf: Qwen/Qwen2.5-7B}"),
+        "the id of a reference": x("reference.model=Qwen/Qwen2.5-7B"),
+        "positions that depend on the length": x(*SFT[:2], f"model.config={json.dumps(dynamic)}"),
     }
 
 
