@@ -245,6 +245,10 @@ class Parallel(Section):
     """Megatron's sequence parallelism; needs tensor ≥ 2."""
     layers_per_stage: list[PositiveInt] | None = None
     """Uneven pipeline split: number of layers of each (virtual) stage, in order. null: an even split."""
+    context_communication: Literal["p2p", "all_gather", "a2a"] | None = None
+    """How context-parallel ranks exchange keys and values in Transformer Engine's attention.
+    p2p: in a ring. all_gather: all at once. a2a: heads for tokens; context must divide the heads of a tensor-parallel rank.
+    null: p2p, and a2a for a model with sliding windows, which p2p cannot compute."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations recomputed in the backward pass. selective: of core attention. full: of whole layers."""
 
@@ -258,7 +262,7 @@ class Parallel(Section):
 
     def degrees(self) -> dict[str, Any]:
         """Arguments for `ParallelLayout`."""
-        degrees = self.model_dump(exclude={"recompute"})
+        degrees = self.model_dump(exclude={"recompute", "context_communication"})
         return degrees | {"layers_per_stage": tuple(self.layers_per_stage) if self.layers_per_stage else None}
 
 
@@ -271,6 +275,10 @@ class Precision(Section):
     """FP8 recipe of Transformer Engine's matmuls, with everything else in bf16. null: no FP8."""
     fp8_parameters: bool = False
     """Store parameters in FP8, and all-gather them in FP8 in the distributed optimizer."""
+    fp8_amax_history_len: PositiveInt | None = None
+    """With fp8 delayed: number of past steps whose largest values the scales are taken from. null: 1024."""
+    fp8_amax_compute_algo: Literal["max", "most_recent"] | None = None
+    """With fp8 delayed: whether a scale fits the largest value of that history or its most recent one. null: max."""
     bf16_first_layers: NonNegativeInt = 0
     """With fp8: number of layers at the start of the model that stay in bf16."""
     bf16_last_layers: NonNegativeInt = 0
@@ -281,6 +289,10 @@ class Precision(Section):
         edges = self.bf16_first_layers or self.bf16_last_layers
         if self.fp8 is None and (self.fp8_parameters or edges):
             raise ValueError("fp8_parameters, bf16_first_layers and bf16_last_layers need an fp8 recipe; fp8 is null")
+        if self.fp8 != "delayed" and (self.fp8_amax_history_len or self.fp8_amax_compute_algo):
+            raise ValueError(
+                f"fp8_amax_history_len and fp8_amax_compute_algo need fp8 delayed, which scales by history; it is {self.fp8 or 'null'}"
+            )
         if self.fp8 is not None and self.dtype != "bf16":
             raise ValueError(f"fp8 {self.fp8} needs dtype bf16; it is {self.dtype}")
         if self.fp8 == "delayed" and edges:

@@ -26,6 +26,12 @@ def transformer_engine() -> tuple[str | None, str]:
         return "version unknown", ""
 
 
+def broken_transformer_engine() -> str | None:
+    """What is wrong with an installed Transformer Engine that cannot be imported; None if it can, or is not installed."""
+    version, why = transformer_engine()
+    return None if version is not None or why == "missing" else why
+
+
 def variable_length_attention() -> tuple[bool, str]:
     """(True, "") if torch has variable-length attention over packed rows on this GPU, else (False, reason)."""
     if not torch.cuda.is_available():

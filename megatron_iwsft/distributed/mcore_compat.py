@@ -13,6 +13,7 @@ import pickle
 import queue
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -116,6 +117,20 @@ def write_results() -> WriteResults:
     return filesystem_async._results_queue
 
 
+@contextmanager
+def scaling_histories_may_be_unpickled() -> Iterator[None]:
+    """Within it, Transformer Engine (2.20 or newer) loads its state of delayed scaling, a pickle: for pickles that were checked."""
+    name = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[name]
+        if before is not None:
+            os.environ[name] = before
+
+
 # The optimizer
 
 
@@ -195,6 +210,20 @@ def gather_parameters(chunks: list[DistributedDataParallel]) -> None:
     """Have every rank hold the updated parameters now; with overlapped gathering they arrive no sooner than the next forward pass."""
     for chunk in chunks:
         chunk.start_param_sync(force_sync=True)
+
+
+def unquantized_copy(parameter: Tensor) -> Tensor | None:
+    """Of an FP8 parameter, its value in bf16 on the host: what it was quantised from, and what the optimizer starts its float32 copy
+    from. None for other parameters, and once it was freed.
+    """
+    return parameter.get_high_precision_init_val() if hasattr(parameter, "get_high_precision_init_val") else None
+
+
+def free_unquantized_copies(module: torch.nn.Module) -> None:
+    """The distributed optimizer frees only those of which it holds a shard."""
+    for parameter in module.parameters():
+        if unquantized_copy(parameter) is not None:
+            parameter.clear_high_precision_init_val()  # type: ignore[attr-defined]
 
 
 # Random states

@@ -27,6 +27,8 @@ from megatron_iwsft.model.packed_attention import PackedAttention
 from megatron_iwsft.model.parameters import ATTENTION_NORM, is_expert
 from megatron_iwsft.ops.logprob import vocab_parallel_logprob
 
+ContextCommunication = Literal["p2p", "all_gather", "a2a"]
+
 
 @dataclass(frozen=True)
 class ModelSettings:
@@ -35,15 +37,19 @@ class ModelSettings:
     dtype       of parameters and activations
     recompute   activations computed again in backward: of the attention core (selective), or of entire layers (full)
     backend     Megatron-Core's local layers in plain torch, or Transformer Engine's
-    fp8, fp8_parameters  see `config.Precision`
+    context_communication  see `config.Parallel`
+    fp8, fp8_parameters, amax_history, amax_algorithm  see `config.Precision`
     bf16_edges  layers at the start and at the end that stay out of FP8
     """
 
     dtype: torch.dtype = torch.float32
     recompute: Literal["none", "selective", "full"] = "none"
     backend: Literal["local", "transformer_engine"] = "local"
+    context_communication: ContextCommunication | None = None
     fp8: FP8Recipe | None = None
     fp8_parameters: bool = False
+    amax_history: int | None = None
+    amax_algorithm: Literal["max", "most_recent"] | None = None
     bf16_edges: tuple[int, int] = (0, 0)
 
 
@@ -184,6 +190,7 @@ def _transformer_config(
         pipeline_model_parallel_size=layout.pipeline,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline,
         context_parallel_size=layout.context,
+        cp_comm_type=_context_communication(arch, layout, settings),
         expert_model_parallel_size=layout.expert,
         expert_tensor_parallel_size=1,
         sequence_parallel=layout.sequence,
@@ -213,6 +220,33 @@ def _transformer_config(
     )
 
 
+def _context_communication(
+    arch: Architecture, layout: ParallelLayout, settings: ModelSettings
+) -> ContextCommunication | None:
+    """How Transformer Engine's attention exchanges keys and values; None without context parallelism, and for the local backend.
+
+    Raises ConfigError for what it cannot compute: sliding windows in a ring, or heads that do not divide.
+    """
+    if layout.context == 1 or settings.backend == "local":
+        return None
+    asked = settings.context_communication
+    windowed = any(window is not None for window in arch.windows)
+    chosen = asked or ("a2a" if windowed else "p2p")
+    if windowed and chosen == "p2p":
+        raise ConfigError(
+            "parallel.context_communication p2p does not support the model's sliding windows. Use a2a or all_gather, or context: 1."
+        )
+    for name, total in (("attention heads", arch.num_heads), ("key-value heads", arch.num_groups)):
+        heads = max(1, total // layout.tensor)
+        if chosen == "a2a" and heads % layout.context:
+            why = "" if asked else ", which the model's sliding windows need unless all_gather is chosen"
+            raise ConfigError(
+                f"parallel.context_communication a2a{why}: context {layout.context} does not divide a tensor-parallel rank's {heads} "
+                f"{name}. Use all_gather, or change the degrees."
+            )
+    return chosen
+
+
 def _expert_settings(arch: Architecture, settings: ModelSettings) -> dict[str, Any]:
     if arch.experts is None:
         return {}
@@ -237,6 +271,9 @@ def _fp8_settings(settings: ModelSettings) -> dict[str, Any]:
         fp8=FP8_RECIPES[settings.fp8].format,
         fp8_recipe=settings.fp8,
         fp8_param=settings.fp8_parameters,
+        # Transformer Engine's own defaults; Megatron-Core's are a history of one step.
+        fp8_amax_history_len=settings.amax_history or 1024,
+        fp8_amax_compute_algo=settings.amax_algorithm or "max",
         first_last_layers_bf16=bool(first or last),
         num_layers_at_start_in_bf16=first,
         num_layers_at_end_in_bf16=last,

@@ -8,6 +8,7 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_iwsft.config import schema as config
+from megatron_iwsft.distributed.mcore_compat import free_unquantized_copies
 from megatron_iwsft.model.gpt import PolicyModel
 
 
@@ -36,7 +37,7 @@ def build_optimizer(
     chunks: list[DistributedDataParallel], settings: config.Optimizer, dtype: torch.dtype
 ) -> MegatronOptimizer:
     """Megatron-Core's AdamW over the wrapped chunks."""
-    return get_megatron_optimizer(
+    optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
             lr=settings.lr,
@@ -53,6 +54,9 @@ def build_optimizer(
         ),
         chunks,
     )
+    for chunk in chunks:
+        free_unquantized_copies(chunk)
+    return optimizer
 
 
 def build_schedule(

@@ -98,18 +98,25 @@ class StartedRun(CheckedRun):
             logs=self.run_directory / "logs",
         )
 
-    def build(self, weights: InitialWeights) -> list[PolicyModel]:
-        """This rank's chunks of a model, with `weights`. Collective over all ranks."""
+    def build(self, weights: InitialWeights, *, trained: bool = False) -> list[PolicyModel]:
+        """This rank's chunks of a model, with `weights`. Collective over all ranks.
+
+        trained: FP8 parameters keep what an optimizer and a backward pass need.
+        """
         precision = self.config.precision
         settings = ModelSettings(
             dtype=self.dtype,
             recompute=self.config.parallel.recompute,
             backend="transformer_engine" if self.platform.has_transformer_engine else "local",
+            context_communication=self.config.parallel.context_communication,
             fp8=precision.fp8,
             fp8_parameters=precision.fp8_parameters,
+            amax_history=precision.fp8_amax_history_len,
+            amax_algorithm=precision.fp8_amax_compute_algo,
             bf16_edges=(precision.bf16_first_layers, precision.bf16_last_layers),
         )
-        chunks = build_model(weights.architecture, self.parallel, self.platform, settings)
+        with torch.set_grad_enabled(trained):
+            chunks = build_model(weights.architecture, self.parallel, self.platform, settings)
         weights.load(chunks, self.parallel)
         return chunks
 
@@ -117,6 +124,7 @@ class StartedRun(CheckedRun):
         """The builder of this rank's micro-batches."""
         data, layout = self.config.data, self.layout
         row = data.micro_batch_size * data.seq_length if data.packing == "best_fit" else None
+        recipe = self.config.precision.fp8
         return BatchBuilder(
             corpus,
             sampler,
@@ -124,7 +132,7 @@ class StartedRun(CheckedRun):
                 tensor=layout.tensor,
                 context=layout.context,
                 row_length=row,
-                alignment=FP8_RECIPES[self.config.precision.fp8].alignment if self.config.precision.fp8 else 1,
+                alignment=FP8_RECIPES[recipe].rows(sequence_parallel=layout.sequence) if recipe else 1,
             ),
             micro_batch_size=data.micro_batch_size,
             data_rank=self.parallel.dp.rank(),
@@ -153,6 +161,8 @@ def check(config: Config, *, world_size: int) -> CheckedRun:
         raise ConfigError(
             f"objective.router_balance is {config.objective.router_balance:g}, but the {policy.architecture.family} family has no experts."
         )
+    if objective.needs_reference and config.reference.source == "cached":
+        check_cacheable(config)
     reference = _reference(config, corpus, policy)
     template = corpus.manifest["template"]
     return CheckedRun(
@@ -219,6 +229,15 @@ def checkpoint_writer(run: StartedRun) -> CheckpointWriter:
         keep_every=config.checkpoint.keep_every,
         asynchronous=config.checkpoint.asynchronous,
     )
+
+
+def check_cacheable(config: Config) -> None:
+    """Raise ConfigError for a precision whose log-probs depend on the steps before them: a sidecar would hold others than training's."""
+    if config.precision.fp8 == "delayed":
+        raise ConfigError(
+            "reference.source cached does not go with precision.fp8 delayed: its scales follow the training steps, and a pass without "
+            "gradients leaves them at 1. Use fp8: tensorwise, or reference.source: live."
+        )
 
 
 def _reference(config: Config, corpus: Corpus, policy: InitialWeights) -> InitialWeights:

@@ -72,7 +72,7 @@ class Trainer:
         sidecar = _verified_sidecar(run) if cached else None
 
         watch.at(0, "building the model")
-        policy = run.build(run.policy)
+        policy = run.build(run.policy, trained=True)
         live = run.build(run.reference) if run.objective.needs_reference and not cached else None
         proposal = run.build(run.policy) if config.objective.proposal.kind != "current" else None
         self.chunks = wrap_for_gradients(policy, config.optimizer)
