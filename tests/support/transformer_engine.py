@@ -147,11 +147,25 @@ def _rms_norm_backward(grad: Tensor, x: Tensor, scale: Tensor, weight: Tensor, *
     return back.to(x.dtype).view(x.shape), (g * normal).sum(0).to(weight.dtype)
 
 
-def _rotate(x: Tensor, boundaries: Tensor, angles: Tensor, *, cp_size: int, cp_rank: int, interleaved: bool) -> Tensor:
-    from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_thd
+class _Rotation(torch.autograd.Function):
+    """Rotates by angles and, backward, by their negatives, so that it keeps no tensor of its own."""
 
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, angles: Tensor, *options: Any) -> Tensor:
+        from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_thd
+
+        ctx.angles, ctx.options = angles, options
+        boundaries, interleaved, group = options
+        return _apply_rotary_pos_emb_thd(x, boundaries, angles, rotary_interleaved=interleaved, cp_group=group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _Rotation.forward(ctx, grad, -ctx.angles, *ctx.options), None, None, None, None
+
+
+def _rotate(x: Tensor, boundaries: Tensor, angles: Tensor, *, cp_size: int, cp_rank: int, interleaved: bool) -> Tensor:
     group = SimpleNamespace(size=lambda: cp_size, rank=lambda: cp_rank)
-    return _apply_rotary_pos_emb_thd(x, boundaries, angles, rotary_interleaved=interleaved, cp_group=group)
+    return _Rotation.apply(x, angles, boundaries, interleaved, group)
 
 
 def _quantize(x: Tensor, quantizer: Any, out: Any = None, noop: Any = None) -> Any:
