@@ -48,7 +48,7 @@ def paths() -> list[Finding]:
     refused = gpu and broken_transformer_engine() is not None
     no_engine = no_gpu if not gpu else f"Transformer Engine is {why}"
     triton = gpu and has_triton()
-    fusion = has_gradient_accumulation_fusion(torch.device("cuda" if gpu else "cpu"))
+    fusion = fused or has_gradient_accumulation_fusion(torch.device("cuda" if gpu else "cpu"))
     recipes = {recipe: fp8_refusal(recipe, on_cpu=on_cpu) for recipe in FP8_RECIPES}
     allowed = [recipe for recipe, refusal in recipes.items() if refusal is None]
     return [
@@ -65,7 +65,7 @@ def paths() -> list[Finding]:
         Finding(
             "weight gradients",
             "accumulated in the matmul" if fusion else "accumulated after the matmul",
-            "" if fusion else "fusion needs an extension of NVIDIA's apex, and a GPU",
+            "" if fusion else "fusion needs a GPU, and Transformer Engine or an extension of NVIDIA's apex",
         ),
         Finding("FP8", ", ".join(allowed) or "none", "" if allowed else str(recipes["delayed"])),
     ]

@@ -151,6 +151,11 @@ def build_model(
             vp_stage=vp_stage,
         )
         model.rotary_pos_emb.inv_freq = arch.rope.inverse_frequencies(arch.head_dim).to(platform.device)
+        for module in model.modules():
+            if hasattr(module, "fuse_wgrad_accumulation"):
+                # Transformer Engine's layers add weight gradients to `main_grad` in the matmul. They need no apex for it, but the
+                # setting that would say so to them makes Megatron-Core's own output layer ask for apex.
+                module.fuse_wgrad_accumulation = True
         for name, parameter in model.named_parameters():
             if is_expert(name):
                 # With TP, expert gradients are reduced over a different group than dense ones, even at EP 1. Megatron-Core

@@ -48,6 +48,7 @@ def as_on_hopper(attention: type | None = None) -> Iterator[None]:
     from megatron.core.models.common.embeddings import rope_utils
     from transformer_engine.pytorch import cpp_extensions, utils
     from transformer_engine.pytorch.cpp_extensions import gemm
+    from transformer_engine.pytorch.module import grouped_linear, layernorm_linear, linear
     from transformer_engine.pytorch.module.base import TransformerEngineBaseModule
     from transformer_engine.pytorch.ops.basic import rmsnorm
 
@@ -63,6 +64,7 @@ def as_on_hopper(attention: type | None = None) -> Iterator[None]:
         (TESpecProvider, "core_attention", lambda self: attention or PackedAttention),
         (rope_utils, "fused_apply_rotary_pos_emb_thd", _rotate),
         *((module, "_empty_tensor", torch.Tensor) for module in (utils, gemm)),
+        *((module, "get_dummy_wgrad", _not_a_gradient) for module in (linear, layernorm_linear, grouped_linear)),
         (kernels, "generic_gemm", _matmul),
         (kernels, "te_general_grouped_gemm", _grouped_matmul),
         *((module, "rmsnorm_fwd", _rms_norm) for module in (kernels, cpp_extensions, rmsnorm)),
@@ -93,6 +95,11 @@ def _on_cuda(method: Any) -> Any:
             return method(*args, **kwargs)
 
     return wrapped
+
+
+def _not_a_gradient(shape: list[int], dtype: torch.dtype, zero: bool = False) -> Tensor:
+    """What autograd gets where the gradient was added to `main_grad` already: memory with any content."""
+    return torch.full(shape, 0.0 if zero else torch.nan, dtype=dtype)
 
 
 def _matmul(
@@ -175,9 +182,9 @@ def _quantize(x: Tensor, quantizer: Any, out: Any = None, noop: Any = None) -> A
     if delayed:
         quantizer.amax.copy_(torch.maximum(quantizer.amax, largest))
     scale = quantizer.scale.view(()) if delayed else 448.0 / largest.clamp(min=1e-12)
-    if out is None:
-        out = quantizer.make_empty(x.shape, dtype=x.dtype, device=x.device)
     stored = (x.float() * scale).clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8)
+    if out is None:
+        out = quantizer.create_tensor_from_data(stored.clone(), x.dtype)
     out._data.copy_(stored)
     if out._transpose is not None:
         out._transpose.copy_(stored.flatten(0, -2).t())
@@ -189,9 +196,9 @@ def _dequantize(x: Any, dtype: Any) -> Tensor:
     return (x._data.view(torch.float8_e4m3fn).float() * x._scale_inv).to(x._dtype)
 
 
-def packed_row(lengths: list[int]) -> Batch:
+def packed_row(lengths: list[int], *, seed: int = 0) -> Batch:
     """A row of random tokens, trained on everywhere."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     tokens, labels = (torch.randint(0, 300, (1, sum(lengths)), generator=generator) for _ in range(2))
     sizes, count = torch.tensor(lengths), len(lengths)
     return Batch(
