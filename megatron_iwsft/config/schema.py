@@ -333,10 +333,10 @@ class Optimizer(Section):
     """Clip the global gradient norm to this. 0: no clipping."""
     distributed: bool = True
     """Megatron's distributed optimizer: shard optimizer states over data-parallel ranks."""
-    overlap_grad_reduce: bool = False
-    """Reduce gradients during the backward pass."""
-    overlap_param_gather: bool = False
-    """Gather parameters during the forward pass. Needs distributed and overlap_grad_reduce."""
+    overlap_grad_reduce: bool | None = None
+    """Reduce gradients during the backward pass. null: on GPUs with data or context parallelism."""
+    overlap_param_gather: bool | None = None
+    """Gather parameters during the forward pass. Needs distributed and overlap_grad_reduce. null: where both are."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Optimizer:
@@ -345,6 +345,14 @@ class Optimizer(Section):
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr {self.min_lr:g} is above lr {self.lr:g}")
         return self
+
+    def resolved(self, *, overlap: bool) -> Optimizer:
+        """With true or false for the overlaps that are null; overlap: whether there is anything to gain."""
+        reduce = overlap if self.overlap_grad_reduce is None else self.overlap_grad_reduce
+        gather = (
+            reduce and overlap and self.distributed if self.overlap_param_gather is None else self.overlap_param_gather
+        )
+        return self.model_copy(update={"overlap_grad_reduce": reduce, "overlap_param_gather": gather})
 
 
 class Checkpoint(Section):

@@ -16,8 +16,8 @@ def wrap_for_gradients(chunks: list[PolicyModel], settings: config.Optimizer) ->
     """Give each model chunk float32 gradient buffers that are reduced over data-parallel ranks."""
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
-        overlap_grad_reduce=settings.overlap_grad_reduce,
-        overlap_param_gather=settings.overlap_param_gather,
+        overlap_grad_reduce=bool(settings.overlap_grad_reduce),
+        overlap_param_gather=bool(settings.overlap_param_gather),
         use_distributed_optimizer=settings.distributed,
         check_for_nan_in_grad=False,
         fp8_param_gather=chunks[0].config.fp8_param,
@@ -50,7 +50,7 @@ def build_optimizer(
             bf16=dtype == torch.bfloat16,
             params_dtype=dtype,
             use_distributed_optimizer=settings.distributed,
-            overlap_param_gather=settings.overlap_param_gather,
+            overlap_param_gather=bool(settings.overlap_param_gather),
         ),
         chunks,
     )

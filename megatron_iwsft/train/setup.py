@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megatron_iwsft.checkpoint.initial_weights import InitialWeights
 from megatron_iwsft.checkpoint.names import CHECKPOINTS
 from megatron_iwsft.checkpoint.writer import CheckpointWriter
-from megatron_iwsft.config.schema import Config, Model, QualityConfig
+from megatron_iwsft.config.schema import Config, Model, Optimizer, QualityConfig
 from megatron_iwsft.data.batch_builder import BatchBuilder, ReferenceLogprobs, RowShape
 from megatron_iwsft.data.corpus import Corpus
 from megatron_iwsft.data.sampler import Quality, Sampler
@@ -88,6 +88,12 @@ class StartedRun(CheckedRun):
     @property
     def is_main(self) -> bool:
         return self.platform.rank == 0
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The optimizer's settings, with overlapped communication wherever there is some and a GPU can hide it."""
+        replicas = self.layout.data * self.layout.context
+        return self.config.optimizer.resolved(overlap=self.platform.is_cuda and replicas > 1)
 
     def watchdog(self) -> Watchdog:
         """To be entered around the job's work, by all ranks."""

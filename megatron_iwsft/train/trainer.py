@@ -75,8 +75,8 @@ class Trainer:
         policy = run.build(run.policy, trained=True)
         live = run.build(run.reference) if run.objective.needs_reference and not cached else None
         proposal = run.build(run.policy) if config.objective.proposal.kind != "current" else None
-        self.chunks = wrap_for_gradients(policy, config.optimizer)
-        self.optimizer = build_optimizer(self.chunks, config.optimizer, run.dtype)
+        self.chunks = wrap_for_gradients(policy, run.optimizer, config.megatron.given())
+        self.optimizer = build_optimizer(self.chunks, run.optimizer, run.dtype)
         self.total_steps = run.total_steps
         self.schedule = build_schedule(self.optimizer, config.optimizer, self.total_steps)
         self.monitor = DivergenceMonitor(config.run.spike)
@@ -248,7 +248,7 @@ class Trainer:
         }
 
     def _gather_parameters(self) -> None:
-        if self.run.config.optimizer.overlap_param_gather:
+        if self.run.optimizer.overlap_param_gather:
             gather_parameters(self.chunks)
 
     def _update_lagged_copies(self, number: int) -> None:

@@ -149,3 +149,22 @@ def test_every_field_has_a_docstring(section: type[Section]) -> None:
         text = (inner.__doc__ if inner else field.description) or ""
         assert text.endswith((".", "…")), f"{section.__name__}.{name}: {text!r}"
         assert all(len(line) <= 136 for line in text.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "gain", "expected"),
+    [
+        ([], True, (True, True)),
+        ([], False, (False, False)),
+        (["optimizer.distributed=false"], True, (True, False)),
+        (["optimizer.overlap_grad_reduce=false"], True, (False, False)),
+        (["optimizer.overlap_param_gather=false"], True, (True, False)),
+        (["optimizer.overlap_grad_reduce=true"], False, (True, False)),
+        (["optimizer.overlap_grad_reduce=true", "optimizer.overlap_param_gather=true"], False, (True, True)),
+    ],
+)
+def test_communication_overlaps_where_it_is_allowed_and_gains_something(
+    overrides: list[str], gain: bool, expected: tuple[bool, bool]
+) -> None:
+    settings = parse(*overrides).optimizer.resolved(overlap=gain)
+    assert (settings.overlap_grad_reduce, settings.overlap_param_gather) == expected
