@@ -153,6 +153,9 @@ def prepare(device: DeviceChoice = "auto") -> bool:
     if choice == "cuda" and not has_cuda:
         raise ConfigError("CUDA was requested, but torch sees no GPU. Run on CPU with IWSFT_DEVICE=cpu.")
     quiet_megatron()
+    # One hardware queue, so that kernels start in launch order: overlapped communication of tensor parallelism relies on it. CUDA
+    # reads it when it is initialised, so it is set here, whatever launched this process.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if has_cuda and choice != "cpu":
         _refuse_broken_transformer_engine()
         return True

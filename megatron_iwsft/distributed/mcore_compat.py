@@ -31,7 +31,9 @@ def quiet_megatron() -> None:
     """Silence warnings about optional packages, in this process and its children. Call before Megatron-Core is first imported."""
     os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning,ignore::FutureWarning")
     for category in (UserWarning, FutureWarning):
-        warnings.filterwarnings("ignore", category=category, module=r"(megatron|torch|transformer_engine)\..*")
+        warnings.filterwarnings("ignore", category=category, module=r"(megatron|torch)\..*")
+    # Transformer Engine's are about settings that cost speed.
+    warnings.filterwarnings("default", category=UserWarning, module=r"transformer_engine\..*")
     # The optimizer asks slices of a parameter for their .grad before it has set one.
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
     for name in ("megatron", "torch.distributed.checkpoint"):
