@@ -95,6 +95,11 @@ class PolicyModel(GPTModel):
             )
         super().setup_embeddings_and_output_layer()
 
+    def forward(self, *args: Any, trained: Tensor | None = None, **kwargs: Any) -> Any:
+        """trained: see `Batch`; of the labels."""
+        self._trained = trained
+        return super().forward(*args, **kwargs)
+
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """labels [1, T], logits: the hidden states [T (/tp), 1, H] → log-probs float32 [1, T], 0 where IGNORE."""
         shared = self.share_embeddings_and_output_weights
@@ -106,6 +111,7 @@ class PolicyModel(GPTModel):
             group=self.pg_collection.tp,
             vocab_size=self.architecture.vocab_size,
             sequence_parallel=self.config.sequence_parallel,
+            trained=self._trained,
         )
         return logprobs.unsqueeze(0)
 
@@ -123,7 +129,9 @@ def forward(model: torch.nn.Module, batch: Batch, balance: Balance | None = None
         max_seqlen_kv=batch.max_seqlen,
         balance=balance,
     )
-    return model(batch.tokens, batch.position_ids, None, labels=batch.labels, packed_seq_params=packed)
+    return model(
+        batch.tokens, batch.position_ids, None, labels=batch.labels, packed_seq_params=packed, trained=batch.trained
+    )
 
 
 def build_model(

@@ -14,6 +14,7 @@ from megatron_iwsft.checkpoint.checkpointer import Checkpointer
 from megatron_iwsft.checkpoint.info import step_name
 from megatron_iwsft.checkpoint.state import TrainState
 from megatron_iwsft.config.schema import Config
+from megatron_iwsft.data.batch_builder import BatchesAhead
 from megatron_iwsft.distributed.mcore_compat import gather_parameters, prepare_gradients, update_parameters
 from megatron_iwsft.distributed.stop_signals import StopSignals
 from megatron_iwsft.distributed.watchdog import Watchdog
@@ -100,7 +101,9 @@ class Trainer:
             router_balance=config.objective.router_balance,
             breakdown=_breakdown(run),
         )
-        self.batches = run.batches(run.corpus, run.sampler, sidecar)
+        builder = run.batches(run.corpus, run.sampler, sidecar)
+        self.batches = BatchesAhead(builder.at_step, pinned=run.platform.is_cuda)
+        at_exit.callback(self.batches.close)
         self.callbacks: list[Callback] = []
         self.failures: list[str] = []
         writer = checkpoint_writer(run)
@@ -201,7 +204,7 @@ class Trainer:
             )
         self.watch.at(number, "reading the batch")
         self.optimizer.zero_grad()  # without the distributed optimizer, .grad still is the last step's main_grad
-        batches = self.batches.from_packs(packs)
+        batches = self.batches.at_step(number - 1, following=number if number < self.total_steps else None)
         self.watch.at(number, "forward and backward")
         metrics |= self.step.forward_backward(batches)
         if not metrics["trained_tokens"]:
