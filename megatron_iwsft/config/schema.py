@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, field_validator, model_validator
 
+from megatron_iwsft.config.megatron import Megatron
 from megatron_iwsft.config.section import NonNegativeFloat, NonNegativeInt, PositiveInt, Section, Share
 from megatron_iwsft.distributed.fp8_recipes import FP8Recipe
 from megatron_iwsft.distributed.parallel_layout import ParallelLayout
@@ -228,6 +229,9 @@ class Reference(Section):
         return self
 
 
+RecomputedModule = Literal["core_attn", "layernorm", "mlp", "moe", "moe_act"]
+
+
 class Parallel(Section):
     """Parallel degrees. The data-parallel degree is the number of processes / (tensor × pipeline × context)."""
 
@@ -243,14 +247,21 @@ class Parallel(Section):
     """Expert-parallel degree, within the ranks of a pipeline stage. Experts are never split by tensor parallelism."""
     sequence: bool = False
     """Megatron's sequence parallelism; needs tensor ≥ 2."""
+    overlap_tensor: bool = False
+    """Overlap tensor-parallel communication with matmuls, through userbuffers of Transformer Engine; worth trying from tensor 4.
+    Needs sequence: true, context: 1, data.packing: best_fit (rows of one length), and NVLink between a node's GPUs."""
     layers_per_stage: list[PositiveInt] | None = None
     """Uneven pipeline split: number of layers of each (virtual) stage, in order. null: an even split."""
     context_communication: Literal["p2p", "all_gather", "a2a"] | None = None
     """How context-parallel ranks exchange keys and values in Transformer Engine's attention.
     p2p: in a ring. all_gather: all at once. a2a: heads for tokens; context must divide the heads of a tensor-parallel rank.
     null: p2p, and a2a for a model with sliding windows, which p2p cannot compute."""
-    recompute: Literal["none", "selective", "full"] = "none"
-    """Activations recomputed in the backward pass. selective: of core attention. full: of whole layers."""
+    recompute: Literal["none", "selective", "full"] | list[RecomputedModule] = "none"
+    """Activations recomputed in the backward pass. full: of whole layers. selective: of core attention, as [core_attn].
+    A list: of these parts of each layer. layernorm: norms that are not fused with the projection after them; moe_act: the experts'
+    activation function, and moe: the whole mixture of experts."""
+    recompute_layers: PositiveInt | None = None
+    """With recompute: full, only this many layers at the start of each (virtual) stage. null: all of them."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Parallel:
@@ -258,11 +269,17 @@ class Parallel(Section):
         broken = ParallelLayout(**self.degrees(), data=self.expert).broken_rule()
         if broken:
             raise ValueError(broken)
+        if self.overlap_tensor and not (self.sequence and self.context == 1):
+            raise ValueError("overlap_tensor needs sequence: true and context: 1")
+        if self.recompute_layers is not None and self.recompute != "full":
+            raise ValueError(f"recompute_layers needs recompute: full; it is {self.recompute}")
+        if self.recompute == []:
+            raise ValueError("recompute is an empty list; use none")
         return self
 
     def degrees(self) -> dict[str, Any]:
         """Arguments for `ParallelLayout`."""
-        degrees = self.model_dump(exclude={"recompute", "context_communication"})
+        degrees = self.model_dump(exclude={"recompute", "recompute_layers", "context_communication", "overlap_tensor"})
         return degrees | {"layers_per_stage": tuple(self.layers_per_stage) if self.layers_per_stage else None}
 
 
@@ -441,6 +458,13 @@ class Config(Section):
     export: Export = Export()
     logging: Logging = Logging()
     evaluation: Evaluation = Evaluation()
+    megatron: Megatron = Megatron()
+
+    @model_validator(mode="after")
+    def _rows_fit_the_overlaps_buffers(self) -> Config:
+        if self.parallel.overlap_tensor and self.data.packing != "best_fit":
+            raise ValueError("parallel.overlap_tensor needs data.packing: best_fit, whose rows are all of one length")
+        return self
 
     @model_validator(mode="after")
     def _fp8_parameters_are_gathered(self) -> Config:

@@ -5,6 +5,8 @@ tests/distributed/test_mcore_compat.py has a canary for every name, which fails 
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.metadata
 import inspect
 import io
 import logging
@@ -12,19 +14,23 @@ import os
 import pickle
 import queue
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
+
+from megatron_iwsft.errors import ConfigError
 
 if TYPE_CHECKING:
     from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
     from megatron.core.distributed import DistributedDataParallel
     from megatron.core.optimizer import MegatronOptimizer
     from megatron.core.transformer.spec_utils import ModuleSpec
+
+T = TypeVar("T")
 
 
 def quiet_megatron() -> None:
@@ -46,6 +52,31 @@ def define_missing_names() -> None:
 
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
+
+
+def checked(settings: type[T], *, more: Mapping[str, Any], **ours: Any) -> T:
+    """A settings object of Megatron-Core: `ours`, and from `more` those that this class knows.
+
+    Raises ConfigError if Megatron-Core refuses the combination.
+    """
+    known = {field.name for field in dataclasses.fields(settings)}  # type: ignore[arg-type]
+    try:
+        return settings(**ours | {name: value for name, value in more.items() if name in known})
+    except (ValueError, AssertionError) as error:
+        raise ConfigError(f"Megatron-Core {_version()} does not support these settings: {error}") from None
+
+
+def unknown_settings(names: Iterable[str]) -> list[str]:
+    """Those of `names` that the installed Megatron-Core has no setting for."""
+    from megatron.core.distributed import DistributedDataParallelConfig
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    known = {f.name for cls in (DistributedDataParallelConfig, TransformerConfig) for f in dataclasses.fields(cls)}
+    return [name for name in names if name not in known]
+
+
+def _version() -> str:
+    return importlib.metadata.version("megatron-core")
 
 
 def moe_submodules(layer: ModuleSpec) -> Any:

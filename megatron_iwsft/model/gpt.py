@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -18,7 +19,7 @@ from megatron_iwsft.data.batch import Batch
 from megatron_iwsft.distributed.capabilities import has_gradient_accumulation_fusion
 from megatron_iwsft.distributed.context import ParallelContext, Platform
 from megatron_iwsft.distributed.fp8_recipes import FP8_RECIPES, FP8Recipe
-from megatron_iwsft.distributed.mcore_compat import moe_submodules
+from megatron_iwsft.distributed.mcore_compat import checked, moe_submodules
 from megatron_iwsft.distributed.parallel_layout import ParallelLayout
 from megatron_iwsft.errors import ConfigError
 from megatron_iwsft.hf.architecture import Architecture
@@ -35,15 +36,17 @@ class ModelSettings:
     """How a model computes, apart from its parallel layout.
 
     dtype       of parameters and activations
-    recompute   activations computed again in backward: of the attention core (selective), or of entire layers (full)
+    recompute, recompute_layers, overlap_tensor, context_communication  see `config.Parallel`
     backend     Megatron-Core's local layers in plain torch, or Transformer Engine's
-    context_communication  see `config.Parallel`
     fp8, fp8_parameters, amax_history, amax_algorithm  see `config.Precision`
     bf16_edges  layers at the start and at the end that stay out of FP8
+    megatron    settings that are passed on to `TransformerConfig`, by its names
     """
 
     dtype: torch.dtype = torch.float32
-    recompute: Literal["none", "selective", "full"] = "none"
+    recompute: Literal["none", "selective", "full"] | tuple[str, ...] = "none"
+    recompute_layers: int | None = None
+    overlap_tensor: bool = False
     backend: Literal["local", "transformer_engine"] = "local"
     context_communication: ContextCommunication | None = None
     fp8: FP8Recipe | None = None
@@ -51,6 +54,7 @@ class ModelSettings:
     amax_history: int | None = None
     amax_algorithm: Literal["max", "most_recent"] | None = None
     bf16_edges: tuple[int, int] = (0, 0)
+    megatron: Mapping[str, Any] = field(default_factory=dict)
 
 
 class LocalRMSNorm(torch.nn.Module):
@@ -177,7 +181,8 @@ def _transformer_config(
     arch: Architecture, layout: ParallelLayout, platform: Platform, settings: ModelSettings
 ) -> TransformerConfig:
     window = next((w for w in arch.windows if w is not None), None)
-    return TransformerConfig(
+    return checked(
+        TransformerConfig,
         num_layers=arch.num_layers,
         hidden_size=arch.hidden_size,
         ffn_hidden_size=arch.ffn_size,
@@ -207,6 +212,7 @@ def _transformer_config(
         expert_model_parallel_size=layout.expert,
         expert_tensor_parallel_size=1,
         sequence_parallel=layout.sequence,
+        tp_comm_overlap=settings.overlap_tensor,
         params_dtype=settings.dtype,
         pipeline_dtype=settings.dtype,
         bf16=settings.dtype == torch.bfloat16,
@@ -226,10 +232,9 @@ def _transformer_config(
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         apply_rope_fusion=settings.backend == "transformer_engine",  # the other way waits for the GPU in every layer
-        recompute_granularity=None if settings.recompute == "none" else settings.recompute,
-        recompute_method="uniform" if settings.recompute == "full" else None,
-        recompute_num_layers=1 if settings.recompute == "full" else None,
+        **_recompute_settings(settings),
         pipeline_model_parallel_layout=_pipeline_layout(layout.layers_per_stage),
+        more=settings.megatron,
     )
 
 
@@ -274,6 +279,21 @@ def _expert_settings(arch: Architecture, settings: ModelSettings) -> dict[str, A
         moe_token_dispatcher_type="alltoall",
         moe_grouped_gemm=settings.backend == "transformer_engine",
     )
+
+
+def _recompute_settings(settings: ModelSettings) -> dict[str, Any]:
+    if settings.recompute == "none":
+        return {}
+    if settings.recompute != "full":
+        modules = ["core_attn"] if settings.recompute == "selective" else list(settings.recompute)
+        if "layernorm" in modules and settings.backend == "local":
+            raise ConfigError("parallel.recompute: layernorm needs Transformer Engine's layers. Leave it out.")
+        return dict(recompute_granularity="selective", recompute_modules=modules)
+    if settings.recompute_layers is not None:
+        return dict(
+            recompute_granularity="full", recompute_method="block", recompute_num_layers=settings.recompute_layers
+        )
+    return dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
 
 
 def _fp8_settings(settings: ModelSettings) -> dict[str, Any]:

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_iwsft.config import schema as config
-from megatron_iwsft.distributed.mcore_compat import free_unquantized_copies
+from megatron_iwsft.distributed.mcore_compat import checked, free_unquantized_copies
 from megatron_iwsft.model.gpt import PolicyModel
 
 
-def wrap_for_gradients(chunks: list[PolicyModel], settings: config.Optimizer) -> list[DistributedDataParallel]:
-    """Give each model chunk float32 gradient buffers that are reduced over data-parallel ranks."""
-    ddp = DistributedDataParallelConfig(
+def wrap_for_gradients(
+    chunks: list[PolicyModel], settings: config.Optimizer, megatron: Mapping[str, Any] | None = None
+) -> list[DistributedDataParallel]:
+    """Give each model chunk float32 gradient buffers that are reduced over data-parallel ranks. Overlaps that are null are off: see
+    `Optimizer.resolved`. megatron: settings that are passed on, by Megatron-Core's names.
+    """
+    ddp = checked(
+        DistributedDataParallelConfig,
+        more=megatron or {},
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=bool(settings.overlap_grad_reduce),
         overlap_param_gather=bool(settings.overlap_param_gather),

@@ -23,7 +23,9 @@ from megatron_iwsft.distributed import context
 from megatron_iwsft.distributed.capabilities import fp8_refusal
 from megatron_iwsft.distributed.context import ParallelContext, Platform
 from megatron_iwsft.distributed.fp8_recipes import FP8_RECIPES
+from megatron_iwsft.distributed.mcore_compat import unknown_settings
 from megatron_iwsft.distributed.parallel_layout import ParallelLayout
+from megatron_iwsft.distributed.userbuffers import start_userbuffers
 from megatron_iwsft.distributed.watchdog import Watchdog
 from megatron_iwsft.errors import CheckpointError, ConfigError, DataError
 from megatron_iwsft.hf.directory import DTYPES
@@ -109,37 +111,58 @@ class StartedRun(CheckedRun):
 
         trained: FP8 parameters keep what an optimizer and a backward pass need.
         """
-        precision = self.config.precision
+        precision, parallel = self.config.precision, self.config.parallel
         settings = ModelSettings(
             dtype=self.dtype,
-            recompute=self.config.parallel.recompute,
+            recompute=tuple(parallel.recompute) if isinstance(parallel.recompute, list) else parallel.recompute,
+            recompute_layers=parallel.recompute_layers,
+            overlap_tensor=parallel.overlap_tensor,
             backend="transformer_engine" if self.platform.has_transformer_engine else "local",
-            context_communication=self.config.parallel.context_communication,
+            context_communication=parallel.context_communication,
             fp8=precision.fp8,
             fp8_parameters=precision.fp8_parameters,
             amax_history=precision.fp8_amax_history_len,
             amax_algorithm=precision.fp8_amax_compute_algo,
             bf16_edges=(precision.bf16_first_layers, precision.bf16_last_layers),
+            megatron=self.config.megatron.given(),
         )
+        if parallel.overlap_tensor:
+            self._start_userbuffers(weights.architecture.hidden_size)
         with torch.set_grad_enabled(trained):
             chunks = build_model(weights.architecture, self.parallel, self.platform, settings)
         weights.load(chunks, self.parallel)
         return chunks
 
+    def _start_userbuffers(self, hidden_size: int) -> None:
+        if not self.platform.has_transformer_engine:
+            raise ConfigError("parallel.overlap_tensor needs GPUs and Transformer Engine. Set it to false.")
+        precision = self.config.precision
+        edges = bool(precision.bf16_first_layers or precision.bf16_last_layers)
+        start_userbuffers(
+            self._row_shape.fit(0),
+            hidden_size,
+            tensor=self.layout.tensor,
+            fp8=precision.fp8 is not None,
+            bf16=precision.fp8 is None or edges,
+        )
+
+    @property
+    def _row_shape(self) -> RowShape:
+        data, layout, recipe = self.config.data, self.layout, self.config.precision.fp8
+        return RowShape.of(
+            tensor=layout.tensor,
+            context=layout.context,
+            row_length=data.micro_batch_size * data.seq_length if data.packing == "best_fit" else None,
+            alignment=FP8_RECIPES[recipe].rows(sequence_parallel=layout.sequence) if recipe else 1,
+        )
+
     def batches(self, corpus: Corpus, sampler: Sampler, reference: ReferenceLogprobs | None = None) -> BatchBuilder:
         """The builder of this rank's micro-batches."""
         data, layout = self.config.data, self.layout
-        row = data.micro_batch_size * data.seq_length if data.packing == "best_fit" else None
-        recipe = self.config.precision.fp8
         return BatchBuilder(
             corpus,
             sampler,
-            RowShape.of(
-                tensor=layout.tensor,
-                context=layout.context,
-                row_length=row,
-                alignment=FP8_RECIPES[recipe].rows(sequence_parallel=layout.sequence) if recipe else 1,
-            ),
+            self._row_shape,
             micro_batch_size=data.micro_batch_size,
             data_rank=self.parallel.dp.rank(),
             data_size=layout.data,
@@ -200,6 +223,9 @@ def start(checked: CheckedRun) -> StartedRun:
         raise ConfigError(f"precision.fp8 {config.precision.fp8} {refusal}. Use precision.fp8: null.")
     # Twice the watchdog's timeout: it can then name the ranks that a collective waits for.
     platform = context.start(config.run.device, timeout_s=2 * config.run.hang_timeout_s)
+    unknown = unknown_settings(config.megatron.given())
+    if unknown:
+        raise ConfigError(f"megatron.{unknown[0]} is no setting of the installed Megatron-Core. Leave it out.")
     parallel = platform.parallel(checked.layout, seed=config.run.seed)
     for corpus in filter(None, (checked.corpus, checked.evaluation)):
         share = {"share": platform.rank, "shares": platform.world_size}

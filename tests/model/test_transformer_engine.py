@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -187,3 +188,34 @@ def test_rows_are_what_the_quantizers_need(recipe: FP8Recipe) -> None:
     """By half the rows, a recipe with a scale per block would be gathered in bf16, and quantised again by every rank."""
     found = run_distributed(quantizable, 1, recipe)[0]
     assert found == {"whole": True, "half": recipe in ("delayed", "tensorwise")}
+
+
+def overlapped(platform: Any, recipe: FP8Recipe | None) -> tuple[list[Any], dict[str, Any], set[bool]]:
+    """What userbuffers are asked for, and whether the projections of a tensor-parallel model gather through them."""
+    from transformer_engine.pytorch.module import base
+
+    from megatron_iwsft.distributed.userbuffers import start_userbuffers
+    from megatron_iwsft.model.gpt import ModelSettings, build_model
+
+    asked: list[Any] = []
+    initialize = mock.patch.multiple(base, initialize_ub=lambda *a, **k: asked.append((a, k)), _ub_initialized=True)
+    with as_on_hopper(), initialize:
+        for _ in range(2):  # of policy and reference
+            start_userbuffers(256, 64, tensor=2, fp8=recipe is not None, bf16=recipe is None)
+        settings = ModelSettings(torch.bfloat16, backend="transformer_engine", fp8=recipe, overlap_tensor=True)
+        parallel = platform.parallel(tensor=2, sequence=True)
+        (model,) = build_model(architecture("dense"), parallel, platform, settings)
+    ((arguments, options),) = asked
+    modes = [mode.name for mode in options["quantization_modes"]]
+    return (
+        list(arguments),
+        modes,
+        {layer.self_attention.linear_qkv.ub_overlap_ag_fprop for layer in model.decoder.layers},
+    )
+
+
+@te
+@pytest.mark.parametrize(("recipe", "mode"), [(None, "NONE"), ("tensorwise", "FP8")])
+def test_tensor_parallel_communication_overlaps_through_userbuffers(recipe: FP8Recipe | None, mode: str) -> None:
+    for found in run_distributed(overlapped, 2, recipe):
+        assert found == ([[256, 64], 2], [mode], {True})
