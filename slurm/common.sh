@@ -20,8 +20,6 @@ on_exit() {
 export PYTHONUNBUFFERED=1
 # The ranks of a node share its cores: a thread pool in each would oversubscribe them.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-# One hardware queue, so that kernels run in launch order: tensor parallelism's communication overlap relies on it.
-export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
 # A failed collective ends its process instead of hanging; NCCL logs only problems.
 export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1} NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 # Packed sequences have varying shapes: expandable segments avoid fragmentation of the allocator.

@@ -9,6 +9,8 @@
 #                   add -m slurm for the long scenarios
 #     --gpu         the tests that need a GPU, with Transformer Engine; if no environment can be created, run
 #                   `python -m pytest -m gpu` with what is installed
+#     --te          the tests that need Transformer Engine, but no GPU: with the one that is installed, or one in the directory
+#                   $IWSFT_TE (default .transformer-engine), a site directory or archives of one (*.tar.xz); skipped if there is none
 #
 #   --python 3.12   another interpreter, in a separate environment: for newer Megatron-Core versions (a large download)
 #   --megatron V    another Megatron-Core version, installed beside that environment
@@ -40,10 +42,22 @@ if [ -n "$megatron" ]; then
   [ -d "$overlay/megatron" ] || "$python" -m pip install --quiet --no-deps --target "$overlay" "megatron-core==$megatron"
   export PYTHONPATH=$overlay${PYTHONPATH:+:$PYTHONPATH}
 fi
+if [ "${1:-}" = --te ] && ! "$python" -c 'import importlib.util as u, sys; sys.exit(u.find_spec("transformer_engine") is None)'; then
+  bundle=${IWSFT_TE:-$PWD/.transformer-engine} archives=()
+  for archive in "$bundle"/*.tar.xz; do [ ! -f "$archive" ] || archives+=("$archive"); done
+  if [ ${#archives[@]} -gt 0 ]; then
+    bundle=$VENV/transformer-engine
+    [ -d "$bundle" ] || { mkdir "$bundle.partial"; for archive in "${archives[@]}"; do tar xJf "$archive" -C "$bundle.partial"; done; }
+    [ -d "$bundle" ] || mv "$bundle.partial" "$bundle"
+  fi
+  [ -d "$bundle/transformer_engine" ] || { echo "skipped: no Transformer Engine is installed, and none is in $bundle."; exit 0; }
+  export PYTHONPATH=$bundle${PYTHONPATH:+:$PYTHONPATH}
+fi
 export OMP_NUM_THREADS=1
 case ${1:-} in
   --fast) set -- -m "not parallel and not command and not slow and not slurm and not gpu" "${@:2}" ;;
   --all) set -- -m "not slurm and not gpu" "${@:2}" ;;
+  --te) set -- -m te "${@:2}" ;;
   --slurm) set -- tests/slurm -m "slurm and not long" "${@:2}" ;;
 esac
 exec "$python" -m pytest "$@"

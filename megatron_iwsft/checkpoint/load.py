@@ -13,6 +13,7 @@ from megatron_iwsft.checkpoint.info import CheckpointInfo, one_line
 from megatron_iwsft.checkpoint.names import INFO
 from megatron_iwsft.checkpoint.pickles import check_pickles, read_metadata, restricted_unpickling
 from megatron_iwsft.checkpoint.state import TrainState
+from megatron_iwsft.distributed.mcore_compat import scaling_histories_may_be_unpickled
 from megatron_iwsft.errors import CheckpointError
 
 
@@ -39,14 +40,18 @@ def load(info: CheckpointInfo, state: TrainState, *, random: bool = False) -> No
     from megatron.core import dist_checkpointing
 
     verify(info)
-    wanted = state.sharded(random=random)
+    wanted = state.sharded(random=random, stored=read_metadata(info.directory).state_dict_metadata)
     try:
         # Megatron-Core's access check gathers every rank's requests on every rank, and ignores pieces of parameters.
         with restricted_unpickling():
             loaded = dist_checkpointing.load(wanted, str(info.directory), validate_access_integrity=False)
     except (Exception, CheckpointException) as error:  # a damaged file raises many kinds
         raise CheckpointError(f"{info.directory} cannot be loaded: {one_line(error)}") from error
-    state.load_sharded(loaded)
+    try:
+        with scaling_histories_may_be_unpickled():  # `verify` has checked them
+            state.load_sharded(loaded)
+    except (RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{info.directory} does not fit this model: {one_line(error)}") from error
     state.load_host_states(info.host)
     state.step = info.step
 

@@ -3,7 +3,8 @@
 Three kinds of files contain pickles, by torch's and Megatron-Core's formats: `.metadata` (what is stored where), `common.pt` (small
 values that are the same on all ranks) and, inside `*.distcp`, objects that are not tensors (random states, for example). Megatron-Core
 and torch load them with an unrestricted unpickler. So all of them are checked here first, which names the file that is wrong, and loaded
-under the same restrictions, since another directory may have got the name after the check.
+under the same restrictions, since another directory may have got the name after the check. Checked as well is the pickle that Transformer
+Engine keeps in a tensor, its state of delayed scaling.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
@@ -81,6 +82,28 @@ def restricted_unpickling() -> Iterator[None]:
         os.environ.update(environment)
 
 
+class _ScalingHistory(pickle.Unpickler):
+    """Of what Transformer Engine pickles for delayed scaling: the recipe and tensors."""
+
+    _ALLOWED: ClassVar = {
+        "transformer_engine.common.recipe": ("DelayedScaling", "Format", "_FormatHelper", "MMParams", "QParams"),
+        "megatron.core.extensions.transformer_engine": ("TEDelayedScaling",),
+        "torch._utils": ("_rebuild_tensor_v2",),
+        "torch": ("Size", "Tensor", "dtype"),
+        "collections": ("OrderedDict",),
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name in (
+            "_load_from_bytes",
+            "safe_load_from_bytes",
+        ):  # torch's unpickles anything; the other is Megatron-Core's
+            return lambda content: torch.load(io.BytesIO(content), weights_only=True)
+        if name not in self._ALLOWED.get(module, ()):
+            raise pickle.UnpicklingError(f"it refers to {module}.{name}, which no state of delayed scaling needs")
+        return getattr(importlib.import_module(module), name)
+
+
 def read_metadata(directory: Path) -> Metadata:
     """What is stored where. Raises CheckpointError if the file is damaged or refers to anything but a checkpoint's classes."""
     path = directory / METADATA
@@ -114,10 +137,21 @@ def check_pickles(directory: Path, metadata: Metadata, files: Iterable[str]) -> 
 
 def _complaints(file: Any, what: str) -> list[str]:
     try:
-        torch.load(file, map_location="cpu", weights_only=True)
+        found = torch.load(file, map_location="cpu", weights_only=True)
+        if "_extra_state" in what:
+            _check_scaling_histories(found)
     except Exception as error:  # a damaged or malicious pickle can raise anything
         return [f"{what} is not loaded: it does not consist of tensors and plain values only ({_first_line(error)})"]
     return []
+
+
+def _check_scaling_histories(states: Any) -> None:
+    """states: what Megatron-Core stores of them, a list of tensors (or None) whose bytes Transformer Engine will unpickle."""
+    if not isinstance(states, list) or not all(state is None or isinstance(state, torch.Tensor) for state in states):
+        raise pickle.UnpicklingError("it is not a list of tensors")
+    for state in states:
+        if state is not None and state.numel():
+            _ScalingHistory(io.BytesIO(state.numpy().tobytes())).load()
 
 
 def _first_line(error: Exception) -> str:

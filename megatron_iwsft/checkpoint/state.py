@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch.distributed as dist
+from torch import Tensor
 
 from megatron_iwsft.checkpoint.optimizer_state import load_optimizer_state, sharded_optimizer_state
-from megatron_iwsft.distributed.mcore_compat import random_states, set_random_states
+from megatron_iwsft.distributed.mcore_compat import random_states, set_random_states, unquantized_copy
+from megatron_iwsft.model.parameters import fill
 from megatron_iwsft.reference.lagged_copy import LaggedCopy
 
 if TYPE_CHECKING:
     from megatron.core.optimizer import MegatronOptimizer
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+
+_EXTRA_STATE = re.compile(r"_extra_state\d*$")  # numbered in a layer of several experts
 
 
 class HostState(Protocol):
@@ -49,14 +55,18 @@ class TrainState:
     gather_parameters: Callable[[], None] = _nothing
     step: int = 0
 
-    def sharded(self, *, random: bool) -> dict[str, Any]:
-        """Megatron-Core's sharded state dict; with `random`, of this rank's random states too. Not collective."""
+    def sharded(self, *, random: bool, stored: Container[str] | None = None) -> dict[str, Any]:
+        """Megatron-Core's sharded state dict; with `random`, of this rank's random states too. Not collective.
+
+        stored: for loading, the keys of everything that the checkpoint holds.
+        """
         from megatron.core.dist_checkpointing import ShardedObject
 
         # One key per layer, so that any pipeline split and the exporter find it. Megatron-Core adds this layout's process groups.
         metadata: dict[str, Any] = {"non_homogeneous_layers": True}
         state: dict[str, Any] = {
-            f"model{i}": chunk.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(self.policy)
+            f"model{i}": _without_extra_states(chunk.sharded_state_dict(metadata=metadata), stored)
+            for i, chunk in enumerate(self.policy)
         }
         if self.optimizer is not None:
             # Chunks of an interleaved pipeline number their layers alike: the optimizer looks tensors up, not keys.
@@ -74,6 +84,9 @@ class TrainState:
         """Take over a loaded `sharded` state dict."""
         for i, chunk in enumerate(self.policy):
             chunk.load_state_dict(state[f"model{i}"], strict=False)
+            for name, parameter in chunk.named_parameters():
+                if name in state[f"model{i}"] and unquantized_copy(parameter) is not None:
+                    fill(parameter, state[f"model{i}"][name])
         if self.optimizer is not None:
             load_optimizer_state(self.optimizer, state["optimizer"])
         if self.schedule is not None:
@@ -92,3 +105,19 @@ class TrainState:
         for name, part in self.host.items():
             if name in states:
                 part.load_state(states[name])
+
+
+def _without_extra_states(state: dict[str, Any], stored: Container[str] | None) -> dict[str, Any]:
+    """A model's sharded state without those `_extra_state`s of Transformer Engine that hold nothing, or that are not in `stored`.
+
+    Only delayed scaling has any. The local backend neither writes nor asks for them.
+    """
+
+    def kept(name: str, entry: Any) -> bool:
+        if _EXTRA_STATE.search(name) is None:
+            return True
+        if stored is not None:
+            return entry.unique_key in stored
+        return isinstance(entry.data, Tensor) and bool(entry.data.numel())
+
+    return {name: entry for name, entry in state.items() if kept(name, entry)}

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, field_validator, model_validator
 
+from megatron_iwsft.config.megatron import Megatron
 from megatron_iwsft.config.section import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section, Share
 from megatron_iwsft.distributed.fp8_recipes import FP8Recipe
 from megatron_iwsft.distributed.parallel_layout import ParallelLayout
@@ -275,6 +276,9 @@ class Reference(Section):
         return self
 
 
+RecomputedModule = Literal["core_attn", "layernorm", "mlp", "moe", "moe_act"]
+
+
 class Parallel(Section):
     """Parallel degrees. The data-parallel degree is the number of processes / (tensor × pipeline × context)."""
 
@@ -290,10 +294,21 @@ class Parallel(Section):
     """Expert-parallel degree, within the ranks of a pipeline stage. Experts are never split by tensor parallelism."""
     sequence: bool = False
     """Megatron's sequence parallelism; needs tensor ≥ 2."""
+    overlap_tensor: bool = False
+    """Overlap tensor-parallel communication with matmuls, through userbuffers of Transformer Engine; worth trying from tensor 4.
+    Needs sequence: true, context: 1, data.packing: best_fit (rows of one length), and NVLink between a node's GPUs."""
     layers_per_stage: list[PositiveInt] | None = None
     """Uneven pipeline split: number of layers of each (virtual) stage, in order. null: an even split."""
-    recompute: Literal["none", "selective", "full"] = "none"
-    """Activations recomputed in the backward pass. selective: of core attention. full: of whole layers."""
+    context_communication: Literal["p2p", "all_gather", "a2a"] | None = None
+    """How context-parallel ranks exchange keys and values in Transformer Engine's attention.
+    p2p: in a ring. all_gather: all at once. a2a: heads for tokens; context must divide the heads of a tensor-parallel rank.
+    null: p2p, and a2a for a model with sliding windows, which p2p cannot compute."""
+    recompute: Literal["none", "selective", "full"] | list[RecomputedModule] = "none"
+    """Activations recomputed in the backward pass. full: of whole layers. selective: of core attention, as [core_attn].
+    A list: of these parts of each layer. layernorm: norms that are not fused with the projection after them; moe_act: the experts'
+    activation function, and moe: the whole mixture of experts."""
+    recompute_layers: PositiveInt | None = None
+    """With recompute: full, only this many layers at the start of each (virtual) stage. null: all of them."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Parallel:
@@ -301,11 +316,17 @@ class Parallel(Section):
         broken = ParallelLayout(**self.degrees(), data=self.expert).broken_rule()
         if broken:
             raise ValueError(broken)
+        if self.overlap_tensor and not (self.sequence and self.context == 1):
+            raise ValueError("overlap_tensor needs sequence: true and context: 1")
+        if self.recompute_layers is not None and self.recompute != "full":
+            raise ValueError(f"recompute_layers needs recompute: full; it is {self.recompute}")
+        if self.recompute == []:
+            raise ValueError("recompute is an empty list; use none")
         return self
 
     def degrees(self) -> dict[str, Any]:
         """Arguments for `ParallelLayout`."""
-        degrees = self.model_dump(exclude={"recompute"})
+        degrees = self.model_dump(exclude={"recompute", "recompute_layers", "context_communication", "overlap_tensor"})
         return degrees | {"layers_per_stage": tuple(self.layers_per_stage) if self.layers_per_stage else None}
 
 
@@ -318,6 +339,10 @@ class Precision(Section):
     """FP8 recipe of Transformer Engine's matmuls, with everything else in bf16. null: no FP8."""
     fp8_parameters: bool = False
     """Store parameters in FP8, and all-gather them in FP8 in the distributed optimizer."""
+    fp8_amax_history_len: PositiveInt | None = None
+    """With fp8 delayed: number of past steps whose largest values the scales are taken from. null: 1024."""
+    fp8_amax_compute_algo: Literal["max", "most_recent"] | None = None
+    """With fp8 delayed: whether a scale fits the largest value of that history or its most recent one. null: max."""
     bf16_first_layers: NonNegativeInt = 0
     """With fp8: number of layers at the start of the model that stay in bf16."""
     bf16_last_layers: NonNegativeInt = 0
@@ -328,6 +353,10 @@ class Precision(Section):
         edges = self.bf16_first_layers or self.bf16_last_layers
         if self.fp8 is None and (self.fp8_parameters or edges):
             raise ValueError("fp8_parameters, bf16_first_layers and bf16_last_layers need an fp8 recipe; fp8 is null")
+        if self.fp8 != "delayed" and (self.fp8_amax_history_len or self.fp8_amax_compute_algo):
+            raise ValueError(
+                f"fp8_amax_history_len and fp8_amax_compute_algo need fp8 delayed, which scales by history; it is {self.fp8 or 'null'}"
+            )
         if self.fp8 is not None and self.dtype != "bf16":
             raise ValueError(f"fp8 {self.fp8} needs dtype bf16; it is {self.dtype}")
         if self.fp8 == "delayed" and edges:
@@ -368,10 +397,10 @@ class Optimizer(Section):
     """Clip the global gradient norm to this. 0: no clipping."""
     distributed: bool = True
     """Megatron's distributed optimizer: shard optimizer states over data-parallel ranks."""
-    overlap_grad_reduce: bool = False
-    """Reduce gradients during the backward pass."""
-    overlap_param_gather: bool = False
-    """Gather parameters during the forward pass. Needs distributed and overlap_grad_reduce."""
+    overlap_grad_reduce: bool | None = None
+    """Reduce gradients during the backward pass. null: on GPUs with data or context parallelism."""
+    overlap_param_gather: bool | None = None
+    """Gather parameters during the forward pass. Needs distributed and overlap_grad_reduce. null: where both are."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Optimizer:
@@ -380,6 +409,14 @@ class Optimizer(Section):
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr {self.min_lr:g} is above lr {self.lr:g}")
         return self
+
+    def resolved(self, *, overlap: bool) -> Optimizer:
+        """With true or false for the overlaps that are null; overlap: whether there is anything to gain."""
+        reduce = overlap if self.overlap_grad_reduce is None else self.overlap_grad_reduce
+        gather = (
+            reduce and overlap and self.distributed if self.overlap_param_gather is None else self.overlap_param_gather
+        )
+        return self.model_copy(update={"overlap_grad_reduce": reduce, "overlap_param_gather": gather})
 
 
 class Checkpoint(Section):
@@ -468,6 +505,13 @@ class Config(Section):
     export: Export = Export()
     logging: Logging = Logging()
     evaluation: Evaluation = Evaluation()
+    megatron: Megatron = Megatron()
+
+    @model_validator(mode="after")
+    def _rows_fit_the_overlaps_buffers(self) -> Config:
+        if self.parallel.overlap_tensor and self.data.packing != "best_fit":
+            raise ValueError("parallel.overlap_tensor needs data.packing: best_fit, whose rows are all of one length")
+        return self
 
     @model_validator(mode="after")
     def _fp8_parameters_are_gathered(self) -> Config:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -32,6 +33,8 @@ class Batch:
     lengths       float32 [S]      |M_i|, number of trained tokens of the full trajectory
     quality       float32 [S]      trajectory weight s_i
     trajectory    int64   [S]      index in the corpus, −1 for filler
+    trained       int64   [n]      positions on this rank whose label is trained on. Found on the host, because finding them on a GPU
+                                   would make the host wait for it; None leaves it to the GPU
     """
 
     tokens: Tensor
@@ -45,6 +48,7 @@ class Batch:
     quality: Tensor
     trajectory: Tensor
     turn_weights: Tensor | None = None
+    trained: Tensor | None = None
 
     @property
     def num_segments(self) -> int:
@@ -56,11 +60,20 @@ class Batch:
         return (self.labels[0] != IGNORE).float()
 
     def to(self, device: torch.device) -> Batch:
+        """On a device; the host does not wait for copies from pinned memory."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> Batch:
+        """In page-locked host memory, from which a GPU copies by itself."""
+        return self._each(Tensor.pin_memory)
+
+    def with_trained_positions(self) -> Batch:
+        return replace(self, trained=torch.nonzero(self.labels[0] != IGNORE).flatten())
+
+    def _each(self, function: Callable[[Tensor], Tensor]) -> Batch:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved: dict[str, Any] = {
-            name: value.to(device, non_blocking=True) for name, value in values.items() if isinstance(value, Tensor)
-        }
-        return replace(self, **moved)
+        changed: dict[str, Any] = {k: function(value) for k, value in values.items() if isinstance(value, Tensor)}
+        return replace(self, **changed)
 
     def slice_for_context_parallel(self, rank: int, size: int) -> Batch:
         """This rank's part of every segment: of its 2·size chunks, number `rank` from the front and from the back.

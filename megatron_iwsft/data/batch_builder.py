@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,6 +46,37 @@ class RowShape:
         return -(-wanted // self.row_multiple) * self.row_multiple
 
 
+class BatchesAhead:
+    """Builds the micro-batches of the next step in a thread while this one trains.
+
+    build   global step → micro-batches
+    pinned  whether they are to be copied to a GPU
+    """
+
+    def __init__(self, build: Callable[[int], list[Batch]], *, pinned: bool) -> None:
+        self._build, self._pinned = build, pinned
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
+        self._step: int | None = None
+        self._next: Future[list[Batch]] | None = None
+
+    def at_step(self, step: int, *, following: int | None) -> list[Batch]:
+        """The micro-batches of `step`, and a start on those of `following`. Raises what building them raised."""
+        if self._next is None or self._step != step:  # the first step, or a run that has skipped some or gone back
+            self._next = self._thread.submit(self._make, step)
+        batches = self._next.result()
+        self._step, self._next = following, None
+        if following is not None:
+            self._next = self._thread.submit(self._make, following)
+        return batches
+
+    def close(self) -> None:
+        self._thread.shutdown(cancel_futures=True)
+
+    def _make(self, step: int) -> list[Batch]:
+        batches = self._build(step)
+        return [batch.pinned() for batch in batches] if self._pinned else batches
+
+
 class BatchBuilder:
     """Builds this rank's micro-batches of a global step.
 
@@ -81,7 +113,9 @@ class BatchBuilder:
         needed = max(int(self.shape.padded(self.corpus.lengths[row]).sum()) for row in rows)
         length = self.shape.fit(needed)
         return [
-            self._row(row, length).slice_for_context_parallel(self.context_rank, self.context_size)
+            self._row(row, length)
+            .slice_for_context_parallel(self.context_rank, self.context_size)
+            .with_trained_positions()
             for row in rows[self.data_rank :: self.data_size]
         ]
 

@@ -26,6 +26,12 @@ def transformer_engine() -> tuple[str | None, str]:
         return "version unknown", ""
 
 
+def broken_transformer_engine() -> str | None:
+    """What is wrong with an installed Transformer Engine that cannot be imported; None if it can, or is not installed."""
+    version, why = transformer_engine()
+    return None if version is not None or why == "missing" else why
+
+
 def variable_length_attention() -> tuple[bool, str]:
     """(True, "") if torch has variable-length attention over packed rows on this GPU, else (False, reason)."""
     if not torch.cuda.is_available():
@@ -44,10 +50,9 @@ def variable_length_attention() -> tuple[bool, str]:
 
 
 def has_gradient_accumulation_fusion(device: torch.device) -> bool:
-    """Whether matmuls can accumulate weight gradients directly in float32 buffers.
+    """Whether the matmuls of layers in plain torch can accumulate weight gradients directly in float32 buffers.
 
-    Transformer Engine's layers need nothing for it, but Megatron-Core rejects the option for its other layers unless the extension
-    of NVIDIA's apex is installed.
+    Transformer Engine's layers need nothing for it; Megatron-Core's own need the extension of NVIDIA's apex.
     """
     return device.type == "cuda" and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
-from megatron_iwsft.distributed.capabilities import transformer_engine
+from megatron_iwsft.distributed.capabilities import broken_transformer_engine, transformer_engine
 from megatron_iwsft.distributed.mcore_compat import define_missing_names, quiet_megatron
 from megatron_iwsft.distributed.parallel_layout import ParallelLayout
 from megatron_iwsft.distributed.stop_signals import die_with_parent, forks_die_with_their_parent
@@ -145,19 +145,41 @@ def prepare(device: DeviceChoice = "auto") -> bool:
     """Make this process ready for the chosen device, before it imports Megatron-Core; returns whether that is CUDA.
 
     Importing Megatron-Core may import Transformer Engine, which asks the GPU for its capabilities: on CPU the stand-ins must be in
-    place. Calling it again changes nothing. Raises ConfigError if the device is not available.
+    place. Calling it again changes nothing. Raises ConfigError if the device is not available, or Transformer Engine
+    is installed but broken.
     """
     choice = chosen_device(device)
     has_cuda = torch.cuda.is_available()
     if choice == "cuda" and not has_cuda:
         raise ConfigError("CUDA was requested, but torch sees no GPU. Run on CPU with IWSFT_DEVICE=cpu.")
     quiet_megatron()
+    # One hardware queue, so that kernels start in launch order: overlapped communication of tensor parallelism relies on it. CUDA
+    # reads it when it is initialised, so it is set here, whatever launched this process.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if has_cuda and choice != "cpu":
+        _refuse_broken_transformer_engine()
         return True
     from megatron_iwsft.distributed import cpu_backend
 
-    cpu_backend.install()
+    try:
+        cpu_backend.install()
+    except ConfigError:
+        raise
+    except (
+        Exception
+    ):  # Megatron-Core does without a Transformer Engine that raises ImportError, and fails with any other error
+        _refuse_broken_transformer_engine()
+        raise
     return False
+
+
+def _refuse_broken_transformer_engine() -> None:
+    why = broken_transformer_engine()
+    if why:
+        raise ConfigError(
+            f"Transformer Engine is installed, but {why}. Repair it (iwsft doctor shows what it needs), or uninstall it to train with "
+            "layers in plain torch."
+        )
 
 
 def start(device: DeviceChoice = "auto", *, timeout_s: float = 600.0) -> Platform:

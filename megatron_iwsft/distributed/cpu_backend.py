@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch._dynamo
 from torch.overrides import TorchFunctionMode
 
 from megatron_iwsft.distributed.mcore_compat import use_torch_in_place_of_fused_kernels
@@ -130,6 +131,9 @@ def install() -> None:
     cuda.manual_seed = torch.random.default_generator.manual_seed
 
     use_torch_in_place_of_fused_kernels(_l2_norm, get_rng_state, set_rng_state)
+
+    # Megatron-Core's fused functions run as they are written: compiling them takes a C++ compiler and seconds per shape.
+    torch._dynamo.config.disable = True
 
     torch.distributed.all_to_all_single = _with_sizes_as_lists(torch.distributed.all_to_all_single)
 

@@ -10,6 +10,7 @@ import shutil
 from dataclasses import dataclass
 
 from megatron_iwsft.distributed.capabilities import (
+    broken_transformer_engine,
     fp8_refusal,
     has_gradient_accumulation_fusion,
     transformer_engine,
@@ -44,13 +45,16 @@ def paths() -> list[Finding]:
     no_gpu = "IWSFT_DEVICE is cpu" if on_cpu else "torch sees no GPU"
     engine, why = transformer_engine()
     fused = gpu and engine is not None
+    refused = gpu and broken_transformer_engine() is not None
     no_engine = no_gpu if not gpu else f"Transformer Engine is {why}"
     triton = gpu and has_triton()
-    fusion = has_gradient_accumulation_fusion(torch.device("cuda" if gpu else "cpu"))
+    fusion = fused or has_gradient_accumulation_fusion(torch.device("cuda" if gpu else "cpu"))
     recipes = {recipe: fp8_refusal(recipe, on_cpu=on_cpu) for recipe in FP8_RECIPES}
     allowed = [recipe for recipe, refusal in recipes.items() if refusal is None]
     return [
-        Finding("layers", "Transformer Engine" if fused else "torch", "" if fused else no_engine),
+        Finding("layers", "none: training is refused", no_engine, ok=False)
+        if refused
+        else Finding("layers", "Transformer Engine" if fused else "torch", "" if fused else no_engine),
         _attention(gpu, fused, no_gpu, no_engine),
         Finding(
             "log-probs",
@@ -61,7 +65,7 @@ def paths() -> list[Finding]:
         Finding(
             "weight gradients",
             "accumulated in the matmul" if fusion else "accumulated after the matmul",
-            "" if fusion else "fusion needs an extension of NVIDIA's apex, and a GPU",
+            "" if fusion else "fusion needs a GPU, and Transformer Engine or an extension of NVIDIA's apex",
         ),
         Finding("FP8", ", ".join(allowed) or "none", "" if allowed else str(recipes["delayed"])),
     ]
@@ -79,8 +83,13 @@ def _attention(gpu: bool, fused: bool, no_gpu: str, no_engine: str) -> Finding:
 
 def _optimizer(gpu: bool) -> Finding:
     import torch
-    from megatron.core.optimizer import Adam
 
+    try:
+        from megatron.core.optimizer import Adam
+    except Exception as error:  # a broken Transformer Engine makes Megatron-Core raise anything
+        return Finding(
+            "optimizer", "none", f"Megatron-Core cannot be imported: {type(error).__name__}: {error}", ok=False
+        )
     optimizer = Adam if gpu else torch.optim.AdamW  # on CPU, distributed/cpu_backend.py replaces Adam by AdamW
     library = optimizer.__module__.partition(".")[0]
     not_fused = "neither Transformer Engine nor NVIDIA's apex is installed" if gpu else "no GPU"
@@ -135,6 +144,7 @@ def _gpu() -> list[Finding]:
 
 def _kernels() -> list[Finding]:
     engine, why = transformer_engine()
+    broken = broken_transformer_engine() is not None
     triton = _version("triton")
     apex, apex_means, apex_ok = _apex()
     return [
@@ -143,6 +153,8 @@ def _kernels() -> list[Finding]:
             engine or why,
             "fused layers, attention over packed rows, FP8, fused AdamW"
             if engine
+            else "training on a GPU is refused: reinstall or uninstall it"
+            if broken
             else "layers in plain torch, no FP8; pip install 'transformer-engine[pytorch]' on a machine with CUDA",
             engine is not None,
         ),

@@ -15,18 +15,24 @@ class RecipeNeeds:
     capability   lowest CUDA compute capability
     generation   the GPUs that have it
     alignment    the rows of a matmul on each rank must be a multiple of it
+    gathered     the same with sequence parallelism: only full blocks of rows are gathered in FP8
     format       Megatron-Core's name. hybrid: gradients in E5M2, for one scale per tensor. e4m3: more precise, with a scale per block
     """
 
     capability: tuple[int, int]
     generation: str
     alignment: int
+    gathered: int
     format: Literal["hybrid", "e4m3"]
+
+    def rows(self, *, sequence_parallel: bool) -> int:
+        """What a rank's rows must be a multiple of."""
+        return self.gathered if sequence_parallel else self.alignment
 
 
 FP8_RECIPES: dict[FP8Recipe, RecipeNeeds] = {
-    "delayed": RecipeNeeds((8, 9), "Ada, Hopper or newer", 16, "hybrid"),
-    "tensorwise": RecipeNeeds((8, 9), "Ada, Hopper or newer", 16, "hybrid"),
-    "blockwise": RecipeNeeds((9, 0), "Hopper or newer", 16, "e4m3"),
-    "mxfp8": RecipeNeeds((10, 0), "Blackwell", 32, "e4m3"),
+    "delayed": RecipeNeeds((8, 9), "Ada, Hopper or newer", 16, 16, "hybrid"),
+    "tensorwise": RecipeNeeds((8, 9), "Ada, Hopper or newer", 16, 16, "hybrid"),
+    "blockwise": RecipeNeeds((9, 0), "Hopper or newer", 16, 128, "e4m3"),
+    "mxfp8": RecipeNeeds((10, 0), "Blackwell", 32, 32, "e4m3"),
 }

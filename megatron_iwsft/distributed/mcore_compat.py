@@ -5,6 +5,8 @@ tests/distributed/test_mcore_compat.py has a canary for every name, which fails 
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.metadata
 import inspect
 import io
 import logging
@@ -12,12 +14,15 @@ import os
 import pickle
 import queue
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
+
+from megatron_iwsft.errors import ConfigError
 
 if TYPE_CHECKING:
     from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
@@ -25,12 +30,16 @@ if TYPE_CHECKING:
     from megatron.core.optimizer import MegatronOptimizer
     from megatron.core.transformer.spec_utils import ModuleSpec
 
+T = TypeVar("T")
+
 
 def quiet_megatron() -> None:
     """Silence warnings about optional packages, in this process and its children. Call before Megatron-Core is first imported."""
     os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning,ignore::FutureWarning")
     for category in (UserWarning, FutureWarning):
-        warnings.filterwarnings("ignore", category=category, module=r"(megatron|torch|transformer_engine)\..*")
+        warnings.filterwarnings("ignore", category=category, module=r"(megatron|torch)\..*")
+    # Transformer Engine's are about settings that cost speed.
+    warnings.filterwarnings("default", category=UserWarning, module=r"transformer_engine\..*")
     # The optimizer asks slices of a parameter for their .grad before it has set one.
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
     for name in ("megatron", "torch.distributed.checkpoint"):
@@ -43,6 +52,31 @@ def define_missing_names() -> None:
 
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
+
+
+def checked(settings: type[T], *, more: Mapping[str, Any], **ours: Any) -> T:
+    """A settings object of Megatron-Core: `ours`, and from `more` those that this class knows.
+
+    Raises ConfigError if Megatron-Core refuses the combination.
+    """
+    known = {field.name for field in dataclasses.fields(settings)}  # type: ignore[arg-type]
+    try:
+        return settings(**ours | {name: value for name, value in more.items() if name in known})
+    except (ValueError, AssertionError) as error:
+        raise ConfigError(f"Megatron-Core {_version()} does not support these settings: {error}") from None
+
+
+def unknown_settings(names: Iterable[str]) -> list[str]:
+    """Those of `names` that the installed Megatron-Core has no setting for."""
+    from megatron.core.distributed import DistributedDataParallelConfig
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    known = {f.name for cls in (DistributedDataParallelConfig, TransformerConfig) for f in dataclasses.fields(cls)}
+    return [name for name in names if name not in known]
+
+
+def _version() -> str:
+    return importlib.metadata.version("megatron-core")
 
 
 def moe_submodules(layer: ModuleSpec) -> Any:
@@ -114,6 +148,20 @@ def write_results() -> WriteResults:
     if not isinstance(filesystem_async._results_queue, WriteResults):
         filesystem_async._results_queue = WriteResults()
     return filesystem_async._results_queue
+
+
+@contextmanager
+def scaling_histories_may_be_unpickled() -> Iterator[None]:
+    """Within it, Transformer Engine (2.20 or newer) loads its state of delayed scaling, a pickle: for pickles that were checked."""
+    name = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[name]
+        if before is not None:
+            os.environ[name] = before
 
 
 # The optimizer
@@ -195,6 +243,20 @@ def gather_parameters(chunks: list[DistributedDataParallel]) -> None:
     """Have every rank hold the updated parameters now; with overlapped gathering they arrive no sooner than the next forward pass."""
     for chunk in chunks:
         chunk.start_param_sync(force_sync=True)
+
+
+def unquantized_copy(parameter: Tensor) -> Tensor | None:
+    """Of an FP8 parameter, its value in bf16 on the host: what it was quantised from, and what the optimizer starts its float32 copy
+    from. None for other parameters, and once it was freed.
+    """
+    return parameter.get_high_precision_init_val() if hasattr(parameter, "get_high_precision_init_val") else None
+
+
+def free_unquantized_copies(module: torch.nn.Module) -> None:
+    """The distributed optimizer frees only those of which it holds a shard."""
+    for parameter in module.parameters():
+        if unquantized_copy(parameter) is not None:
+            parameter.clear_high_precision_init_val()  # type: ignore[attr-defined]
 
 
 # Random states

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -20,7 +21,7 @@ from megatron_iwsft.data.batch import Batch
 from megatron_iwsft.distributed.capabilities import has_gradient_accumulation_fusion
 from megatron_iwsft.distributed.context import ParallelContext, Platform
 from megatron_iwsft.distributed.fp8_recipes import FP8_RECIPES, FP8Recipe
-from megatron_iwsft.distributed.mcore_compat import moe_submodules
+from megatron_iwsft.distributed.mcore_compat import checked, moe_submodules
 from megatron_iwsft.distributed.parallel_layout import ParallelLayout
 from megatron_iwsft.errors import ConfigError
 from megatron_iwsft.hf.architecture import Architecture
@@ -30,24 +31,33 @@ from megatron_iwsft.model.packed_attention import PackedAttention
 from megatron_iwsft.model.parameters import ATTENTION_NORM, is_expert
 from megatron_iwsft.ops.logprob import vocab_parallel_logprob
 
+ContextCommunication = Literal["p2p", "all_gather", "a2a"]
+
 
 @dataclass(frozen=True)
 class ModelSettings:
     """How a model computes, apart from its parallel layout.
 
     dtype       of parameters and activations
-    recompute   activations computed again in backward: of the attention core (selective), or of entire layers (full)
+    recompute, recompute_layers, overlap_tensor, context_communication  see `config.Parallel`
     backend     Megatron-Core's local layers in plain torch, or Transformer Engine's
-    fp8, fp8_parameters  see `config.Precision`
+    fp8, fp8_parameters, amax_history, amax_algorithm  see `config.Precision`
     bf16_edges  layers at the start and at the end that stay out of FP8
+    megatron    settings that are passed on to `TransformerConfig`, by its names
     """
 
     dtype: torch.dtype = torch.float32
-    recompute: Literal["none", "selective", "full"] = "none"
+    recompute: Literal["none", "selective", "full"] | tuple[str, ...] = "none"
+    recompute_layers: int | None = None
+    overlap_tensor: bool = False
     backend: Literal["local", "transformer_engine"] = "local"
+    context_communication: ContextCommunication | None = None
     fp8: FP8Recipe | None = None
     fp8_parameters: bool = False
+    amax_history: int | None = None
+    amax_algorithm: Literal["max", "most_recent"] | None = None
     bf16_edges: tuple[int, int] = (0, 0)
+    megatron: Mapping[str, Any] = field(default_factory=dict)
 
 
 _ACTIVATIONS = {"silu": silu, "gelu_pytorch_tanh": functools.partial(gelu, approximate="tanh")}
@@ -83,16 +93,6 @@ class PolicyModel(GPTModel):
         super().__init__(**kwargs)
         self.architecture = architecture
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor, attention_mask: None, **kwargs: Any) -> Tensor:
-        """GPTModel's, with scaled embeddings where the architecture has them."""
-        scale = self.architecture.embedding_scale
-        if self.pre_process and scale != 1.0:
-            embeddings = self.embedding(input_ids=input_ids, position_ids=position_ids)
-            kwargs["decoder_input"] = embeddings * torch.tensor(
-                scale, dtype=embeddings.dtype
-            )  # rounded, as in transformers
-        return super().forward(input_ids, position_ids, attention_mask, **kwargs)
-
     def setup_embeddings_and_output_layer(self) -> None:
         # GPTModel's constructor calls this between making the output layer and tying it to the embedding.
         if self.post_process:
@@ -108,6 +108,23 @@ class PolicyModel(GPTModel):
             )
         super().setup_embeddings_and_output_layer()
 
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        attention_mask: None,
+        trained: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """GPTModel's, with scaled embeddings where the architecture has them. trained: see `Batch`; of the labels."""
+        self._trained = trained
+        scale = self.architecture.embedding_scale
+        if self.pre_process and scale != 1.0:
+            embeddings = self.embedding(input_ids=input_ids, position_ids=position_ids)
+            rounded = torch.tensor(scale, dtype=embeddings.dtype)  # as in transformers
+            kwargs["decoder_input"] = embeddings * rounded
+        return super().forward(input_ids, position_ids, attention_mask, **kwargs)
+
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """labels [1, T], logits: the hidden states [T (/tp), 1, H] → log-probs float32 [1, T], 0 where IGNORE."""
         shared = self.share_embeddings_and_output_weights
@@ -119,6 +136,7 @@ class PolicyModel(GPTModel):
             group=self.pg_collection.tp,
             vocab_size=self.architecture.vocab_size,
             sequence_parallel=self.config.sequence_parallel,
+            trained=self._trained,
         )
         return logprobs.unsqueeze(0)
 
@@ -136,7 +154,9 @@ def forward(model: torch.nn.Module, batch: Batch, balance: Balance | None = None
         max_seqlen_kv=batch.max_seqlen,
         balance=balance,
     )
-    return model(batch.tokens, batch.position_ids, None, labels=batch.labels, packed_seq_params=packed)
+    return model(
+        batch.tokens, batch.position_ids, None, labels=batch.labels, packed_seq_params=packed, trained=batch.trained
+    )
 
 
 def build_model(
@@ -164,6 +184,11 @@ def build_model(
             vp_stage=vp_stage,
         )
         model.rotary_pos_emb.inv_freq = inverse_frequencies(arch).to(platform.device)
+        for module in model.modules():
+            if hasattr(module, "fuse_wgrad_accumulation"):
+                # Transformer Engine's layers add weight gradients to `main_grad` in the matmul. They need no apex for it, but the
+                # setting that would say so to them makes Megatron-Core's own output layer ask for apex.
+                module.fuse_wgrad_accumulation = True
         for name, parameter in model.named_parameters():
             if is_expert(name):
                 # With TP, expert gradients are reduced over a different group than dense ones, even at EP 1. Megatron-Core
@@ -177,7 +202,8 @@ def _transformer_config(
     arch: Architecture, layout: ParallelLayout, platform: Platform, settings: ModelSettings
 ) -> TransformerConfig:
     window = next((w for w in arch.windows if w is not None), None)
-    return TransformerConfig(
+    return checked(
+        TransformerConfig,
         num_layers=arch.num_layers,
         hidden_size=arch.hidden_size,
         ffn_hidden_size=arch.ffn_size,
@@ -204,9 +230,11 @@ def _transformer_config(
         pipeline_model_parallel_size=layout.pipeline,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline,
         context_parallel_size=layout.context,
+        cp_comm_type=_context_communication(arch, layout, settings),
         expert_model_parallel_size=layout.expert,
         expert_tensor_parallel_size=1,
         sequence_parallel=layout.sequence,
+        tp_comm_overlap=settings.overlap_tensor,
         params_dtype=settings.dtype,
         pipeline_dtype=settings.dtype,
         bf16=settings.dtype == torch.bfloat16,
@@ -222,15 +250,42 @@ def _transformer_config(
         embedding_init_method=_leave_as_it_is,
         use_cpu_initialization=False,
         gradient_accumulation_fusion=has_gradient_accumulation_fusion(platform.device),
-        bias_activation_fusion=False,
+        # Megatron-Core has it for SwiGLU, where it keeps 3 × ffn_size per token for backward instead of 5; see memory.py.
+        bias_activation_fusion=arch.activation == "silu",
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         apply_rope_fusion=settings.backend == "transformer_engine",  # the other way waits for the GPU in every layer
-        recompute_granularity=None if settings.recompute == "none" else settings.recompute,
-        recompute_method="uniform" if settings.recompute == "full" else None,
-        recompute_num_layers=1 if settings.recompute == "full" else None,
+        **_recompute_settings(settings),
         pipeline_model_parallel_layout=_pipeline_layout(layout.layers_per_stage),
+        more=settings.megatron,
     )
+
+
+def _context_communication(
+    arch: Architecture, layout: ParallelLayout, settings: ModelSettings
+) -> ContextCommunication | None:
+    """How Transformer Engine's attention exchanges keys and values; None without context parallelism, and for the local backend.
+
+    Raises ConfigError for what it cannot compute: sliding windows in a ring, or heads that do not divide.
+    """
+    if layout.context == 1 or settings.backend == "local":
+        return None
+    asked = settings.context_communication
+    windowed = any(window is not None for window in arch.windows)
+    chosen = asked or ("a2a" if windowed else "p2p")
+    if windowed and chosen == "p2p":
+        raise ConfigError(
+            "parallel.context_communication p2p does not support the model's sliding windows. Use a2a or all_gather, or context: 1."
+        )
+    for name, total in (("attention heads", arch.num_heads), ("key-value heads", arch.num_groups)):
+        heads = max(1, total // layout.tensor)
+        if chosen == "a2a" and heads % layout.context:
+            why = "" if asked else ", which the model's sliding windows need unless all_gather is chosen"
+            raise ConfigError(
+                f"parallel.context_communication a2a{why}: context {layout.context} does not divide a tensor-parallel rank's {heads} "
+                f"{name}. Use all_gather, or change the degrees."
+            )
+    return chosen
 
 
 def _expert_settings(arch: Architecture, settings: ModelSettings) -> dict[str, Any]:
@@ -249,6 +304,21 @@ def _expert_settings(arch: Architecture, settings: ModelSettings) -> dict[str, A
     )
 
 
+def _recompute_settings(settings: ModelSettings) -> dict[str, Any]:
+    if settings.recompute == "none":
+        return {}
+    if settings.recompute != "full":
+        modules = ["core_attn"] if settings.recompute == "selective" else list(settings.recompute)
+        if "layernorm" in modules and settings.backend == "local":
+            raise ConfigError("parallel.recompute: layernorm needs Transformer Engine's layers. Leave it out.")
+        return dict(recompute_granularity="selective", recompute_modules=modules)
+    if settings.recompute_layers is not None:
+        return dict(
+            recompute_granularity="full", recompute_method="block", recompute_num_layers=settings.recompute_layers
+        )
+    return dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+
+
 def _fp8_settings(settings: ModelSettings) -> dict[str, Any]:
     if settings.fp8 is None:
         return {}
@@ -257,6 +327,9 @@ def _fp8_settings(settings: ModelSettings) -> dict[str, Any]:
         fp8=FP8_RECIPES[settings.fp8].format,
         fp8_recipe=settings.fp8,
         fp8_param=settings.fp8_parameters,
+        # Transformer Engine's own defaults; Megatron-Core's are a history of one step.
+        fp8_amax_history_len=settings.amax_history or 1024,
+        fp8_amax_compute_algo=settings.amax_algorithm or "max",
         first_last_layers_bf16=bool(first or last),
         num_layers_at_start_in_bf16=first,
         num_layers_at_end_in_bf16=last,

@@ -99,12 +99,22 @@ def stage_parameters(arch: Architecture, layout: ParallelLayout) -> list[tuple[i
 
 
 def _activation_bytes(arch: Architecture, layout: ParallelLayout) -> int:
-    """Bytes that one layer keeps for backward, per token of this rank, in bf16. Experts: as if their load were balanced."""
-    # Inputs of both norms, of the QKV and of the first feed-forward projection; of the norms after attention and feed-forward.
-    replicated = (6 if arch.post_norms else 4) * arch.hidden_size
-    attention = 2 * (arch.num_heads + arch.num_groups) * arch.head_dim  # query, key, value, attention's output
-    feed_forward = 3 * arch.ffn_size  # gate, up, their product
-    if arch.experts is not None:  # and the tokens' copies before and after their experts
-        feed_forward = arch.experts.per_token * (3 * arch.experts.ffn_size + 2 * arch.hidden_size)
-    split = attention + feed_forward
-    return _BF16 * (replicated // (layout.tensor if layout.sequence else 1) + split // layout.tensor)
+    """Bytes that one layer of Transformer Engine keeps for backward, per token of this rank, in bf16.
+
+    tests/model/test_memory.py counts them on the real layer. Experts: as if their load were balanced.
+    """
+    query, kv, heads = arch.num_heads * arch.head_dim, arch.num_groups * arch.head_dim, arch.num_heads + arch.num_groups
+    # Inputs of both norms, of the QKV and of the first feed-forward projection (or the router); the norms' scales. Inputs of the norms
+    # after attention and feed-forward.
+    norms = 4 if arch.post_norms else 2
+    replicated = _BF16 * (2 + norms) * arch.hidden_size + _FP32 * norms
+    # Output of the QKV projection, of which the value is a part; rotated query and key; attention's output and its log-sum-exp.
+    split = _BF16 * 3 * (query + kv) + _FP32 * arch.num_heads
+    if arch.qk_norm:  # contiguous copies of what is normalised, and its scales
+        split += _BF16 * (query + kv) + _FP32 * heads
+    if arch.experts is None:
+        # Gate, up, and what goes into the second projection; if the activation is not fused, its output and a copy of up too.
+        split += _BF16 * (3 if arch.activation == "silu" else 5) * arch.ffn_size
+    else:  # the same for every chosen expert, and its copy of the token
+        split += _BF16 * arch.experts.per_token * (3 * arch.experts.ffn_size + arch.hidden_size)
+    return replicated // (layout.tensor if layout.sequence else 1) + split // layout.tensor

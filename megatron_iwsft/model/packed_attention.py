@@ -115,7 +115,7 @@ def _attend(
         )
         outs.append(out.transpose(1, 2).flatten(0, 1))
         i += n
-    return torch.cat(outs)
+    return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 
 def _attend_chunks(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from megatron_iwsft.distributed.context import ParallelContext
+from megatron_iwsft.distributed.mcore_compat import unquantized_copy
 from megatron_iwsft.hf.directory import TensorSource
 from megatron_iwsft.hf.mapping import Mapping, PerExpert, shapes, table
 
@@ -68,4 +69,13 @@ def load_weights(chunks: list[PolicyModel], source: TensorSource, parallel: Para
             named = Mapping(target, tuple(hf.format(layer) for hf in row.hf), row.layout)
             cut = (0, 1) if expert is not None else (rank, size)  # tensor parallelism does not cut experts
             parts = [source.read(hf, span) for hf, span in named.slices(all_shapes, *cut)]
-            parameter.copy_(row.layout.join(parts, *cut))
+            fill(parameter, row.layout.join(parts, *cut))
+
+
+@torch.no_grad()
+def fill(parameter: torch.nn.Parameter, value: torch.Tensor) -> None:
+    """Set a parameter, and with FP8 parameters also what the optimizer will take its float32 copy from."""
+    parameter.copy_(value)
+    unquantized = unquantized_copy(parameter)
+    if unquantized is not None:
+        unquantized.copy_(value)

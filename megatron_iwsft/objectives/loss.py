@@ -102,7 +102,8 @@ def micro_batch_loss(objective: Objective, t: Trajectories, s: Settings) -> Loss
             denominator={"tokens": t.mask, "weights": quality * result.weight, "sequences": share}[s.normalize],
         )
         values = [of(terms) for of in SUMS.values()] + [result.extra[name] for name in own_sums(objective)]
-        bins = torch.bucketize(result.weight, result.weight.new_tensor(WEIGHT_BINS), right=True)
+        # bucketize would need the edges as a tensor, and the host would wait for their copy.
+        bins = torch.stack([~(result.weight < edge) for edge in WEIGHT_BINS]).sum(dim=0)
         histogram = torch.zeros(len(HISTOGRAM), dtype=torch.float64, device=loss.device)
         histogram.index_add_(0, bins, terms.unit.double())
         sums = torch.cat([torch.stack([value.double().sum() for value in values]), histogram])

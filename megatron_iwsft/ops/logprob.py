@@ -35,6 +35,7 @@ def vocab_parallel_logprob(
     chunk_size: int | None = None,
     sequence_parallel: bool = False,
     entropy: Tensor | None = None,
+    trained: Tensor | None = None,
 ) -> Tensor:
     """log softmax(hidden · Wᵀ)[target] for every trained position.
 
@@ -44,6 +45,7 @@ def vocab_parallel_logprob(
     vocab_size  ids from here to V are padding and are excluded from the softmax
     chunk_size  rows per chunk; None: as many as fit into CHUNK_BYTES of logits, in chunks of about equal size
     entropy     optional float32 [T] output: entropy of the distribution at each trained position (nats, no gradient)
+    trained     int64 positions of the targets that are not IGNORE, ascending. None: found here, and the host waits for the GPU
 
     Returns float32 [T], 0 where IGNORE, the same on every rank. The softmax is float32 for every input dtype. The gradient of hidden
     has its dtype; that of weight is accumulated over chunks in float32, directly in Megatron-Core's `main_grad` if it is float32.
@@ -56,7 +58,7 @@ def vocab_parallel_logprob(
     its reduce-scatter, overlapped with the last chunk's weight gradient.
     """
     return _VocabParallelLogprob.apply(
-        hidden, weight, targets, group, vocab_size, chunk_size, sequence_parallel, entropy
+        hidden, weight, targets, group, vocab_size, chunk_size, sequence_parallel, entropy, trained
     )
 
 
@@ -72,10 +74,12 @@ class _VocabParallelLogprob(torch.autograd.Function):
         chunk_size: int | None,
         sequence_parallel: bool,
         entropy: Tensor | None,
+        index: Tensor | None,
     ) -> Tensor:
         if sequence_parallel and group.size() > 1:
             hidden = _all_gather_rows(hidden, group)
-        index = torch.nonzero(targets != IGNORE).flatten()
+        if index is None:
+            index = torch.nonzero(targets != IGNORE).flatten()
         trained = hidden.index_select(0, index)
         first_row = group.rank() * weight.shape[0]
         local_target = targets.index_select(0, index) - first_row
@@ -130,7 +134,7 @@ class _VocabParallelLogprob(torch.autograd.Function):
                 weight_grad.add(dlogits, trained[chunk])
         if arrival is not None:
             arrival.wait()
-        return grad_hidden, weight_grad.result() if weight_grad else None, None, None, None, None, None, None
+        return grad_hidden, weight_grad.result() if weight_grad else None, *[None] * 7
 
 
 def _chunks(trained: Tensor, columns: int, chunk_size: int | None) -> list[slice]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ class StageWithFrozenModels(torch.nn.Module):
 
     Between stages the k + 1 models' hidden states [T (/tp), 1, H] travel side by side as [T (/tp), k + 1, H]; the last stage
     returns log-probs [k + 1, T], policy first. `module` is the policy: Megatron-Core's schedules unwrap through it.
-    `offload`: the frozen models' weights stay in pinned host memory and are on the device only during each micro-batch's forward pass.
+    `offload`: the frozen models' weights stay in pinned host memory. Each model's are copied, on a stream of their own, while the one
+    before it computes, and are on the device only until its forward pass has ended.
     """
 
     def __init__(self, policy: torch.nn.Module, frozen: list[torch.nn.Module], *, offload: bool = False) -> None:
@@ -37,32 +39,53 @@ class StageWithFrozenModels(torch.nn.Module):
                 model.set_is_first_microbatch()
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        coming = [host for host in self._hosts if host is not None]
+        _start_copying(coming)
         outs = [self.module(*args, **kwargs)]
         with torch.no_grad():
             for model, host in zip(self.frozen, self._hosts, strict=True):
-                if host is None:
+                with host or nullcontext():
+                    _start_copying(coming)
                     outs.append(model(*args, **kwargs))
-                else:
-                    with host:
-                        outs.append(model(*args, **kwargs))
         return torch.cat(outs, dim=0 if outs[0].dim() == 2 else 1)
 
 
+def _start_copying(coming: list[_HostWeights]) -> None:
+    """Start on the next model's weights, if there is one."""
+    if coming:
+        coming.pop(0).start_copying()
+
+
 class _HostWeights:
-    """Keeps a frozen module's weights on the host; within the context they are on their device."""
+    """Keeps a frozen module's weights on the host; within the context they are on their device. `start_copying` comes first."""
 
     def __init__(self, module: torch.nn.Module) -> None:
         self._parameters = list(module.parameters())
         self._device = self._parameters[0].device
+        self._stream = torch.cuda.Stream() if self._device.type == "cuda" else None
+        self._on_device: list[Tensor] = []
         for parameter in self._parameters:
             on_host = parameter.data.to("cpu")
             parameter.data = on_host.pin_memory() if self._device.type == "cuda" else on_host
         self._on_host: list[Tensor] = []
 
-    def __enter__(self) -> None:
+    def start_copying(self) -> None:
+        """Neither the host nor what the device computes meanwhile waits for it."""
         self._on_host = [parameter.data for parameter in self._parameters]
-        for parameter in self._parameters:
-            parameter.data = parameter.data.to(self._device, non_blocking=True, copy=True)
+        with torch.cuda.stream(self._stream) if self._stream is not None else nullcontext():
+            self._on_device = [host.to(self._device, non_blocking=True, copy=True) for host in self._on_host]
+
+    def __enter__(self) -> None:
+        if self._stream is not None:
+            computing = torch.cuda.current_stream()
+            computing.wait_stream(self._stream)
+            for (
+                tensor
+            ) in self._on_device:  # allocated for the copying stream: not to be reused before this one has read it
+                tensor.record_stream(computing)
+        for parameter, tensor in zip(self._parameters, self._on_device, strict=True):
+            parameter.data = tensor
+        self._on_device = []
 
     def __exit__(self, *exception: object) -> None:
         for parameter, host in zip(self._parameters, self._on_host, strict=True):

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_iwsft.config import schema as config
+from megatron_iwsft.distributed.mcore_compat import checked, free_unquantized_copies
 from megatron_iwsft.model.gpt import PolicyModel
 
 
-def wrap_for_gradients(chunks: list[PolicyModel], settings: config.Optimizer) -> list[DistributedDataParallel]:
-    """Give each model chunk float32 gradient buffers that are reduced over data-parallel ranks."""
-    ddp = DistributedDataParallelConfig(
+def wrap_for_gradients(
+    chunks: list[PolicyModel], settings: config.Optimizer, megatron: Mapping[str, Any] | None = None
+) -> list[DistributedDataParallel]:
+    """Give each model chunk float32 gradient buffers that are reduced over data-parallel ranks. Overlaps that are null are off: see
+    `Optimizer.resolved`. megatron: settings that are passed on, by Megatron-Core's names.
+    """
+    ddp = checked(
+        DistributedDataParallelConfig,
+        more=megatron or {},
         grad_reduce_in_fp32=True,
-        overlap_grad_reduce=settings.overlap_grad_reduce,
-        overlap_param_gather=settings.overlap_param_gather,
+        overlap_grad_reduce=bool(settings.overlap_grad_reduce),
+        overlap_param_gather=bool(settings.overlap_param_gather),
         use_distributed_optimizer=settings.distributed,
         check_for_nan_in_grad=False,
         fp8_param_gather=chunks[0].config.fp8_param,
@@ -36,7 +46,7 @@ def build_optimizer(
     chunks: list[DistributedDataParallel], settings: config.Optimizer, dtype: torch.dtype
 ) -> MegatronOptimizer:
     """Megatron-Core's AdamW over the wrapped chunks."""
-    return get_megatron_optimizer(
+    optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
             lr=settings.lr,
@@ -49,10 +59,13 @@ def build_optimizer(
             bf16=dtype == torch.bfloat16,
             params_dtype=dtype,
             use_distributed_optimizer=settings.distributed,
-            overlap_param_gather=settings.overlap_param_gather,
+            overlap_param_gather=bool(settings.overlap_param_gather),
         ),
         chunks,
     )
+    for chunk in chunks:
+        free_unquantized_copies(chunk)
+    return optimizer
 
 
 def build_schedule(

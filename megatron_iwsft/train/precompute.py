@@ -15,7 +15,7 @@ from megatron_iwsft.distributed.watchdog import Watchdog
 from megatron_iwsft.errors import RequeueError
 from megatron_iwsft.model.gpt import forward
 from megatron_iwsft.reference.mixture import MixtureSidecarWriter
-from megatron_iwsft.train.setup import StartedRun, check, start
+from megatron_iwsft.train.setup import StartedRun, check, check_cacheable, start
 from megatron_iwsft.train.step import run_schedule
 from megatron_iwsft.utils.text import say
 
@@ -30,6 +30,7 @@ def precompute_reference(config: Config) -> list[str]:
 
     Raises RequeueError when asked to stop (SIGUSR1, SIGTERM) before the end.
     """
+    check_cacheable(config)
     with StopSignals() as stop:
         run = start(check(config, world_size=int(os.environ.get("WORLD_SIZE", "1"))))
         writer = MixtureSidecarWriter(run.mixture, run.identities)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from megatron_iwsft.checkpoint.initial_weights import InitialWeights
 from megatron_iwsft.checkpoint.names import CHECKPOINTS
 from megatron_iwsft.checkpoint.writer import CheckpointWriter
-from megatron_iwsft.config.schema import Config, MixtureCorpus, Model, QualityConfig
+from megatron_iwsft.config.schema import Config, MixtureCorpus, Model, Optimizer, QualityConfig
 from megatron_iwsft.data.batch_builder import BatchBuilder, ReferenceLogprobs, RowShape
 from megatron_iwsft.data.checksums import bytes_of
 from megatron_iwsft.data.corpus import Corpus
@@ -23,7 +23,9 @@ from megatron_iwsft.distributed import context
 from megatron_iwsft.distributed.capabilities import fp8_refusal
 from megatron_iwsft.distributed.context import ParallelContext, Platform
 from megatron_iwsft.distributed.fp8_recipes import FP8_RECIPES
+from megatron_iwsft.distributed.mcore_compat import unknown_settings
 from megatron_iwsft.distributed.parallel_layout import ParallelLayout
+from megatron_iwsft.distributed.userbuffers import start_userbuffers
 from megatron_iwsft.distributed.watchdog import Watchdog
 from megatron_iwsft.errors import CheckpointError, ConfigError, DataError
 from megatron_iwsft.hf.directory import DTYPES
@@ -95,6 +97,12 @@ class StartedRun(CheckedRun):
     def is_main(self) -> bool:
         return self.platform.rank == 0
 
+    @property
+    def optimizer(self) -> Optimizer:
+        """The optimizer's settings, with overlapped communication wherever there is some and a GPU can hide it."""
+        replicas = self.layout.data * self.layout.context
+        return self.config.optimizer.resolved(overlap=self.platform.is_cuda and replicas > 1)
+
     def watchdog(self) -> Watchdog:
         """To be entered around the job's work, by all ranks."""
         return Watchdog(
@@ -104,36 +112,65 @@ class StartedRun(CheckedRun):
             logs=self.run_directory / "logs",
         )
 
-    def build(self, weights: InitialWeights) -> list[PolicyModel]:
-        """This rank's chunks of a model, with `weights`. Collective over all ranks."""
-        precision = self.config.precision
+    def build(self, weights: InitialWeights, *, trained: bool = False) -> list[PolicyModel]:
+        """This rank's chunks of a model, with `weights`. Collective over all ranks.
+
+        trained: FP8 parameters keep what an optimizer and a backward pass need.
+        """
+        precision, parallel = self.config.precision, self.config.parallel
         settings = ModelSettings(
             dtype=self.dtype,
-            recompute=self.config.parallel.recompute,
+            recompute=tuple(parallel.recompute) if isinstance(parallel.recompute, list) else parallel.recompute,
+            recompute_layers=parallel.recompute_layers,
+            overlap_tensor=parallel.overlap_tensor,
             backend="transformer_engine" if self.platform.has_transformer_engine else "local",
+            context_communication=parallel.context_communication,
             fp8=precision.fp8,
             fp8_parameters=precision.fp8_parameters,
+            amax_history=precision.fp8_amax_history_len,
+            amax_algorithm=precision.fp8_amax_compute_algo,
             bf16_edges=(precision.bf16_first_layers, precision.bf16_last_layers),
+            megatron=self.config.megatron.given(),
         )
-        chunks = build_model(weights.architecture, self.parallel, self.platform, settings)
+        if parallel.overlap_tensor:
+            self._start_userbuffers(weights.architecture.hidden_size)
+        with torch.set_grad_enabled(trained):
+            chunks = build_model(weights.architecture, self.parallel, self.platform, settings)
         weights.load(chunks, self.parallel)
         return chunks
+
+    def _start_userbuffers(self, hidden_size: int) -> None:
+        if not self.platform.has_transformer_engine:
+            raise ConfigError("parallel.overlap_tensor needs GPUs and Transformer Engine. Set it to false.")
+        precision = self.config.precision
+        edges = bool(precision.bf16_first_layers or precision.bf16_last_layers)
+        start_userbuffers(
+            self._row_shape.fit(0),
+            hidden_size,
+            tensor=self.layout.tensor,
+            fp8=precision.fp8 is not None,
+            bf16=precision.fp8 is None or edges,
+        )
+
+    @property
+    def _row_shape(self) -> RowShape:
+        data, layout, recipe = self.config.data, self.layout, self.config.precision.fp8
+        return RowShape.of(
+            tensor=layout.tensor,
+            context=layout.context,
+            row_length=data.micro_batch_size * data.seq_length if data.packing == "best_fit" else None,
+            alignment=FP8_RECIPES[recipe].rows(sequence_parallel=layout.sequence) if recipe else 1,
+        )
 
     def batches(
         self, corpus: Corpus | Mixture, sampler: Sampler, reference: ReferenceLogprobs | None = None
     ) -> BatchBuilder:
         """The builder of this rank's micro-batches."""
         data, layout = self.config.data, self.layout
-        row = data.micro_batch_size * data.seq_length if data.packing == "best_fit" else None
         return BatchBuilder(
             corpus,
             sampler,
-            RowShape.of(
-                tensor=layout.tensor,
-                context=layout.context,
-                row_length=row,
-                alignment=FP8_RECIPES[self.config.precision.fp8].alignment if self.config.precision.fp8 else 1,
-            ),
+            self._row_shape,
             micro_batch_size=data.micro_batch_size,
             data_rank=self.parallel.dp.rank(),
             data_size=layout.data,
@@ -161,6 +198,8 @@ def check(config: Config, *, world_size: int) -> CheckedRun:
         raise ConfigError(
             f"objective.router_balance is {config.objective.router_balance:g}, but the {policy.architecture.family} family has no experts."
         )
+    if objective.needs_reference and config.reference.source == "cached":
+        check_cacheable(config)
     reference, evaluation = _reference(config, mixture.corpora[0], policy), _evaluation(config, mixture.corpora[0])
     for corpus in filter(None, (*mixture.corpora, evaluation)):
         for weights in (policy, reference):
@@ -192,6 +231,9 @@ def start(checked: CheckedRun) -> StartedRun:
         raise ConfigError(f"precision.fp8 {config.precision.fp8} {refusal}. Use precision.fp8: null.")
     # Twice the watchdog's timeout: it can then name the ranks that a collective waits for.
     platform = context.start(config.run.device, timeout_s=2 * config.run.hang_timeout_s)
+    unknown = unknown_settings(config.megatron.given())
+    if unknown:
+        raise ConfigError(f"megatron.{unknown[0]} is no setting of the installed Megatron-Core. Leave it out.")
     parallel = platform.parallel(checked.layout, seed=config.run.seed)
     for corpus in filter(None, (*checked.mixture.corpora, checked.evaluation)):
         _check_contents(corpus, config, platform)
@@ -236,6 +278,15 @@ def checkpoint_writer(run: StartedRun) -> CheckpointWriter:
         keep_every=config.checkpoint.keep_every,
         asynchronous=config.checkpoint.asynchronous,
     )
+
+
+def check_cacheable(config: Config) -> None:
+    """Raise ConfigError for a precision whose log-probs depend on the steps before them: a sidecar would hold others than training's."""
+    if config.precision.fp8 == "delayed":
+        raise ConfigError(
+            "reference.source cached does not go with precision.fp8 delayed: its scales follow the training steps, and a pass without "
+            "gradients leaves them at 1. Use fp8: tensorwise, or reference.source: live."
+        )
 
 
 def _reference(config: Config, corpus: Corpus, policy: InitialWeights) -> InitialWeights:

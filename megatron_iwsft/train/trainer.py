@@ -14,6 +14,7 @@ from megatron_iwsft.checkpoint.checkpointer import Checkpointer
 from megatron_iwsft.checkpoint.info import step_name
 from megatron_iwsft.checkpoint.state import TrainState
 from megatron_iwsft.config.schema import Config
+from megatron_iwsft.data.batch_builder import BatchesAhead
 from megatron_iwsft.distributed.mcore_compat import gather_parameters, prepare_gradients, update_parameters
 from megatron_iwsft.distributed.stop_signals import StopSignals
 from megatron_iwsft.distributed.watchdog import Watchdog
@@ -72,11 +73,11 @@ class Trainer:
         reference = _verified_sidecars(run) if cached else None
 
         watch.at(0, "building the model")
-        policy = run.build(run.policy)
+        policy = run.build(run.policy, trained=True)
         live = run.build(run.reference) if run.objective.needs_reference and not cached else None
         proposal = run.build(run.policy) if config.objective.proposal.kind != "current" else None
-        self.chunks = wrap_for_gradients(policy, config.optimizer)
-        self.optimizer = build_optimizer(self.chunks, config.optimizer, run.dtype)
+        self.chunks = wrap_for_gradients(policy, run.optimizer, config.megatron.given())
+        self.optimizer = build_optimizer(self.chunks, run.optimizer, run.dtype)
         self.total_steps = run.total_steps
         self.schedule = build_schedule(self.optimizer, config.optimizer, self.total_steps)
         self.monitor = DivergenceMonitor(config.run.spike)
@@ -100,7 +101,9 @@ class Trainer:
             router_balance=config.objective.router_balance,
             breakdown=_breakdown(run),
         )
-        self.batches = run.batches(run.mixture, run.sampler, reference)
+        builder = run.batches(run.mixture, run.sampler, reference)
+        self.batches = BatchesAhead(builder.at_step, pinned=run.platform.is_cuda)
+        at_exit.callback(self.batches.close)
         self.callbacks: list[Callback] = []
         self.failures: list[str] = []
         writer = checkpoint_writer(run)
@@ -204,7 +207,7 @@ class Trainer:
             )
         self.watch.at(number, "reading the batch")
         self.optimizer.zero_grad()  # without the distributed optimizer, .grad still is the last step's main_grad
-        batches = self.batches.from_packs(packs)
+        batches = self.batches.at_step(number - 1, following=number if number < self.total_steps else None)
         self.watch.at(number, "forward and backward")
         metrics |= self.step.forward_backward(batches)
         if not metrics["trained_tokens"]:
@@ -251,7 +254,7 @@ class Trainer:
         }
 
     def _gather_parameters(self) -> None:
-        if self.run.config.optimizer.overlap_param_gather:
+        if self.run.optimizer.overlap_param_gather:
             gather_parameters(self.chunks)
 
     def _update_lagged_copies(self, number: int) -> None:

@@ -10,12 +10,14 @@ import re
 import shutil
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
 from megatron_iwsft.checkpoint.info import INFO, CheckpointInfo, complete_checkpoints, info_checksum
 from megatron_iwsft.checkpoint.integrity import TRUSTED_GROUPS, file_sum
@@ -80,13 +82,18 @@ def evil_common(directory: Path, sentinel: Path) -> None:
 def evil_object(directory: Path, sentinel: Path) -> None:
     """An object beside tensors, with the metadata that leads Megatron-Core to it."""
     metadata = pickle.loads((directory / ".metadata").read_bytes())
-    index, place = next((i, p) for i, p in metadata.storage_data.items() if "_extra_state" in i.fqn)
+    place = next(iter(metadata.storage_data.values()))
     file = directory / place.relative_path
     content = io.BytesIO()
     torch.save(Attack(sentinel), content)
-    place.offset, place.length = file.stat().st_size, len(content.getvalue())
+    key = (
+        "decoder.layers.0.self_attention.linear_proj._extra_state/shard_0_1"  # which the model asks for if it is there
+    )
+    metadata.state_dict_metadata[key] = BytesStorageMetadata()
+    metadata.storage_data[MetadataIndex(key)] = replace(
+        place, offset=file.stat().st_size, length=len(content.getvalue())
+    )
     file.write_bytes(file.read_bytes() + content.getvalue())
-    assert index in metadata.storage_data
     (directory / ".metadata").write_bytes(pickle.dumps(metadata))
     relist(directory)
 

@@ -80,6 +80,24 @@ MISTAKES = [
         ["optimizer.overlap_param_gather=true"],
         "overlap_param_gather needs distributed: true and overlap_grad_reduce: true",
     ),
+    (["precision.fp8_amax_history_len=16"], "need fp8 delayed, which scales by history; it is null"),
+    (["parallel.recompute_layers=2"], "recompute_layers needs recompute: full; it is none"),
+    (["parallel.overlap_tensor=true"], "overlap_tensor needs sequence: true and context: 1"),
+    (
+        ["parallel.overlap_tensor=true", "parallel.tensor=2", "parallel.sequence=true", "data.packing=none"],
+        "parallel.overlap_tensor needs data.packing: best_fit",
+    ),
+    (["parallel.recompute=[]"], "recompute is an empty list; use none"),
+    (
+        ["megatron.moe_permute_fusions=true"],
+        "megatron.moe_permute_fusions is not a known key. Did you mean moe_permute_fusion?",
+    ),
+    (
+        ["megatron.cuda_graph_impl=local"],
+        "cuda_graph_impl is not passed on to Megatron-Core: rows have other segments in every micro-batch",
+    ),
+    (["megatron.moe_aux_loss_coeff=0.01"], "use objective.router_balance instead"),
+    (["megatron.recompute_modules=[mlp]"], "use parallel.recompute instead"),
     (["evaluation.every=5"], "evaluation: set both corpus and every (steps, above 0), or neither"),
     (["parallel.sequence=true"], "sequence: true needs tensor ≥ 2; it is 1"),
     (
@@ -149,3 +167,22 @@ def test_every_field_has_a_docstring(section: type[Section]) -> None:
         text = (inner.__doc__ if inner else field.description) or ""
         assert text.endswith((".", "…")), f"{section.__name__}.{name}: {text!r}"
         assert all(len(line) <= 136 for line in text.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "gain", "expected"),
+    [
+        ([], True, (True, True)),
+        ([], False, (False, False)),
+        (["optimizer.distributed=false"], True, (True, False)),
+        (["optimizer.overlap_grad_reduce=false"], True, (False, False)),
+        (["optimizer.overlap_param_gather=false"], True, (True, False)),
+        (["optimizer.overlap_grad_reduce=true"], False, (True, False)),
+        (["optimizer.overlap_grad_reduce=true", "optimizer.overlap_param_gather=true"], False, (True, True)),
+    ],
+)
+def test_communication_overlaps_where_it_is_allowed_and_gains_something(
+    overrides: list[str], gain: bool, expected: tuple[bool, bool]
+) -> None:
+    settings = parse(*overrides).optimizer.resolved(overlap=gain)
+    assert (settings.overlap_grad_reduce, settings.overlap_param_gather) == expected

@@ -12,7 +12,7 @@ from megatron_iwsft.config.loader import parse_config
 from megatron_iwsft.data.batch_builder import RowShape
 from megatron_iwsft.distributed.capabilities import fp8_refusal, transformer_engine
 from megatron_iwsft.errors import ConfigError
-from tests.support import run_python, tiny
+from tests.support import ROOT, run_python, tiny
 
 
 @pytest.mark.command
@@ -33,6 +33,43 @@ def test_the_doctor_reports_versions_and_chosen_implementations() -> None:
         assert takes["optimizer"].startswith("torch's AdamW") and takes["FP8"].startswith("none")
 
 
+@pytest.fixture
+def broken_engine(tmp_path: Path) -> dict[str, str]:
+    """An environment in which Transformer Engine is installed, and importing it fails as with libraries of another version."""
+    package = tmp_path / "broken" / "transformer_engine"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("raise RuntimeError('libcublasLt.so.13 was built for another driver')\n")
+    return {"PYTHONPATH": f"{ROOT}:{package.parent}"}
+
+
+@pytest.mark.command
+def test_the_doctor_survives_a_broken_transformer_engine(broken_engine: dict[str, str]) -> None:
+    found = run_python("tools/doctor.py", **broken_engine)
+    assert found.returncode == 0, found.stderr
+    assert "cannot be imported: RuntimeError: libcublasLt.so.13 was built for another driver" in found.stdout
+    assert "training on a GPU is refused" in found.stdout
+
+
+@pytest.mark.command
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_broken_transformer_engine_is_no_silent_fall_back(device: str, broken_engine: dict[str, str]) -> None:
+    """On a CPU too: Megatron-Core does without one that raises ImportError, but fails with any other error."""
+    code = f"""
+import torch
+torch.cuda.is_available = lambda: {device == "cuda"}
+from megatron_iwsft.distributed.context import prepare
+from megatron_iwsft.errors import ConfigError
+try:
+    prepare({device!r})
+except ConfigError as error:
+    print(error)
+"""
+    found = run_python("-c", code, **broken_engine)
+    assert "Transformer Engine is installed, but cannot be imported: RuntimeError: libcublasLt.so.13" in found.stdout, (
+        found.stderr
+    )
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize(
     ("recipe", "generation"),
@@ -48,6 +85,7 @@ run: {{name: x, dir: {tmp_path}/x}}
 model: {{config: {tiny.model_config()}}}
 data: {{corpus: {corpus.directory}, seq_length: 64, max_steps: 1}}
 precision: {{fp8: {recipe}}}
+objective: {{name: sft}}
 """
     with pytest.raises(ConfigError, match=f"precision.fp8 {recipe} needs a GPU"):
         start(check(parse_config(text, [], where="test"), world_size=1))

@@ -1,0 +1,36 @@
+"""What is set before Megatron-Core and CUDA start, however a process was launched."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.support import run_python
+
+pytestmark = pytest.mark.command
+
+PREPARE = """
+import os, torch
+torch.cuda.is_available = lambda: True
+from megatron_iwsft.distributed.context import prepare
+prepare("cuda")
+print(os.environ["CUDA_DEVICE_MAX_CONNECTIONS"], torch.cuda.is_initialized())
+"""
+WARN = """
+import warnings
+from megatron_iwsft.distributed.mcore_compat import quiet_megatron
+quiet_megatron()
+for module in ("megatron.core.x", "transformer_engine.pytorch.module.base"):
+    warnings.warn_explicit(f"from {module}", UserWarning, "file.py", 1, module=module)
+"""
+
+
+def test_kernels_start_in_launch_order_whatever_launched_the_process() -> None:
+    assert run_python("-c", PREPARE).stdout.split() == ["1", "False"]
+    assert run_python("-c", PREPARE, CUDA_DEVICE_MAX_CONNECTIONS="8").stdout.split() == ["8", "False"]
+
+
+@pytest.mark.parametrize("inherited", ["", "ignore::UserWarning,ignore::FutureWarning"])
+def test_warnings_of_transformer_engine_are_shown(inherited: str) -> None:
+    """They are about settings that cost speed. Megatron-Core's are about optional packages."""
+    shown = run_python("-c", WARN, PYTHONWARNINGS=inherited).stderr
+    assert "from transformer_engine.pytorch.module.base" in shown and "from megatron" not in shown

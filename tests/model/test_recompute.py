@@ -1,0 +1,77 @@
+"""Recomputation and settings that are passed on to Megatron-Core: they change what is kept and how, not the numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_iwsft.errors import ConfigError
+from megatron_iwsft.hf.directory import RandomInit
+from megatron_iwsft.testing import run_distributed
+from tests.model.test_memory import saved
+from tests.support.jobs import result, run_each
+from tests.support.transformer_engine import architecture, packed_row
+
+pytestmark = pytest.mark.parallel
+
+# Name → (model, settings), and which of the plain model's saved bytes it keeps at most.
+CASES: dict[str, tuple[str, dict[str, Any], float]] = {
+    "core attention": ("dense", {"recompute": ("core_attn",)}, 0.95),
+    "feed-forward": ("dense", {"recompute": ("mlp",)}, 0.9),
+    "attention and feed-forward": ("dense", {"recompute": ("core_attn", "mlp")}, 0.8),
+    "one layer": ("dense", {"recompute": "full", "recompute_layers": 1}, 0.75),
+    "layers": ("dense", {"recompute": "full"}, 0.5),
+    "mixture of experts": ("experts", {"recompute": ("moe",)}, 0.9),
+    "gathered tokens": ("experts", {"megatron": {"moe_token_dispatcher_type": "allgather"}}, 1.5),
+}
+
+
+def gradients(platform: Any, family: str, settings: dict[str, Any]) -> tuple[dict[str, torch.Tensor], int]:
+    """(gradients of the summed log-probs in float32, bytes saved for backward)."""
+    from megatron_iwsft.model.gpt import ModelSettings, build_model, forward
+    from megatron_iwsft.model.parameters import load_weights
+
+    arch, parallel = architecture(family), platform.parallel()
+    policy = build_model(arch, parallel, platform, ModelSettings(**settings))
+    load_weights(policy, RandomInit(arch, 1), parallel)
+    outs: list[torch.Tensor] = []
+    size = saved(lambda: outs.append(forward(policy[0], packed_row([40, 33, 55]))), policy[0].parameters())
+    outs[0].sum().backward()
+    return {name: p.grad for name, p in policy[0].named_parameters()}, size
+
+
+def compared(platform: Any, family: str, settings: dict[str, Any]) -> tuple[float, float]:
+    """(largest relative difference from the plain model's gradients, saved bytes over the plain model's)."""
+    (expected, all_bytes), (found, some_bytes) = (gradients(platform, family, options) for options in ({}, settings))
+    apart = max(float((found[n] - g).norm() / g.norm().clamp(min=1e-12)) for n, g in expected.items())
+    return apart, some_bytes / all_bytes
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> dict[str, Any]:
+    return run_each(compared, 1, {name: (family, settings) for name, (family, settings, _) in CASES.items()})
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_stay_what_they_are(name: str, outcomes: dict[str, Any]) -> None:
+    apart, kept = result(outcomes, name)
+    assert apart <= 1e-6 and kept <= CASES[name][2]
+
+
+def refusals(platform: Any) -> list[str]:
+    said = []
+    for module in ("moe_act", "layernorm"):
+        try:
+            gradients(platform, "experts", {"recompute": (module,)})
+            said.append("accepted")
+        except ConfigError as error:
+            said.append(str(error))
+    return said
+
+
+def test_what_megatron_core_does_not_support_is_one_sentence() -> None:
+    ((by_megatron, by_us),) = run_distributed(refusals, 1)
+    assert "does not support these settings" in by_megatron and "moe_act" in by_megatron
+    assert "layernorm needs Transformer Engine" in by_us

@@ -1,0 +1,221 @@
+"""Transformer Engine's layers, on a CPU: what they compute, which settings reach them, and how they are filled."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from megatron_iwsft.config.schema import Optimizer
+from megatron_iwsft.distributed.fp8_recipes import FP8_RECIPES, FP8Recipe
+from megatron_iwsft.errors import ConfigError
+from megatron_iwsft.hf.architecture import Architecture
+from megatron_iwsft.hf.directory import RandomInit
+from megatron_iwsft.objectives.functions import Settings, sft
+from megatron_iwsft.testing import run_distributed
+from tests.support import tiny
+from tests.support.transformer_engine import FAMILIES, architecture, as_on_hopper, packed_row, te
+
+BACKENDS = ("local", "transformer_engine")
+
+
+def build(platform: Any, family: str, parallel: Any = None, **settings: Any) -> list[Any]:
+    """A model in bf16 with random weights; to be called within `as_on_hopper`."""
+    from megatron_iwsft.model.gpt import ModelSettings, build_model
+    from megatron_iwsft.model.parameters import load_weights
+
+    parallel, arch = parallel or platform.parallel(), architecture(family)
+    policy = build_model(arch, parallel, platform, ModelSettings(torch.bfloat16, **settings))
+    load_weights(policy, RandomInit(arch, 1), parallel)
+    return policy
+
+
+def computed(platform: Any, family: str, recompute: str) -> dict[str, tuple[list[float], dict]]:
+    """Backend → (loss of each of two steps, the second one's gradients by checkpoint name), each step of two micro-batches."""
+    from megatron_iwsft.model.parameters import checkpoint_name
+    from megatron_iwsft.train.optim import wrap_for_gradients
+    from megatron_iwsft.train.step import TrainStep
+
+    found = {}
+    for backend in BACKENDS:
+        with as_on_hopper():
+            parallel = platform.parallel()
+            policy = build(platform, family, parallel, backend=backend, recompute=recompute)
+            chunks = wrap_for_gradients(policy, Optimizer(distributed=False))
+            step = TrainStep(chunks, parallel, platform.device, sft, Settings())
+            batches = [packed_row([20, 13, 31]), packed_row([40, 24], seed=1)]
+            losses = [step.forward_backward(batches)["loss"] for _ in range(2)]
+            step.evaluate(batches)  # must leave the gradients alone
+        named = policy[0].named_parameters()
+        found[backend] = losses, {checkpoint_name(policy[0], n): p.main_grad.clone() for n, p in named}
+    return found
+
+
+@te
+@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_both_backends_compute_the_same(family: str, recompute: str) -> None:
+    """Weight gradients of two micro-batches too, which Transformer Engine's matmuls add up in float32 buffers by themselves."""
+    found = run_distributed(computed, 1, family, recompute)[0]
+    (expected, wanted), (losses, gradients) = (found[backend] for backend in BACKENDS)
+    assert losses == pytest.approx(expected, rel=1e-3), "bf16 rounding"
+    assert losses[0] == losses[1], "the second step starts from gradients of 0"
+    assert gradients.keys() == wanted.keys()
+    for name, gradient in gradients.items():
+        assert (gradient - wanted[name]).norm() < 0.05 * wanted[name].norm() + 1e-6, name
+
+
+def accumulation(platform: Any, family: str) -> tuple[set[bool], set[torch.dtype]]:
+    """Whether the layers add weight gradients in their matmuls, and the types of the gradients that do not come that way."""
+    from megatron_iwsft.model.gpt import forward
+    from megatron_iwsft.train.optim import wrap_for_gradients
+
+    with as_on_hopper():
+        policy = build(platform, family, backend="transformer_engine")
+        (chunk,) = wrap_for_gradients(policy, Optimizer(distributed=False))
+        flags = {m.fuse_wgrad_accumulation for m in policy[0].modules() if hasattr(m, "fuse_wgrad_accumulation")}
+        chunk.zero_grad_buffer()
+        forward(chunk, packed_row([20, 13])).sum().backward()
+    matrices = [p for n, p in policy[0].named_parameters() if ".linear_" in n and p.dim() == 2]
+    return flags, {p.grad_added_to_main_grad for p in matrices}
+
+
+@te
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weight_gradients_are_added_in_the_matmul_without_apex(family: str) -> None:
+    assert run_distributed(accumulation, 1, family) == [({True}, {True})]
+
+
+def fp8_masters(platform: Any) -> dict[str, Any]:
+    """The optimizer's float32 parameters of a model with parameters in FP8, beside those of one in bf16."""
+    from megatron_iwsft.distributed.mcore_compat import optimizer_shards, unquantized_copy
+    from megatron_iwsft.model.parameters import checkpoint_name
+    from megatron_iwsft.train.optim import build_optimizer, wrap_for_gradients
+
+    found = {}
+    for backend in BACKENDS:
+        options = dict(fp8="tensorwise", fp8_parameters=True) if backend != "local" else {}
+        with as_on_hopper():
+            policy = build(platform, "dense", backend=backend, **options)
+            chunks = wrap_for_gradients(policy, Optimizer())
+            optimizer = build_optimizer(chunks, Optimizer(), torch.bfloat16)
+            named = {id(p): (checkpoint_name(policy[0], n), p) for n, p in policy[0].named_parameters()}
+            found[backend] = {
+                named[id(shard.parameter)][0]: shard.main.detach().flatten().clone()
+                for shard in optimizer_shards(optimizer)
+            }
+    found["kept"] = [name for name, p in named.values() if unquantized_copy(p) is not None]
+    found["quantised"] = [name for name, p in named.values() if hasattr(p, "_data")]
+    return found
+
+
+@te
+def test_the_optimizer_of_fp8_parameters_starts_from_the_weights_that_were_loaded() -> None:
+    found = run_distributed(fp8_masters, 1)[0]
+    expected, masters = (found[backend] for backend in BACKENDS)
+    assert len(found["quantised"]) == 8, "four matrices in each of two layers"
+    assert masters.keys() == expected.keys()
+    assert [name for name in masters if not torch.equal(masters[name], expected[name])] == []
+    assert found["kept"] == [], "copies on the host that nothing reads any more"
+
+
+def chosen_communication(platform: Any, changes: dict[str, Any], asked: str | None) -> str:
+    """How attention with a sliding window and context parallelism 2 exchanges keys and values, or why it refuses."""
+    from megatron.core.extensions.transformer_engine import TEDotProductAttention
+
+    from megatron_iwsft.model.gpt import ModelSettings, build_model
+
+    arch = Architecture.from_hf(tiny.model_config("mistral", num_hidden_layers=2, **changes), where="test")
+    settings = ModelSettings(torch.bfloat16, backend="transformer_engine", context_communication=asked)
+    with as_on_hopper(attention=TEDotProductAttention):
+        try:
+            (model,) = build_model(arch, platform.parallel(context=2), platform, settings)
+        except ConfigError as error:
+            return str(error)
+    return {layer.self_attention.core_attention.cp_comm_type for layer in model.decoder.layers}.pop()
+
+
+@te
+@pytest.mark.parametrize(
+    ("changes", "asked", "expected"),
+    [
+        ({"sliding_window": 64}, None, "a2a"),
+        ({"sliding_window": 64}, "all_gather", "all_gather"),
+        ({"sliding_window": 64}, "p2p", "p2p does not support the model's sliding windows"),
+        (
+            {"sliding_window": 64, "num_key_value_heads": 1},
+            None,
+            "does not divide a tensor-parallel rank's 1 key-value",
+        ),
+        ({"sliding_window": None}, None, "p2p"),
+        ({"sliding_window": None}, "a2a", "a2a"),
+    ],
+)
+def test_sliding_windows_choose_how_context_parallel_ranks_communicate(changes, asked, expected: str) -> None:
+    found = run_distributed(chosen_communication, 2, changes, asked)
+    assert found[0] == found[1] and expected in found[0]
+
+
+def quantizable(platform: Any, recipe: FP8Recipe) -> dict[str, bool]:
+    """Whether Transformer Engine quantises the fewest rows that a rank may have, and half of them."""
+    from transformer_engine.pytorch import Float8BlockQuantizer, Float8CurrentScalingQuantizer, MXFP8Quantizer
+    from transformer_engine.pytorch.utils import assert_dim_for_fp8_exec
+    from transformer_engine_torch import DType
+
+    options = dict(rowwise=True, columnwise=True)
+    quantizer = {
+        "delayed": lambda: Float8CurrentScalingQuantizer(DType.kFloat8E4M3, "cpu", **options),  # as for tensorwise
+        "tensorwise": lambda: Float8CurrentScalingQuantizer(DType.kFloat8E4M3, "cpu", **options),
+        "blockwise": lambda: Float8BlockQuantizer(DType.kFloat8E4M3, block_scaling_dim=1, **options),
+        "mxfp8": lambda: MXFP8Quantizer(DType.kFloat8E4M3, **options),
+    }[recipe]()
+
+    def gathered_in_fp8(rows: int) -> bool:
+        return quantizer.is_quantizable(torch.empty(rows, 256))
+
+    needs = FP8_RECIPES[recipe]
+    for sequence_parallel in (False, True):
+        assert_dim_for_fp8_exec(torch.empty(needs.rows(sequence_parallel=sequence_parallel), 256))
+    rows = needs.rows(sequence_parallel=True)
+    return {"whole": gathered_in_fp8(rows), "half": gathered_in_fp8(rows // 2)}
+
+
+@te
+@pytest.mark.parametrize("recipe", FP8_RECIPES)
+def test_rows_are_what_the_quantizers_need(recipe: FP8Recipe) -> None:
+    """By half the rows, a recipe with a scale per block would be gathered in bf16, and quantised again by every rank."""
+    found = run_distributed(quantizable, 1, recipe)[0]
+    assert found == {"whole": True, "half": recipe in ("delayed", "tensorwise")}
+
+
+def overlapped(platform: Any, recipe: FP8Recipe | None) -> tuple[list[Any], dict[str, Any], set[bool]]:
+    """What userbuffers are asked for, and whether the projections of a tensor-parallel model gather through them."""
+    from transformer_engine.pytorch.module import base
+
+    from megatron_iwsft.distributed.userbuffers import start_userbuffers
+    from megatron_iwsft.model.gpt import ModelSettings, build_model
+
+    asked: list[Any] = []
+    initialize = mock.patch.multiple(base, initialize_ub=lambda *a, **k: asked.append((a, k)), _ub_initialized=True)
+    with as_on_hopper(), initialize:
+        for _ in range(2):  # of policy and reference
+            start_userbuffers(256, 64, tensor=2, fp8=recipe is not None, bf16=recipe is None)
+        settings = ModelSettings(torch.bfloat16, backend="transformer_engine", fp8=recipe, overlap_tensor=True)
+        parallel = platform.parallel(tensor=2, sequence=True)
+        (model,) = build_model(architecture("dense"), parallel, platform, settings)
+    ((arguments, options),) = asked
+    modes = [mode.name for mode in options["quantization_modes"]]
+    return (
+        list(arguments),
+        modes,
+        {layer.self_attention.linear_qkv.ub_overlap_ag_fprop for layer in model.decoder.layers},
+    )
+
+
+@te
+@pytest.mark.parametrize(("recipe", "mode"), [(None, "NONE"), ("tensorwise", "FP8")])
+def test_tensor_parallel_communication_overlaps_through_userbuffers(recipe: FP8Recipe | None, mode: str) -> None:
+    for found in run_distributed(overlapped, 2, recipe):
+        assert found == ([[256, 64], 2], [mode], {True})
