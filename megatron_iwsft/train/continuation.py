@@ -14,7 +14,7 @@ from megatron_iwsft.train.setup import CheckedRun
 # What may differ between a run and its continuation. Anything else would make it another run.
 _MAY_CHANGE = {
     "run": {"name", "dir", "device", "hang_timeout_s", "max_bad_steps", "spike"},
-    "data": {"corpus", "micro_batch_size", "epochs", "max_steps", "verify"},
+    "data": {"corpus", "micro_batch_size", "epochs", "max_steps", "drawn_from", "verify"},
 }
 _MUST_STAY = ("model", "data", "objective", "reference", "precision", "run")
 _NOT_REPORTED = {"run.name", "run.dir"}

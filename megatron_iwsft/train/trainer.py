@@ -203,6 +203,7 @@ class Trainer:
         self.optimizer.zero_grad()  # without the distributed optimizer, .grad still is the last step's main_grad
         batches = self.batches.from_packs(packs)
         self.watch.at(number, "forward and backward")
+        self.step.origin = run.origin_at(metrics["epoch"])
         metrics |= self.step.forward_backward(batches)
         if not metrics["trained_tokens"]:
             raise DataError(
