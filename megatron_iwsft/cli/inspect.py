@@ -1,6 +1,7 @@
 """Show what a corpus, a checkpoint or a run directory holds. Its files tell which of them PATH is.
 
-corpus: counts, length and score distributions, drop reasons, packing, random samples with the trained tokens marked
+corpus: counts, length and score distributions, drop reasons, packing, how far iw-SFT's temperatures move the optimum, random samples with
+the trained tokens marked
 checkpoint: step, layout, model, sizes and the state of its files; for a run directory, of all its checkpoints
 
 examples:
@@ -71,6 +72,7 @@ def _inspect_corpus(args: argparse.Namespace) -> int:
     from megatron_iwsft.data.corpus import DROPPED, Corpus
     from megatron_iwsft.data.prepare.accounting import verify
     from megatron_iwsft.data.prepare.inspect import Inspection, write_jsonl
+    from megatron_iwsft.objectives.fixed_point import exponents
 
     if args.verify:
         complaints = verify(args.path, show_progress=True)
@@ -79,7 +81,13 @@ def _inspect_corpus(args: argparse.Namespace) -> int:
         say(f"{args.path}: every file matches the manifest, and {DROPPED} adds up")
     corpus = Corpus.open(args.path)
     samples = 2 if args.samples is None else args.samples
-    inspection = Inspection(corpus, seq_lengths=args.seq_length or [], samples=samples, seed=args.seed or 0)
+    inspection = Inspection(
+        corpus,
+        seq_lengths=args.seq_length or [],
+        samples=samples,
+        seed=args.seed or 0,
+        remarks=exponents(corpus.num_trained),
+    )
     print(inspection.to_terminal(colour=sys.stdout.isatty()))
     if args.html:
         write_text(args.html, inspection.to_html())

@@ -14,7 +14,7 @@ from megatron_iwsft.config.megatron import Megatron
 from megatron_iwsft.config.section import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section, Share
 from megatron_iwsft.distributed.fp8_recipes import FP8Recipe
 from megatron_iwsft.distributed.parallel_layout import ParallelLayout
-from megatron_iwsft.objectives.functions import OBJECTIVES
+from megatron_iwsft.objectives.functions import LEVELS, NORMALIZATIONS, OBJECTIVES, Level, Normalize, Origin
 
 
 class Spike(Section):
@@ -136,6 +136,10 @@ class Data(Section):
     max_steps: PositiveInt | None = None
     """End the run after this many optimizer steps."""
     quality: QualityConfig = QualityConfig()
+    drawn_from: Origin = "other"
+    """What the trajectories were sampled from, at temperature 1; decides which metrics are defined.
+    other: anything but the reference policy, or unknown. reference: the reference policy, and nothing was filtered out.
+    reference_filtered: the reference policy, and a filter kept those that count as success."""
     verify: Literal["full", "sample", "none"] = "full"
     """What is checked of the corpus when a run starts, beyond its indices; the ranks share the work.
     full: the SHA-256 of every file, token ids and masks. sample: the same of at most 64 blocks of 64 MiB, chosen by `run.seed`;
@@ -199,9 +203,10 @@ def _default_clips() -> str:
     texts = []
     for objective in OBJECTIVES.values():
         if objective.needs_reference:
-            levels = (f"[{low:g}, {high:g}] at {level} level" for level, (low, high) in objective.default_clip.items())
+            clips = {level: objective.clip_at(level) for level in LEVELS}
+            levels = (f"[{low:g}, {high:g}] at {level} level" for level, (low, high) in clips.items())
             texts.append(f"{objective.name} {', '.join(levels)}")
-    return "; ".join(texts) + "."
+    return ";\n".join(texts) + "."
 
 
 class Objective(Section):
@@ -209,18 +214,20 @@ class Objective(Section):
 
     name: str = "iw_sft"
     """sft (w = 1), iw_sft (importance weights), dft, psft, or a custom objective as path/to/file.py:function."""
-    level: Literal["sequence", "token"] = "sequence"
-    """For iw_sft. sequence: one weight per trajectory, from its mean log-ratio. token: one weight per token."""
+    level: Level = "sequence"
+    """For iw_sft, what a weight is made of.
+    sequence: the mean log-ratio of a trajectory's trained tokens. trajectory: their sum, the importance ratio itself.
+    token: each token's own log-ratio, one weight per token."""
     temperature: NonNegativeFloat = 1.0
     """τ in w = clip(exp(τ · log-ratio))."""
     clip: list[float] | None = Field(
         default=None,
         description="[low, high] bounds of the weights; for psft of the probability ratio.\nnull: " + _default_clips(),
     )
-    normalize: Literal["tokens", "weights", "sequences"] = "tokens"
+    normalize: Normalize = "tokens"
     """The denominator N of the loss, over the global batch.
     tokens: trained tokens. weights: the sum of s_i w_t over tokens.
-    sequences: trajectories, each contributing its per-token mean."""
+    sequences: trajectories, each contributing its per-token mean. sequence_weights: the same, over the sum of s_i w_i."""
     proposal: Proposal = Proposal()
     router_balance: NonNegativeFloat = 0.0
     """Coefficient of the per-trajectory load-balancing loss of a mixture of experts, added to the objective."""
@@ -248,7 +255,7 @@ class Objective(Section):
     def _clip_is_an_interval(self) -> Objective:
         if self.clip is not None and (len(self.clip) != 2 or not 0 <= self.clip[0] < self.clip[1]):
             raise ValueError(f"clip must be [low, high] with 0 ≤ low < high; found {self.clip}")
-        if self.router_balance and self.normalize == "weights":
+        if self.router_balance and NORMALIZATIONS[self.normalize].by_weights:
             raise ValueError(
                 "router_balance needs normalize: tokens or sequences; the sum of the weights is known only after the backward passes, "
                 "of which the balance loss is part"

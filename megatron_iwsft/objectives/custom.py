@@ -77,7 +77,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _settings(objective: Objective) -> Settings:
-    return Settings(clip=objective.default_clip["sequence"])
+    return Settings(clip=objective.clip_at("sequence"))
 
 
 def _evaluate(objective: Objective, name: str, which: list[int]) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 from megatron_iwsft.errors import ConfigError
 from megatron_iwsft.objectives.metrics import METRICS, Metric
@@ -26,14 +26,56 @@ from megatron_iwsft.objectives.metrics import METRICS, Metric
 if TYPE_CHECKING:
     from torch import Tensor
 
-Normalize = Literal["tokens", "weights", "sequences"]
-Level = Literal["sequence", "token"]
+Normalize = Literal["tokens", "weights", "sequences", "sequence_weights"]
+Level = Literal["sequence", "trajectory", "token"]
 Clip = tuple[float, float]
+# Where the trajectories of a corpus came from; see `data.drawn_from` in the schema.
+Origin = Literal["other", "reference", "reference_filtered"]
 
 # exp of more than this overflows float32; a ratio that large is far above every sensible clip.
 _MAX_LOG_RATIO = 80.0
 
-_DEFAULT_CLIP: Mapping[Level, Clip] = {"sequence": (0.0, 16.0), "token": (0.2, 1.8)}
+
+@dataclass(frozen=True)
+class WeightLevel:
+    """One way to make importance weights of log-ratios.
+
+    log_ratio  the log-ratio that a token's weight is made of: of its trajectory or of the token itself, float32 [T]
+    clip       default bounds of the weights
+    per_token  whether each token has a weight of its own
+    """
+
+    log_ratio: Callable[[Trajectories], Tensor]
+    clip: Clip
+    per_token: bool = False
+
+
+LEVELS: Mapping[Level, WeightLevel] = {
+    "sequence": WeightLevel(lambda t: (t.trajectory_log_ratio / t.lengths.clamp(min=1.0))[t.segment], (0.0, 16.0)),
+    # Sums spread much more than means: with a lower bound no trajectory is lost for good, and the upper one bounds its share of a batch.
+    "trajectory": WeightLevel(lambda t: t.trajectory_log_ratio[t.segment], (0.2, 5.0)),
+    "token": WeightLevel(lambda t: t.log_ratio, (0.2, 1.8), per_token=True),
+}
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """What the loss is divided by.
+
+    of_means    whether a trajectory enters with the mean of its tokens, instead of their sum
+    by_weights  whether weights and quality are summed in the denominator, instead of counting tokens or trajectories
+    """
+
+    of_means: bool
+    by_weights: bool
+
+
+NORMALIZATIONS: Mapping[Normalize, Normalization] = {
+    "tokens": Normalization(of_means=False, by_weights=False),
+    "weights": Normalization(of_means=False, by_weights=True),
+    "sequences": Normalization(of_means=True, by_weights=False),
+    "sequence_weights": Normalization(of_means=True, by_weights=True),
+}
 
 
 @dataclass(frozen=True)
@@ -68,7 +110,12 @@ class Trajectories:
         Low precision can give a token probability 0 on one side, which makes the difference infinite: it counts as ±80, which every
         clip cuts. Where both sides give 0 the difference counts as 0. `loss.py` counts such tokens as `not_finite_tokens`.
         """
-        return _finite(self.proposal - self.reference) * self.mask
+        return finite(self.proposal - self.reference) * self.mask
+
+    @cached_property
+    def trajectory_log_ratio(self) -> Tensor:
+        """Σ_t (q_t − r_t) of each trajectory, float32 [S]. Collective where `segment_sum` is."""
+        return self.segment_sum(self.log_ratio)
 
 
 @dataclass(frozen=True)
@@ -77,7 +124,7 @@ class Settings:
 
     level: Level = "sequence"
     temperature: float = 1.0
-    clip: Clip = _DEFAULT_CLIP["sequence"]
+    clip: Clip = LEVELS["sequence"].clip
     normalize: Normalize = "tokens"
 
 
@@ -110,7 +157,7 @@ class Objective:
     weighted         whether weights vary, so weight metrics are logged
     per_token        whether a weight belongs to a token at every level
     uses_proposal    whether it can follow a lagged proposal
-    default_clip     for each level
+    default_clip     by level, where it is not the level's own
     metrics          its own, of sums of `Weighted.extra`
 
     Raises ConfigError for a metric of its own that has the name of another metric, or that only the trainer could measure.
@@ -122,7 +169,7 @@ class Objective:
     weighted: bool = True
     per_token: bool = False
     uses_proposal: bool = True
-    default_clip: Mapping[Level, Clip] = field(default_factory=lambda: _DEFAULT_CLIP)
+    default_clip: Mapping[Level, Clip] = field(default_factory=dict)
     metrics: tuple[Metric, ...] = ()
 
     def __post_init__(self) -> None:
@@ -145,22 +192,45 @@ class Objective:
             return None
         return f"proposal.kind {kind} needs iw_sft or a custom objective that uses the proposal; {self.name} uses none"
 
-    def reports(self, metric: Metric) -> bool:
-        """Whether `metric` says anything under this objective."""
-        return (metric.needs != "reference" or self.needs_reference) and (metric.needs != "weights" or self.weighted)
+    def clip_at(self, level: Level) -> Clip:
+        """The default bounds of the weights."""
+        return self.default_clip.get(level, LEVELS[level].clip)
+
+    def reports(self, metric: Metric, origin: Origin = "other") -> bool:
+        """Whether `metric` is defined under this objective, for trajectories that were drawn from `origin`."""
+        if metric.needs is None:
+            return True
+        if metric.needs == "weights":
+            return self.weighted
+        origins = {
+            "reference": get_args(Origin),
+            "reference_samples": get_args(Origin)[1:],
+            "all_samples": ("reference",),
+        }
+        return self.needs_reference and origin in origins[metric.needs]
 
 
-def local_segment_sum(segment: Tensor, num_segments: int) -> Callable[[Tensor], Tensor]:
-    """The `segment_sum` for trajectories that are entirely on this rank. Sums in float64, returns float32 [S]."""
+def local_segment_sum(
+    segment: Tensor, num_segments: int, *, reduce: Callable[[Tensor], object] | None = None
+) -> Callable[[Tensor], Tensor]:
+    """A `segment_sum`: sums in float64, returns float32 [S].
+
+    reduce: adds up float64 [S] in place over the ranks that hold parts of the trajectories. In float64, because the parts of a long
+    trajectory may be large and cancel. None: trajectories are entirely on this rank.
+    """
 
     def segment_sum(values: Tensor) -> Tensor:
         values = values.double()
-        return values.new_zeros(num_segments).index_add_(0, segment, values).float()
+        out = values.new_zeros(num_segments).index_add_(0, segment, values)
+        if reduce is not None:
+            reduce(out)
+        return out.float()
 
     return segment_sum
 
 
-def _finite(log_ratio: Tensor) -> Tensor:
+def finite(log_ratio: Tensor) -> Tensor:
+    """Replace infinite log-ratios by ±80, undefined ones by 0."""
     return log_ratio.nan_to_num(nan=0.0, posinf=_MAX_LOG_RATIO, neginf=-_MAX_LOG_RATIO)
 
 
@@ -170,11 +240,8 @@ def _sft(t: Trajectories, s: Settings) -> Weighted:
 
 
 def _iw_sft(t: Trajectories, s: Settings) -> Weighted:
-    """Importance-weighted SFT: w = clip(exp(τ·(q − r))), of a trajectory's mean log-ratio or of each token's."""
-    log_ratio = t.log_ratio
-    if s.level == "sequence":
-        log_ratio = (t.segment_sum(log_ratio) / t.lengths.clamp(min=1.0))[t.segment]
-    ratio = (s.temperature * log_ratio).clamp(max=_MAX_LOG_RATIO).exp()
+    """Importance-weighted SFT: w = clip(exp(τ·log-ratio)): of a trajectory's mean or sum, or of each token."""
+    ratio = (s.temperature * LEVELS[s.level].log_ratio(t)).clamp(max=_MAX_LOG_RATIO).exp()
     low, high = s.clip
     weight = ratio.clamp(low, high) * t.mask
     clipped = ((ratio < low) | (ratio > high)).to(t.mask.dtype) * t.mask
@@ -190,7 +257,7 @@ def _dft(t: Trajectories, s: Settings) -> Weighted:
 def _psft(t: Trajectories, s: Settings) -> Weighted:
     """Proximal SFT (arXiv 2508.17784): −min(ρ, clip(ρ, lo, hi)), ρ = π_θ(a_t)/π_ref(a_t). The weight is the gradient's factor."""
     low, high = s.clip
-    ratio = _finite(t.logprobs - t.reference).clamp(max=_MAX_LOG_RATIO).exp()
+    ratio = finite(t.logprobs - t.reference).clamp(max=_MAX_LOG_RATIO).exp()
     loss = -ratio.minimum(ratio.clamp(low, high)) * t.mask
     clipped = (ratio.detach() > high).to(t.mask.dtype) * t.mask
     return Weighted(loss=loss, weight=ratio.detach() * (1.0 - clipped) * t.mask, clipped=clipped)
@@ -204,7 +271,7 @@ psft = Objective(
     _psft,
     per_token=True,
     uses_proposal=False,
-    default_clip={"sequence": (0.8, 1.28), "token": (0.8, 1.28)},
+    default_clip=dict.fromkeys(LEVELS, (0.8, 1.28)),
 )
 
 OBJECTIVES: dict[str, Objective] = {objective.name: objective for objective in (sft, iw_sft, dft, psft)}

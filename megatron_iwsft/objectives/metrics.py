@@ -28,7 +28,8 @@ class Metric:
     title        for people
     numerator, denominator  names of sums (`loss.SUMS`, or an objective's own); a numerator alone is a count
     derived      a function of all sums, in place of numerator and denominator; nan where it is undefined
-    needs        logged only for objectives with a reference, or with weights
+    needs        what it is defined for: objectives with weights; with a reference; trajectories that the reference sampled, of which a
+                 filter may have kept some (`reference_samples`), or all of what it sampled (`all_samples`)
     measured     by the trainer, not from sums
     timing       differs between two runs that compute the same numbers
     plotted      in reports
@@ -39,7 +40,7 @@ class Metric:
     numerator: str | None = None
     denominator: str | None = None
     derived: Callable[[Sums], Any] | None = None
-    needs: Literal["reference", "weights"] | None = None
+    needs: Literal["weights", "reference", "reference_samples", "all_samples"] | None = None
     measured: bool = False
     timing: bool = False
     plotted: bool = False
@@ -79,13 +80,27 @@ def _ratio(numerator: float, denominator: float) -> float:
 
 
 def _effective_sample_size(sums: Sums) -> float:
-    """(Σw)²/(nΣw²): a share of the n units, between 1/n and 1."""
-    return _ratio(sums["weight"] ** 2, sums["units"] * sums["weight_squared"])
+    """(Σc)²/(nΣc²) of the n units' coefficients in the gradient: a share of the units, between 1/n and 1."""
+    return _ratio(sums["coefficient"] ** 2, sums["units"] * sums["coefficient_squared"])
 
 
-def _bound_gap(sums: Sums) -> float:
-    # Each bound is divided first: a run's log must not depend on how this row is written.
-    return _ratio(sums["bound_iw"], sums["sequences"]) - _ratio(sums["bound_sft"], sums["sequences"])
+def _spread(sums: Sums) -> float:
+    """Standard deviation over trajectories of Σ_t (q_t − r_t)."""
+    mean = _ratio(sums["trajectory_log_ratio"], sums["sequences"])
+    return math.sqrt(max(0.0, _ratio(sums["trajectory_log_ratio_squared"], sums["sequences"]) - mean**2))
+
+
+def _standard_error(bound: str) -> Callable[[Sums], float]:
+    """Of Σsx/Σs over independent trajectories, to first order: √(Σs²(x − mean)² · n/(n − 1)) / Σs; nan for fewer than two."""
+
+    def standard_error(sums: Sums) -> float:
+        mean, n = _ratio(sums[bound], sums["quality"]), sums["sequences"]
+        if not n > 1 or math.isnan(mean):
+            return math.nan
+        squares = sums[f"{bound}_ssxx"] - 2.0 * mean * sums[f"{bound}_ss"] + mean**2 * sums["quality_squared"]
+        return math.sqrt(max(0.0, squares) * n / (n - 1.0)) / sums["quality"]
+
+    return standard_error
 
 
 def _histogram(sums: Sums) -> list[float]:
@@ -111,7 +126,7 @@ METRICS = (
     ),
     Metric(
         "weight_ess",
-        "effective sample size, share of the batch",
+        "effective sample size, share of the weights",
         derived=_effective_sample_size,
         needs="weights",
         plotted=True,
@@ -120,19 +135,34 @@ METRICS = (
     Metric("weight_histogram", f"shares of weights between {WEIGHT_BINS}", derived=_histogram, needs="weights"),
     Metric("log_ratio", "mean log-ratio q − r per token", "log_ratio", "tokens", needs="reference"),
     Metric("abs_log_ratio", "mean absolute log-ratio per token", "abs_log_ratio", "tokens", needs="reference"),
-    # KL(q‖π_ref) = E_q[log q/π_ref], by self-normalised importance sampling with the objective's own (clipped) weights: the
-    # unclipped ones have so heavy a tail that one surprising token would dominate the estimate.
     Metric(
-        "kl_to_reference",
-        "estimated KL to the reference, nats per token",
+        "weighted_log_ratio",
+        "mean log-ratio q − r per token, weighted",
         "weighted_log_ratio",
         "token_weight",
         needs="reference",
         plotted=True,
     ),
-    Metric("bound_sft", "SFT bound", "bound_sft", "sequences", needs="reference"),
-    Metric("bound_iw", "iw-SFT bound", "bound_iw", "sequences", needs="reference", plotted=True),
-    Metric("bound_gap", "iw-SFT bound − SFT bound", derived=_bound_gap, needs="reference"),
+    Metric(
+        "trajectory_log_ratio",
+        "mean log-ratio q − r per trajectory",
+        "trajectory_log_ratio",
+        "sequences",
+        needs="reference",
+    ),
+    Metric("trajectory_log_ratio_std", "its standard deviation over trajectories", derived=_spread, needs="reference"),
+    Metric(
+        "kl_from_reference",
+        "KL(reference‖proposal), nats per token",
+        "kl_from_reference",
+        "tokens",
+        needs="all_samples",
+        plotted=True,
+    ),
+    Metric("bound_sft", "SFT bound / P(D+)", "bound_sft", "quality", needs="reference_samples"),
+    Metric("bound_sft_se", "its standard error", derived=_standard_error("bound_sft"), needs="reference_samples"),
+    Metric("bound_iw", "iw-SFT bound / P(D+)", "bound_iw", "quality", needs="reference_samples", plotted=True),
+    Metric("bound_iw_se", "its standard error", derived=_standard_error("bound_iw"), needs="reference_samples"),
     Metric("not_finite_tokens", "tokens whose log-ratio is not finite", "not_finite", needs="reference"),
     Metric("router_balance", "load-balance loss of the routers, per layer", measured=True),
     Metric("trained_tokens", "trained tokens", "tokens"),

@@ -71,10 +71,10 @@ def write_report(runs: Sequence[Path], output: Path) -> str:
     metrics = {printable_line(str(run)): read_metrics(run) for run in runs}
     configs = {printable_line(str(run)): run / "config.yaml" for run in runs}
     rows = [
-        [name, *(_last(lines, m) for m in ("step", "nll", "loss", "weight_mean", "weight_ess", "kl_to_reference"))]
+        [name, *(_last(lines, m) for m in ("step", "nll", "loss", "weight_mean", "weight_ess", "weighted_log_ratio"))]
         for name, lines in metrics.items()
     ]
-    header = ["run", "steps", "nll", "loss", "weight mean", "effective sample size", "KL to reference"]
+    header = ["run", "steps", "nll", "loss", "weight mean", "effective sample size", "weighted log-ratio"]
     summary = [
         "  ".join(f"{cell:>{max(len(h), 10)}}" for cell, h in zip(row, header, strict=True)) for row in [header, *rows]
     ]

@@ -1,8 +1,9 @@
 """One global denominator: a batch's sums over micro-batches and ranks, and the division of its gradients.
 
 Why Megatron-Core's own division does not serve: its schedule counts tokens in an integer, which `finalize_model_grads` clamps to at least
-1, but a denominator may be fractional (`normalize: weights`). So losses are sums (three-tuples, `calculate_per_token_loss`), gradients are
-summed over ranks unscaled, and `LossTotals.finalize` divides them once, by the sum that all ranks contributed to.
+1, but a denominator may be fractional (`normalize: weights`, `sequence_weights`). So losses are sums (three-tuples,
+`calculate_per_token_loss`), gradients are summed over ranks unscaled, and `LossTotals.finalize` divides them once, by the sum that all
+ranks contributed to.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_iwsft.objectives.functions import Objective
+from megatron_iwsft.objectives.functions import Objective, Origin
 from megatron_iwsft.objectives.loss import LossSums, reported_metrics, sum_names
 from megatron_iwsft.objectives.metrics import summarize
 
@@ -30,6 +31,7 @@ class LossTotals:
     sums       float64 [len(sum_names(objective))]
     weight_max float64 []
     extra      float64, any shape, summed in the same way as `sums`: for sums that are not the objective's
+    origin     where the trajectories were drawn from: some metrics are defined only for samples of the reference
     """
 
     def __init__(
@@ -40,8 +42,9 @@ class LossTotals:
         dp_cp: dist.ProcessGroup,
         pp: dist.ProcessGroup | None = None,
         extra: Tensor | None = None,
+        origin: Origin = "other",
     ) -> None:
-        self.objective, self._dp_cp, self._pp = objective, dp_cp, pp
+        self.objective, self.origin, self._dp_cp, self._pp = objective, origin, dp_cp, pp
         self.sums = torch.zeros(len(sum_names(objective)), dtype=torch.float64, device=device)
         self.weight_max = torch.zeros((), dtype=torch.float64, device=device)
         self.extra = extra
@@ -92,7 +95,7 @@ class LossTotals:
         """The objective's metrics, after `reduce`: the same on every rank."""
         self._require_reduced()
         sums = dict(zip(sum_names(self.objective), self.sums.tolist(), strict=True))
-        return summarize(sums | {"weight_max": float(self.weight_max)}, reported_metrics(self.objective))
+        return summarize(sums | {"weight_max": float(self.weight_max)}, reported_metrics(self.objective, self.origin))
 
     def _require_unreduced(self) -> None:
         if self._reduced:

@@ -31,7 +31,7 @@ from megatron_iwsft.errors import CheckpointError, ConfigError, DataError
 from megatron_iwsft.hf.directory import DTYPES
 from megatron_iwsft.model.gpt import ModelSettings, PolicyModel, build_model
 from megatron_iwsft.objectives.custom import find_objective, source_hash
-from megatron_iwsft.objectives.functions import Objective, Settings
+from megatron_iwsft.objectives.functions import Objective, Origin, Settings
 from megatron_iwsft.reference.sidecar import ReferenceIdentity
 from megatron_iwsft.train.callbacks import CallbackFunction
 from megatron_iwsft.train.callbacks.custom import load_callbacks
@@ -78,8 +78,16 @@ class CheckedRun:
     def settings(self) -> Settings:
         """The objective's settings, defaults filled in."""
         section = self.config.objective
-        low, high = section.clip or self.objective.default_clip[section.level]
+        low, high = section.clip or self.objective.clip_at(section.level)
         return Settings(section.level, section.temperature, (low, high), section.normalize)
+
+    def origin_at(self, epoch: int) -> Origin:
+        """Where an epoch's trajectories were drawn from, as far as metrics may rely on it.
+
+        After the first epoch the policy has been trained on them, and a refreshed reference has not sampled them.
+        """
+        independent = epoch == 0 and not self.config.reference.refresh
+        return self.config.data.drawn_from if independent else "other"
 
     @property
     def total_steps(self) -> int:

@@ -18,7 +18,14 @@ from megatron_iwsft.distributed.context import ParallelContext
 from megatron_iwsft.model.gpt import PolicyModel, forward
 from megatron_iwsft.model.moe import Balance
 from megatron_iwsft.objectives.breakdown import Breakdown
-from megatron_iwsft.objectives.functions import Objective, Settings, Trajectories, local_segment_sum
+from megatron_iwsft.objectives.functions import (
+    NORMALIZATIONS,
+    Objective,
+    Origin,
+    Settings,
+    Trajectories,
+    local_segment_sum,
+)
 from megatron_iwsft.objectives.loss import micro_batch_loss
 from megatron_iwsft.reference.frozen_stage import StageWithFrozenModels
 from megatron_iwsft.train.normalization import LossTotals
@@ -60,6 +67,7 @@ class TrainStep:
     offload    whether their weights stay on the host between forward passes
     router_balance  coefficient of the balance loss of a mixture of experts
     breakdown  of the corpus's trajectories into groups whose loss is reported
+    origin     where the trajectories of the next batches were drawn from, which some metrics depend on
     """
 
     chunks: list[DistributedDataParallel]
@@ -72,6 +80,7 @@ class TrainStep:
     offload: bool = False
     router_balance: float = 0.0
     breakdown: Breakdown | None = None
+    origin: Origin = "other"
 
     def __post_init__(self) -> None:
         self._frozen = [copy for copy in (self.reference, self.proposal) if copy is not None]
@@ -86,7 +95,14 @@ class TrainStep:
     def _start_totals(self) -> None:
         groups = self.breakdown.zero_sums(self.device) if self.breakdown is not None else None
         parallel = self.parallel
-        self._totals = LossTotals(self.objective, self.device, dp_cp=parallel.dp_cp, pp=parallel.pp, extra=groups)
+        self._totals = LossTotals(
+            self.objective,
+            self.device,
+            dp_cp=parallel.dp_cp,
+            pp=parallel.pp,
+            extra=groups,
+            origin=self.origin,
+        )
         self._router_balance = torch.zeros((), dtype=torch.float64, device=self.device)
 
     def forward_backward(self, batches: list[Batch]) -> dict[str, Any]:
@@ -99,7 +115,7 @@ class TrainStep:
         self._run(batches, forward_only=False)
         metrics = self._totals.metrics()
         if self.router_balance:
-            units = metrics["trained_tokens" if self.settings.normalize == "tokens" else "sequences"]
+            units = metrics["sequences" if self._of_means else "trained_tokens"]
             per_layer = float(self._router_balance) / self.chunks[0].config.num_layers
             metrics["router_balance"] = per_layer / units if units else math.nan
         if self.breakdown is not None and self._totals.extra is not None:
@@ -133,8 +149,13 @@ class TrainStep:
     def _balance(self, batch: Batch) -> Balance | None:
         if not self.router_balance:
             return None
-        per_token = self.settings.normalize == "tokens"
-        return Balance.of(batch, coefficient=self.router_balance, per_token=per_token, total=self._router_balance)
+        return Balance.of(
+            batch, coefficient=self.router_balance, per_token=not self._of_means, total=self._router_balance
+        )
+
+    @property
+    def _of_means(self) -> bool:
+        return NORMALIZATIONS[self.settings.normalize].of_means
 
     def _trajectories(self, batch: Batch, logprobs: Tensor) -> Trajectories:
         """logprobs [1 … 3, T]: the policy's, then those of a live reference and of a lagged proposal if there are any."""
@@ -155,15 +176,11 @@ class TrainStep:
 
     def _segment_sum(self, batch: Batch) -> Callable[[Tensor], Tensor]:
         """Sums over trajectories. Collective: an all-reduce [S] over context-parallel ranks, which hold parts of them."""
-        local = local_segment_sum(batch.segment, batch.num_segments)
-
-        def segment_sum(values: Tensor) -> Tensor:
-            out = local(values)
-            if self.parallel.cp.size() > 1:
-                dist.all_reduce(out, group=self.parallel.cp)
-            return out
-
-        return segment_sum
+        if self.parallel.cp.size() == 1:
+            return local_segment_sum(batch.segment, batch.num_segments)
+        return local_segment_sum(
+            batch.segment, batch.num_segments, reduce=lambda out: dist.all_reduce(out, group=self.parallel.cp)
+        )
 
     def _finalize(self, model: object, num_tokens: Tensor | None = None, **options: Any) -> None:
         """Called by the schedule after the last backward pass; `model` may hold frozen models too, which have no gradients."""

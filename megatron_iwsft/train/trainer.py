@@ -209,6 +209,7 @@ class Trainer:
         self.optimizer.zero_grad()  # without the distributed optimizer, .grad still is the last step's main_grad
         batches = self.batches.at_step(number - 1, following=number if number < self.total_steps else None)
         self.watch.at(number, "forward and backward")
+        self.step.origin = run.origin_at(metrics["epoch"])
         metrics |= self.step.forward_backward(batches)
         if not metrics["trained_tokens"]:
             raise DataError(

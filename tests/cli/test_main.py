@@ -159,7 +159,8 @@ def test_config_prints_single_values(
 def test_inspect_recognizes_a_corpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     corpus = tiny.token_corpus(tmp_path, [20, 30])
     assert cli.run(["inspect", str(corpus.directory), "--verify", "--seq-length", "64", "--samples", "0"]) == 0
-    assert "packed to 64" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "packed to 64" in shown and "trained tokens T" in shown and "exponent T/(T−τ), τ = 1 " in shown
     (corpus.directory / "manifest.json").unlink()
     with pytest.raises(DataError, match=r"has no manifest\.json"):
         cli.run(["inspect", str(corpus.directory)])

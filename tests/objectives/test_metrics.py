@@ -34,4 +34,5 @@ def test_a_batch_without_trained_tokens_has_undefined_ratios(name: str) -> None:
     found = summarize(sums, reported_metrics(OBJECTIVES[name]))
     assert math.isnan(found["loss"]) and math.isnan(found["nll"]) and found["trained_tokens"] == 0
     assert ("weight_mean" in found) == OBJECTIVES[name].weighted
-    assert ("kl_to_reference" in found) == OBJECTIVES[name].needs_reference
+    assert ("weighted_log_ratio" in found) == OBJECTIVES[name].needs_reference
+    assert not {"bound_sft", "bound_iw", "kl_from_reference"} & found.keys()

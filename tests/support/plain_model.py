@@ -125,17 +125,19 @@ def loss(trajectories: list[tuple[Tensor, ...]], objective: dict) -> Tensor:
             w = torch.exp(ell.detach())
         elif objective["name"] == "psft":
             w = torch.ones_like(ratio)
-        elif objective["level"] == "sequence":
-            w = torch.exp(tau * ratio.mean()).clamp(low, high) * torch.ones_like(ratio)
+        elif objective["level"] in ("sequence", "trajectory"):
+            of_all = ratio.mean() if objective["level"] == "sequence" else ratio.sum()
+            w = torch.exp(tau * of_all).clamp(low, high) * torch.ones_like(ratio)
         else:
             w = torch.exp(tau * ratio).clamp(low, high)
         gain = w * ell
         if objective["name"] == "psft":
             rho = torch.exp(ell - r)
             gain, w = torch.minimum(rho, rho.clamp(low, high)), torch.where(rho > high, 0.0, rho).detach()
-        mean = len(ell) if objective["normalize"] == "sequences" else 1
+        mean = len(ell) if objective["normalize"].startswith("sequence") else 1
         numerator = numerator - s * gain.sum() / mean
         tokens += len(ell)
-        weights += s * w.sum().item()
+        weights += s * w.sum().item() / mean
         sequences += 1
-    return numerator / {"tokens": tokens, "weights": weights, "sequences": sequences}[objective["normalize"]]
+    denominators = {"tokens": tokens, "weights": weights, "sequences": sequences, "sequence_weights": weights}
+    return numerator / denominators[objective["normalize"]]

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import math
 import subprocess
 from pathlib import Path
+from types import ModuleType
 
+import numpy as np
 import pytest
+import torch
 import yaml
 
+from megatron_iwsft.data.corpus import Corpus
 from megatron_iwsft.data.prepare.arithmetic import short_sums
-from tests.support import run_python
+from megatron_iwsft.objectives.functions import Settings, Trajectories, iw_sft, local_segment_sum
+from tests.support import ROOT, run_python
 
 
 def test_short_sums_are_correct_except_for_the_requested_fraction() -> None:
@@ -39,43 +46,97 @@ def bench(output: Path, *arguments: str) -> subprocess.CompletedProcess:
 @pytest.mark.parallel
 @pytest.mark.command
 def test_the_quick_benchmark_compares_every_objective(tmp_path: Path) -> None:
-    """One filter, every objective: trained, exported and evaluated. A second run only prints the table."""
+    """One experiment with its controls: rates tried, trained, exported and evaluated. A second run only prints the table."""
     output = tmp_path / "table"
     first = bench(output, "--quick")
     assert first.returncode == 0, first.stderr
-    table = first.stdout[first.stdout.index("sampled / greedy accuracy") :]
+    table = first.stdout[first.stdout.index("reference wrong by conviction, 50% of its") : first.stdout.index("\n\n/")]
     results = json.loads((output / "results.json").read_text())
     assert (output / "accuracy.svg").read_text().count("<svg") == 1
 
-    runs = sorted(output.glob("seed-0/let-through-0.5-objective-*"))
-    objectives = [yaml.safe_load((run / "config.yaml").read_text())["objective"] for run in runs]
+    home = output / "reference-conviction-0.5-16x1"
+    tried = [r for r in results if r.get("seed") == 0]
+    reported = [r for r in results if r.get("seed") == 1]
+    assert len(tried) == 2 * 7 and len(reported) == 7 + 3 and len(results) == 1 + len(tried) + len(reported)
+    for result in reported[:7]:
+        rivals = [r for r in tried if r["objective"] == result["objective"]]
+        assert result["lr"] == max(rivals, key=lambda r: r["exact"])["lr"]
+    assert {r["lr"] for r in reported[7:]} == {
+        next(r["lr"] for r in reported if r["objective"] == "iw-SFT, trajectory")
+    }
+    runs = sorted((home / "seed-1").glob("*-lr-*"), key=lambda run: int(run.name.partition("-")[0]))
+    configs = [yaml.safe_load((run / "config.yaml").read_text()) for run in runs]
+    objectives = [config["objective"] for config in configs]
+    trained = float(np.median(Corpus.open(home / "seed-1" / "curated").num_trained))
     assert [(o["name"], o["level"], o["temperature"], o["normalize"]) for o in objectives] == [
         ("sft", "sequence", 1.0, "tokens"),
-        ("iw_sft", "sequence", 1.0, "tokens"),
-        ("iw_sft", "sequence", 4.0, "weights"),
+        ("iw_sft", "sequence", 1.0, "sequence_weights"),
+        ("iw_sft", "sequence", trained, "sequence_weights"),
+        ("iw_sft", "trajectory", 1.0, "sequence_weights"),
         ("iw_sft", "token", 1.0, "tokens"),
         ("dft", "sequence", 1.0, "tokens"),
         ("psft", "sequence", 1.0, "tokens"),
+        ("iw_sft_of_the_neighbour", "trajectory", 1.0, "sequence_weights"),
+        ("iw_sft_mean", "trajectory", 1.0, "sequences"),
+        ("iw_sft", "trajectory", 1.0, "sequence_weights"),
     ]
-    assert len(results) == 7 and results[0]["objective"] == "reference"
+    assert configs[-1]["reference"]["refresh"] == 10
+    assert all(config["parallel"]["tensor"] == 2 for config in configs)
+
     questions = {
         name: {json.loads(line)["question"] for line in (output / f"{name}.jsonl").read_text().splitlines()}
-        for name in ("problems", "demonstrations", "seed-0/prompts", "seed-0/let-through-0.5")
+        for name in (
+            *("problems", "reference-random-demonstrations", "reference-conviction-demonstrations"),
+            f"{home.name}/seed-1/curated",
+        )
     }
-    assert not questions["problems"] & (questions["demonstrations"] | questions["seed-0/prompts"])
-    assert questions["seed-0/let-through-0.5"] <= questions["seed-0/prompts"]
-    for run, result in zip(runs, results[1:], strict=True):
+    problems = questions.pop("problems")
+    assert all(not problems & seen for seen in questions.values())
+    for run, result in zip(runs, reported, strict=True):
         assert f"| {result['objective']} |" in table
-        assert list(run.glob("hf/step-*/model*.safetensors"))
-        for how, temperature in (("sampled", 1), ("greedy", 0)):
-            answers = output / "seed-0" / "answers" / f"problems-temperature-{temperature}" / f"{run.name}.jsonl"
-            lines = [json.loads(line) for line in answers.read_text().splitlines()][1:]
-            right = sum(line["answers"][0]["correct"] for line in lines)
-            assert len(lines) == 16 and result[how] == right / 16
+        answers = home / "seed-1" / "answers" / f"{run.name}.jsonl"
+        lines = [json.loads(line) for line in answers.read_text().splitlines()][1:]
+        assert len(lines) == 16 and result["greedy"] == sum(line["answers"][0]["correct"] for line in lines) / 16
+        assert 0 < result["exact"] < 1 and ("ess" in result) == (result["objective"] != "SFT")
 
     second = bench(output, "--quick")
     assert second.returncode == 0, second.stderr
-    assert second.stdout.endswith(table) and "steps of" not in second.stdout
+    assert table in second.stdout and "steps of" not in second.stdout
 
     refused = bench(output)
     assert refused.returncode == 2 and "another size" in refused.stderr
+
+
+def test_controls_keep_the_weights_but_not_whose_they_are(stages: ModuleType) -> None:
+    lengths = torch.tensor([2.0, 1.0, 3.0, 0.0])
+    segment = torch.repeat_interleave(torch.arange(4), torch.tensor([2, 1, 3, 2]))
+    mask = (segment < 3).float()
+    logprobs = -torch.rand(8, generator=torch.Generator().manual_seed(0)) * mask
+    t = Trajectories(
+        logprobs=logprobs,
+        proposal=logprobs,
+        reference=(logprobs - torch.tensor([0.1, 0.2, -0.3, 0.0])[segment]) * mask,
+        mask=mask,
+        segment=segment,
+        lengths=lengths,
+        quality=torch.ones(4),
+        segment_sum=local_segment_sum(segment, 4),
+    )
+    settings = Settings("trajectory")
+    own = iw_sft.function(t, settings).weight[[0, 2, 3]]
+    assert own.tolist() == pytest.approx([math.exp(x) for x in (0.2, 0.2, -0.9)])
+    found = {name: control.function(t, settings) for name, control in stages.controls().items()}
+    assert found["iw_sft_of_the_neighbour"].weight[[0, 2, 3]].tolist() == pytest.approx(own.roll(1).tolist())
+    mean = found["iw_sft_mean"]
+    assert mean.weight.tolist() == pytest.approx((mask * own.mean()).tolist())
+    assert mean.loss.tolist() == pytest.approx((-mean.weight * logprobs).tolist())
+
+
+def test_the_wrong_strategy_does_not_carry(stages: ModuleType) -> None:
+    assert stages.without_carrying("740+285=") == "9250"  # 47 + 582 = 629: without the carry 529
+
+
+@pytest.fixture
+def stages(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(ROOT / "tools" / "bench")
+    return importlib.import_module("learning_stages")

@@ -1,15 +1,19 @@
-"""Warnings about degenerate importance weights, at most once per hundred steps."""
+"""Warnings about importance weights: before training about settings, during it at most once per hundred steps."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
+import pytest
+
 from megatron_iwsft.config.loader import parse_config
 from megatron_iwsft.config.schema import Logging
 from megatron_iwsft.train.callbacks import StepResult
 from megatron_iwsft.train.callbacks.events import Events
-from megatron_iwsft.train.callbacks.weight_warnings import WeightWarnings
+from megatron_iwsft.train.callbacks.weight_warnings import WeightWarnings, warn_about_settings
+from megatron_iwsft.train.setup import check
+from tests.support import tiny
 
 CONFIG = "{run: {name: r, dir: d}, model: {hf: m}, data: {corpus: c, seq_length: 8, epochs: 1}}"
 
@@ -30,3 +34,36 @@ def test_degenerate_weights_are_reported_but_not_at_every_step(tmp_path: Path, c
         ("low effective sample size", 102),
     ]
     assert "20.0% of the batch" in capsys.readouterr().out
+
+
+SETTINGS = {
+    "τ/T too small": ("objective.temperature=1", {"weights without effect"}),
+    "τ of the order of T": ("objective.temperature=100", set()),
+    "the ratio itself": ("objective={level: trajectory, temperature: 1}", set()),
+    "hardly the ratio": ("objective={level: trajectory, temperature: 0.001}", {"weights without effect"}),
+    "token level": ("objective={level: token, temperature: 1}", set()),
+    "no weights": ("objective.name=sft", set()),
+    "refreshed": ("reference={source: live, refresh: 5}", set()),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("drawn_from", ["other", "reference_filtered"])
+def test_settings_that_cannot_work_are_reported_before_training(tmp_path: Path, name: str, drawn_from: str) -> None:
+    corpus = tiny.token_corpus(tmp_path, [300] * 8)  # of which about half is trained on
+    text = f"""
+run: {{name: r, dir: {tmp_path}/run}}
+model: {{config: {json.dumps(tiny.model_config())}}}
+data: {{corpus: {corpus.directory}, seq_length: 512, epochs: 1, drawn_from: {drawn_from}}}
+objective: {{temperature: 100.0}}
+"""
+    override, expected = SETTINGS[name]
+    run = check(parse_config(text, [override], where="test"), world_size=1)
+    warn_about_settings(run, Events(tmp_path / "events.jsonl"))
+    path = tmp_path / "events.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    undone = {"refreshed reference"} if name == "refreshed" and drawn_from != "other" else set()
+    assert {line["event"] for line in lines} == expected | undone
+    assert all(line["exponent"] < 1.01 for line in lines if line["event"] == "weights without effect")
+    assert run.origin_at(0) == ("other" if name == "refreshed" else drawn_from)
+    assert run.origin_at(1) == "other"

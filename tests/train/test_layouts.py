@@ -131,6 +131,7 @@ LOSSES = [
     Loss("sft", Settings(clip=CLIP)),
     Loss("iw_sft", Settings(clip=CLIP, normalize="weights")),
     Loss("iw_sft", Settings("token", clip=CLIP, normalize="sequences")),
+    Loss("iw_sft", Settings("trajectory", temperature=0.1, clip=CLIP, normalize="sequence_weights")),
     Loss("dft", Settings(clip=CLIP)),
     Loss("psft", Settings("token", clip=(0.8, 1.28))),
 ]
@@ -160,7 +161,7 @@ def model(case: Case) -> dict:
 
 
 def router_balance(case: Case, loss: Loss) -> float:
-    return 0.0 if case.expert is None or loss.settings.normalize == "weights" else ROUTER_BALANCE
+    return 0.0 if case.expert is None or loss.settings.normalize.endswith("weights") else ROUTER_BALANCE
 
 
 def reference_logprobs(corpus: Corpus):

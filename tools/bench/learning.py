@@ -1,13 +1,16 @@
-"""Accuracy of every objective after training on curated answers, by quality of the curation: tools/bench/learning.py [--output DIR]
+"""Accuracy after training on curated answers, for every objective and two kinds of reference: tools/bench/learning.py [--output DIR]
 
-Uses the project's trainer, exporter and evaluation. A small model, the reference, learns sums of two three-digit numbers from
-demonstrations of which half are wrong. For each seed, it answers new problems, sampled at temperature 1; a filter keeps the correct
-answers and a fraction of the wrong ones. The reference is then trained on the kept answers with each objective, all else equal,
-exported, and evaluated on held-out problems. The seed determines which problems are answered, which wrong answers are kept, and the
-training order; the reference and the held-out problems are the same for all seeds.
+Two small references answer sums of two three-digit numbers. One errs at random: half of its demonstrations had a wrong digit, and its
+most likely answer is right. The other is wrong by conviction: two thirds of its last demonstrations add without carrying, so its most
+likely answer is wrong. It answers new problems, sampled at temperature 1; a filter keeps the right answers and a share of the wrong
+ones. The reference is then trained on what was kept with each objective, all else equal, by the project's trainer (tensor parallel over
+two processes), exported, and evaluated on held-out problems.
 
-Prints a table of accuracies, mean ± standard deviation over seeds, and writes results.json and accuracy.svg. Running the same command
-again resumes an interrupted run.
+The learning rate of every objective is the best of --lr on a development seed (number 0), which is not in the table. A seed determines the
+problems, the answers, which wrong ones are kept and the training order. Controls with the weights of iw-SFT at level trajectory: each
+trajectory gets its neighbour's weight, or the batch's mean; and a reference that is refreshed every ten steps. They use its learning rate.
+
+Prints a table for each experiment, mean ± standard deviation over seeds; writes results.json and accuracy.svg. The same command resumes.
 """
 
 from __future__ import annotations
@@ -15,97 +18,132 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import random
 import statistics
-from collections.abc import Iterable
+import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from learning_stages import (
+    ERRS_AT_RANDOM,
+    REFERENCES,
+    WRONG_BY_CONVICTION,
+    Size,
+    curated_corpus,
+    evaluate,
+    exported,
+    lines,
+    shard,
+    train_all,
+    train_references,
+    tuning_run,
+    write,
+)
+
 from megatron_iwsft.errors import DataError
 from megatron_iwsft.utils.cli import run_command
-from megatron_iwsft.utils.files import write_text
 
-OBJECTIVES: dict[str, dict[str, Any]] = {
-    "SFT": {"name": "sft"},
-    "iw-SFT, sequence, τ = 1": {"name": "iw_sft"},
-    "iw-SFT, sequence, τ = 4, by weights": {"name": "iw_sft", "temperature": 4.0, "normalize": "weights"},
-    "iw-SFT, token": {"name": "iw_sft", "level": "token"},
-    "DFT": {"name": "dft"},
-    "PSFT": {"name": "psft"},
+COLUMNS = {"exact": "exact", "cool": "temperature 0.5", "greedy": "greedy", "ess": "ESS"}
+_TRAJECTORY = {"level": "trajectory", "normalize": "sequence_weights"}
+
+
+def objectives(tokens: float) -> dict[str, dict[str, Any]]:
+    """Config sections by name. tokens: T, the trained tokens of an answer."""
+    mean = {"name": "iw_sft", "level": "sequence", "normalize": "sequence_weights"}
+    return {
+        "SFT": {"objective": {"name": "sft"}},
+        "iw-SFT, sequence, τ = 1": {"objective": {**mean, "temperature": 1.0}},
+        "iw-SFT, sequence, τ = T": {"objective": {**mean, "temperature": tokens}},
+        "iw-SFT, trajectory": {"objective": {"name": "iw_sft", **_TRAJECTORY}},
+        "iw-SFT, token": {"objective": {"name": "iw_sft", "level": "token"}},
+        "DFT": {"objective": {"name": "dft"}},
+        "PSFT": {"objective": {"name": "psft"}},
+    }
+
+
+CONTROLS: dict[str, dict[str, Any]] = {
+    "trajectory, neighbour's weight": {"objective": {"name": "iw_sft_of_the_neighbour", **_TRAJECTORY}},
+    "trajectory, batch's mean weight": {
+        "objective": {"name": "iw_sft_mean", "level": "trajectory", "normalize": "sequences"}
+    },
+    "trajectory, reference refreshed": {
+        "objective": {"name": "iw_sft", **_TRAJECTORY},
+        "reference": {"source": "live", "refresh": 10},
+    },
 }
-TEMPERATURES = {"sampled": 1.0, "greedy": 0.0}
-_SEQ_LENGTH = 256
+_CONTROLLED = "iw-SFT, trajectory"
 
 
 @dataclass(frozen=True)
-class Size:
-    """Sizes of one table. Batches are in packed sequences of 256 tokens. prompts: problems that the reference answers; curated: answers
-    that are trained on."""
+class Experiment:
+    """A reference, the share of its wrong answers that the filter lets through, and what is trained on how often."""
 
-    digits: int = 3
-    wrong: float = 0.5
-    hidden_size: int = 96
-    reference_steps: int = 1000
-    reference_batch: int = 8
-    reference_lr: float = 3e-3
-    prompts: int = 2400
-    curated: int = 800
-    tuning_steps: int = 100
-    tuning_batch: int = 4
-    tuning_lr: float = 5e-4
-    problems: int = 400
+    reference: str
+    let_through: float
+    curated: int
+    epochs: int
+    controls: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{REFERENCES[self.reference]}-{self.let_through:g}-{self.curated}x{self.epochs}"
+
+    def __str__(self) -> str:
+        return (
+            f"reference {self.reference}, {self.let_through:.0%} of its wrong answers let through, {self.curated:,} answers × "
+            f"{self.epochs} epoch{'s' * (self.epochs > 1)}"
+        )
 
 
-QUICK = Size(
-    digits=2, hidden_size=32, reference_steps=10, reference_batch=2, prompts=64, curated=16, tuning_steps=2, problems=16
-)
+EXPERIMENTS = [
+    Experiment(WRONG_BY_CONVICTION, 0.5, 5000, 1, controls=True),
+    Experiment(ERRS_AT_RANDOM, 0.5, 5000, 1),
+    Experiment(WRONG_BY_CONVICTION, 0.5, 800, 6),
+    Experiment(WRONG_BY_CONVICTION, 0.25, 5000, 1),
+    Experiment(WRONG_BY_CONVICTION, 0.0, 5000, 1),
+    Experiment(ERRS_AT_RANDOM, 0.5, 800, 6),
+]
+QUICK = Size(digits=2, hidden_size=32, reference_steps=10, conviction_steps=5, reference_batch=2, spare=8, problems=16)
+QUICK_EXPERIMENTS = [Experiment(WRONG_BY_CONVICTION, 0.5, 16, 1, controls=True)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/learning"))
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--seeds", type=int, default=4, help="besides the development seed (default: %(default)s)")
     parser.add_argument(
-        "--let-through",
+        "--lr",
         type=float,
         nargs="+",
-        default=[0.0, 0.25, 0.5],
-        metavar="FRACTION",
-        help="fractions of the wrong answers that the filters keep, one filter each (default: %(default)s)",
+        default=[2e-4, 5e-4, 1e-3],
+        help="learning rates of which the development seed chooses (default: %(default)s)",
     )
     parser.add_argument(
-        "--reference-steps",
+        "--experiments",
         type=int,
-        default=Size.reference_steps,
-        help="training steps of the reference; with fewer, it is wrong rather than uncertain (default: %(default)s)",
+        nargs="+",
+        choices=range(len(EXPERIMENTS)),
+        default=list(range(len(EXPERIMENTS))),
+        metavar="N",
+        help="; ".join(f"{i}: {experiment}" for i, experiment in enumerate(EXPERIMENTS)).replace("%", "%%"),
     )
-    parser.add_argument(
-        "--prompts",
-        type=int,
-        default=Size.prompts,
-        help=f"problems that the reference answers; {Size.curated} answers are kept (default: %(default)s)",
-    )
-    parser.add_argument("--quick", action="store_true", help="a smoke run: one seed, one filter, almost no training")
+    parser.add_argument("--quick", action="store_true", help="a smoke run: every part, almost no training")
     args = parser.parse_args()
-    if min(args.seeds, args.reference_steps, args.prompts) < 1:
-        parser.error("--seeds, --reference-steps and --prompts must be at least 1")
-    if not all(0 <= share <= 1 for share in args.let_through):
-        parser.error("--let-through must be between 0 and 1")
-    size = Size(reference_steps=args.reference_steps, prompts=args.prompts)
-    size, seeds, shares = (QUICK, 1, [0.5]) if args.quick else (size, args.seeds, sorted(set(args.let_through)))
-
-    from megatron_iwsft.distributed.context import stop
-    from megatron_iwsft.distributed.mcore_compat import quiet_megatron
-
-    quiet_megatron()
+    if args.seeds < 1 or not all(0 < lr < 1 for lr in args.lr):
+        parser.error("--seeds must be at least 1, --lr between 0 and 1")
+    experiments, size = [EXPERIMENTS[i] for i in args.experiments], Size()
+    if args.quick:
+        args.seeds, args.lr, experiments, size = 1, args.lr[:2], QUICK_EXPERIMENTS, QUICK
     check_output(args.output, size)
-    results = bench(args.output, size, range(seeds), shares)
-    stop()
-    write(args.output / "results.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
-    plot(results, args.output / "accuracy.svg")
-    print(table(results))
-    print(f"\n{args.output}/results.json, {args.output}/accuracy.svg")
+    bench = Bench(args.output, size, experiments)
+    for experiment in experiments:
+        bench.run(experiment, args.lr, seeds=range(1, args.seeds + 1))
+        print(f"\n{table(bench.results, experiment)}\n", flush=True)
+    write(args.output / "results.json", json.dumps(bench.results, indent=1, ensure_ascii=False) + "\n")
+    plot(bench.results, experiments, args.output / "accuracy.svg")
+    cpu_minutes = (bench.training_cpu_s + time.process_time()) / 60
+    print(f"{args.output}/results.json, {args.output}/accuracy.svg; {cpu_minutes:.1f} CPU minutes in this command")
 
 
 def check_output(output: Path, size: Size) -> None:
@@ -116,229 +154,142 @@ def check_output(output: Path, size: Size) -> None:
     write(path, json.dumps(settings, indent=1) + "\n")
 
 
-def bench(output: Path, size: Size, seeds: Iterable[int], shares: list[float]) -> list[dict[str, Any]]:
-    """Train and evaluate the reference, then every objective with every filter and seed."""
-    from megatron_iwsft.data.prepare.arithmetic import short_sums
+class Bench:
+    """Runs experiments in `output`, after training the references that they need.
 
-    benchmark = output / "problems.jsonl"
-    problems = list(short_sums(size.problems, digits=size.digits, wrong=0.0, seed=1))
-    write(benchmark, lines(problems))
-    held_out = frozenset(problem["question"] for problem in problems)
-    reference = train_reference(output, size, held_out)
-    results: list[dict[str, Any]] = [{"objective": "reference", **accuracy(reference, "reference", benchmark, output)}]
-    for seed in seeds:
-        home = output / f"seed-{seed}"
-        prompts = home / "prompts.jsonl"
-        sums = short_sums(size.prompts, digits=size.digits, wrong=0.0, seed=2 + seed, held_out=held_out)
-        write(prompts, lines(sums))
-        answers = ask(reference, "reference", prompts, home, temperature=1.0)
-        for share in shares:
-            kept = curate(answers, share, size.curated, seed)
-            corpus = shard(home / f"let-through-{share:g}.jsonl", kept, output / "tokenizer")
-            facts = {"seed": seed, "let_through": share, "right": sum(r["correct"] for r in kept) / len(kept)}
-            for number, objective in enumerate(OBJECTIVES):
-                label = f"{corpus.name}-objective-{number}"
-                exported = tune(home / label, output / "reference", corpus, OBJECTIVES[objective], size, seed)
-                results.append({**facts, "objective": objective, **accuracy(exported, label, benchmark, home)})
-                print(json.dumps(results[-1], ensure_ascii=False), flush=True)
-    return results
+    results: one dict per evaluated model; training_cpu_s: CPU seconds of the training processes
+    """
 
+    def __init__(self, output: Path, size: Size, experiments: Sequence[Experiment]) -> None:
+        from megatron_iwsft.data.prepare.arithmetic import short_sums
 
-def train_reference(output: Path, size: Size, held_out: frozenset[str]) -> Path:
-    """Train a two-layer model from random weights, on each demonstration once; returns its export."""
-    from megatron_iwsft.data.prepare.arithmetic import short_sums
-    from megatron_iwsft.data.prepare.train_tokenizer import train_tokenizer
+        self.output, self.size = output, size
+        problems = list(short_sums(size.problems, digits=size.digits, wrong=0.0, seed=99))
+        self._held_out = frozenset(problem["question"] for problem in problems)
+        self._benchmark = output / "problems.jsonl"
+        write(self._benchmark, lines(problems))
+        names = {experiment.reference for experiment in experiments}
+        self.training_cpu_s = train_references(output, size, names, self._held_out)
+        self._answers = shard(output / "answers.jsonl", problems, output / "tokenizer")
+        self.results = [self._evaluated(output / REFERENCES[n], output, reference=n) for n in REFERENCES if n in names]
 
-    # With the words of the template, a sum of n digits has 3 n + 11 tokens.
-    demonstrations = size.reference_steps * size.reference_batch * (_SEQ_LENGTH // (3 * size.digits + 11))
-    records = list(short_sums(demonstrations, digits=size.digits, wrong=size.wrong, seed=0, held_out=held_out))
-    # Include the words of the template, so that each is one or two tokens.
-    texts = ({"text": f"Question: {r['question']}\nAnswer: {r['response']}"} for r in records[:200])
-    write(output / "texts.jsonl", lines(texts))
-    train_tokenizer([output / "texts.jsonl"], output / "tokenizer", fields=["text"], vocab_size=300)
-    corpus = shard(output / "demonstrations.jsonl", records, output / "tokenizer")
-    model = {
-        "model_type": "qwen2",
-        "hidden_size": size.hidden_size,
-        "intermediate_size": 2 * size.hidden_size,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-        "vocab_size": 300,
-        "max_position_embeddings": _SEQ_LENGTH,
-        "tie_word_embeddings": True,
-    }
-    run = {
-        "run": {"name": "reference", "dir": str(output / "reference"), "device": "cpu"},
-        "model": {"config": model},
-        "data": data(corpus, size.reference_batch, size.reference_steps),
-        "objective": {"name": "sft"},
-        **common(size.reference_lr),
-    }
-    return train_and_export(run)
+    def run(self, experiment: Experiment, rates: Sequence[float], *, seeds: Sequence[int]) -> None:
+        """Choose a learning rate for each objective on seed 0, then train and evaluate the other seeds with it."""
+        tried = [(name, lr) for name in objectives(1.0) for lr in rates]
+        best: dict[str, dict[str, Any]] = {}
+        for result in self._train(experiment, 0, tried):
+            name = result["objective"]
+            best[name] = max(best.get(name, result), result, key=lambda r: r["exact"])
+        chosen = [(name, best[name]["lr"]) for name in best]
+        if experiment.controls:
+            chosen += [(name, best[_CONTROLLED]["lr"]) for name in CONTROLS]
+        for seed in seeds:
+            self._train(experiment, seed, chosen)
 
+    def _train(self, experiment: Experiment, seed: int, wanted: Sequence[tuple[str, float]]) -> list[dict[str, Any]]:
+        """Train objectives at learning rates on one seed's corpus, in one job, and evaluate them."""
+        from megatron_iwsft.data.corpus import Corpus
 
-def tune(directory: Path, start: Path, corpus: Path, objective: dict[str, Any], size: Size, seed: int) -> Path:
-    """Train the reference on a curated corpus; returns its export."""
-    run = {
-        "run": {"name": directory.name, "dir": str(directory), "seed": seed, "device": "cpu"},
-        "model": {"checkpoint": str(start)},
-        "data": data(corpus, size.tuning_batch, size.tuning_steps),
-        "objective": objective,
-        **common(size.tuning_lr),
-    }
-    return train_and_export(run)
-
-
-def data(corpus: Path, batch: int, steps: int) -> dict[str, Any]:
-    sizes = {"seq_length": _SEQ_LENGTH, "micro_batch_size": batch, "global_batch_size": batch}
-    return {"corpus": str(corpus), "max_steps": steps, **sizes}
-
-
-def common(lr: float) -> dict[str, Any]:
-    """Config sections that all runs share."""
-    return {
-        "precision": {"dtype": "fp32"},
-        "optimizer": {"lr": lr, "schedule": "cosine", "weight_decay": 0.0},
-        "checkpoint": {"every": 0},
-        "export": {"at_end": True},
-        "logging": {"every": 100},
-    }
-
-
-def train_and_export(run: dict[str, Any]) -> Path:
-    """Train with this config, as launch/train.py does, unless the export exists; returns the Hugging Face directory."""
-    import yaml
-
-    from megatron_iwsft.config.loader import parse_config
-    from megatron_iwsft.objectives.custom import find_objective
-    from megatron_iwsft.train.precompute import precompute_reference
-    from megatron_iwsft.train.trainer import train
-
-    exported = Path(run["run"]["dir"]) / "hf" / f"step-{run['data']['max_steps']:08d}"
-    if not exported.exists():
-        config = parse_config(yaml.safe_dump(run, allow_unicode=True), [], where=run["run"]["name"])
-        if find_objective(config.objective.name).needs_reference:
-            precompute_reference(config)
-        train(config)
-    return exported
-
-
-def shard(path: Path, records: list[dict[str, Any]], tokenizer: Path) -> Path:
-    """Write records as JSONL to `path` and shard them into a corpus next to it."""
-    from megatron_iwsft.data.prepare.records import RecordFormat
-    from megatron_iwsft.data.prepare.shard import ShardSettings, shard_corpus
-
-    write(path, lines(records))
-    corpus = path.with_name(path.name.removesuffix(".jsonl"))
-    settings = ShardSettings(str(tokenizer), template="plain", record=RecordFormat(prompt_field="question"))
-    shard_corpus([path], corpus, settings, show_progress=False)
-    return corpus
-
-
-def curate(answers: list[dict[str, Any]], share: float, count: int, seed: int) -> list[dict[str, Any]]:
-    """The first `count` answers that pass the filter: all correct ones, and a fraction `share` of the wrong ones."""
-    rng = random.Random(seed)
-    kept = [a for a in answers if rng.random() < share or a["correct"]]
-    if len(kept) < count:
-        raise DataError(
-            f"the filter keeps {len(kept)} of {len(answers)} answers, but {count} are needed. Raise --prompts."
+        home = self.output / experiment.name / f"seed-{seed}"
+        corpus, right = curated_corpus(
+            self.output,
+            home,
+            experiment.reference,
+            self.size,
+            count=experiment.curated,
+            share=experiment.let_through,
+            seed=seed,
+            held_out=self._held_out,
         )
-    return kept[:count]
+        sections = objectives(float(statistics.median(Corpus.open(corpus).num_trained.tolist()))) | CONTROLS
+        reference = self.output / REFERENCES[experiment.reference]
+        runs = {}
+        for name, lr in wanted:
+            directory = home / f"{list(sections).index(name)}-lr-{lr:g}"
+            options = {"epochs": experiment.epochs, "lr": lr, "seed": seed}
+            runs[name, lr] = tuning_run(directory, reference, corpus, sections[name], self.size, **options)
+        self.training_cpu_s += train_all(list(runs.values()), self.size.processes)
+        facts = {"experiment": experiment.name, "seed": seed, "right": right}
+        found = [
+            self._evaluated(Path(run["run"]["dir"]), home, objective=name, lr=lr, **facts)
+            for (name, lr), run in runs.items()
+        ]
+        self.results += found
+        return found
+
+    def _evaluated(self, run: Path, home: Path, **facts: Any) -> dict[str, Any]:
+        assert exported(run) is not None
+        result = {**facts, **evaluate(run, self._benchmark, self._answers, home)}
+        print(json.dumps(result, ensure_ascii=False), flush=True)
+        return result
 
 
-def ask(model: Path, label: str, benchmark: Path, home: Path, *, temperature: float) -> list[dict[str, Any]]:
-    """One answer per problem, as records (question, response, correct). Answers in HOME/answers are reused."""
-    from megatron_iwsft.evaluate.benchmark import read_benchmark
-    from megatron_iwsft.evaluate.generate import Sampling, TransformersGenerator
-    from megatron_iwsft.evaluate.run import EvaluatedModel, evaluate_model
+def of_experiment(results: list[dict[str, Any]], experiment: Experiment) -> dict[str, list[dict[str, Any]]]:
+    """Results by objective, without those of the development seed."""
+    out: dict[str, list[dict[str, Any]]] = {}
+    for result in results:
+        if result.get("experiment") == experiment.name and result["seed"] > 0:
+            out.setdefault(result["objective"], []).append(result)
+    return out
 
-    sampling = Sampling(temperature=temperature, max_new_tokens=8)
-    output = home / "answers" / f"{benchmark.stem}-temperature-{temperature:g}"
-    evaluate_model(
-        EvaluatedModel(label, model),
-        read_benchmark(benchmark),
-        output,
-        settings=vars(sampling),
-        samples=1,
-        make=lambda directory: TransformersGenerator(directory, sampling, batch_size=500),
-    )
-    with open(output / f"{label}.jsonl", encoding="utf-8") as file:
-        answered = [json.loads(line) for line in file][1:]
-    return [
-        {"question": p["prompt"], "response": p["answers"][0]["text"].strip(), "correct": p["answers"][0]["correct"]}
-        for p in answered
+
+def percent(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and standard deviation, in percent; the latter is 0 with one value."""
+    return 100 * statistics.fmean(values), 100 * (statistics.stdev(values) if len(values) > 1 else 0.0)
+
+
+def table(results: list[dict[str, Any]], experiment: Experiment) -> str:
+    """Markdown: for each objective its learning rate, accuracies in percent and the effective sample size."""
+    rows = of_experiment(results, experiment)
+    reference = next(r for r in results if r.get("reference") == experiment.reference)
+    some = next(iter(rows.values()))
+    out = [
+        f"{experiment}; {100 * statistics.fmean(r['right'] for r in some):.1f} % of what is trained on is right; {len(some)} seeds",
+        "",
+        "| objective | lr | " + " | ".join(COLUMNS.values()) + " |",
+        "|---|---|" + "---|" * len(COLUMNS),
+        "| reference | | " + " | ".join(f"{100 * reference[c]:.1f}" for c in COLUMNS if c in reference) + " | |",
     ]
+    for name, found in rows.items():
+        cells = []
+        for column in COLUMNS:
+            values = [r[column] for r in found if column in r and not math.isnan(r[column])]
+            if column == "ess":
+                cells.append(f"{statistics.fmean(values):.2f}" if values else "")
+            else:
+                cells.append("{:.1f} ± {:.1f}".format(*percent(values)))
+        out.append(f"| {name} | {found[0]['lr']:g} | " + " | ".join(cells) + " |")
+    return "\n".join(out)
 
 
-def accuracy(model: Path, label: str, benchmark: Path, home: Path) -> dict[str, float]:
-    """Fraction of the problems that a model solves, sampled and greedy."""
-    answers = {name: ask(model, label, benchmark, home, temperature=t) for name, t in TEMPERATURES.items()}
-    return {name: sum(a["correct"] for a in own) / len(own) for name, own in answers.items()}
-
-
-def summarize(results: list[dict[str, Any]], how: str, objective: str, share: float | None) -> tuple[float, float]:
-    """Mean and standard deviation over seeds, in percent; the latter is NaN with one seed."""
-    values = [100 * r[how] for r in results if r["objective"] == objective and r.get("let_through") == share]
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else math.nan
-
-
-def filters(results: list[dict[str, Any]]) -> dict[float, float]:
-    """Fraction of wrong answers kept by a filter → fraction of correct answers among the kept ones, mean over seeds."""
-    shares = sorted({r["let_through"] for r in results if "let_through" in r})
-    return {s: statistics.fmean(r["right"] for r in results if r.get("let_through") == s) for s in shares}
-
-
-def table(results: list[dict[str, Any]]) -> str:
-    """Markdown table: sampled / greedy accuracy in percent, mean ± standard deviation over seeds."""
-
-    def cell(objective: str, share: float | None) -> str:
-        pairs = (summarize(results, how, objective, share) for how in TEMPERATURES)
-        return " / ".join(f"{m:.1f}" if math.isnan(s) else f"{m:.1f} ± {s:.1f}" for m, s in pairs)
-
-    kept = filters(results)
-    seeds = len({r["seed"] for r in results if "seed" in r})
-    rows = [
-        f"sampled / greedy accuracy, %, {seeds} seed{'s' * (seeds > 1)}; reference: {cell('reference', None)}\n",
-        "| wrong answers kept | " + " | ".join(f"{100 * share:g} %" for share in kept) + " |",
-        "|---|" + "---|" * len(kept),
-        "| correct among the kept answers | " + " | ".join(f"{100 * right:.1f} %" for right in kept.values()) + " |",
-    ]
-    rows += [f"| {name} | " + " | ".join(cell(name, share) for share in kept) + " |" for name in OBJECTIVES]
-    return "\n".join(rows)
-
-
-def plot(results: list[dict[str, Any]], path: Path) -> None:
-    """Plot accuracy over the fraction of wrong answers among the kept ones, one line per objective; error bars are over seeds."""
+def plot(results: list[dict[str, Any]], experiments: Sequence[Experiment], path: Path) -> None:
+    """Plot for each experiment the exact and the greedy accuracy of every objective; error bars are over seeds."""
     import matplotlib
 
     matplotlib.use("svg")
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(1, 2, figsize=(11, 3.8), layout="constrained")
-    kept = filters(results)
-    for axes, how in zip(panels, TEMPERATURES, strict=True):
-        for name in OBJECTIVES:
-            means, spreads = zip(*(summarize(results, how, name, share) for share in kept), strict=True)
-            spreads = [0.0 if math.isnan(s) else s for s in spreads]
-            axes.errorbar([100 * (1 - r) for r in kept.values()], means, spreads, marker="o", capsize=3, label=name)
-        axes.axhline(summarize(results, how, "reference", None)[0], color="grey", linestyle=":", label="reference")
-        axes.set_title(f"{how} accuracy, %", fontsize=10)
-        axes.set_xlabel("wrong answers in the training data, %")
+    figure, panels = pyplot.subplots(
+        len(experiments), 1, figsize=(8, 3.4 * len(experiments)), layout="constrained", squeeze=False
+    )
+    for (axes,), experiment in zip(panels, experiments, strict=True):
+        rows = of_experiment(results, experiment)
+        reference = next(r for r in results if r.get("reference") == experiment.reference)
+        for column, colour in (("exact", "C0"), ("greedy", "C1")):
+            means, spreads = zip(*(percent([r[column] for r in found]) for found in rows.values()), strict=True)
+            axes.errorbar(
+                means, range(len(rows)), xerr=spreads, fmt="o", capsize=3, color=colour, label=COLUMNS[column]
+            )
+            axes.axvline(100 * reference[column], color=colour, linestyle=":", linewidth=1)
+        axes.set_yticks(range(len(rows)), list(rows))
+        axes.invert_yaxis()
+        axes.set_xlim(0, 100)
+        axes.set_title(str(experiment), fontsize=9)
         axes.grid(alpha=0.3)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8, frameon=False)
+    panels[0][0].legend(title="accuracy, %; dotted: reference", fontsize=8)
     figure.savefig(path)
     pyplot.close(figure)
 
 
-def lines(records: Iterable[dict[str, Any]]) -> str:
-    return "".join(json.dumps(record) + "\n" for record in records)
-
-
-def write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, text)
-
-
-if __name__ == "__main__":  # the checkpoint writer spawns processes that import this file
+if __name__ == "__main__":  # a job's processes import this file
     run_command(main)

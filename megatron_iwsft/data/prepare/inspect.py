@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,10 +80,21 @@ class ShownTrajectory:
 
 
 class Inspection:
-    """Statistics of a corpus, its packing at each of `seq_lengths`, and `samples` random trajectories."""
+    """Statistics of a corpus, its packing at each of `seq_lengths`, and `samples` random trajectories.
 
-    def __init__(self, corpus: Corpus, *, seq_lengths: list[int], samples: int, seed: int = 0) -> None:
-        self.corpus = corpus
+    remarks: (name, value) pairs to show among the facts
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        *,
+        seq_lengths: list[int],
+        samples: int,
+        seed: int = 0,
+        remarks: Sequence[tuple[str, str]] = (),
+    ) -> None:
+        self.corpus, self._remarks = corpus, remarks
         self.packings = [Packing.of(corpus.lengths, n) for n in seq_lengths]
         scores = corpus.scores[~np.isnan(corpus.scores)]
         found = (
@@ -115,7 +126,7 @@ class Inspection:
         out += [(f"dropped: {reason}", f"{n:,}") for reason, n in manifest["dropped"].items()]
         out += [(f"not checked: {reason}", f"{n:,}") for reason, n in manifest.get("unchecked", {}).items()]
         out += [(f"packed to {p.seq_length}", str(p)) for p in self.packings]
-        return out
+        return [*out, *self._remarks]
 
     def to_terminal(self, *, colour: bool) -> str:
         facts = [(printable(name), printable(value)) for name, value in self.facts()]

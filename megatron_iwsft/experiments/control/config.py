@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from megatron_iwsft.config.loader import read_config
 from megatron_iwsft.config.schema import Proposal
 from megatron_iwsft.config.section import NonNegativeInt, PositiveInt, Section, Share
-from megatron_iwsft.objectives.functions import Settings
+from megatron_iwsft.objectives.functions import Level, Normalize, Settings
 
 PositiveFloat = Annotated[float, Field(gt=0)]
 Percentile = Annotated[float, Field(ge=0, le=100)]
@@ -69,10 +69,10 @@ class ControlObjective(Section):
     """As in a training config; see objectives/functions.py."""
 
     name: Literal["sft", "iw_sft"]
-    level: Literal["sequence", "token"] = "sequence"
+    level: Level = "sequence"
     temperature: Annotated[float, Field(ge=0)] = 10.0
     clip: list[Annotated[float, Field(ge=0)]] = Field(default=[0.0, 1000.0], min_length=2, max_length=2)
-    normalize: Literal["tokens", "weights", "sequences"] = "weights"
+    normalize: Normalize = "weights"
     proposal: Proposal = Proposal()
 
     @model_validator(mode="after")

@@ -35,7 +35,7 @@ from megatron_iwsft.experiments.control.replay import Replay
 from megatron_iwsft.experiments.control.tuning import log_probs, tune
 from megatron_iwsft.utils.files import partial_path, publish, write_text
 
-_CLONING = ControlObjective(name="sft")
+_CLONING = ControlObjective(name="sft", normalize="sequences")
 _EVALUATION_SEEDS, _CLONING_SEEDS = 1_000_000, 2_000_000
 # Two-sided 95 % points of Student's t, degrees of freedom 1 to 20.
 _STUDENT_95 = (

@@ -14,7 +14,10 @@ from megatron_iwsft.experiments.control.config import ControlObjective, Training
 from megatron_iwsft.experiments.control.policy import AveragedPolicy, GaussianPolicy
 from megatron_iwsft.experiments.control.replay import Replay
 from megatron_iwsft.objectives.functions import OBJECTIVES, Trajectories, local_segment_sum
-from megatron_iwsft.objectives.loss import micro_batch_loss, sum_names
+from megatron_iwsft.objectives.loss import micro_batch_loss, reported_metrics, sum_names
+from megatron_iwsft.objectives.metrics import summarize
+
+_WEIGHT_METRICS = {"ess": "weight_ess", "clipped": "clip_fraction", "weight": "weight_mean"}
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,7 @@ class Tuned:
     """The trained policy, and metrics over the last tenth of the updates.
 
     nll: nats per episode step; ess: effective sample size as a fraction; clipped: fraction of weights that the clip changed;
-    weight: mean weight.
+    weight: mean weight; all three are nan for `sft`.
     """
 
     policy: GaussianPolicy
@@ -111,11 +114,7 @@ def tune(
             average.after_step(step + 1, policy)
         if step >= settings.steps - max(1, settings.steps // 10):
             totals += out.sums
-    last = dict(zip(names, totals.tolist(), strict=True))
-    return Tuned(
-        policy=policy,
-        nll=last["nll"] / last["tokens"],
-        ess=last["weight"] ** 2 / (last["units"] * last["weight_squared"]),
-        clipped=last["clipped"] / last["units"],
-        weight=last["weight"] / last["units"],
-    )
+    sums = dict(zip(names, totals.tolist(), strict=True)) | {"weight_max": math.nan}
+    metrics = summarize(sums, reported_metrics(function))
+    weights = {field: metrics.get(name, math.nan) for field, name in _WEIGHT_METRICS.items()}
+    return Tuned(policy=policy, nll=metrics["nll"], **weights)

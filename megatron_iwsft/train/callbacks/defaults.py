@@ -15,7 +15,7 @@ from megatron_iwsft.train.callbacks.evaluation import evaluation
 from megatron_iwsft.train.callbacks.export import export
 from megatron_iwsft.train.callbacks.metrics_file import METRICS_FILE, MetricsFile
 from megatron_iwsft.train.callbacks.trackers import tensorboard_logger, wandb_logger
-from megatron_iwsft.train.callbacks.weight_warnings import WeightWarnings
+from megatron_iwsft.train.callbacks.weight_warnings import WeightWarnings, warn_about_settings
 from megatron_iwsft.train.setup import StartedRun
 from megatron_iwsft.utils.files import write_text
 from megatron_iwsft.utils.text import say
@@ -39,7 +39,9 @@ def add_configured_callbacks(trainer: Trainer, writer: CheckpointWriter, at_exit
         metrics_file = run.run_directory / METRICS_FILE
         trainer.add_callback(MetricsFile(metrics_file, trainer.state.step, lambda text: events("file repaired", text)))
         trainer.add_callback(progress_line, every=config.logging.every, at_end=True)
-        trainer.add_callback(WeightWarnings(config.logging, trainer.events))
+        if trainer.state.step == 0:
+            warn_about_settings(run, events)
+        trainer.add_callback(WeightWarnings(config.logging, events))
         if config.logging.wandb.mode != "disabled":
             trainer.add_callback(wandb_logger(config, trainer.events, at_exit))
         if config.logging.tensorboard:

@@ -1,12 +1,41 @@
-"""Warn about degenerate importance weights and suggest fixes."""
+"""Warn about importance weights that cannot work, and about degenerate ones, and suggest fixes."""
 
 from __future__ import annotations
 
+import numpy as np
+
 from megatron_iwsft.config.schema import Logging
+from megatron_iwsft.objectives.fixed_point import exponent
+from megatron_iwsft.objectives.functions import iw_sft
 from megatron_iwsft.train.callbacks import StepResult
 from megatron_iwsft.train.callbacks.events import Events
+from megatron_iwsft.train.setup import CheckedRun
 
 _STEPS_BETWEEN_WARNINGS = 100
+_IRRELEVANT_BELOW = 1.01
+
+
+def warn_about_settings(run: CheckedRun, events: Events) -> None:
+    """Before the first step: weights that hardly move the optimum, and a refreshed reference that undoes them."""
+    config = run.config
+    trained = np.concatenate([corpus.num_trained for corpus in run.mixture.corpora])
+    tokens, temperature = float(np.median(trained)), config.objective.temperature
+    power = exponent(config.objective.level, temperature, tokens) if run.objective is iw_sft else None
+    if power is not None and power < _IRRELEVANT_BELOW:
+        events(
+            "weights without effect",
+            f"the weights move the optimum by next to nothing: it is π_ref · r^{power:.4f}, SFT's is π_ref · r^1 (r: the probability of "
+            f"passing the filter), at level {config.objective.level}, τ = {temperature:g} and a median of {tokens:,.0f} "
+            "trained tokens. Choose objective.temperature of the order of the trajectories' lengths, or level: trajectory; see "
+            "docs/objectives.md.",
+            exponent=power,
+        )
+    if config.reference.refresh and run.objective.needs_reference and config.data.drawn_from != "other":
+        events(
+            "refreshed reference",
+            f"data.drawn_from is {config.data.drawn_from}, but reference.refresh replaces the policy that the data were drawn from: "
+            "weights relative to the new reference undo what those before have gained. Use reference.refresh: 0, or data drawn anew.",
+        )
 
 
 class WeightWarnings:
@@ -23,14 +52,14 @@ class WeightWarnings:
                 result.step,
                 "low effective sample size",
                 f"the effective sample size is {ess:.1%} of the batch: a few weights dominate it. Lower objective.temperature or the upper "
-                "clip, use a larger global batch, or refresh the reference.",
+                "clip, or use a larger global batch.",
             )
         if clipped is not None and clipped > self._settings.warn_clipped_above:
             self._warn(
                 result.step,
                 "weights at the clip",
                 f"the clip changes {clipped:.1%} of the weights, which then say little about their trajectories. Lower "
-                "objective.temperature, widen objective.clip, or refresh the reference: the policy has moved far from it.",
+                "objective.temperature or widen objective.clip: the policy has moved far from the reference.",
             )
 
     def _warn(self, step: int, event: str, text: str) -> None:

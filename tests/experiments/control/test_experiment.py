@@ -13,6 +13,7 @@ from megatron_iwsft.errors import ConfigError
 from megatron_iwsft.experiments.control.config import QUICK, load_experiment
 from megatron_iwsft.experiments.control.environment import make_environment
 from megatron_iwsft.experiments.control.experiment import interval, run_experiment, run_seed
+from megatron_iwsft.objectives.functions import Settings
 from tests.support import ROOT
 
 CONFIG = ROOT / "configs" / "control-iwsft.yaml"
@@ -30,6 +31,16 @@ def test_the_shipped_config_has_the_authors_settings() -> None:
             "weights",
         )
         assert (objective.proposal.kind, objective.proposal.decay, objective.proposal.update_every) == ("ema", 0.9, 100)
+
+
+def test_the_hopper_config_has_the_settings_of_the_authors_code() -> None:
+    methods = load_experiment(ROOT / "configs" / "control-hopper.yaml").methods
+    assert methods["iw-SFT"].objective == methods["iw-SFT(Q)"].objective
+    for name, level, clip in (("iw-SFT", "sequence", (0.0, 1000.0)), ("iw-SFT, w per step", "token", (0.0, 2.0))):
+        objective = methods[name].objective
+        assert objective.settings == Settings(level, 10.0, clip, "sequence_weights")
+        assert (objective.proposal.kind, objective.proposal.decay, objective.proposal.update_every) == ("ema", 0.9, 1)
+    assert {methods[name].objective.normalize for name in ("SFT", "SFT(Q)")} == {"sequences"}
 
 
 @pytest.mark.command

@@ -14,7 +14,7 @@ from megatron_iwsft.experiments.control.config import ControlObjective, Training
 from megatron_iwsft.experiments.control.policy import GaussianPolicy
 from megatron_iwsft.experiments.control.replay import Episode, Replay
 from megatron_iwsft.experiments.control.tuning import batch_of, learning_rate, log_probs, tune
-from megatron_iwsft.objectives.functions import iw_sft
+from megatron_iwsft.objectives.functions import Level, Normalize, iw_sft
 from megatron_iwsft.objectives.loss import micro_batch_loss, sum_names
 
 LENGTHS = [40, 7, 1000, 25, 1, 60]
@@ -62,11 +62,12 @@ def test_a_batch_has_all_steps_of_its_episodes(replay: Replay) -> None:
 
 
 @pytest.mark.numerics
+@pytest.mark.parametrize("normalize", ["weights", "sequence_weights"])
 @pytest.mark.parametrize("level", ["sequence", "token"])
 @pytest.mark.parametrize("spread", [0.05, 3.0])
-def test_loss_and_gradient_match_the_formula(replay: Replay, level: str, spread: float) -> None:
+def test_loss_and_gradient_match_the_formula(replay: Replay, level: Level, normalize: Normalize, spread: float) -> None:
     """τ = 10, episodes of up to 1,000 steps. With the wide spread some weights are clipped; all must be finite."""
-    objective = ControlObjective(name="iw_sft", level=level)
+    objective = ControlObjective(name="iw_sft", level=level, normalize=normalize)
     current, proposal, reference = policy(1), policy(0, spread=spread), policy(0)
     episodes = torch.tensor([2, 0, 4, 5, 2])
     batch = batch_of(current, replay, episodes, proposal, log_probs(reference, replay))
@@ -81,8 +82,9 @@ def test_loss_and_gradient_match_the_formula(replay: Replay, level: str, spread:
         ell, q, r = (p.log_prob(replay.observations[at].double(), replay.actions[at].double()) for p in wide)
         log_ratio = (q - r).detach()
         w = (10.0 * (log_ratio.mean().expand_as(log_ratio) if level == "sequence" else log_ratio)).exp().clamp(0, 1000)
-        numerator = numerator - (w * ell).sum()
-        total += float(w.sum())
+        count = len(w) if normalize == "sequence_weights" else 1
+        numerator = numerator - (w * ell).sum() / count
+        total += float(w.sum()) / count
         weights += w.tolist()
     expected = torch.autograd.grad(numerator / total, list(wide[0].parameters()))
     assert float(out.loss) / float(denominator) == pytest.approx(float(numerator) / total, rel=1e-4)
