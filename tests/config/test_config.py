@@ -110,6 +110,32 @@ MISTAKES = [
 ]
 
 
+def test_the_s1k_configs_have_the_authors_settings() -> None:
+    """And differ from each other in nothing but what their names say."""
+    iw, batch16, sft = (
+        load_config(ROOT / "configs" / f"qwen2.5-32b-s1k-{name}.yaml") for name in ("iwsft", "iwsft-batch16", "sft")
+    )
+    objective, optimizer, data = iw.objective, iw.optimizer, iw.data
+    assert (objective.name, objective.level, objective.temperature, objective.clip) == (
+        "iw_sft",
+        "sequence",
+        1.0,
+        [0, 16],
+    )
+    assert (objective.normalize, objective.proposal.kind) == ("sequences", "current")
+    assert (data.micro_batch_size, data.global_batch_size, data.epochs, data.packing) == (1, 8, 5, "none")
+    assert (optimizer.lr, optimizer.min_lr, optimizer.schedule, optimizer.warmup_fraction) == (
+        1e-5,
+        0.0,
+        "cosine",
+        0.05,
+    )
+    assert (optimizer.betas, optimizer.weight_decay) == ([0.9, 0.95], 1e-4)
+    assert batch16.data.global_batch_size == 16 and sft.objective.name == "sft"
+    assert batch16.objective == iw.objective and batch16.optimizer == sft.optimizer == iw.optimizer
+    assert sft.data == iw.data and sft.objective.normalize == iw.objective.normalize
+
+
 @pytest.mark.parametrize(("overrides", "message"), MISTAKES, ids=[m[0][0] for m in MISTAKES])
 def test_a_mistake_names_the_field(overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError) as error:
