@@ -135,6 +135,10 @@ class Data(Section):
     At least one of epochs and max_steps must be set; the one reached first ends the run."""
     max_steps: PositiveInt | None = None
     """End the run after this many optimizer steps."""
+    balance: bool = True
+    """Deal the sequences of each step to the data-parallel ranks by their cost (matmuls and attention), so that ranks have equally much
+    to compute. A step's sequences stay the same, and so does its gradient, up to the order of summation.
+    False: deal them as they come."""
     quality: QualityConfig = QualityConfig()
     drawn_from: Origin = "other"
     """What the trajectories were sampled from, at temperature 1; decides which metrics are defined.

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from megatron_iwsft.data.balance import SegmentCosts, deal, pack_costs
 from megatron_iwsft.data.batch import IGNORE, Batch
 from megatron_iwsft.data.corpus import Corpus
 from megatron_iwsft.data.mixture import Mixture
@@ -81,7 +82,8 @@ class BatchBuilder:
     """Builds this rank's micro-batches of a global step.
 
     The global batch and its packs are the same for every parallel layout; only their assignment to ranks differs. Micro-batch m
-    of data-parallel rank d holds packs (m·dp + d)·b … (m·dp + d + 1)·b − 1 of the global batch, with b the micro-batch size.
+    of data-parallel rank d holds packs (m·dp + d)·b … (m·dp + d + 1)·b − 1 of the global batch, with b the micro-batch size. With
+    `costs`, of segments, and several data-parallel ranks, packs are dealt first so that ranks have equally much to compute.
     """
 
     def __init__(
@@ -96,11 +98,13 @@ class BatchBuilder:
         context_rank: int = 0,
         context_size: int = 1,
         reference: ReferenceLogprobs | None = None,
+        costs: SegmentCosts | None = None,
     ) -> None:
         self.corpus, self.sampler, self.shape = corpus, sampler, shape
         self.micro_batch_size, self.reference = micro_batch_size, reference
         self.data_rank, self.data_size = data_rank, data_size
         self.context_rank, self.context_size = context_rank, context_size
+        self.costs = costs
 
     def at_step(self, step: int) -> list[Batch]:
         """This rank's micro-batches of global step `step`, all with the same row length."""
@@ -109,6 +113,8 @@ class BatchBuilder:
     def from_packs(self, packs: list[np.ndarray]) -> list[Batch]:
         """This rank's micro-batches of a global batch, given as packs of trajectory indices."""
         size = self.micro_batch_size
+        if self.costs is not None and self.data_size > 1:
+            packs = self._dealt(packs, self.costs)
         rows = [np.concatenate(packs[i : i + size]) for i in range(0, len(packs), size)]
         needed = max(int(self.shape.padded(self.corpus.lengths[row]).sum()) for row in rows)
         length = self.shape.fit(needed)
@@ -118,6 +124,16 @@ class BatchBuilder:
             .with_trained_positions()
             for row in rows[self.data_rank :: self.data_size]
         ]
+
+    def _dealt(self, packs: list[np.ndarray], costs: SegmentCosts) -> list[np.ndarray]:
+        """The packs in an order that makes the ranks' work even."""
+        sizes = [self.shape.padded(self.corpus.lengths[pack]) for pack in packs]
+        # All rows of a step have one length, but filler attends to itself. Of several packs in a row, which share filler, it is left out.
+        capacity = self.shape.fit(max(int(pack.sum()) for pack in sizes)) if self.micro_batch_size == 1 else 0
+        costs_of_packs = pack_costs(sizes, capacity, costs)
+        dealt = deal(costs_of_packs, ranks=self.data_size)
+        by_micro_batch = dealt.reshape(self.data_size, -1, self.micro_batch_size).swapaxes(0, 1)
+        return [packs[p] for p in by_micro_batch.ravel().tolist()]
 
     def _row(self, ids: np.ndarray, length: int) -> Batch:
         sizes = self.shape.padded(self.corpus.lengths[ids]).astype(np.int64)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 
 from megatron_iwsft.hf.architecture import Architecture
@@ -13,7 +15,12 @@ def forward_flops(arch: Architecture, lengths: np.ndarray, trained: int) -> floa
     Attention counts only the (query, key) pairs within a trajectory that the causal mask allows, the vocabulary projection only the
     `trained` positions, a mixture of experts only the chosen experts. Padding, norms, softmax and rotary embeddings are not counted.
     """
-    lengths = np.asarray(lengths, np.float64)
+    return 2.0 * float(multiply_adds(arch, lengths).sum() + arch.hidden_size * arch.vocab_size * trained)
+
+
+def multiply_adds(arch: Architecture, lengths: np.ndarray) -> np.ndarray:
+    """Of the layers' forward pass over each trajectory, int64 [n], for lengths int [n] in tokens: see `forward_flops`."""
+    lengths = np.asarray(lengths, np.int64)
     attention = arch.num_heads * arch.head_dim
     projections = arch.hidden_size * (2 * attention + 2 * arch.num_groups * arch.head_dim)
     if arch.experts is None:
@@ -21,9 +28,8 @@ def forward_flops(arch: Architecture, lengths: np.ndarray, trained: int) -> floa
     else:
         chosen = 3 * arch.experts.ffn_size * arch.experts.per_token
         ffn = arch.hidden_size * (chosen + arch.experts.count)
-    dense = arch.num_layers * (projections + ffn) * lengths.sum() + arch.hidden_size * arch.vocab_size * trained
-    scores = sum(2 * attention * _pairs(lengths, window) for window in arch.windows)
-    return float(2 * (dense + scores))
+    pairs = sum(layers * _pairs(lengths, window) for window, layers in Counter(arch.windows).items())
+    return arch.num_layers * (projections + ffn) * lengths + 2 * attention * pairs
 
 
 def training_flops(arch: Architecture, lengths: np.ndarray, trained: int) -> float:
@@ -31,7 +37,7 @@ def training_flops(arch: Architecture, lengths: np.ndarray, trained: int) -> flo
     return 3 * forward_flops(arch, lengths, trained)
 
 
-def _pairs(lengths: np.ndarray, window: int | None) -> float:
-    """Number of (query, key) pairs: the sum over tokens of how many tokens, itself included, each attends to."""
+def _pairs(lengths: np.ndarray, window: int | None) -> np.ndarray:
+    """(query, key) pairs of each trajectory: the sum over its tokens of how many tokens, itself included, each attends to."""
     seen = lengths if window is None else np.minimum(lengths, window)
-    return float((seen * (seen + 1) / 2 + (lengths - seen) * seen).sum())
+    return seen * (seen + 1) // 2 + (lengths - seen) * seen

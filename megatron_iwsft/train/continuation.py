@@ -14,7 +14,7 @@ from megatron_iwsft.train.setup import CheckedRun
 # What may differ between a run and its continuation. Anything else would make it another run.
 _MAY_CHANGE = {
     "run": {"name", "dir", "device", "hang_timeout_s", "max_bad_steps", "spike"},
-    "data": {"corpus", "micro_batch_size", "epochs", "max_steps", "drawn_from", "verify"},
+    "data": {"corpus", "micro_batch_size", "balance", "epochs", "max_steps", "drawn_from", "verify"},
 }
 # Of each corpus of a mixture: its content is compared by fingerprint.
 _MAY_CHANGE_IN_CORPORA = {"corpus", "name"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,6 +30,7 @@ from megatron_iwsft.distributed.userbuffers import start_userbuffers
 from megatron_iwsft.distributed.watchdog import Watchdog
 from megatron_iwsft.errors import CheckpointError, ConfigError, DataError
 from megatron_iwsft.hf.directory import DTYPES
+from megatron_iwsft.model.flops import multiply_adds
 from megatron_iwsft.model.gpt import ModelSettings, PolicyModel, build_model
 from megatron_iwsft.objectives.custom import find_objective, source_hash
 from megatron_iwsft.objectives.functions import Objective, Origin, Settings
@@ -185,6 +187,7 @@ class StartedRun(CheckedRun):
             context_rank=self.parallel.cp.rank(),
             context_size=layout.context,
             reference=reference,
+            costs=partial(multiply_adds, self.policy.architecture) if data.balance else None,
         )
 
 

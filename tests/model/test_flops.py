@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_iwsft.hf.architecture import Architecture
-from megatron_iwsft.model.flops import _pairs, forward_flops, training_flops
+from megatron_iwsft.model.flops import _pairs, forward_flops, multiply_adds, training_flops
 from tests.support import tiny
 
 pytestmark = pytest.mark.numerics
@@ -43,4 +43,13 @@ def test_no_flops_are_counted_for_attention_across_trajectories() -> None:
 def test_pairs_within_a_window(window: int | None) -> None:
     lengths = [1, 7, 8]
     expected = sum(min(i + 1, window or n) for n in lengths for i in range(n))
-    assert _pairs(np.array(lengths, float), window) == expected
+    assert _pairs(np.array(lengths), window).sum() == expected
+
+
+def test_multiply_adds_are_exact_integers() -> None:
+    """Ranks on different CPUs deal packs by them, and must agree."""
+    arch = Architecture.from_hf(tiny.model_config(), where="test")
+    lengths = np.array([5, 40, 131_072])
+    found = multiply_adds(arch, lengths)
+    assert found.dtype == np.int64
+    assert 2.0 * found.sum() == forward_flops(arch, lengths, 0)
