@@ -310,12 +310,9 @@ def table(results: list[dict[str, Any]]) -> str:
 
 def plot(results: list[dict[str, Any]], path: Path) -> None:
     """Plot accuracy over the fraction of wrong answers among the kept ones, one line per objective; error bars are over seeds."""
-    import matplotlib
+    from megatron_iwsft.report.page import pyplot
 
-    matplotlib.use("svg")
-    from matplotlib import pyplot
-
-    figure, panels = pyplot.subplots(1, 2, figsize=(11, 3.8), layout="constrained")
+    figure, panels = pyplot().subplots(1, 2, figsize=(11, 3.8), layout="constrained")
     kept = filters(results)
     for axes, how in zip(panels, TEMPERATURES, strict=True):
         for name in OBJECTIVES:
