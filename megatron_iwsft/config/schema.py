@@ -271,6 +271,9 @@ class Precision(Section):
     """FP8 recipe of Transformer Engine's matmuls, with everything else in bf16. null: no FP8."""
     fp8_parameters: bool = False
     """Store parameters in FP8, and all-gather them in FP8 in the distributed optimizer."""
+    fp8_emulation: bool = False
+    """Emulate the recipe in torch, on any device, CPUs too: what its rounding does to log-probs, weights and losses can be studied without
+    the hardware. Much slower than bf16, and no substitute for the GPU's own arithmetic. Dense models only."""
     bf16_first_layers: NonNegativeInt = 0
     """With fp8: number of layers at the start of the model that stay in bf16."""
     bf16_last_layers: NonNegativeInt = 0
@@ -279,8 +282,12 @@ class Precision(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Precision:
         edges = self.bf16_first_layers or self.bf16_last_layers
-        if self.fp8 is None and (self.fp8_parameters or edges):
-            raise ValueError("fp8_parameters, bf16_first_layers and bf16_last_layers need an fp8 recipe; fp8 is null")
+        if self.fp8 is None and (self.fp8_parameters or self.fp8_emulation or edges):
+            raise ValueError(
+                "fp8_parameters, fp8_emulation, bf16_first_layers and bf16_last_layers need an fp8 recipe; fp8 is null"
+            )
+        if self.fp8_parameters and self.fp8_emulation:
+            raise ValueError("fp8_emulation keeps parameters in dtype; fp8_parameters must be false")
         if self.fp8 is not None and self.dtype != "bf16":
             raise ValueError(f"fp8 {self.fp8} needs dtype bf16; it is {self.dtype}")
         if self.fp8 == "delayed" and edges:
@@ -297,7 +304,7 @@ class Precision(Section):
             if self.bf16_first_layers or self.bf16_last_layers
             else ""
         )
-        return self.dtype + (f"+fp8-{self.fp8}{edges}" if self.fp8 else "")
+        return self.dtype + (f"+fp8-{self.fp8}{edges}{'-emulated' if self.fp8_emulation else ''}" if self.fp8 else "")
 
 
 class Optimizer(Section):

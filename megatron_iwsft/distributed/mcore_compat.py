@@ -45,8 +45,8 @@ def define_missing_names() -> None:
         moe_utils.te_general_gemm = None
 
 
-def moe_submodules(layer: ModuleSpec) -> Any:
-    """The mixture of experts' submodules in a layer spec: 0.16 nests specs there, 0.19 a partially called constructor."""
+def mlp_submodules(layer: ModuleSpec) -> Any:
+    """The submodules of a layer spec's dense or expert feed-forward part: 0.16 nests specs there, 0.19 a partially called constructor."""
     mlp = layer.submodules.mlp
     return mlp.keywords["submodules"] if hasattr(mlp, "keywords") else mlp.submodules
 
