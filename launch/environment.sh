@@ -1,12 +1,29 @@
-# Sourced by launch/quickstart.sh, launch/local.sh and tests/run.sh: create or reuse a virtual environment in the repository root.
+# Sourced by launch/quickstart.sh, launch/local.sh, tests/run.sh and .ci/lint: find or create a Python environment.
 #
-#   make_environment [EXTRAS]    reads PYTHON (an interpreter; default python3) and VENV (default .venv); sets $python
+#   make_environment [EXTRAS]    sets $python
 #
-# Packages are installed again only when pyproject.toml or constraints.txt changes. An environment with extras is reused without them.
+#   IWSFT_PYTHON       the interpreter of an environment to use as it is (a container's, a cluster module's): nothing is installed
+#   VENV, PYTHON       else a virtual environment (default: .venv in the repository root), created with this interpreter (default: python3)
+#   IWSFT_CONSTRAINTS  versions to install; CI's are in constraints.txt. Without it, any that pyproject.toml allows
+#
+# Packages are installed again only when pyproject.toml or the constraints change. An environment with extras is reused without them.
 
 make_environment() {
   local extras=${1:-} root stamp log
   root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+  if [ -n "${IWSFT_PYTHON:-}" ]; then
+    python=$IWSFT_PYTHON
+    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+      echo "IWSFT_PYTHON must be an interpreter of Python 3.11 or newer; found $IWSFT_PYTHON." >&2
+      return 1
+    }
+    export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
+    "$python" -c 'import torch, megatron.core, megatron_iwsft.cli.main' >/dev/null || {
+      echo "$IWSFT_PYTHON lacks packages that are needed (see above). Install them there, or unset IWSFT_PYTHON to create an environment." >&2
+      return 1
+    }
+    return 0
+  fi
   VENV=${VENV:-$root/.venv}
   python=$VENV/bin/python
   stamp=$VENV/installed$extras
@@ -19,18 +36,31 @@ make_environment() {
     echo "creating the environment $VENV"
     "${PYTHON:-python3}" -m venv "$VENV" || { echo "python -m venv failed; on Debian, install python3-venv." >&2; return 1; }
   fi
-  local stamps=("$stamp") candidate current=''
-  [ -n "$extras" ] || stamps=("$VENV"/installed*)
-  for candidate in "${stamps[@]}"; do
-    ! cat "$root/pyproject.toml" "$root/constraints.txt" | cmp -s - "$candidate" || current=yes
-  done
-  if [ -z "$current" ]; then
+  if ! is_installed "$extras"; then
     echo "installing packages (log: $log)"
-    "$python" -m pip install --quiet --editable "$root$extras" --constraint "$root/constraints.txt" >"$log" 2>&1 || {
+    "$python" -m pip install --quiet --editable "$root$extras" ${IWSFT_CONSTRAINTS:+--constraint "$IWSFT_CONSTRAINTS"} >"$log" 2>&1 || {
       tail -n 20 "$log" >&2
       echo "installation failed; full log: $log" >&2
       return 1
     }
-    cat "$root/pyproject.toml" "$root/constraints.txt" >"$stamp"
+    cat "$root/pyproject.toml" ${IWSFT_CONSTRAINTS:+"$IWSFT_CONSTRAINTS"} >"$stamp"
   fi
+}
+
+# is_installed EXTRAS: whether $VENV was installed from this pyproject.toml (and these constraints, if there are any) with these extras.
+is_installed() {
+  local candidate candidates=("$VENV/installed$1")
+  case $1 in
+    '') candidates=("$VENV"/installed*) ;;
+    '[report]') candidates+=("$VENV"/installed*test* "$VENV"/installed*dev*) ;; # which have it, too
+  esac
+  for candidate in "${candidates[@]}"; do
+    [ -f "$candidate" ] || continue
+    if [ -n "${IWSFT_CONSTRAINTS:-}" ]; then
+      cat "$root/pyproject.toml" "$IWSFT_CONSTRAINTS" | cmp -s - "$candidate" && return 0
+    else
+      head -c "$(wc -c <"$root/pyproject.toml")" "$candidate" | cmp -s - "$root/pyproject.toml" && return 0
+    fi
+  done
+  return 1
 }

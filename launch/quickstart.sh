@@ -5,7 +5,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/environment.sh
-make_environment
+make_environment "[report]"
 
 out=runs/quickstart
 iwsft() { "$python" -m megatron_iwsft "$@"; }

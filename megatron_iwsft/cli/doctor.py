@@ -1,9 +1,11 @@
 """Show what this machine has, what that enables, what to install for more, and which implementations runs use.
 
-Lines that start with ! name something missing.
+Lines that start with ! name something missing. With --gpu, also run short checks: a matmul in bf16 and in each FP8 recipe, each Triton
+kernel, attention, a collective per process group, a training step of each backend. Exit status 1 if one fails.
 
-example:
+examples:
   iwsft doctor
+  iwsft doctor --gpu
 """
 
 from __future__ import annotations
@@ -14,10 +16,15 @@ from megatron_iwsft.utils.text import say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """No options."""
+    parser.add_argument(
+        "--gpu", action="store_true", help="run short checks on the GPU, or where there is none, on the CPU"
+    )
+    parser.add_argument(
+        "--limit", type=float, default=120.0, metavar="S", help="with --gpu: seconds that each check may take"
+    )
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> int:
     from megatron_iwsft.distributed.doctor import Finding, examine, paths
     from megatron_iwsft.distributed.mcore_compat import quiet_megatron
 
@@ -31,3 +38,20 @@ def run(args: argparse.Namespace) -> None:
     show(examine())
     say("\nImplementations used on this machine")
     show(paths())
+    return _check(args.limit) if args.gpu else 0
+
+
+def _check(limit_s: float) -> int:
+    from megatron_iwsft.train.machine_checks import run_checks
+
+    print("\nChecks on this machine")
+    failures = []
+    for outcome in run_checks(limit_s=limit_s):
+        mark = "!" if outcome.status == "failed" else " "
+        detail = "see below" if outcome.status == "failed" else outcome.detail
+        print(f"{mark} {outcome.name:34} {outcome.status:8} {outcome.seconds:6.1f} s  {detail}", flush=True)
+        if outcome.status == "failed":
+            failures.append(outcome)
+    for outcome in failures:
+        print(f"\n{outcome.name} failed:\n{outcome.detail}")
+    return 1 if failures else 0

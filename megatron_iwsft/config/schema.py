@@ -354,6 +354,9 @@ class Precision(Section):
     """With fp8 delayed: number of past steps whose largest values the scales are taken from. null: 1024."""
     fp8_amax_compute_algo: Literal["max", "most_recent"] | None = None
     """With fp8 delayed: whether a scale fits the largest value of that history or its most recent one. null: max."""
+    fp8_emulation: bool = False
+    """Emulate the recipe in torch, on any device, CPUs too: what its rounding does to log-probs, weights and losses can be studied without
+    the hardware. Much slower than bf16, and no substitute for the GPU's own arithmetic. Dense models only."""
     bf16_first_layers: NonNegativeInt = 0
     """With fp8: number of layers at the start of the model that stay in bf16."""
     bf16_last_layers: NonNegativeInt = 0
@@ -362,12 +365,16 @@ class Precision(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Precision:
         edges = self.bf16_first_layers or self.bf16_last_layers
-        if self.fp8 is None and (self.fp8_parameters or edges):
-            raise ValueError("fp8_parameters, bf16_first_layers and bf16_last_layers need an fp8 recipe; fp8 is null")
+        if self.fp8 is None and (self.fp8_parameters or self.fp8_emulation or edges):
+            raise ValueError(
+                "fp8_parameters, fp8_emulation, bf16_first_layers and bf16_last_layers need an fp8 recipe; fp8 is null"
+            )
         if self.fp8 != "delayed" and (self.fp8_amax_history_len or self.fp8_amax_compute_algo):
             raise ValueError(
                 f"fp8_amax_history_len and fp8_amax_compute_algo need fp8 delayed, which scales by history; it is {self.fp8 or 'null'}"
             )
+        if self.fp8_parameters and self.fp8_emulation:
+            raise ValueError("fp8_emulation keeps parameters in dtype; fp8_parameters must be false")
         if self.fp8 is not None and self.dtype != "bf16":
             raise ValueError(f"fp8 {self.fp8} needs dtype bf16; it is {self.dtype}")
         if self.fp8 == "delayed" and edges:
@@ -384,7 +391,7 @@ class Precision(Section):
             if self.bf16_first_layers or self.bf16_last_layers
             else ""
         )
-        return self.dtype + (f"+fp8-{self.fp8}{edges}" if self.fp8 else "")
+        return self.dtype + (f"+fp8-{self.fp8}{edges}{'-emulated' if self.fp8_emulation else ''}" if self.fp8 else "")
 
 
 class Optimizer(Section):

@@ -38,7 +38,7 @@ def paths() -> list[Finding]:
     """Which implementation a run on this machine uses for each part, and why. Imports torch and Megatron-Core."""
     import torch
 
-    from megatron_iwsft.ops.logits import has_triton
+    from megatron_iwsft.ops.logits import triton_refusal
 
     on_cpu = os.environ.get("IWSFT_DEVICE") == "cpu"
     gpu = torch.cuda.is_available() and not on_cpu
@@ -47,7 +47,7 @@ def paths() -> list[Finding]:
     fused = gpu and engine is not None
     refused = gpu and broken_transformer_engine() is not None
     no_engine = no_gpu if not gpu else f"Transformer Engine is {why}"
-    triton = gpu and has_triton()
+    no_triton = triton_refusal(torch.device("cuda", 0)) if gpu else no_gpu
     fusion = fused or has_gradient_accumulation_fusion(torch.device("cuda" if gpu else "cpu"))
     recipes = {recipe: fp8_refusal(recipe, on_cpu=on_cpu) for recipe in FP8_RECIPES}
     allowed = [recipe for recipe, refusal in recipes.items() if refusal is None]
@@ -58,8 +58,8 @@ def paths() -> list[Finding]:
         _attention(gpu, fused, no_gpu, no_engine),
         Finding(
             "log-probs",
-            "Triton" if triton else "torch",
-            "one pass over the logits" if triton else ("no Triton" if gpu else no_gpu),
+            "torch" if no_triton else "Triton",
+            no_triton or "one pass over the logits",
         ),
         _optimizer(gpu),
         Finding(
@@ -184,6 +184,7 @@ def _optional() -> list[Finding]:
     out = []
     for package, extra, means in (
         ("gigatoken", "", "fast tokenization, if its ids equal the tokenizer's"),
+        ("matplotlib", "report", "iwsft report"),
         ("rensa", "curation", "near-duplicate removal"),
         ("vllm", "evaluation", "fast sampling in iwsft evaluate"),
         ("lm-eval", "evaluation", "iwsft evaluate --tasks"),

@@ -79,8 +79,8 @@ def _version() -> str:
     return importlib.metadata.version("megatron-core")
 
 
-def moe_submodules(layer: ModuleSpec) -> Any:
-    """The mixture of experts' submodules in a layer spec: 0.16 nests specs there, 0.19 a partially called constructor."""
+def mlp_submodules(layer: ModuleSpec) -> Any:
+    """The submodules of a layer spec's dense or expert feed-forward part: 0.16 nests specs there, 0.19 a partially called constructor."""
     mlp = layer.submodules.mlp
     return mlp.keywords["submodules"] if hasattr(mlp, "keywords") else mlp.submodules
 

@@ -21,10 +21,11 @@ from megatron_iwsft.data.batch import Batch
 from megatron_iwsft.distributed.capabilities import has_gradient_accumulation_fusion
 from megatron_iwsft.distributed.context import ParallelContext, Platform
 from megatron_iwsft.distributed.fp8_recipes import FP8_RECIPES, FP8Recipe
-from megatron_iwsft.distributed.mcore_compat import checked, moe_submodules
+from megatron_iwsft.distributed.mcore_compat import checked, mlp_submodules
 from megatron_iwsft.distributed.parallel_layout import ParallelLayout
 from megatron_iwsft.errors import ConfigError
 from megatron_iwsft.hf.architecture import Architecture
+from megatron_iwsft.model.fp8_emulation import EmulatedColumnParallelLinear, EmulatedRowParallelLinear, emulate_fp8
 from megatron_iwsft.model.layers import RotaryLayer, inverse_frequencies, normed_residual, rope_columns
 from megatron_iwsft.model.moe import Balance, BalancedRouter, ExpertLayer, PackedRow
 from megatron_iwsft.model.packed_attention import PackedAttention
@@ -41,7 +42,7 @@ class ModelSettings:
     dtype       of parameters and activations
     recompute, recompute_layers, overlap_tensor, context_communication  see `config.Parallel`
     backend     Megatron-Core's local layers in plain torch, or Transformer Engine's
-    fp8, fp8_parameters, amax_history, amax_algorithm  see `config.Precision`
+    fp8, fp8_parameters, fp8_emulation, amax_history, amax_algorithm  see `config.Precision`
     bf16_edges  layers at the start and at the end that stay out of FP8
     megatron    settings that are passed on to `TransformerConfig`, by its names
     """
@@ -56,6 +57,7 @@ class ModelSettings:
     fp8_parameters: bool = False
     amax_history: int | None = None
     amax_algorithm: Literal["max", "most_recent"] | None = None
+    fp8_emulation: bool = False
     bf16_edges: tuple[int, int] = (0, 0)
     megatron: Mapping[str, Any] = field(default_factory=dict)
 
@@ -167,6 +169,10 @@ def build_model(
     broken = layout.broken_rule(arch)
     if broken:
         raise ConfigError(f"parallel: {broken}.")
+    if settings.fp8_emulation and arch.experts is not None:
+        raise ConfigError(
+            f"precision.fp8_emulation covers dense models; the {arch.family} family has experts. Set it to false."
+        )
     config = _transformer_config(arch, layout, platform, settings)
     chunks = []
     for stage in range(layout.chunks_per_stage):
@@ -194,6 +200,9 @@ def build_model(
                 # With TP, expert gradients are reduced over a different group than dense ones, even at EP 1. Megatron-Core
                 # marks them only at EP ≥ 2.
                 parameter.allreduce = False
+        if settings.fp8 is not None and settings.fp8_emulation:
+            first, last = settings.bf16_edges
+            emulate_fp8(model, settings.fp8, layers=arch.num_layers, bf16_first_layers=first, bf16_last_layers=last)
         chunks.append(model.to(platform.device))
     return chunks
 
@@ -320,7 +329,7 @@ def _recompute_settings(settings: ModelSettings) -> dict[str, Any]:
 
 
 def _fp8_settings(settings: ModelSettings) -> dict[str, Any]:
-    if settings.fp8 is None:
+    if settings.fp8 is None or settings.fp8_emulation:
         return {}
     first, last = settings.bf16_edges
     return dict(
@@ -364,6 +373,10 @@ def _block_spec(
         layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = LocalRMSNorm
         attention = layer.submodules.self_attention.submodules
         attention.core_attention = PackedAttention
+        if settings.fp8_emulation:
+            mlp = mlp_submodules(layer)
+            attention.linear_qkv, attention.linear_proj = EmulatedColumnParallelLinear, EmulatedRowParallelLinear
+            mlp.linear_fc1, mlp.linear_fc2 = EmulatedColumnParallelLinear, EmulatedRowParallelLinear
         if arch.qk_norm:
             attention.q_layernorm = attention.k_layernorm = LocalRMSNorm
     if arch.post_norms:
@@ -373,7 +386,7 @@ def _block_spec(
         layer.module, layer.params = RotaryLayer, layer.params | {"columns": columns}
     if arch.experts is not None:
         layer.module = ExpertLayer
-        moe_submodules(layer).router = BalancedRouter
+        mlp_submodules(layer).router = BalancedRouter
         if settings.backend == "local":
             layer.submodules.sharded_state_dict_keys_map = ATTENTION_NORM
     if settings.backend == "transformer_engine":

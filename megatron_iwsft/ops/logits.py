@@ -5,7 +5,9 @@ n rows, V columns (this rank's part of the vocabulary, without padding); a targe
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import logging
 from collections.abc import Iterator
 
 import torch
@@ -16,8 +18,38 @@ _CACHE_BYTES = 2**20
 _GPU_BYTES = 2**28
 
 
+# Elements that a row of logits takes should be a multiple of this many, for 16-byte loads in the Triton kernels (what Triton checks).
+ROW_ALIGNMENT = 16
+
+log = logging.getLogger(__name__)
+
+
 def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def triton_refusal(device: torch.device) -> str | None:
+    """Why the Triton kernels cannot be used on this GPU, found by launching one; None if they can. Logs a failed launch, once.
+
+    At its first launch Triton builds a small C extension, so it needs a C compiler and Python's headers.
+    """
+    if not has_triton():
+        return "Triton is not installed"
+    try:
+        from megatron_iwsft.ops import logits_triton
+
+        target = torch.zeros(1, dtype=torch.int64, device=device)
+        logits_triton.row_statistics(torch.zeros(1, 16, device=device), target, torch.zeros(3, 1, device=device))
+    except Exception as error:  # a missing compiler, header, driver or assembler: each raises something else
+        text = str(error).splitlines()[0] if str(error) else type(error).__name__
+        log.warning(
+            "The log-prob operator uses torch in place of its Triton kernels, which is slower: Triton cannot launch a kernel (%s). "
+            "It needs a C compiler (gcc, clang or $CC) and Python's headers.",
+            text,
+        )
+        return f"Triton cannot launch a kernel: {text}"
+    return None
 
 
 def row_statistics(logits: Tensor, target: Tensor, *, out: Tensor) -> None:
@@ -30,10 +62,10 @@ def row_statistics(logits: Tensor, target: Tensor, *, out: Tensor) -> None:
     if logits.shape[1] == 0:
         out.zero_()
         out[0] = torch.finfo(torch.float32).min
-    elif logits.is_cuda and has_triton():
-        from megatron_iwsft.ops import logits_triton as rows_triton
+    elif _takes_triton(logits):
+        from megatron_iwsft.ops import logits_triton
 
-        rows_triton.row_statistics(logits, target, out)
+        logits_triton.row_statistics(logits, target, out)
     else:
         for part in _parts(logits):
             _row_statistics(logits[part], target[part], out[:, part])
@@ -46,13 +78,19 @@ def logits_gradient(logits: Tensor, target: Tensor, lse: Tensor, grad: Tensor) -
     """
     if logits.numel() == 0:
         return
-    if logits.is_cuda and has_triton():
-        from megatron_iwsft.ops import logits_triton as rows_triton
+    if _takes_triton(logits):
+        from megatron_iwsft.ops import logits_triton
 
-        rows_triton.logits_gradient(logits, target, lse, grad)
+        logits_triton.logits_gradient(logits, target, lse, grad)
     else:
         for part in _parts(logits):
             _logits_gradient(logits[part], target[part], lse[part], grad[part])
+
+
+def logits_buffer(like: Tensor, rows: int, columns: int) -> Tensor:
+    """Uninitialised logits [rows, columns] of like's dtype and device, whose rows start at multiples of 16 bytes for any vocabulary."""
+    padded = -(-columns // ROW_ALIGNMENT) * ROW_ALIGNMENT
+    return like.new_empty(rows, padded)[:, :columns]
 
 
 def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
@@ -69,6 +107,10 @@ def add_product_on_gpu(out: Tensor, a: Tensor, b: Tensor) -> None:
         torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
     else:
         out += torch.mm(a, b, out_dtype=torch.float32)
+
+
+def _takes_triton(logits: Tensor) -> bool:
+    return logits.is_cuda and triton_refusal(logits.device) is None
 
 
 def _parts(logits: Tensor) -> Iterator[slice]:

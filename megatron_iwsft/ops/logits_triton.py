@@ -1,4 +1,9 @@
-"""Triton kernels for `ops.logits`, each one pass over the logits. They also run in Triton's interpreter."""
+"""Triton kernels for `ops.logits`, each one pass over the logits. They also run in Triton's interpreter.
+
+Both are bound by instructions, not by memory, unless a column costs about ten of them. Hence one running maximum per row and not one per
+lane, powers of two, no mask except in the last block, and 16-byte loads, for which rows must start at multiples of 16 bytes.
+`tools/bench/kernels.py` counts the instructions without a GPU.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +11,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_BLOCK = 4096
+BLOCK = 4096
+_LOG2E = tl.constexpr(1.4426950408889634)
+_LN2 = tl.constexpr(0.6931471805599453)
 
 
 def row_statistics(logits: Tensor, target: Tensor, out: Tensor) -> None:
     """See `ops.logits.row_statistics`. One program per row."""
     if logits.shape[0]:
-        _statistics[(logits.shape[0],)](
+        statistics_kernel[(logits.shape[0],)](
             logits,
             target,
             out,
@@ -20,61 +27,89 @@ def row_statistics(logits: Tensor, target: Tensor, out: Tensor) -> None:
             out.stride(0),
             COLUMNS=logits.shape[1],
             ENTROPY=len(out) == 4,
-            BLOCK=_BLOCK,
+            BLOCK=BLOCK,
         )
 
 
 def logits_gradient(logits: Tensor, target: Tensor, lse: Tensor, grad: Tensor) -> None:
     """See `ops.logits.logits_gradient`. One program per row and block of columns."""
     rows, columns = logits.shape
-    grid = (rows, triton.cdiv(columns, _BLOCK))
-    _gradient[grid](logits, target, lse, grad, logits.stride(0), columns, BLOCK=_BLOCK)
+    gradient_kernel[(rows, triton.cdiv(columns, BLOCK))](
+        logits, target, lse, grad, logits.stride(0), COLUMNS=columns, BLOCK=BLOCK
+    )
 
 
-@triton.jit
-def _statistics(
+# Specialised on what a model fixes (columns, row stride, dtype), not on what changes with every batch: the number of trained tokens, and
+# where a chunk begins in the tensors that hold one value per token.
+@triton.jit(do_not_specialize=["out_stride"], do_not_specialize_on_alignment=["target", "out"])
+def statistics_kernel(
     logits, target, out, row_stride, out_stride, COLUMNS: tl.constexpr, ENTROPY: tl.constexpr, BLOCK: tl.constexpr
 ):
     row = tl.program_id(0).to(tl.int64)
     start = logits + row * row_stride
-    # Each lane keeps running values; they are combined once, after the last block.
-    maximum = tl.full([BLOCK], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK], tl.float32)
-    surplus = tl.zeros([BLOCK], tl.float32)
-    for first in range(0, COLUMNS, BLOCK):
-        column = first + tl.arange(0, BLOCK)
-        x = tl.load(start + column, mask=column < COLUMNS, other=float("-inf")).to(tl.float32)
-        larger = tl.maximum(maximum, x)
-        # The maximum of a lane without values is −inf; avoid −inf − (−inf) = NaN.
-        seen = larger > float("-inf")
-        rescale = tl.where(seen, tl.exp(maximum - larger), 0.0)
-        shifted = tl.where(column < COLUMNS, x - larger, 0.0)
-        gain = tl.where(column < COLUMNS, tl.exp(shifted), 0.0)
-        if ENTROPY:
-            moved = tl.where(maximum > float("-inf"), maximum - larger, 0.0)
-            surplus = (surplus + moved * total) * rescale + gain * shifted
-        total = total * rescale + gain
-        maximum = larger
-    top = tl.max(maximum, axis=0)
-    scale = tl.where(maximum > float("-inf"), tl.exp(maximum - top), 0.0)
-    tl.store(out + row, top)
-    tl.store(out + out_stride + row, tl.sum(total * scale, axis=0))
+    lane = tl.arange(0, BLOCK)
+    maximum = -1e38  # finite: a first block of −inf alone would give −inf − (−inf) = NaN
+    top = maximum * _LOG2E
+    total = 0.0
+    surplus = 0.0
+    FULL: tl.constexpr = COLUMNS // BLOCK * BLOCK
+    for first in range(0, FULL, BLOCK):
+        x = tl.load(start + first + lane).to(tl.float32)
+        maximum, top, total, surplus = _add_block(x, maximum, top, total, surplus, ENTROPY)
+    if FULL < COLUMNS:
+        x = tl.load(start + FULL + lane, mask=FULL + lane < COLUMNS, other=-1e38).to(tl.float32)
+        maximum, top, total, surplus = _add_block(x, maximum, top, total, surplus, ENTROPY)
+    # top is rounded: the sums are relative to it, and corrected to be relative to the exact maximum.
+    rounding = tl.fma(maximum, _LOG2E, -top)
+    scale = tl.exp2(-rounding)
+    tl.store(out + row, maximum)
+    tl.store(out + out_stride + row, total * scale)
     wanted = tl.load(target + row)
     here = (wanted >= 0) & (wanted < COLUMNS)
     picked = tl.load(start + wanted, mask=here, other=0.0).to(tl.float32)
     tl.store(out + 2 * out_stride + row, tl.where(here, picked, 0.0))
     if ENTROPY:
-        moved = tl.where(maximum > float("-inf"), maximum - top, 0.0)
-        tl.store(out + 3 * out_stride + row, tl.sum((surplus + moved * total) * scale, axis=0))
+        tl.store(out + 3 * out_stride + row, (surplus - rounding * total) * scale * _LN2)
 
 
 @triton.jit
-def _gradient(logits, target, lse, grad, row_stride, columns, BLOCK: tl.constexpr):
+def _add_block(x, maximum, top, total, surplus, ENTROPY: tl.constexpr):
+    """Add a block to a row's maximum, top = maximum · log2(e), total = Σ 2^d and surplus = Σ 2^d · d, where d = x · log2(e) − top."""
+    maximum = tl.maximum(maximum, tl.max(x, axis=0))
+    # Not a product: the compiler would fuse it into the subtraction, with another rounding than in the exponents below.
+    new_top = tl.fma(maximum, _LOG2E, 0.0)
+    moved = top - new_top
+    rescale = tl.exp2(moved)
+    d = tl.fma(x, _LOG2E, -new_top)
+    gain = tl.exp2(d)
+    if ENTROPY:
+        surplus = (surplus + moved * total) * rescale + tl.sum(gain * d, axis=0)
+    return maximum, new_top, total * rescale + tl.sum(gain, axis=0), surplus
+
+
+@triton.jit(do_not_specialize_on_alignment=["target", "lse", "grad"])
+def gradient_kernel(logits, target, lse, grad, row_stride, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    at = logits + row * row_stride + column
-    x = tl.load(at, mask=column < columns, other=0.0).to(tl.float32)
+    first = tl.program_id(1) * BLOCK
+    lane = tl.arange(0, BLOCK)
+    at = logits + row * row_stride + first + lane
+    wanted = (tl.load(target + row) - first).to(tl.int32)
     g = tl.load(grad + row)
-    d = -g * tl.exp(x - tl.load(lse + row))
-    d = tl.where(column == tl.load(target + row), d + g, d)
-    tl.store(at, d.to(logits.dtype.element_ty), mask=column < columns)
+    normalizer = tl.load(lse + row)
+    if first + BLOCK <= COLUMNS:
+        d = _row_gradient(tl.load(at).to(tl.float32), normalizer, g)
+        if (wanted >= 0) & (wanted < BLOCK):  # in at most one block of the row
+            d = tl.where(lane == wanted, d + g, d)
+        tl.store(at, d.to(logits.dtype.element_ty))
+    else:
+        mask = lane < COLUMNS - first
+        d = _row_gradient(tl.load(at, mask=mask, other=0.0).to(tl.float32), normalizer, g)
+        d = tl.where(lane == wanted, d + g, d)
+        tl.store(at, d.to(logits.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _row_gradient(x, normalizer, g):
+    top = normalizer * _LOG2E
+    scale = -g * tl.exp2(-tl.fma(normalizer, _LOG2E, -top))  # corrects the rounding of top, as above
+    return scale * tl.exp2(tl.fma(x, _LOG2E, -top))

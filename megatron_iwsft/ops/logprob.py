@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_iwsft.data.batch import IGNORE
-from megatron_iwsft.ops.logits import add_product, add_product_on_gpu, logits_gradient, row_statistics
+from megatron_iwsft.ops.logits import add_product, add_product_on_gpu, logits_buffer, logits_gradient, row_statistics
 
 # Maximum size of the logits buffer in bytes. Fixed, and not a fraction of free memory: weight gradients are summed over chunks,
 # so the chunk size affects rounding, and results must not depend on what else is in memory.
@@ -86,7 +86,7 @@ class _VocabParallelLogprob(torch.autograd.Function):
         weight_rows = weight[: max(0, min(weight.shape[0], vocab_size - first_row))]  # without padding
         chunks = _chunks(trained, weight.shape[0], chunk_size)
 
-        buffer = trained.new_empty(_longest(chunks), weight_rows.shape[0])
+        buffer = logits_buffer(trained, _longest(chunks), weight_rows.shape[0])
         stats = hidden.new_empty((3 if entropy is None else 4, index.numel()), dtype=torch.float32)
         for chunk in chunks:
             logits = torch.mm(trained[chunk], weight_rows.t(), out=buffer[: chunk.stop - chunk.start])
@@ -111,7 +111,7 @@ class _VocabParallelLogprob(torch.autograd.Function):
         weight_grad = _WeightGrad(weight, ctx.valid) if ctx.needs_input_grad[1] else None
         kept, ctx.buffer = ctx.buffer, None
         # The buffer is gone in a second backward through the same graph.
-        buffer = kept if kept is not None else trained.new_empty(_longest(ctx.chunks), ctx.valid)
+        buffer = kept if kept is not None else logits_buffer(trained, _longest(ctx.chunks), ctx.valid)
         last = ctx.chunks[-1] if ctx.chunks else slice(0, 0)
 
         def input_gradient(chunk: slice, *, recompute: bool) -> Tensor:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import html
+import importlib
 import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_iwsft.errors import DataError
+from megatron_iwsft.errors import ConfigError, DataError
 from megatron_iwsft.objectives.metrics import METRICS
 from megatron_iwsft.train.callbacks.metrics_file import METRICS_FILE, read_metrics_file
 from megatron_iwsft.utils.files import write_text
@@ -129,13 +130,20 @@ def _last(lines: list[dict[str, Any]], metric: str) -> str:
     return "–" if number is None else f"{value:,}" if isinstance(value, int) else f"{number:.4g}"
 
 
-def _plot(metric: str, metrics: dict[str, list[dict[str, Any]]]) -> str:
-    import matplotlib
-
+def pyplot() -> Any:
+    """matplotlib.pyplot, drawing SVG. Raises ConfigError where matplotlib, an optional package, is missing."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise ConfigError(
+            "plots need matplotlib, which is not installed: pip install matplotlib (or the package's extra: pip install -e '.[report]')."
+        ) from None
     matplotlib.use("svg")
-    from matplotlib import pyplot
+    return importlib.import_module("matplotlib.pyplot")
 
-    figure, axes = pyplot.subplots(figsize=(6, 3.2), layout="constrained")
+
+def _plot(metric: str, metrics: dict[str, list[dict[str, Any]]]) -> str:
+    figure, axes = pyplot().subplots(figsize=(6, 3.2), layout="constrained")
     curves: dict[str, Any] = {}  # run → its first curve
     for i, (name, lines) in enumerate(metrics.items()):
         for key, line_style in ((metric, "-"), *([("bound_sft", "--")] if metric == "bound_iw" else [])):
@@ -153,5 +161,5 @@ def _plot(metric: str, metrics: dict[str, list[dict[str, Any]]]) -> str:
         label.set_text(name)
     text = io.StringIO()
     figure.savefig(text, format="svg")
-    pyplot.close(figure)
+    pyplot().close(figure)
     return text.getvalue().partition("<svg")[1] + text.getvalue().partition("<svg")[2]

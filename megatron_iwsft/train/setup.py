@@ -133,10 +133,15 @@ class StartedRun(CheckedRun):
             recompute=tuple(parallel.recompute) if isinstance(parallel.recompute, list) else parallel.recompute,
             recompute_layers=parallel.recompute_layers,
             overlap_tensor=parallel.overlap_tensor,
-            backend="transformer_engine" if self.platform.has_transformer_engine else "local",
+            backend=(
+                "transformer_engine"
+                if self.platform.has_transformer_engine and not precision.fp8_emulation
+                else "local"
+            ),
             context_communication=parallel.context_communication,
             fp8=precision.fp8,
             fp8_parameters=precision.fp8_parameters,
+            fp8_emulation=precision.fp8_emulation,
             amax_history=precision.fp8_amax_history_len,
             amax_algorithm=precision.fp8_amax_compute_algo,
             bf16_edges=(precision.bf16_first_layers, precision.bf16_last_layers),
@@ -237,9 +242,13 @@ def start(checked: CheckedRun) -> StartedRun:
     """Join the job. Collective over all ranks. Raises ConfigError if this machine cannot run what the config asks for."""
     config = checked.config
     on_cpu = context.chosen_device(config.run.device) == "cpu"
-    refusal = fp8_refusal(config.precision.fp8, on_cpu=on_cpu) if config.precision.fp8 is not None else None
+    precision = config.precision
+    real = precision.fp8 is not None and not precision.fp8_emulation
+    refusal = fp8_refusal(precision.fp8, on_cpu=on_cpu) if real and precision.fp8 is not None else None
     if refusal:
-        raise ConfigError(f"precision.fp8 {config.precision.fp8} {refusal}. Use precision.fp8: null.")
+        raise ConfigError(
+            f"precision.fp8 {precision.fp8} {refusal}. Use precision.fp8: null, or emulate it with precision.fp8_emulation: true."
+        )
     # Twice the watchdog's timeout: it can then name the ranks that a collective waits for.
     platform = context.start(config.run.device, timeout_s=2 * config.run.hang_timeout_s)
     unknown = unknown_settings(config.megatron.given())

@@ -264,12 +264,9 @@ def table(results: list[dict[str, Any]], experiment: Experiment) -> str:
 
 def plot(results: list[dict[str, Any]], experiments: Sequence[Experiment], path: Path) -> None:
     """Plot for each experiment the exact and the greedy accuracy of every objective; error bars are over seeds."""
-    import matplotlib
+    from megatron_iwsft.report.page import pyplot
 
-    matplotlib.use("svg")
-    from matplotlib import pyplot
-
-    figure, panels = pyplot.subplots(
+    figure, panels = pyplot().subplots(
         len(experiments), 1, figsize=(8, 3.4 * len(experiments)), layout="constrained", squeeze=False
     )
     for (axes,), experiment in zip(panels, experiments, strict=True):
@@ -288,7 +285,7 @@ def plot(results: list[dict[str, Any]], experiments: Sequence[Experiment], path:
         axes.grid(alpha=0.3)
     panels[0][0].legend(title="accuracy, %; dotted: reference", fontsize=8)
     figure.savefig(path)
-    pyplot.close(figure)
+    pyplot().close(figure)
 
 
 if __name__ == "__main__":  # a job's processes import this file

@@ -10,6 +10,7 @@ import argparse
 import itertools
 import statistics
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -146,6 +147,8 @@ def peaks(platform: Any, size: Size, names: list[str]) -> dict[str, int | str]:
             platform.synchronize()
             out[name] = _peak(platform) - before - inputs.hidden.grad.nbytes - inputs.weight.grad.nbytes
         except Exception as error:  # not installed, out of memory, or inputs that the implementation does not support
+            if not isinstance(error, ImportError):
+                traceback.print_exc()
             out[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"
         inputs.hidden.grad = inputs.weight.grad = None
     return out

@@ -1,8 +1,9 @@
 """Speed and memory of SFT and iw-SFT training: tools/bench/train.py [--model 1.5b] [--seq-length 4096 8192] [--fp8 tensorwise]
 
-Every line of the table is a separate process that runs the trainer's steps (without saving) on the same generated, packed
-trajectories. `peer` is the same work in transformers, with one trajectory per forward pass and the loss of the paper's released script:
-log-softmax of the full logits, then a gather, and for iw-SFT a second model as the reference.
+Every line of the table is a separate process (with --share-process, one process for all objectives of a precision) that runs the
+trainer's steps (without saving) on the same generated, packed trajectories. `peer` is the same work in transformers, with one
+trajectory per forward pass and the loss of the paper's released script: log-softmax of the full logits, then a gather, and for iw-SFT
+a second model as the reference.
 
 Model FLOPs count matmuls only, 3 × forward: causal attention within each trajectory, the vocabulary projection of trained positions,
 nothing for padding, recomputation or a reference. MFU divides them by the device's dense bf16 peak if it is known, otherwise by the
@@ -12,6 +13,8 @@ rate of a large matmul in the dtype of the run, measured here. Both are printed.
 from __future__ import annotations
 
 import argparse
+import gc
+import itertools
 import json
 import os
 import re
@@ -20,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -30,12 +34,13 @@ from megatron_iwsft.utils.cli import run_command
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# Shapes of the Qwen2.5 models of these sizes, and one for a laptop.
+# Shapes of the Qwen2.5 models of these sizes (of 7B a quarter of the layers, which load fast and fit on any GPU), and one for a laptop.
 _SHAPES = {
     "tiny": dict(hidden_size=256, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, intermediate_size=704),
     "0.5b": dict(hidden_size=896, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2, intermediate_size=4864),
     "1.5b": dict(hidden_size=1536, num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2, intermediate_size=8960),
     "3b": dict(hidden_size=2048, num_hidden_layers=36, num_attention_heads=16, num_key_value_heads=2, intermediate_size=11008),
+    "7b-quarter": dict(hidden_size=3584, num_hidden_layers=7, num_attention_heads=28, num_key_value_heads=4, intermediate_size=18944),
 }  # fmt: skip
 
 # Dense bf16 FLOP/s from the data sheets (SXM modules).
@@ -90,13 +95,22 @@ def main() -> None:
         default=[],
         help="FP8 recipes, in addition to bf16",
     )
+    add("--only-fp8", action="store_true", help="only the FP8 recipes, not bf16")
     add("--recompute", choices=("none", "full"), default="none")
     add("--processes", type=int, default=1, help="tensor-parallel degree, for our trainer only (default: 1)")
     add("--no-peer", action="store_true", help="do not measure transformers")
+    add("--share-process", action="store_true", help="one process for all objectives of a precision: faster to start")
+    add(
+        "--keep", metavar="DIR", help="keep corpus and weights in this directory, for further calls with the same sizes"
+    )
     add("--case", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.case:
-        work(args, Case(**json.loads(args.case[0])), Path(args.case[1]))
+        work(args, [Case(**case) for case in json.loads(args.case[0])], Path(args.case[1]))
+        return
+    if args.keep:
+        Path(args.keep).mkdir(parents=True, exist_ok=True)
+        bench(args, Path(args.keep))
         return
     with tempfile.TemporaryDirectory(prefix="bench-train-") as directory:
         bench(args, Path(directory))
@@ -120,10 +134,10 @@ def bench(args: argparse.Namespace, directory: Path) -> None:
     )
     print(f"{'':10} {'':14} {'':12} {'seq':>6} {'step':>9} {'tokens/s':>9} {'TFLOP/s':>8} {'MFU':>6} {'memory':>9}")
     for seq_length in args.seq_length:
+        make_weights(directory, args)
         make_corpus(directory, args, seq_length)
         found: dict[Case, Measured] = {}
-        for case in _cases(args, seq_length):
-            result = _measure(args, case, directory)
+        for case, result in _results(args, list(_cases(args, seq_length)), directory):
             label = f"{case.program:10} {case.objective:14} {'FP8 ' + case.fp8 if case.fp8 != 'none' else args.dtype:14} {seq_length:>4}"
             if isinstance(result, str):
                 print(f"{label} {result}", flush=True)
@@ -138,7 +152,7 @@ def bench(args: argparse.Namespace, directory: Path) -> None:
 
 
 def _cases(args: argparse.Namespace, seq_length: int) -> Iterator[Case]:
-    for fp8 in ["none", *args.fp8]:
+    for fp8 in [*(() if args.only_fp8 else ("none",)), *args.fp8]:
         for objective in args.objective:
             if (objective, fp8) != ("iw_sft cached", "delayed"):  # refused: its scales follow the training steps
                 yield Case("ours", objective, fp8, seq_length)
@@ -146,6 +160,15 @@ def _cases(args: argparse.Namespace, seq_length: int) -> Iterator[Case]:
         for objective in args.objective:
             if objective != "iw_sft cached":  # the peer has no cached reference
                 yield Case("peer", objective, "none", seq_length)
+
+
+def _results(args: argparse.Namespace, cases: list[Case], directory: Path) -> Iterator[tuple[Case, Measured | str]]:
+    """Run the cases, each in a process of its own or with others of its precision."""
+    together = (
+        args.share_process and args.processes == 1
+    )  # of several ranks, one that fails would leave the others waiting
+    for _, group in itertools.groupby(cases, lambda case: (case.program, case.fp8) if together else case):
+        yield from _measure(args, list(group), directory)
 
 
 def _compare(found: dict[Case, Measured], processes: int) -> None:
@@ -202,6 +225,33 @@ def _versions() -> str:
     return ", ".join(out)
 
 
+def architecture(args: argparse.Namespace) -> dict[str, Any]:
+    """The model's config.json."""
+    common = {"model_type": "qwen2", "vocab_size": args.vocabulary, "max_position_embeddings": 32768}
+    return common | {"tie_word_embeddings": True, "architectures": ["Qwen2ForCausalLM"]} | _SHAPES[args.model]
+
+
+def make_weights(directory: Path, args: argparse.Namespace) -> None:
+    """Write a Hugging Face directory of random weights: read in a fraction of the time that every process would take to generate them."""
+    import torch
+
+    from megatron_iwsft.hf.architecture import Architecture
+    from megatron_iwsft.hf.directory import RandomInit, write_directory
+    from megatron_iwsft.hf.mapping import shapes
+
+    output = directory / "weights"
+    if output.exists():
+        return
+    arch = Architecture.from_hf(architecture(args), where="the model")
+    source = RandomInit(arch, 0)
+
+    def read(name: str) -> Any:
+        return source.read(name, (0, 0, shapes(arch)[name][0]))
+
+    dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
+    write_directory(output, arch, read, names=shapes(arch), dtype=dtype)
+
+
 def make_corpus(directory: Path, args: argparse.Namespace, seq_length: int) -> None:
     """Write a corpus of random tokens: log-normal lengths up to `seq_length`, the first fifth of each is the prompt."""
     import numpy as np
@@ -211,7 +261,9 @@ def make_corpus(directory: Path, args: argparse.Namespace, seq_length: int) -> N
     from megatron_iwsft.data.prepare.train_tokenizer import train_tokenizer
 
     home = directory / str(seq_length)
-    home.mkdir()
+    if (home / "corpus" / "manifest.json").exists():
+        return
+    home.mkdir(exist_ok=True)
     (home / "text.jsonl").write_text('{"text": "one and two"}\n')
     train_tokenizer([home / "text.jsonl"], home / "tokenizer", fields=["text"], vocab_size=300)
     rng = np.random.default_rng(0)
@@ -228,15 +280,9 @@ def make_corpus(directory: Path, args: argparse.Namespace, seq_length: int) -> N
 
 def _config(args: argparse.Namespace, case: Case, directory: Path) -> dict[str, Any]:
     objective, _, source = case.objective.partition(" ")
-    model = {
-        "model_type": "qwen2",
-        "vocab_size": args.vocabulary,
-        "max_position_embeddings": 32768,
-        "tie_word_embeddings": True,
-    }
     return {
         "run": {"name": "bench", "dir": str(directory / f"{case.objective}-{case.fp8}-{case.seq_length}")},
-        "model": {"config": model | _SHAPES[args.model]},
+        "model": {"hf": str(directory / "weights")},
         "data": {
             "corpus": str(directory / str(case.seq_length) / "corpus"),
             "seq_length": case.seq_length,
@@ -251,48 +297,79 @@ def _config(args: argparse.Namespace, case: Case, directory: Path) -> dict[str, 
     }
 
 
-def _measure(args: argparse.Namespace, case: Case, directory: Path) -> Measured | str:
-    """Run a case in subprocesses: precompute the reference if needed, then the steps. Returns one line of text on failure."""
-    config = directory / "config.json"
-    config.write_text(json.dumps(_config(args, case, directory)))
+def _measure(args: argparse.Namespace, cases: list[Case], directory: Path) -> Iterator[tuple[Case, Measured | str]]:
+    """Run cases in a process (or with --processes, a job). A failed one gives a line of text, and its traceback on standard error."""
+    for path in directory.glob("measured-*.json"):
+        path.unlink()
     many = ["-m", "megatron_iwsft.distributed.torchrun", "--nproc_per_node", str(args.processes)]
-    launch = [sys.executable, *(many if args.processes > 1 and case.program == "ours" else [])]
-    commands = [[*launch, __file__, *sys.argv[1:], "--case", json.dumps(asdict(case)), str(directory)]]
+    launch = [sys.executable, *(many if args.processes > 1 and cases[0].program == "ours" else [])]
+    command = [*launch, __file__, *sys.argv[1:], "--case", json.dumps([asdict(case) for case in cases]), str(directory)]
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
+    lines = [line for line in (done.stderr or done.stdout).strip().splitlines() if line.strip()]
+    failed = False
+    for number, case in enumerate(cases):
+        file = directory / f"measured-{number}.json"
+        found = json.loads(file.read_text()) if file.exists() else (lines[-1] if lines else f"status {done.returncode}")
+        failed |= isinstance(found, str)
+        yield case, f"failed: {found[:160]}" if isinstance(found, str) else Measured(**found)
+    if failed:
+        print("\n".join(lines[-150:]), file=sys.stderr, flush=True)
+
+
+def work(args: argparse.Namespace, cases: list[Case], directory: Path) -> None:
+    """Run cases in this process, and write measured-<number>.json of each: what was measured, or a line about what failed."""
+    for number, case in enumerate(cases):
+        try:
+            found: Any = asdict(_measured(args, case, directory))
+        except Exception as error:
+            if len(cases) == 1:
+                raise
+            traceback.print_exc()
+            found = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+        gc.collect()  # of the model, before the next one is built
+        _empty_cache()
+        if os.environ.get("RANK", "0") == "0":
+            (directory / f"measured-{number}.json").write_text(json.dumps(found))
+    if cases[0].program == "ours":
+        from megatron_iwsft.distributed.context import stop
+
+        stop()
+
+
+def _empty_cache() -> None:
+    import torch
+
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _measured(args: argparse.Namespace, case: Case, directory: Path) -> Measured:
+    """Run the steps of a case, after the reference's log-probs if it needs them."""
+    from megatron_iwsft.config.loader import parse_config
+
+    config = parse_config(json.dumps(_config(args, case, directory)), [], where="the bench's config")
     if case.program == "ours" and case.objective.endswith("cached"):
-        commands.insert(0, [*launch, str(ROOT / "tools" / "precompute_reference.py"), "--config", str(config)])
-    for command in commands:
-        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-        done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
-        if done.returncode:
-            lines = [line for line in (done.stderr or done.stdout).strip().splitlines() if line.strip()]
-            return "failed: " + (lines[-1][:160] if lines else f"status {done.returncode}")
-    return Measured(**json.loads((directory / "measured.json").read_text()))
+        from megatron_iwsft.train.precompute import precompute_reference
 
-
-def work(args: argparse.Namespace, case: Case, directory: Path) -> None:
-    """Run the steps of a case in this process."""
-    from megatron_iwsft.config.loader import load_config
-
-    config = load_config(str(directory / "config.json"), [])
+        precompute_reference(config)
     lines = list((trainer_steps if case.program == "ours" else peer_steps)(config, args.warmup + args.steps))
     measured = lines[args.warmup :]
     seconds = sum(line["step_time_s"] for line in measured)
-    result = Measured(
+    return Measured(
         step_s=statistics.median(line["step_time_s"] for line in measured),
         tokens_per_s=sum(line["tokens"] for line in measured) / seconds,
         flops=sum(line["tflops_per_gpu"] * line["step_time_s"] for line in measured) * 1e12 / seconds,
         memory=max(line["peak_memory_bytes"] for line in measured),
         losses=[line["loss"] for line in lines],
     )
-    if os.environ.get("RANK", "0") == "0":
-        (directory / "measured.json").write_text(json.dumps(asdict(result)))
 
 
 def trainer_steps(config: Any, steps: int) -> Iterator[dict[str, Any]]:
     """Run the trainer's steps and yield their metrics."""
     from contextlib import ExitStack
 
-    from megatron_iwsft.distributed.context import stop
     from megatron_iwsft.distributed.stop_signals import StopSignals
     from megatron_iwsft.train.setup import check, start
     from megatron_iwsft.train.trainer import Trainer
@@ -305,7 +382,6 @@ def trainer_steps(config: Any, steps: int) -> Iterator[dict[str, Any]]:
                 result = trainer.train_step(number)
                 assert result is not None, "divergence detection is off"
                 yield result.metrics
-    stop()
 
 
 def _peer_models(config: Any, arch: Any, device: Any) -> tuple[Any, Any]:
@@ -332,7 +408,7 @@ def peer_steps(config: Any, steps: int) -> Iterator[dict[str, Any]]:
     import torch
 
     from megatron_iwsft.distributed.context import Platform
-    from megatron_iwsft.hf.architecture import Architecture
+    from megatron_iwsft.hf.directory import SafetensorsDirectory
     from megatron_iwsft.model.flops import training_flops
     from megatron_iwsft.train.setup import make_sampler, open_mixture
 
@@ -341,7 +417,7 @@ def peer_steps(config: Any, steps: int) -> Iterator[dict[str, Any]]:
     device = platform.device
     corpus = open_mixture(config)
     sampler = make_sampler(config, corpus)
-    arch = Architecture.from_hf(config.model.config, where="the model")
+    arch = SafetensorsDirectory(config.model.hf).architecture
     model, reference = _peer_models(config, arch, device)
     half = config.precision.dtype == "bf16"
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.optimizer.lr, fused=True)

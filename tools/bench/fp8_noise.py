@@ -1,0 +1,201 @@
+"""What FP8's rounding does to log-probs, importance weights and losses, emulated on the CPU: tools/bench/fp8_noise.py [options]
+
+The recipes are emulated by the local backend (`precision.fp8_emulation`, see model/fp8_emulation.py): their rounding, not a GPU's sums.
+For a random model, or for --model DIR, a Hugging Face directory, each precision gives
+
+  abs. Δ      |difference of a token's log-prob from bf16's|: mean, 99th percentile; policy and reference in different precision
+  rows        the same from its own log-probs in rows of other trajectories; policy and cached reference in the same precision
+  sequence    weights exp(mean Δ) of trajectories against a bf16 reference: standard deviation, and the value furthest from 1
+  token       weights exp(Δ) of tokens, likewise
+  step 0      mean |log-ratio| per token that a run with a cached reference of its own precision starts with
+  loss        mean and last difference from bf16's loss over --steps steps of iw-SFT, relative
+
+Random models train on generated sums. --records FILE has records of your own (prompt, response).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_iwsft.distributed.fp8_recipes import FP8_RECIPES
+from megatron_iwsft.utils.cli import run_command
+
+PRECISIONS: dict[str, dict[str, Any]] = {
+    "bf16": {"dtype": "bf16"},
+    "fp32": {"dtype": "fp32"},
+    **{recipe: {"dtype": "bf16", "fp8": recipe, "fp8_emulation": True} for recipe in FP8_RECIPES},
+}
+PRECISIONS["tensorwise-edges"] = PRECISIONS["tensorwise"] | {"bf16_first_layers": 1, "bf16_last_layers": 1}
+
+
+@dataclass(frozen=True)
+class Noise:
+    """One precision. logprobs: of every trained token, by trajectory; rows: in rows of other trajectories; losses: of each step."""
+
+    logprobs: list[np.ndarray]
+    rows: list[np.ndarray]
+    losses: list[float]
+    first_ratio: float | None
+    cpu_s: float
+
+
+def measure(platform: Any, config: dict[str, Any], corpus_dir: str, steps: int) -> Noise:
+    """Log-probs of the reference in two packings, then training. Runs in a process of its own."""
+    with redirect_stdout(sys.stderr):
+        return _measure(config, corpus_dir, steps)
+
+
+def _measure(config: dict[str, Any], corpus_dir: str, steps: int) -> Noise:
+    from megatron_iwsft.config.loader import parse_config
+    from megatron_iwsft.data.corpus import Corpus
+    from megatron_iwsft.reference.sidecar import Sidecar
+    from megatron_iwsft.testing import comparable_metrics
+    from megatron_iwsft.train.precompute import precompute_reference
+    from megatron_iwsft.train.setup import check
+    from megatron_iwsft.train.trainer import train
+
+    begin = time.process_time()
+    found = []
+    for packing in ("none", "best_fit"):
+        copy = Path(config["run"]["dir"]) / f"corpus-{packing}"
+        shutil.copytree(corpus_dir, copy)
+        config["data"] |= {"corpus": str(copy), "packing": packing}
+        checked = parse_config(json.dumps(config), [], where="fp8_noise")
+        precompute_reference(checked)
+        corpus = Corpus.open(str(copy))
+        sidecar = Sidecar(corpus, check(checked, world_size=1).identity)
+        found.append([np.asarray(sidecar(i))[np.asarray(corpus.mask(i)) == 1] for i in range(len(corpus))])
+    losses, ratio = [], None
+    if steps:
+        train(checked)
+        lines = comparable_metrics(Path(checked.run.dir))
+        losses, ratio = [line["loss"] for line in lines], lines[0]["abs_log_ratio"]
+    return Noise(found[1], found[0], losses, ratio, time.process_time() - begin)
+
+
+def furthest(weights: np.ndarray) -> float:
+    return float(weights[np.abs(weights - 1).argmax()])
+
+
+def row(name: str, noise: Noise, bf16: Noise) -> str:
+    apart = [a - b for a, b in zip(noise.logprobs, bf16.logprobs, strict=True)]
+    tokens, own = np.concatenate(apart), np.concatenate(noise.logprobs) - np.concatenate(noise.rows)
+    sequence, token = np.exp([x.mean() for x in apart]), np.exp(tokens)
+    cells = [
+        name,
+        f"{np.abs(tokens).mean():.1e}, {np.percentile(np.abs(tokens), 99):.1e}",
+        f"{np.abs(own).mean():.1e}, {np.percentile(np.abs(own), 99):.1e}",
+        f"{sequence.std():.1e}, {furthest(sequence):.4f}",
+        f"{token.std():.1e}, {furthest(token):.3f}",
+    ]
+    if noise.losses:
+        relative = [(a - b) / b for a, b in zip(noise.losses, bf16.losses, strict=True)]
+        tail = statistics.mean(relative[-20:])
+        cells += [f"{noise.first_ratio:.1e}", f"{statistics.mean(map(abs, relative)):.2%}, {tail:+.2%}"]
+    else:
+        cells += ["", ""]
+    return "| " + " | ".join(cells) + " |"
+
+
+def make_corpus(args: argparse.Namespace, directory: Path) -> Path:
+    from megatron_iwsft.data.prepare.arithmetic import ArithmeticSettings, arithmetic_records
+    from megatron_iwsft.data.prepare.records import RecordFormat
+    from megatron_iwsft.data.prepare.shard import ShardSettings, shard_corpus
+    from megatron_iwsft.testing import worked_sums
+
+    if args.model is None and args.records is None:
+        return worked_sums(directory, args.count)
+    records = directory / "records.jsonl"
+    if args.records is not None:
+        lines = Path(args.records).read_text(encoding="utf-8").splitlines()[: args.count]
+    else:
+        lines = [json.dumps(r) for r in arithmetic_records(args.count, ArithmeticSettings(digits=4), seed=1)]
+    records.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    form = RecordFormat(prompt_field=args.prompt_field, response_fields=(args.response_field,))
+    shard_corpus([records], directory / "corpus", ShardSettings(str(args.model), record=form), show_progress=False)
+    return directory / "corpus"
+
+
+def run_config(args: argparse.Namespace, directory: Path, name: str) -> dict[str, Any]:
+    shape = {
+        "model_type": "qwen2",
+        "vocab_size": 400,
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": True,
+        "hidden_size": args.hidden,
+        "num_hidden_layers": args.layers,
+        "num_attention_heads": args.hidden // 64,
+        "num_key_value_heads": args.hidden // 64,
+        "intermediate_size": args.hidden * 11 // 4,
+        "initializer_range": args.initializer_range,
+    }
+    return {
+        "run": {"name": name, "dir": str(directory / name), "seed": 3},
+        "model": {"hf": args.model} if args.model else {"config": shape},
+        "data": {
+            "corpus": "",
+            "seq_length": args.seq_length,
+            "global_batch_size": args.batch,
+            "max_steps": max(args.steps, 1),
+        },
+        "objective": {"name": "iw_sft"},
+        "precision": PRECISIONS[name],
+        "optimizer": {"lr": args.lr},
+        "checkpoint": {"every": 0},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", help="Hugging Face directory (default: a random model)")
+    add("--hidden", type=int, default=256, help="of the random model (default: 256)")
+    add("--layers", type=int, default=4, help="of the random model (default: 4)")
+    add("--initializer-range", type=float, default=0.02, help="of the random model (default: 0.02)")
+    add("--records", help="JSONL records (default: generated sums)")
+    add("--prompt-field", default="prompt")
+    add("--response-field", default="response")
+    add("--count", type=int, default=400, help="trajectories (default: 400)")
+    add("--seq-length", type=int, default=256)
+    add("--batch", type=int, default=2, help="rows per step (default: 2)")
+    add("--steps", type=int, default=200, help="training steps; 0: log-probs only (default: 200)")
+    add("--lr", type=float, default=1e-3)
+    add("--precision", nargs="+", choices=list(PRECISIONS), default=list(PRECISIONS), help="bf16 is always measured")
+    args = parser.parse_args()
+    if args.records and not args.model:
+        parser.error("--records needs --model: their text is encoded with the model's tokenizer")
+
+    from megatron_iwsft.distributed.spawn import run_job
+
+    os.environ["IWSFT_DEVICE"] = "cpu"
+    model = args.model or f"random, {args.layers} layers of {args.hidden}, initializer range {args.initializer_range:g}"
+    with tempfile.TemporaryDirectory(prefix="fp8-noise-") as name:
+        corpus = make_corpus(args, Path(name))
+        tokens = json.loads((corpus / "manifest.json").read_text())["counts"]
+        print(f"FP8 emulated on the CPU; {model}; {tokens}; {args.steps} steps\n")
+        print("| precision | abs. Δ | rows | sequence | token | step 0 | loss |\n|---|---|---|---|---|---|---|")
+        bf16, total = None, 0.0
+        for precision in dict.fromkeys(["bf16", *args.precision]):
+            config = run_config(args, Path(name), precision)
+            (noise,) = run_job(measure, 1, config, str(corpus), args.steps)
+            bf16 = bf16 or noise
+            print(row(precision, noise, bf16), flush=True)
+            total += noise.cpu_s
+    print(f"\n{total:.0f} CPU seconds")
+
+
+if __name__ == "__main__":  # spawned processes import this file
+    run_command(main)
