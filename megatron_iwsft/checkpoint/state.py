@@ -68,6 +68,11 @@ class TrainState:
             f"model{i}": _without_extra_states(chunk.sharded_state_dict(metadata=metadata), stored)
             for i, chunk in enumerate(self.policy)
         }
+        for i, chunk in enumerate(self.policy if stored is not None else ()):
+            for name, parameter in chunk.named_parameters():
+                unquantized = unquantized_copy(parameter)
+                if unquantized is not None:  # what is loaded must not be rounded to FP8 on its way
+                    state[f"model{i}"][name].data = unquantized
         if self.optimizer is not None:
             # Chunks of an interleaved pipeline number their layers alike: the optimizer looks tensors up, not keys.
             models = {f"{part}.{name}": tensor for part, tensors in state.items() for name, tensor in tensors.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -21,14 +22,14 @@ from tests.support.transformer_engine import FAMILIES, architecture, as_on_hoppe
 BACKENDS = ("local", "transformer_engine")
 
 
-def build(platform: Any, family: str, parallel: Any = None, **settings: Any) -> list[Any]:
+def build(platform: Any, family: str, parallel: Any = None, *, seed: int = 1, **settings: Any) -> list[Any]:
     """A model in bf16 with random weights; to be called within `as_on_hopper`."""
     from megatron_iwsft.model.gpt import ModelSettings, build_model
     from megatron_iwsft.model.parameters import load_weights
 
     parallel, arch = parallel or platform.parallel(), architecture(family)
     policy = build_model(arch, parallel, platform, ModelSettings(torch.bfloat16, **settings))
-    load_weights(policy, RandomInit(arch, 1), parallel)
+    load_weights(policy, RandomInit(arch, seed), parallel)
     return policy
 
 
@@ -88,8 +89,15 @@ def test_weight_gradients_are_added_in_the_matmul_without_apex(family: str) -> N
     assert run_distributed(accumulation, 1, family) == [({True}, {True})]
 
 
-def fp8_masters(platform: Any) -> dict[str, Any]:
-    """The optimizer's float32 parameters of a model with parameters in FP8, beside those of one in bf16."""
+def fp8_masters(platform: Any, directory: Path | None) -> dict[str, Any]:
+    """The optimizer's float32 parameters of a model with parameters in FP8, beside those of one in bf16.
+
+    directory: for a checkpoint of the latter, from which the former takes its weights.
+    """
+    from megatron_iwsft.checkpoint.info import CheckpointInfo
+    from megatron_iwsft.checkpoint.load import load
+    from megatron_iwsft.checkpoint.state import TrainState
+    from megatron_iwsft.checkpoint.writer import CheckpointWriter
     from megatron_iwsft.distributed.mcore_compat import optimizer_shards, unquantized_copy
     from megatron_iwsft.model.parameters import checkpoint_name
     from megatron_iwsft.train.optim import build_optimizer, wrap_for_gradients
@@ -98,7 +106,11 @@ def fp8_masters(platform: Any) -> dict[str, Any]:
     for backend in BACKENDS:
         options = dict(fp8="tensorwise", fp8_parameters=True) if backend != "local" else {}
         with as_on_hopper():
-            policy = build(platform, "dense", backend=backend, **options)
+            policy = build(platform, "dense", backend=backend, seed=2 if directory and options else 1, **options)
+            if directory is not None and options:
+                load(CheckpointInfo.read(directory), TrainState(policy))
+            elif directory is not None:
+                CheckpointWriter(directory, architecture("dense")).save(TrainState(policy))
             chunks = wrap_for_gradients(policy, Optimizer())
             optimizer = build_optimizer(chunks, Optimizer(), torch.bfloat16)
             named = {id(p): (checkpoint_name(policy[0], n), p) for n, p in policy[0].named_parameters()}
@@ -112,8 +124,9 @@ def fp8_masters(platform: Any) -> dict[str, Any]:
 
 
 @te
-def test_the_optimizer_of_fp8_parameters_starts_from_the_weights_that_were_loaded() -> None:
-    found = run_distributed(fp8_masters, 1)[0]
+@pytest.mark.parametrize("source", ["safetensors", "checkpoint"])
+def test_the_optimizer_of_fp8_parameters_starts_from_the_weights_that_were_loaded(source: str, tmp_path: Path) -> None:
+    found = run_distributed(fp8_masters, 1, tmp_path if source == "checkpoint" else None)[0]
     expected, masters = (found[backend] for backend in BACKENDS)
     assert len(found["quantised"]) == 8, "four matrices in each of two layers"
     assert masters.keys() == expected.keys()
