@@ -25,7 +25,7 @@ def test_the_doctor_runs_every_check() -> None:
     run_here = {"matmul in bf16", "attention, local", "collectives", "training step, local"}
     for name, line in status.items():
         assert (" ok " if name in run_here else " skipped ") in line, line
-    assert "tp (2)" in status["collectives"] and "loss" in status["training step, local"]
+    assert "tp (2)" in status["collectives"] and "nll" in status["training step, local"]
     assert "needs a GPU (Blackwell)" in status["matmul in FP8 mxfp8"]
 
 
