@@ -39,9 +39,11 @@ def cost(
     micro_batch_size: int,
     micro_batches: int,
     recompute: str = "none",
+    local: bool = False,
 ) -> Cost:
     """Cost of training in bf16 with the distributed optimizer. seq_length in tokens; micro_batches per step and pipeline.
 
+    local: for the local backend, whose context-parallel ranks keep the keys and values of the whole sequence.
     The log-prob operator's chunk of logits and the trained rows it saves are left out: they do not grow with the layout.
     """
     # The first stage holds most activations, and the first or the last most parameters.
@@ -55,7 +57,7 @@ def cost(
         in_flight = min(
             micro_batches, layout.pipeline * (1 + (layout.pipeline - 1) / (layout.pipeline * layout.chunks_per_stage))
         )
-    per_layer = _activation_bytes(arch, layout)
+    per_layer = _activation_bytes(arch, layout, local=local)
     if recompute == "full":
         kept = _BF16 * arch.hidden_size // (layout.tensor if layout.sequence else 1)
         activations = tokens * (kept * layers * in_flight + per_layer)
@@ -98,10 +100,23 @@ def stage_parameters(arch: Architecture, layout: ParallelLayout) -> list[tuple[i
     return list(zip(dense, experts, strict=True))
 
 
-def _activation_bytes(arch: Architecture, layout: ParallelLayout) -> int:
+def local_mask_bytes(arch: Architecture, layout: ParallelLayout, longest: int) -> int:
+    """Bytes of the largest attention mask that the local backend makes for a trajectory of `longest` tokens (padded).
+
+    Its masks are dense, one byte per (query, key): of a context-parallel rank's chunk of queries, or of a window. Causal attention to a
+    trajectory that one rank holds completely needs none.
+    """
+    if layout.context > 1:
+        return longest // (2 * layout.context) * longest
+    windows = [window for window in arch.windows if window is not None and window < longest]
+    return longest**2 if windows else 0
+
+
+def _activation_bytes(arch: Architecture, layout: ParallelLayout, *, local: bool) -> int:
     """Bytes that one layer keeps for backward, per token of this rank, in bf16. Experts: as if their load were balanced."""
     replicated = 4 * arch.hidden_size  # inputs of both norms, of the QKV and of the first feed-forward projection
-    attention = 2 * (arch.num_heads + arch.num_groups) * arch.head_dim  # query, key, value, attention's output
+    whole = layout.context if local else 1  # gathered keys and values, per token of this rank
+    attention = 2 * (arch.num_heads + whole * arch.num_groups) * arch.head_dim  # query, key, value, attention's output
     feed_forward = 3 * arch.ffn_size  # gate, up, their product
     if arch.experts is not None:  # and the tokens' copies before and after their experts
         feed_forward = arch.experts.per_token * (3 * arch.experts.ffn_size + 2 * arch.hidden_size)

@@ -8,6 +8,7 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_iwsft.config import schema as config
+from megatron_iwsft.distributed.mcore_compat import inner_optimizers
 from megatron_iwsft.model.gpt import PolicyModel
 
 
@@ -36,7 +37,7 @@ def build_optimizer(
     chunks: list[DistributedDataParallel], settings: config.Optimizer, dtype: torch.dtype
 ) -> MegatronOptimizer:
     """Megatron-Core's AdamW over the wrapped chunks."""
-    return get_megatron_optimizer(
+    optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
             lr=settings.lr,
@@ -52,7 +53,13 @@ def build_optimizer(
             overlap_param_gather=settings.overlap_param_gather,
         ),
         chunks,
+        use_gloo_process_groups=False,
     )
+    for inner in inner_optimizers(optimizer):
+        if isinstance(inner, torch.optim.AdamW):
+            for group in inner.param_groups:  # one pass over memory in place of some twelve
+                group["fused"] = all(p.device.type in ("cpu", "cuda") for p in group["params"])
+    return optimizer
 
 
 def build_schedule(

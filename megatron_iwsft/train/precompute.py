@@ -10,12 +10,13 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from megatron_iwsft.config.schema import Config
+from megatron_iwsft.distributed.agreement import own_share
 from megatron_iwsft.distributed.stop_signals import StopSignals
 from megatron_iwsft.distributed.watchdog import Watchdog
 from megatron_iwsft.errors import RequeueError
 from megatron_iwsft.model.gpt import forward
 from megatron_iwsft.reference.sidecar import SidecarWriter
-from megatron_iwsft.train.setup import StartedRun, all_packs, check, start
+from megatron_iwsft.train.setup import StartedRun, all_packs, check, reference_identity, start
 from megatron_iwsft.train.step import run_schedule
 
 
@@ -29,7 +30,7 @@ def precompute_reference(config: Config) -> str:
     """
     with StopSignals() as stop:
         run = start(check(config, world_size=int(os.environ.get("WORLD_SIZE", "1"))))
-        writer = SidecarWriter(run.corpus, run.identity)
+        writer = SidecarWriter(run.corpus, reference_identity(run))
         complete = run.platform.any(writer.complete)
         with run.watchdog() as watch, writer.lock() if run.is_main and not complete else nullcontext():
             return _precompute(run, writer, watch, stop)
@@ -67,7 +68,7 @@ def _precompute(run: StartedRun, writer: SidecarWriter, watch: Watchdog, stop: S
     shown = tqdm(steps, desc="reference log-probs", unit="batch", disable=None if run.is_main else True)
     for number, packs in enumerate(shown, start=1):
         watch.at(number, "forward")
-        unfinished = not all(writer.done(i) for pack in packs for i in pack.tolist())
+        unfinished = not all(writer.done(i) for pack in own_share(packs) for i in pack.tolist())
         # Ranks see shared files and signals at slightly different times; they must agree.
         needed, told_to_stop = run.platform.largest(unfinished, stop.requested)
         if told_to_stop:

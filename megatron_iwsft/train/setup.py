@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from megatron_iwsft.checkpoint.initial_weights import InitialWeights
 from megatron_iwsft.checkpoint.names import CHECKPOINTS
@@ -20,7 +19,8 @@ from megatron_iwsft.data.sampler import Quality, Sampler
 from megatron_iwsft.data.scores import normalized_by_source, thresholds_in_scores
 from megatron_iwsft.data.tokenizer import load_tokenizer
 from megatron_iwsft.distributed import context
-from megatron_iwsft.distributed.capabilities import fp8_refusal
+from megatron_iwsft.distributed.agreement import complaints_of_all, on_first_rank
+from megatron_iwsft.distributed.capabilities import fp8_refusal, variable_length_attention
 from megatron_iwsft.distributed.context import ParallelContext, Platform
 from megatron_iwsft.distributed.fp8_recipes import FP8_RECIPES
 from megatron_iwsft.distributed.parallel_layout import ParallelLayout
@@ -28,11 +28,16 @@ from megatron_iwsft.distributed.watchdog import Watchdog
 from megatron_iwsft.errors import CheckpointError, ConfigError, DataError
 from megatron_iwsft.hf.directory import DTYPES
 from megatron_iwsft.model.gpt import ModelSettings, PolicyModel, build_model
+from megatron_iwsft.model.memory import local_mask_bytes
 from megatron_iwsft.objectives.custom import find_objective, source_hash
 from megatron_iwsft.objectives.functions import Objective, Settings
-from megatron_iwsft.reference.sidecar import ReferenceIdentity
+from megatron_iwsft.reference.sidecar import ReferenceIdentity, sidecar_directory
 from megatron_iwsft.train.callbacks import CallbackFunction
 from megatron_iwsft.train.callbacks.custom import load_callbacks
+from megatron_iwsft.utils.files import gibibytes
+
+# Of the local backend's attention: with 128k tokens at context parallel 8, in every layer.
+LARGEST_LOCAL_MASK = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,6 @@ class CheckedRun:
 
     objective_source  SHA-256 of a custom objective's file, else None
     policy, reference the initial weights of each, not yet read; the same object where the reference is the initial policy
-    identity          of the reference log-probs
     evaluation        the held-out corpus, if there is one
     callbacks         the user's own: name in the config → function
     """
@@ -54,7 +58,6 @@ class CheckedRun:
     objective_source: str | None
     policy: InitialWeights
     reference: InitialWeights
-    identity: ReferenceIdentity
     evaluation: Corpus | None
     callbacks: dict[str, CallbackFunction]
 
@@ -124,6 +127,9 @@ class StartedRun(CheckedRun):
                 tensor=layout.tensor,
                 context=layout.context,
                 row_length=row,
+                packed_multiple=self.config.packed_multiple,
+                # On a GPU the allocator prefers rows of one length, and packing leaves little to trim.
+                trimmed=not self.platform.is_cuda and layout.pipeline == 1,
                 alignment=FP8_RECIPES[self.config.precision.fp8].alignment if self.config.precision.fp8 else 1,
             ),
             micro_batch_size=data.micro_batch_size,
@@ -153,8 +159,6 @@ def check(config: Config, *, world_size: int) -> CheckedRun:
         raise ConfigError(
             f"objective.router_balance is {config.objective.router_balance:g}, but the {policy.architecture.family} family has no experts."
         )
-    reference = _reference(config, corpus, policy)
-    template = corpus.manifest["template"]
     return CheckedRun(
         config=config,
         layout=layout,
@@ -163,13 +167,7 @@ def check(config: Config, *, world_size: int) -> CheckedRun:
         objective=objective,
         objective_source=objective_source,
         policy=policy,
-        reference=reference,
-        identity=ReferenceIdentity(
-            weights=reference.fingerprint,
-            tokenizer=corpus.manifest["tokenizer"]["fingerprint"],
-            template=template["hash"] if template else "none",
-            dtype=config.precision.described,
-        ),
+        reference=_reference(config, corpus, policy),
         evaluation=_evaluation(config, corpus),
         callbacks=load_callbacks(config.logging.callbacks),
     )
@@ -183,22 +181,73 @@ def start(checked: CheckedRun) -> StartedRun:
     if refusal:
         raise ConfigError(f"precision.fp8 {config.precision.fp8} {refusal}. Use precision.fp8: null.")
     # Twice the watchdog's timeout: it can then name the ranks that a collective waits for.
-    platform = context.start(config.run.device, timeout_s=2 * config.run.hang_timeout_s)
+    platform = context.start(
+        config.run.device, timeout_s=2 * config.run.hang_timeout_s, bind_device=config.run.bind_device
+    )
+    needs_no_masks = checked.layout.context == 1 and platform.is_cuda and variable_length_attention()[0]
+    if not platform.has_transformer_engine and not needs_no_masks:
+        _refuse_dense_masks(checked)
     parallel = platform.parallel(checked.layout, seed=config.run.seed)
     for corpus in filter(None, (checked.corpus, checked.evaluation)):
         share = {"share": platform.rank, "shares": platform.world_size}
-        raise_together(platform, corpus.damage(config.data.verify, seed=config.run.seed, **share))
+        raise_together(corpus.damage(config.data.verify, seed=config.run.seed, **share))
     return StartedRun(**vars(checked), platform=platform, parallel=parallel)
 
 
-def raise_together(platform: Platform, complaints: list[str]) -> None:
+def _refuse_dense_masks(checked: CheckedRun) -> None:
+    """Raise ConfigError if the local backend's attention masks would be too large."""
+    multiple = 2 * checked.layout.context
+    corpora = filter(None, (checked.corpus, checked.evaluation))
+    longest = -(-max(int(corpus.lengths.max()) for corpus in corpora) // multiple) * multiple
+    for weights in (checked.policy, checked.reference):
+        size = local_mask_bytes(weights.architecture, checked.layout, longest)
+        if size >= LARGEST_LOCAL_MASK:
+            raise ConfigError(
+                f"data.corpus has a trajectory of {longest:,} tokens, for which attention without Transformer Engine would need a mask of "
+                f"{gibibytes(size)} in every layer (context parallel {checked.layout.context}; the limit is "
+                f"{gibibytes(LARGEST_LOCAL_MASK)}). Install Transformer Engine, raise parallel.context, or shard the corpus with a lower "
+                "--max-tokens."
+            )
+
+
+def raise_together(complaints: list[str]) -> None:
     """Raise DataError on all ranks if any rank has complaints. Collective over all ranks."""
-    gathered: list[list[str]] = [[]] * platform.world_size
-    dist.all_gather_object(gathered, complaints)
-    found = [text for rank in gathered for text in rank]
+    found = complaints_of_all(complaints)
     if found:
         more = f" ({len(found) - 1} more files are damaged.)" if len(found) > 1 else ""
         raise DataError(f"{found[0]}{more}")
+
+
+def reference_identity(run: StartedRun) -> ReferenceIdentity:
+    """What the run's reference log-probs depend on, and so which sidecar they are in. Collective: the first rank reads for all.
+
+    Sidecars of a checkpoint's log-probs that version 0.1.0 named in another way are found as well.
+    """
+
+    def identity(weights: str) -> ReferenceIdentity:
+        template = run.corpus.manifest["template"]
+        return ReferenceIdentity(
+            weights=weights,
+            tokenizer=run.corpus.manifest["tokenizer"]["fingerprint"],
+            template=template["hash"] if template else "none",
+            dtype=run.config.precision.described,
+        )
+
+    def found() -> ReferenceIdentity:
+        named = identity(run.reference.fingerprint)
+        if not sidecar_directory(run.corpus, named).exists() and run.reference.earlier_fingerprint is not None:
+            earlier = identity(run.reference.earlier_fingerprint)
+            return earlier if sidecar_directory(run.corpus, earlier).exists() else named
+        return named
+
+    return on_first_rank(found)
+
+
+def starts_as_reference(run: StartedRun) -> bool:
+    """Whether policy and reference start from the same weights. Collective: the first rank reads for all."""
+    if run.reference is run.policy:
+        return True
+    return on_first_rank(lambda: run.reference.fingerprint == run.policy.fingerprint)
 
 
 def checkpoint_writer(run: StartedRun) -> CheckpointWriter:
@@ -260,8 +309,9 @@ def make_sampler(config: Config, corpus: Corpus) -> Sampler:
     data, scores = config.data, corpus.scores
     if data.quality.normalize:
         scores = normalized_by_source(scores, corpus.meta(["source"])["source"].to_pylist())
+    multiple = config.packed_multiple
     return Sampler(
-        corpus.lengths,
+        corpus.lengths if multiple == 1 else -(-corpus.lengths // multiple) * multiple,
         scores,
         seq_length=data.seq_length,
         packing=data.packing,

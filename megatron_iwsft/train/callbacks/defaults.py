@@ -12,6 +12,7 @@ from megatron_iwsft.train.callbacks.custom import custom_callback
 from megatron_iwsft.train.callbacks.evaluation import evaluation
 from megatron_iwsft.train.callbacks.export import export
 from megatron_iwsft.train.callbacks.metrics_file import METRICS_FILE, MetricsFile
+from megatron_iwsft.train.callbacks.slow_ranks import SlowRanks
 from megatron_iwsft.train.callbacks.trackers import tensorboard_logger, wandb_logger
 from megatron_iwsft.train.callbacks.weight_warnings import WeightWarnings
 from megatron_iwsft.train.setup import StartedRun
@@ -38,6 +39,7 @@ def add_configured_callbacks(trainer: Trainer, writer: CheckpointWriter, at_exit
         trainer.add_callback(MetricsFile(metrics_file, trainer.state.step, lambda text: events("file repaired", text)))
         trainer.add_callback(progress_line, every=config.logging.every, at_end=True)
         trainer.add_callback(WeightWarnings(config.logging, trainer.events))
+        trainer.add_callback(SlowRanks(trainer.events, trainer.watch.describe))
         if config.logging.wandb.mode != "disabled":
             trainer.add_callback(wandb_logger(config, trainer.events, at_exit))
         if config.logging.tensorboard:
