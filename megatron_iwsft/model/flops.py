@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 
 from megatron_iwsft.hf.architecture import Architecture
@@ -22,7 +24,8 @@ def forward_flops(arch: Architecture, lengths: np.ndarray, trained: int) -> floa
         chosen = 3 * arch.experts.ffn_size * arch.experts.per_token
         ffn = arch.hidden_size * (chosen + arch.experts.count)
     dense = arch.num_layers * (projections + ffn) * lengths.sum() + arch.hidden_size * arch.vocab_size * trained
-    scores = sum(2 * attention * _pairs(lengths, window) for window in arch.windows)
+    layers = Counter(arch.windows)
+    scores = sum(2 * attention * count * _pairs(lengths, window) for window, count in layers.items())
     return float(2 * (dense + scores))
 
 

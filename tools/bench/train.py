@@ -1,8 +1,11 @@
 """Speed and memory of SFT and iw-SFT training: tools/bench/train.py [--model 1.5b] [--seq-length 4096 8192] [--fp8 tensorwise]
 
+On a CPU: tools/bench/train.py --device cpu --hf SMALL_MODEL --dtype fp32 --seq-length 512 --batch 2 --rounds 3
+
 Every line of the table is a separate process that runs the trainer's steps (without saving) on the same generated, packed
-trajectories. `peer` is the same work in transformers, with one trajectory per forward pass and the loss of the paper's released script:
-log-softmax of the full logits, then a gather, and for iw-SFT a second model as the reference.
+trajectories; with --rounds, all lines take turns in every round, and the median round counts. `peer` is the same work in transformers,
+with one trajectory per forward pass and the loss of the paper's released script: log-softmax of the full logits, then a gather, and for
+iw-SFT a second model as the reference.
 
 Model FLOPs count matmuls only, 3 × forward: causal attention within each trajectory, the vocabulary projection of trained positions,
 nothing for padding, recomputation or a reference. MFU divides them by the device's dense bf16 peak if it is known, otherwise by the
@@ -76,6 +79,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", choices=list(_SHAPES), default="1.5b", help="the shape, with random weights")
+    add(
+        "--hf",
+        metavar="DIR",
+        help="a Hugging Face directory in place of --model: its weights, and its tokenizer's vocabulary",
+    )
+    add("--device", choices=("auto", "cpu"), default="auto")
+    add("--rounds", type=int, default=1, help="times that each case is run, taking turns (default: 1)")
     add("--vocabulary", type=int, default=151936)
     add("--seq-length", type=int, nargs="+", default=[4096])
     add("--batch", type=int, default=8, help="packed sequences per global batch, one per micro-batch (default: 8)")
@@ -95,6 +105,8 @@ def main() -> None:
     add("--no-peer", action="store_true", help="do not measure transformers")
     add("--case", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.device == "cpu":
+        os.environ["IWSFT_DEVICE"] = "cpu"
     if args.case:
         work(args, Case(**json.loads(args.case[0])), Path(args.case[1]))
         return
@@ -113,8 +125,8 @@ def bench(args: argparse.Namespace, directory: Path) -> None:
     peak = next((peak for name, peak in _PEAKS.items() if known and re.search(rf"\b{name}\b", device)), None)
     print(f"{device}; torch {torch.__version__}; {_versions()}")
     print(
-        f"{args.model}, {args.batch} sequences per step, {args.processes} process(es), recompute {args.recompute}, {args.dtype}; large "
-        f"matmul in {args.dtype}: {rate / 1e12:.2f} TFLOP/s measured, "
+        f"{args.hf or args.model}, {args.batch} sequences per step, {args.processes} process(es), recompute {args.recompute}, "
+        f"{args.dtype}; large matmul in {args.dtype}: {rate / 1e12:.2f} TFLOP/s measured, "
         + (f"{peak / 1e12:.0f} in the data sheet (the denominator of MFU)" if peak else "the denominator of MFU"),
         flush=True,
     )
@@ -122,8 +134,7 @@ def bench(args: argparse.Namespace, directory: Path) -> None:
     for seq_length in args.seq_length:
         make_corpus(directory, args, seq_length)
         found: dict[Case, Measured] = {}
-        for case in _cases(args, seq_length):
-            result = _measure(args, case, directory)
+        for case, result in _measure_in_turns(args, list(_cases(args, seq_length)), directory):
             label = f"{case.program:10} {case.objective:14} {'FP8 ' + case.fp8 if case.fp8 != 'none' else args.dtype:14} {seq_length:>4}"
             if isinstance(result, str):
                 print(f"{label} {result}", flush=True)
@@ -143,9 +154,9 @@ def _cases(args: argparse.Namespace, seq_length: int) -> Iterator[Case]:
             if (objective, fp8) != ("iw_sft cached", "delayed"):  # refused: its scales follow the training steps
                 yield Case("ours", objective, fp8, seq_length)
     if not args.no_peer:
-        for objective in args.objective:
-            if objective != "iw_sft cached":  # the peer has no cached reference
-                yield Case("peer", objective, "none", seq_length)
+        # The peer has no cached reference.
+        for objective in dict.fromkeys(objective.replace("cached", "live") for objective in args.objective):
+            yield Case("peer", objective, "none", seq_length)
 
 
 def _compare(found: dict[Case, Measured], processes: int) -> None:
@@ -213,7 +224,9 @@ def make_corpus(directory: Path, args: argparse.Namespace, seq_length: int) -> N
     home = directory / str(seq_length)
     home.mkdir()
     (home / "text.jsonl").write_text('{"text": "one and two"}\n')
-    train_tokenizer([home / "text.jsonl"], home / "tokenizer", fields=["text"], vocab_size=300)
+    tokenizer = Path(args.hf) if args.hf else home / "tokenizer"
+    if not args.hf:
+        train_tokenizer([home / "text.jsonl"], tokenizer, fields=["text"], vocab_size=300)
     rng = np.random.default_rng(0)
     wanted = (args.warmup + args.steps + 1) * args.batch * seq_length
     with open(home / "tokens.jsonl", "w") as file:
@@ -222,7 +235,7 @@ def make_corpus(directory: Path, args: argparse.Namespace, seq_length: int) -> N
             mask = [0] * (n // 5) + [1] * (n - n // 5)
             file.write(json.dumps({"input_ids": rng.integers(0, 200, n).tolist(), "loss_mask": mask}) + "\n")
             wanted -= n
-    settings = ShardSettings(str(home / "tokenizer"), record=RecordFormat())
+    settings = ShardSettings(str(tokenizer), record=RecordFormat())
     shard_corpus([home / "tokens.jsonl"], home / "corpus", settings, show_progress=False)
 
 
@@ -236,7 +249,7 @@ def _config(args: argparse.Namespace, case: Case, directory: Path) -> dict[str, 
     }
     return {
         "run": {"name": "bench", "dir": str(directory / f"{case.objective}-{case.fp8}-{case.seq_length}")},
-        "model": {"config": model | _SHAPES[args.model]},
+        "model": {"hf": args.hf} if args.hf else {"config": model | _SHAPES[args.model]},
         "data": {
             "corpus": str(directory / str(case.seq_length) / "corpus"),
             "seq_length": case.seq_length,
@@ -249,6 +262,24 @@ def _config(args: argparse.Namespace, case: Case, directory: Path) -> dict[str, 
         "precision": {"dtype": args.dtype, "fp8": None if case.fp8 == "none" else case.fp8},
         "logging": {"every": 1000},
     }
+
+
+def _measure_in_turns(
+    args: argparse.Namespace, cases: list[Case], directory: Path
+) -> Iterator[tuple[Case, Measured | str]]:
+    """Every case with its result over all rounds: the median round's, by tokens per second. A case that failed is not run again."""
+    results: dict[Case, list[Measured]] = {case: [] for case in cases}
+    failed: dict[Case, str] = {}
+    for _ in range(args.rounds):
+        for case in cases:
+            result = failed.get(case) or _measure(args, case, directory)
+            if isinstance(result, str):
+                failed[case] = result
+            else:
+                results[case].append(result)
+    for case, rounds in results.items():
+        rounds.sort(key=lambda measured: measured.tokens_per_s)
+        yield case, failed.get(case) or rounds[len(rounds) // 2]
 
 
 def _measure(args: argparse.Namespace, case: Case, directory: Path) -> Measured | str:
@@ -277,6 +308,8 @@ def work(args: argparse.Namespace, case: Case, directory: Path) -> None:
     lines = list((trainer_steps if case.program == "ours" else peer_steps)(config, args.warmup + args.steps))
     measured = lines[args.warmup :]
     seconds = sum(line["step_time_s"] for line in measured)
+    if os.environ.get("RANK", "0") != "0":
+        return
     result = Measured(
         step_s=statistics.median(line["step_time_s"] for line in measured),
         tokens_per_s=sum(line["tokens"] for line in measured) / seconds,
@@ -284,8 +317,7 @@ def work(args: argparse.Namespace, case: Case, directory: Path) -> None:
         memory=max(line["peak_memory_bytes"] for line in measured),
         losses=[line["loss"] for line in lines],
     )
-    if os.environ.get("RANK", "0") == "0":
-        (directory / "measured.json").write_text(json.dumps(asdict(result)))
+    (directory / "measured.json").write_text(json.dumps(asdict(result)))
 
 
 def trainer_steps(config: Any, steps: int) -> Iterator[dict[str, Any]]:
@@ -313,9 +345,12 @@ def _peer_models(config: Any, arch: Any, device: Any) -> tuple[Any, Any]:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    fields = {k: v for k, v in arch.hf.items() if k not in ("model_type", "architectures")}
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen2", **fields), attn_implementation="sdpa")
+    if config.model.hf is not None:
+        model = AutoModelForCausalLM.from_pretrained(config.model.hf, attn_implementation="sdpa", dtype=torch.float32)
+    else:
+        fields = {k: v for k, v in arch.hf.items() if k not in ("model_type", "architectures")}
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen2", **fields), attn_implementation="sdpa")
     reference = None
     if config.objective.name == "iw_sft":
         reference = AutoModelForCausalLM.from_config(model.config, attn_implementation="sdpa")
@@ -341,7 +376,8 @@ def peer_steps(config: Any, steps: int) -> Iterator[dict[str, Any]]:
     device = platform.device
     corpus = open_mixture(config)
     sampler = make_sampler(config, corpus)
-    arch = Architecture.from_hf(config.model.config, where="the model")
+    hf = config.model.hf
+    arch = Architecture.from_directory(hf) if hf else Architecture.from_hf(config.model.config, where="the model")
     model, reference = _peer_models(config, arch, device)
     half = config.precision.dtype == "bf16"
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.optimizer.lr, fused=True)
