@@ -124,6 +124,23 @@ class CheckpointInfo:
             files=info["files"],
         )
 
+    def to_text(self) -> str:
+        """The content of `iwsft.json`."""
+        info = {
+            "format_version": FORMAT_VERSION,
+            "step": self.step,
+            "architecture": self.architecture.hf,
+            "layout": self.layout.to_json(),
+            "config": self.config,
+            "template_hash": self.template_hash,
+            "corpora": self.corpora,
+            "objective": self.objective,
+            "host": self.host,
+            "files": self.files,
+        }
+        info = json.loads(json.dumps(info))  # as it will be read: the checksum covers that
+        return json.dumps(info | {"checksum": info_checksum(info)}, indent=1, ensure_ascii=False) + "\n"
+
     @property
     def size(self) -> int:
         """Bytes of all its files."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from contextlib import closing
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -24,12 +25,13 @@ from megatron_iwsft.model.gpt import PolicyModel
 from megatron_iwsft.model.parameters import load_weights
 from megatron_iwsft.utils.files import sampled_fingerprint
 
+_TENSORS = ".distcp"  # suffix of the files that hold them
+
 
 class InitialWeights:
     """The weights that a config's `model` section names, not yet read.
 
     architecture     the model they are for
-    fingerprint      SHA-256 that changes with the weights or the architecture
     described        for people
     tokenizer_files  that come with them
     """
@@ -38,27 +40,47 @@ class InitialWeights:
 
     def __init__(self, model: Model, seed: int) -> None:
         self._source: SafetensorsDirectory | RandomInit | None = None
+        self._model, self._seed = model, seed
         self.tokenizer_files: list[Path] = []
         if model.hf is not None:
             self._source = SafetensorsDirectory(model.hf)
             self.architecture = self._source.architecture
-            contents = sampled_fingerprint(Path(model.hf), "*.safetensors")
             self.described = model.hf
             self.tokenizer_files = tokenizer_files(Path(model.hf))
         elif model.checkpoint is not None:
             self._info = CheckpointInfo.read(model.checkpoint)
             self.architecture = self._info.architecture
-            contents = sampled_fingerprint(self._info.directory, "*.distcp")
             self.described = str(self._info.directory)
             self.tokenizer_files = sorted((self._info.directory / TOKENIZER).glob("*"))
         else:
             assert model.config is not None
             self.architecture = Architecture.from_hf(model.config, where="model.config", by_hand=True)
             self._source = RandomInit(self.architecture, seed)
-            contents = f"seed {seed}"
             self.described = f"random initialisation with seed {seed}"
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 that changes with the weights or the architecture.
+
+        Of a Hugging Face directory this reads some MB of every file: on one rank for all (`reference_identities`).
+        """
+        if self._model.hf is not None:
+            return self._identity(sampled_fingerprint(Path(self._model.hf), "*.safetensors"))
+        if self._model.checkpoint is not None:
+            sums = {name: file["sha256"] for name, file in self._info.files.items() if name.endswith(_TENSORS)}
+            return self._identity(json.dumps(sums, sort_keys=True))
+        return self._identity(f"seed {self._seed}")
+
+    @cached_property
+    def earlier_fingerprint(self) -> str | None:
+        """What version 0.1.0 called a checkpoint's weights, from samples of its files; None for other weights. Sidecars carry it."""
+        if self._model.checkpoint is None:
+            return None
+        return self._identity(sampled_fingerprint(self._info.directory, f"*{_TENSORS}"))
+
+    def _identity(self, contents: str) -> str:
         identity = json.dumps([self.architecture.hf, contents], sort_keys=True)
-        self.fingerprint = hashlib.sha256(identity.encode()).hexdigest()
+        return hashlib.sha256(identity.encode()).hexdigest()
 
     def load(self, chunks: list[PolicyModel], parallel: ParallelContext) -> None:
         """Fill this rank's chunks. Collective over all ranks for a checkpoint. Raises DataError for weights that are not finite."""

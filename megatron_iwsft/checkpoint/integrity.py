@@ -11,7 +11,7 @@ import grp
 import os
 import pwd
 import stat
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from typing_extensions import TypedDict  # pydantic asks for this one before Python 3.12
@@ -57,9 +57,31 @@ def check_trust(directory: Path, listed: Iterable[str]) -> None:
 
     Missing files are no matter of trust: `damage` reports them.
     """
+    check_entries(directory, names_below(directory), listed)
+
+
+def names_below(directory: Path) -> list[str]:
+    """`directory` itself, as ".", and everything below it, as names for `check_entries`. Reads names only, no inodes."""
+    try:
+        return [".", *_names_below(directory, "")]
+    except OSError as error:
+        raise CheckpointError(f"{directory} cannot be listed: {error.strerror}.") from None
+
+
+def _names_below(directory: Path, prefix: str) -> Iterator[str]:
+    with os.scandir(directory) as entries:
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            yield prefix + entry.name
+            if entry.is_dir(follow_symlinks=False):
+                yield from _names_below(Path(entry.path), f"{prefix}{entry.name}/")
+
+
+def check_entries(directory: Path, names: Iterable[str], listed: Iterable[str]) -> None:
+    """`check_trust` of some of the `names_below` a directory: several processes can share them out."""
     users, groups = _trusted_users(), _trusted_groups()
     allowed = set(listed)
-    for path in (directory, *_everything_below(directory)):
+    for name in names:
+        path = directory / name
         status = os.lstat(path)
         _check_writers(path, status, users, groups, directory)
         if stat.S_ISDIR(status.st_mode):
@@ -67,16 +89,8 @@ def check_trust(directory: Path, listed: Iterable[str]) -> None:
         if not stat.S_ISREG(status.st_mode):
             kind = "a symbolic link" if stat.S_ISLNK(status.st_mode) else "not a regular file"
             raise CheckpointError(f"{path} is {kind}. A checkpoint consists of files and directories; remove it.")
-        if path.relative_to(directory).as_posix() not in allowed:
+        if name not in allowed:
             raise CheckpointError(f"{path} is not part of the checkpoint: {INFO} does not list it. Remove it.")
-
-
-def _everything_below(directory: Path) -> Iterable[Path]:
-    with os.scandir(directory) as entries:
-        for entry in entries:
-            yield Path(entry.path)
-            if entry.is_dir(follow_symlinks=False):
-                yield from _everything_below(Path(entry.path))
 
 
 def _check_writers(path: Path, status: os.stat_result, users: set[int], groups: set[int], directory: Path) -> None:

@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException  # a BaseException
+from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_iwsft.checkpoint import integrity
 from megatron_iwsft.checkpoint.info import CheckpointInfo, one_line
 from megatron_iwsft.checkpoint.names import INFO
 from megatron_iwsft.checkpoint.pickles import check_pickles, read_metadata, restricted_unpickling
 from megatron_iwsft.checkpoint.state import TrainState
-from megatron_iwsft.distributed.mcore_compat import scaling_histories_may_be_unpickled
+from megatron_iwsft.distributed.agreement import complaints_of_all, on_first_rank, own_share
+from megatron_iwsft.distributed.mcore_compat import reading_with, scaling_histories_may_be_unpickled
 from megatron_iwsft.errors import CheckpointError
+
+_SHOWN = 8  # complaints in one message
 
 
 def read_on_first_rank(directory: str | Path) -> CheckpointInfo:
     """`CheckpointInfo.read`, by the first rank for all. Collective: a broadcast. Raises CheckpointError on all ranks."""
-    outcome: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            outcome[0] = CheckpointInfo.read(directory)
-        except CheckpointError as error:
-            outcome[1] = error
-    dist.broadcast_object_list(outcome, src=0)
-    if outcome[1] is not None:
-        raise outcome[1]
-    return outcome[0]
+    return on_first_rank(lambda: CheckpointInfo.read(directory))
 
 
 def load(info: CheckpointInfo, state: TrainState, *, random: bool = False) -> None:
@@ -39,11 +33,11 @@ def load(info: CheckpointInfo, state: TrainState, *, random: bool = False) -> No
     """
     from megatron.core import dist_checkpointing
 
-    verify(info)
-    wanted = state.sharded(random=random, stored=read_metadata(info.directory).state_dict_metadata)
+    metadata = verify(info)
+    wanted = state.sharded(random=random, stored=metadata.state_dict_metadata)
     try:
         # Megatron-Core's access check gathers every rank's requests on every rank, and ignores pieces of parameters.
-        with restricted_unpickling():
+        with restricted_unpickling(), reading_with(metadata):
             loaded = dist_checkpointing.load(wanted, str(info.directory), validate_access_integrity=False)
     except (Exception, CheckpointException) as error:  # a damaged file raises many kinds
         raise CheckpointError(f"{info.directory} cannot be loaded: {one_line(error)}") from error
@@ -56,25 +50,35 @@ def load(info: CheckpointInfo, state: TrainState, *, random: bool = False) -> No
     state.step = info.step
 
 
-def verify(info: CheckpointInfo) -> None:
-    """Check who could have written the files, their checksums and their pickles; each rank checks some files. Collective.
+def verify(info: CheckpointInfo) -> Metadata:
+    """Check who could have written the files, their checksums and their pickles; returns what is stored where.
 
-    Raises CheckpointError on all ranks.
+    The first rank lists the directory's names and reads `.metadata`; inodes, checksums and pickles are shared out over the ranks, so
+    that none looks at more of them the more ranks there are. Nothing is read before every inode has been looked at, nothing is
+    unpickled before every checksum is right. Collective. Raises CheckpointError on all ranks.
     """
-    complaints: list[list[str]] = [[]] * dist.get_world_size()
-    dist.all_gather_object(complaints, _complaints(info))
-    found = list(dict.fromkeys(text for rank in complaints for text in rank))
-    if found:
-        raise CheckpointError("; ".join(found) + ".")
+    names = on_first_rank(lambda: integrity.names_below(info.directory))
+    _refuse(_trust_complaints(info, own_share(names)))
+    own_files = own_share(sorted(info.files))
+    _refuse(integrity.damage(info.directory, info.files, own_files))
+    metadata = on_first_rank(lambda: read_metadata(info.directory))
+    _refuse(check_pickles(info.directory, metadata, own_files))
+    return metadata
 
 
-def _complaints(info: CheckpointInfo) -> list[str]:
-    """About this rank's share of the files."""
-    names = sorted(info.files)[dist.get_rank() :: dist.get_world_size()]
+def _trust_complaints(info: CheckpointInfo, names: Sequence[str]) -> list[str]:
     try:
-        if dist.get_rank() == 0:  # it looks at every file
-            integrity.check_trust(info.directory, [*info.files, INFO])
-        damaged = integrity.damage(info.directory, info.files, names)
-        return damaged or check_pickles(info.directory, read_metadata(info.directory), names)
+        integrity.check_entries(info.directory, names, [*info.files, INFO])
     except CheckpointError as error:
         return [str(error).removesuffix(".")]
+    except OSError as error:  # it was removed after it was listed
+        return [f"{error.filename} cannot be looked at: {error.strerror}"]
+    return []
+
+
+def _refuse(own_complaints: list[str]) -> None:
+    """Raise CheckpointError on all ranks if any rank has complaints. Collective."""
+    found = complaints_of_all(own_complaints)
+    if found:
+        more = f" ({len(found) - _SHOWN} more.)" if len(found) > _SHOWN else ""
+        raise CheckpointError("; ".join(found[:_SHOWN]) + f".{more}")

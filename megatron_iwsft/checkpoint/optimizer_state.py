@@ -46,7 +46,7 @@ def sharded_optimizer_state(optimizer: MegatronOptimizer, models: Mapping[str, A
     return {
         "updates": max((int(c["step"]) for inner in inner_optimizers(optimizer) for c in _counters(inner)), default=0),
         "states": {
-            k: _boxes_of(shard, entries[id(shard.parameter)]) for k, shard in enumerate(optimizer_shards(optimizer))
+            k: boxes_of(shard, entries[id(shard.parameter)]) for k, shard in enumerate(optimizer_shards(optimizer))
         },
     }
 
@@ -96,7 +96,7 @@ def _set_counters(inner: torch.optim.Optimizer, updates: int) -> None:
         values["step"] = torch.full_like(values["step"], updates) if isinstance(values["step"], Tensor) else updates
 
 
-def _boxes_of(held: OptimizerShard, entry: ShardedBase) -> dict[str, dict[int, ShardedTensor]]:
+def boxes_of(held: OptimizerShard, entry: ShardedBase) -> dict[str, dict[int, ShardedTensor]]:
     """State → where it begins in the flat state → `ShardedTensor`, one for each box. entry: what the parameter is saved as."""
     states = _states(held)
     found: dict[str, dict[int, ShardedTensor]] = {name: {} for name in states}

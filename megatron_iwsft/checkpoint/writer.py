@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import shutil
 import time
@@ -12,16 +13,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException  # a BaseException
 
 from megatron_iwsft.checkpoint.info import (
-    FORMAT_VERSION,
+    CheckpointInfo,
     complete_checkpoints,
-    info_checksum,
     one_line,
     step_name,
     step_of,
@@ -29,9 +29,16 @@ from megatron_iwsft.checkpoint.info import (
 )
 from megatron_iwsft.checkpoint.integrity import FileSum, file_sum
 from megatron_iwsft.checkpoint.names import INFO, LATEST, TOKENIZER
+from megatron_iwsft.checkpoint.spread import spread_over_replicas
 from megatron_iwsft.checkpoint.state import TrainState
 from megatron_iwsft.data.tokenizer import CHAT_TEMPLATE
-from megatron_iwsft.distributed.mcore_compat import async_calls_queue, async_save_options, write_results
+from megatron_iwsft.distributed.agreement import on_first_rank
+from megatron_iwsft.distributed.mcore_compat import (
+    async_calls_queue,
+    async_save_options,
+    save_strategy,
+    write_results,
+)
 from megatron_iwsft.distributed.parallel_layout import ParallelLayout
 from megatron_iwsft.errors import CheckpointError
 from megatron_iwsft.hf.architecture import Architecture
@@ -49,6 +56,8 @@ from megatron_iwsft.utils.files import (
 # Free space required beyond the tensors: for the small files, and for others who write there meanwhile.
 _SPARE_BYTES = 64 << 20
 _PROBE_BYTES = 8 << 20
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -95,6 +104,8 @@ class CheckpointWriter:
     _queue: Any = field(default=None, init=False)
     _swept: bool = field(default=False, init=False)
     _partial: Path | None = field(default=None, init=False)
+    _strategy: Any = field(default=None, init=False)
+    _structure: str = field(default="", init=False)
 
     def supporting_files(self, step: int) -> SupportingFiles:
         """The files that go with the weights of `step` when they are exported."""
@@ -111,10 +122,15 @@ class CheckpointWriter:
         state.gather_parameters()
         final = self.root / step_name(state.step)
         sharded = state.sharded(random=state.optimizer is not None)
-        directory = self._prepare(final, _bytes_to_write(sharded))
+        spread_over_replicas(sharded, self.layout)
+        directory = self._prepare(final, self._plan(sharded))
         pending = _Pending(directory, final, state.step, state.host_states(), started)
         request = dist_checkpointing.save(
-            sharded, str(directory), validate_access_integrity=False, **async_save_options()
+            sharded,
+            str(directory),
+            self._strategy,
+            validate_access_integrity=False,
+            **async_save_options(),
         )
         request.add_finalize_fn(lambda: self._complete(pending))
         if request.async_fn is not None:
@@ -151,7 +167,7 @@ class CheckpointWriter:
                 if later.name > step_name(step):
                     remove_directory(later)
 
-        _on_first_rank(discard, self.root)
+        _written(self.root, discard)
 
     @contextmanager
     def _as_checkpoint_error(self, what: Path) -> Iterator[None]:
@@ -180,6 +196,18 @@ class CheckpointWriter:
             self._queue = async_calls_queue()
         return self._queue
 
+    def _plan(self, sharded: dict[str, Any]) -> int:
+        """Bytes that all ranks together will write, and a new strategy if the state's structure changed. Collective: a sum."""
+        structure, own = _structure(sharded)
+        changed = structure != self._structure
+        sums = torch.tensor([own, changed], dtype=torch.int64, device=torch.cuda.current_device())
+        dist.all_reduce(sums)
+        needed, ranks_changed = sums.tolist()
+        if ranks_changed:
+            self._strategy = save_strategy()
+        self._structure = structure
+        return needed
+
     def _prepare(self, final: Path, needed: int) -> Path:
         """Create an empty directory to write into. Raises CheckpointError if there is not enough space."""
 
@@ -200,7 +228,7 @@ class CheckpointWriter:
                 raise
             return directory.name
 
-        return self.root / _on_first_rank(prepare, final)
+        return self.root / _written(final, prepare)
 
     def _check_space(self, needed: int) -> None:
         free = shutil.disk_usage(self.root).free
@@ -216,7 +244,7 @@ class CheckpointWriter:
         """Gather the ranks' checksums, write iwsft.json, and rename the checkpoint."""
         sums: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
         dist.gather_object(_take_sums(pending.partial, dist.get_rank()), sums)
-        size = _on_first_rank(lambda: self._publish(pending, sums or []), pending.final)
+        size = _written(pending.final, lambda: self._publish(pending, sums or []))
         self._partial = None
         total = time.perf_counter() - pending.started
         if self.on_saved is not None:
@@ -237,21 +265,19 @@ class CheckpointWriter:
                 if path.suffix == ".distcp":
                     raise CheckpointError(f"no rank reported a checksum of {path}: its writer did not finish.")
                 files[name] = file_sum(path)
-        info = {
-            "format_version": FORMAT_VERSION,
-            "step": pending.step,
-            "architecture": self.architecture.hf,
-            "layout": self.layout.to_json(),
-            "config": self.config,
-            "template_hash": self.template_hash,
-            "corpora": self.corpora,
-            "objective": self.objective,
-            "host": pending.host,
-            "files": files,
-        }
-        info = json.loads(json.dumps(info))  # as it will be read: the checksum covers that
-        text = json.dumps(info | {"checksum": info_checksum(info)}, indent=1, ensure_ascii=False)
-        write_text(directory / INFO, text + "\n")
+        info = CheckpointInfo(
+            directory,
+            step=pending.step,
+            architecture=self.architecture,
+            config=self.config,
+            layout=self.layout,
+            template_hash=self.template_hash,
+            corpora=self.corpora,
+            objective=self.objective,
+            host=pending.host,
+            files=files,
+        )
+        write_text(directory / INFO, info.to_text())
         _take_write_permissions(directory)
         if final.exists():
             remove_directory(final)
@@ -305,35 +331,26 @@ def _sums_name(rank: int) -> str:
     return f"checksums-{rank}.json"
 
 
-def _on_first_rank(function: Callable[[], Any], what: Path) -> Any:
-    """Run `function` on the first rank only; its result, or its failure, is that of all ranks. Collective: a broadcast."""
-    outcome: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            outcome[0] = function()
-        except CheckpointError as error:
-            outcome[1] = str(error)
-        except OSError as error:
-            outcome[1] = f"{what} could not be written: {error.strerror} ({error.filename or what.parent})."
-    dist.broadcast_object_list(outcome, src=0)
-    if outcome[1] is not None:
-        raise CheckpointError(outcome[1])
-    return outcome[0]
+def _written(what: Path, function: Callable[[], T]) -> T:
+    """`on_first_rank`, with CheckpointError for an OSError."""
+    try:
+        return on_first_rank(function)
+    except OSError as error:
+        raise CheckpointError(
+            f"{what} could not be written: {error.strerror} ({error.filename or what.parent})."
+        ) from None
 
 
-def _bytes_to_write(state: dict[str, Any]) -> int:
-    """Bytes of the tensors that all ranks together will write. Collective: a sum."""
+def _structure(state: dict[str, Any]) -> tuple[str, int]:
+    """A hash of what this rank will write, apart from values; and how many bytes of tensors that is."""
     from megatron.core.dist_checkpointing.dict_utils import nested_values
-    from megatron.core.dist_checkpointing.mapping import is_main_replica
+    from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedTensor, is_main_replica
 
-    own = sum(
-        value.data.nbytes
-        for value in nested_values(state)
-        if isinstance(getattr(value, "data", None), torch.Tensor) and is_main_replica(getattr(value, "replica_id", 0))
-    )
-    total = torch.tensor(own, dtype=torch.int64, device=torch.cuda.current_device())
-    dist.all_reduce(total)
-    return int(total)
+    written = [v for v in nested_values(state) if isinstance(v, ShardedBase) and is_main_replica(v.replica_id)]
+    tensors = [v for v in written if isinstance(v, ShardedTensor)]
+    entries = [(v.key, v.global_offset, v.global_shape, getattr(v, "local_shape", None)) for v in written]
+    dtypes = [str(v.dtype) for v in tensors]
+    return hashlib.sha256(repr((entries, dtypes)).encode()).hexdigest(), sum(v.data.nbytes for v in tensors)
 
 
 def _take_write_permissions(directory: Path) -> None:

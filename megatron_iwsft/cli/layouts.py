@@ -28,6 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="GB",
         help="memory of one GPU; layouts that need more are left out",
     )
+    add(
+        "--backend",
+        choices=("transformer_engine", "local"),
+        default="transformer_engine",
+        help="the local one keeps whole keys and values under context parallelism",
+    )
     add("--recompute", choices=("none", "full"), default="none", help="activation recomputation")
     add("--most", type=positive_int, default=20, metavar="N", help="rows to print at most")
 
@@ -52,6 +58,7 @@ def run(args: argparse.Namespace) -> None:
             micro_batch_size=args.micro_batch_size,
             micro_batches=micro_batches,
             recompute=args.recompute,
+            local=args.backend == "local",
         )
         if estimate.total <= args.memory * 1e9:
             rows.append((layout, micro_batches, estimate))

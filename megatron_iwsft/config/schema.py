@@ -44,6 +44,9 @@ class Run(Section):
     """Seed of sampling, packing and random initialization."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: CUDA with NCCL if torch sees a GPU, else CPU with gloo. The environment variable IWSFT_DEVICE overrides auto."""
+    bind_device: bool | None = None
+    """Give NCCL each process's GPU when the job starts (torch's `device_id`). Every process group then is a split of the world's
+    communicator, in which all ranks take part. null: on a single node only; with many nodes this makes the start slower."""
     hang_timeout_s: Annotated[float, Field(gt=0)] = 600.0
     """Seconds without progress (in loading, a phase of a step, or a save) after which the job ends.
     The ranks that stopped responding are named and all stacks are written to logs/."""
@@ -126,6 +129,10 @@ class Data(Section):
     """Tokens per sequence. A longer trajectory in the corpus is an error: raise this, or shard with --max-tokens."""
     packing: Literal["best_fit", "none"] = "best_fit"
     """best_fit: pack several trajectories into one sequence, with attention kept within each. none: one trajectory per sequence."""
+    pad_to: PositiveInt | None = None
+    """Pack as if each trajectory were padded to a multiple of so many tokens. null: what context parallelism pads to (2 × parallel.context,
+    or 1 without it), so that no packed sequence is longer than seq_length. Set it for packs that are the same at several context-parallel
+    degrees; below 2 × parallel.context, sequences can become longer than seq_length."""
     micro_batch_size: PositiveInt = 1
     """Sequences per micro-batch on each data-parallel rank."""
     global_batch_size: PositiveInt = 1
@@ -542,6 +549,13 @@ class Config(Section):
         layout = ParallelLayout.for_world(world_size, **self.parallel.degrees())
         layout.micro_batches(global_batch_size=self.data.global_batch_size, micro_batch_size=self.data.micro_batch_size)
         return layout
+
+    @property
+    def packed_multiple(self) -> int:
+        """Tokens to a multiple of which each trajectory counts as padded when it is packed."""
+        if self.data.packing == "none":
+            return 1
+        return self.data.pad_to or (2 * self.parallel.context if self.parallel.context > 1 else 1)
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)

@@ -13,6 +13,7 @@ from megatron_iwsft.checkpoint.info import CheckpointInfo
 from megatron_iwsft.checkpoint.names import TOKENIZER
 from megatron_iwsft.checkpoint.tensors import hugging_face_reader
 from megatron_iwsft.convert.gather import RunningWeights
+from megatron_iwsft.distributed.agreement import on_first_rank
 from megatron_iwsft.distributed.context import ParallelContext
 from megatron_iwsft.errors import CheckpointError, UserError
 from megatron_iwsft.hf.directory import DTYPES, write_directory
@@ -70,9 +71,7 @@ def export_running(
     Collective over all ranks: rank 0 writes, holding one full parameter at a time; the others send it their shards. Raises
     CheckpointError on all ranks if it cannot be written.
     """
-    exists = [output.exists()]
-    dist.broadcast_object_list(exists, src=0)
-    if exists[0]:
+    if on_first_rank(output.exists):
         return
     weights = RunningWeights(chunks, parallel)
     failure = [""]

@@ -27,23 +27,42 @@ class RowShape:
     row_multiple      the row is padded to a multiple of this, so that sequence parallelism can split it over tp ranks into
                       parts that are multiples of `alignment`, as FP8 matmuls require
     row_length        length of every row, or None to fit the longest row of each global batch
+    packed_multiple   what trajectories were padded to when they were packed into rows of row_length
+    trimmed           each row ends with its last trajectory: possible where no pipeline passes rows of one length on
     """
 
     segment_multiple: int
     row_multiple: int
     row_length: int | None
+    packed_multiple: int = 1
+    trimmed: bool = False
 
     @staticmethod
-    def of(*, tensor: int, context: int, row_length: int | None, alignment: int = 1) -> RowShape:
+    def of(
+        *,
+        tensor: int,
+        context: int,
+        row_length: int | None,
+        alignment: int = 1,
+        packed_multiple: int = 1,
+        trimmed: bool = False,
+    ) -> RowShape:
         segment = 2 * context if context > 1 else 1
-        return RowShape(segment, segment * tensor * alignment, row_length)
+        return RowShape(segment, segment * tensor * alignment, row_length, packed_multiple, trimmed)
 
     def padded(self, lengths: np.ndarray) -> np.ndarray:
         return -(-lengths // self.segment_multiple) * self.segment_multiple
 
+    def longest(self, lengths: np.ndarray, packs: list[np.ndarray], size: int) -> int:
+        """Tokens that the longest row needs, of `size` packs each. Looks at the lengths only where packing has not seen to it."""
+        if self.row_length is not None and self.packed_multiple % self.segment_multiple == 0:
+            return self.row_length
+        row_of = np.repeat(np.arange(len(packs)) // size, [len(pack) for pack in packs])
+        return int(np.bincount(row_of, self.padded(lengths[np.concatenate(packs)]), minlength=1).max())
+
     def fit(self, needed: int) -> int:
         """Row length in tokens for rows that need up to `needed` tokens."""
-        wanted = max(needed, self.row_length or 0, 1)
+        wanted = max(needed, 1 if self.trimmed else self.row_length or 1)
         return -(-wanted // self.row_multiple) * self.row_multiple
 
 
@@ -107,7 +126,7 @@ class BatchBuilder:
         self.costs = costs
 
     def at_step(self, step: int) -> list[Batch]:
-        """This rank's micro-batches of global step `step`, all with the same row length."""
+        """This rank's micro-batches of global step `step`, all with the same row length unless rows are trimmed."""
         return self.from_packs(self.sampler.packs_at(step))
 
     def from_packs(self, packs: list[np.ndarray]) -> list[Batch]:
@@ -115,21 +134,22 @@ class BatchBuilder:
         size = self.micro_batch_size
         if self.costs is not None and self.data_size > 1:
             packs = self._dealt(packs, self.costs)
-        rows = [np.concatenate(packs[i : i + size]) for i in range(0, len(packs), size)]
-        needed = max(int(self.shape.padded(self.corpus.lengths[row]).sum()) for row in rows)
-        length = self.shape.fit(needed)
-        return [
-            self._row(row, length)
-            .slice_for_context_parallel(self.context_rank, self.context_size)
-            .with_trained_positions()
-            for row in rows[self.data_rank :: self.data_size]
-        ]
+        shape, lengths = self.shape, self.corpus.lengths
+        longest = 0 if shape.trimmed else shape.longest(lengths, packs, size)
+        batches = []
+        for i in range(self.data_rank * size, len(packs), self.data_size * size):
+            ids = np.concatenate(packs[i : i + size])
+            row = self._row(ids, shape.fit(longest or int(shape.padded(lengths[ids]).sum())))
+            own = row.slice_for_context_parallel(self.context_rank, self.context_size)
+            batches.append(own.with_trained_positions())
+        return batches
 
     def _dealt(self, packs: list[np.ndarray], costs: SegmentCosts) -> list[np.ndarray]:
         """The packs in an order that makes the ranks' work even."""
         sizes = [self.shape.padded(self.corpus.lengths[pack]) for pack in packs]
         # All rows of a step have one length, but filler attends to itself. Of several packs in a row, which share filler, it is left out.
-        capacity = self.shape.fit(max(int(pack.sum()) for pack in sizes)) if self.micro_batch_size == 1 else 0
+        shares_filler = self.micro_batch_size > 1 or self.shape.trimmed
+        capacity = 0 if shares_filler else self.shape.fit(max(int(pack.sum()) for pack in sizes))
         costs_of_packs = pack_costs(sizes, capacity, costs)
         dealt = deal(costs_of_packs, ranks=self.data_size)
         by_micro_batch = dealt.reshape(self.data_size, -1, self.micro_batch_size).swapaxes(0, 1)
@@ -145,18 +165,19 @@ class BatchBuilder:
         labels = np.full(length, IGNORE, np.int64)
         reference = np.zeros(length, np.float32) if self.reference is not None else None
         weights = np.ones(length, np.float32) if self.corpus.has_turn_weights else None
+        trained = []
         for i, start in zip(ids.tolist(), boundaries.tolist(), strict=False):
             text, mask = self.corpus.tokens(i).astype(np.int64), self.corpus.mask(i)
             n = len(text)
             tokens[start : start + n] = text
             labels[start : start + n - 1] = np.where(mask[1:] == 1, text[1:], IGNORE)
+            # The first token of a trajectory is never a label, so a mask that includes it trains one token less.
+            trained.append(int((mask[1:] == 1).sum()))
             if reference is not None and self.reference is not None:
                 reference[start : start + n - 1] = self.reference(i)[1:]
             if weights is not None and (of_tokens := self.corpus.token_weights(i)) is not None:
                 weights[start : start + n - 1] = of_tokens[1:]
         pad = 1 if filler else 0
-        # The first token of a trajectory is never a label, so a mask that includes it trains one token less.
-        trained = [int((self.corpus.mask(i)[1:] == 1).sum()) for i in ids.tolist()]
         return Batch(
             tokens=torch.from_numpy(tokens)[None],
             labels=torch.from_numpy(labels)[None],

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import datetime
 import os
+import time
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from megatron_iwsft.distributed.capabilities import broken_transformer_engine, transformer_engine
+from megatron_iwsft.distributed.descriptors import raise_descriptor_limit
 from megatron_iwsft.distributed.mcore_compat import define_missing_names, quiet_megatron
 from megatron_iwsft.distributed.parallel_layout import ParallelLayout
 from megatron_iwsft.distributed.stop_signals import die_with_parent, forks_die_with_their_parent
@@ -46,6 +49,32 @@ class ParallelContext:
     @property
     def is_last_stage(self) -> bool:
         return self.pp.rank() == self.pp.size() - 1
+
+
+class Stopwatch:
+    """Seconds between its creation and `stop`, as the device does the work: on CUDA between two points of the current stream."""
+
+    def __init__(self, is_cuda: bool) -> None:
+        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if is_cuda else []
+        self._times = [0.0, 0.0]
+        self._mark(0)
+
+    def stop(self) -> None:
+        """Does not wait for the device."""
+        self._mark(1)
+
+    def seconds(self) -> float:
+        """After `stop`. Waits until the device has reached that point."""
+        if not self._events:
+            return self._times[1] - self._times[0]
+        self._events[1].synchronize()
+        return self._events[0].elapsed_time(self._events[1]) / 1e3
+
+    def _mark(self, which: int) -> None:
+        if self._events:
+            self._events[which].record()
+        else:
+            self._times[which] = time.perf_counter()
 
 
 @dataclass(frozen=True)
@@ -97,6 +126,7 @@ class Platform:
             expert_model_parallel_size=layout.expert,
             expert_tensor_parallel_size=1,  # experts are small: they are distributed, not split
             virtual_pipeline_model_parallel_size=layout.virtual_pipeline,
+            create_gloo_process_groups=False,  # nobody uses them, and each is a full mesh of connections
         )
         torch.manual_seed(seed)
         model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
@@ -119,6 +149,17 @@ class Platform:
         out = torch.tensor(values, dtype=torch.int, device=self.device)
         dist.all_reduce(out, op=dist.ReduceOp.MAX)
         return out.tolist()
+
+    def of_every_rank(self, *values: float) -> Tensor:
+        """Every rank's values, float64 [world, len(values)] on the host. Collective: one all-gather, of 8 bytes per value."""
+        own = torch.tensor(values, dtype=torch.float64, device=self.device)
+        out = torch.empty(self.world_size * len(values), dtype=torch.float64, device=self.device)
+        dist.all_gather_into_tensor(out, own)
+        return out.view(self.world_size, len(values)).cpu()
+
+    def stopwatch(self) -> Stopwatch:
+        """A stopwatch of this device's work, started now."""
+        return Stopwatch(self.is_cuda)
 
     def peak_memory(self) -> int:
         """Peak bytes held by this process: the allocator's on CUDA, the resident set on CPU."""
@@ -182,8 +223,11 @@ def _refuse_broken_transformer_engine() -> None:
         )
 
 
-def start(device: DeviceChoice = "auto", *, timeout_s: float = 600.0) -> Platform:
+def start(device: DeviceChoice = "auto", *, timeout_s: float = 600.0, bind_device: bool | None = None) -> Platform:
     """Join the job that torchrun describes in the environment (or be a job of one process), on the chosen device.
+
+    bind_device: tell NCCL this process's GPU now. Every process group is then split from the world's, in a call that all ranks make
+    together: fast on one node, thousands of world-wide calls on a thousand ranks. None: on a single node only.
 
     Collective over all ranks. Raises ConfigError if the device is not available.
     """
@@ -204,14 +248,21 @@ def start(device: DeviceChoice = "auto", *, timeout_s: float = 600.0) -> Platfor
             )
         torch.cuda.set_device(torch_device)
     define_missing_names()
+    raise_descriptor_limit()
     if not dist.is_initialized():
-        options: dict[str, Any] = {"device_id": torch_device} if use_cuda else {}
+        bind = use_cuda and (_is_one_node() if bind_device is None else bind_device)
+        options: dict[str, Any] = {"device_id": torch_device} if bind else {}
         if "MASTER_PORT" not in os.environ:  # a job of one needs no rendezvous
             options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         dist.init_process_group(
             "nccl" if use_cuda else "gloo", timeout=datetime.timedelta(seconds=timeout_s), **options
         )
     return Platform(device=torch_device, rank=dist.get_rank(), world_size=dist.get_world_size())
+
+
+def _is_one_node() -> bool:
+    world = os.environ["WORLD_SIZE"]
+    return os.environ.get("LOCAL_WORLD_SIZE", "1") == world
 
 
 def stop() -> None:

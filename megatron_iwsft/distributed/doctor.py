@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 import os
 import platform as machine
+import resource
 import shutil
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from megatron_iwsft.distributed.capabilities import (
     transformer_engine,
     variable_length_attention,
 )
+from megatron_iwsft.distributed.descriptors import largest_world
 from megatron_iwsft.distributed.fp8_recipes import FP8_RECIPES
 
 
@@ -113,7 +115,16 @@ def _base() -> list[Finding]:
         Finding("Python", machine.python_version(), machine.machine()),
         Finding("torch", torch.__version__, f"CUDA {torch.version.cuda}" if torch.version.cuda else "a CPU build"),
         Finding("megatron-core", version or "missing", lines if version else "pip install -e .", version is not None),
+        _descriptors(),
     ]
+
+
+def _descriptors() -> Finding:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    means = (
+        f"a job raises it to the hard limit: if this machine hosts its store, up to {largest_world(hard):,} processes"
+    )
+    return Finding("open files", f"{soft:,}, at most {hard:,}", means, largest_world(hard) >= 1024)
 
 
 def _gpu() -> list[Finding]:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from megatron.core.distributed import DistributedDataParallel
     from megatron.core.optimizer import MegatronOptimizer
     from megatron.core.transformer.spec_utils import ModuleSpec
+    from torch.distributed.checkpoint.metadata import Metadata
 
 T = TypeVar("T")
 
@@ -99,6 +100,24 @@ def async_save_options() -> dict[str, Any]:
     return {"async_sharded_save": True} | ({"async_strategy": "mcore"} if "async_strategy" in known else {})
 
 
+def save_strategy() -> Any:
+    """Megatron-Core's writer of tensors, for `dist_checkpointing.save`, which plans the first two saves and repeats that plan later.
+
+    So it must be used for states of one structure only. All ranks' plans, which it would append to `.metadata` and nobody reads, are
+    left out.
+    """
+    from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+
+    class Strategy(TorchDistSaveShardedStrategy):
+        def _get_save_and_finalize_callbacks(self, writer: Any, planned: Any, *args: Any) -> Any:
+            metadata = planned[1]  # on the first rank
+            if metadata is not None:
+                vars(metadata).pop("all_local_plans", None)
+            return super()._get_save_and_finalize_callbacks(writer, planned, *args)
+
+    return Strategy("torch_dist", 1, cached_metadata=True)
+
+
 def async_calls_queue() -> AsyncCallsQueue:
     """Where Megatron-Core keeps save requests that are being carried out."""
     from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
@@ -162,6 +181,28 @@ def scaling_histories_may_be_unpickled() -> Iterator[None]:
         del os.environ[name]
         if before is not None:
             os.environ[name] = before
+
+
+@contextmanager
+def reading_with(metadata: Metadata) -> Iterator[None]:
+    """Within the block, Megatron-Core loads a checkpoint by `metadata` in place of its `.metadata`, which every rank would read."""
+    from megatron.core.dist_checkpointing import serialization
+    from megatron.core.dist_checkpointing.strategies import torch as strategies
+    from torch.distributed.checkpoint import FileSystemReader
+
+    class Reader(FileSystemReader):
+        def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+            return metadata
+
+    original = strategies._get_filesystem_reader
+    modules = [strategies, *([serialization] if hasattr(serialization, "_get_filesystem_reader") else [])]
+    for module in modules:
+        module._get_filesystem_reader = lambda directory, *args, **kwargs: Reader(directory)
+    try:
+        yield
+    finally:
+        for module in modules:
+            module._get_filesystem_reader = original
 
 
 # The optimizer

@@ -74,8 +74,10 @@ def main() -> int:
     from torch.distributed.run import main as torchrun
     from torch.distributed.run import parse_args
 
+    from megatron_iwsft.distributed.descriptors import raise_descriptor_limit
     from megatron_iwsft.distributed.loopback import keep_to_loopback, register_with_torchrun
 
+    raise_descriptor_limit()  # on the first node, this process hosts the store
     arguments = sys.argv[1:]
     parsed = parse_args(arguments)
     if parsed.nnodes in ("1", "1:1"):

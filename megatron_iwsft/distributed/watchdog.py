@@ -94,6 +94,10 @@ class Watchdog:
         self._mark = {"marks": self._mark["marks"] + 1, "step": step, "phase": phase}
         self._marked_at = time.monotonic()
 
+    def describe(self, rank: int) -> str:
+        """A rank with its process and host, for people."""
+        return str(self._peers[rank]) if self._peers else f"rank {rank}"
+
     def __enter__(self) -> Watchdog:
         if self.world_size > 1:
             peers: list[Any] = [None] * self.world_size

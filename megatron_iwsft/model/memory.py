@@ -39,9 +39,11 @@ def cost(
     micro_batch_size: int,
     micro_batches: int,
     recompute: str = "none",
+    local: bool = False,
 ) -> Cost:
     """Cost of training in bf16 with the distributed optimizer. seq_length in tokens; micro_batches per step and pipeline.
 
+    local: for the local backend, whose context-parallel ranks keep the keys and values of the whole sequence.
     The log-prob operator's chunk of logits and the trained rows it saves are left out: they do not grow with the layout.
     """
     # The first stage holds most activations, and the first or the last most parameters.
@@ -55,7 +57,7 @@ def cost(
         in_flight = min(
             micro_batches, layout.pipeline * (1 + (layout.pipeline - 1) / (layout.pipeline * layout.chunks_per_stage))
         )
-    per_layer = _activation_bytes(arch, layout)
+    per_layer = _activation_bytes(arch, layout, local=local)
     if recompute == "full":
         kept = _BF16 * arch.hidden_size // (layout.tensor if layout.sequence else 1)
         activations = tokens * (kept * layers * in_flight + per_layer)
@@ -98,10 +100,23 @@ def stage_parameters(arch: Architecture, layout: ParallelLayout) -> list[tuple[i
     return list(zip(dense, experts, strict=True))
 
 
-def _activation_bytes(arch: Architecture, layout: ParallelLayout) -> int:
+def local_mask_bytes(arch: Architecture, layout: ParallelLayout, longest: int) -> int:
+    """Bytes of the largest attention mask that the local backend makes for a trajectory of `longest` tokens (padded).
+
+    Its masks are dense, one byte per (query, key): of a context-parallel rank's chunk of queries, or of a window. Causal attention to a
+    trajectory that one rank holds completely needs none.
+    """
+    if layout.context > 1:
+        return longest // (2 * layout.context) * longest
+    windows = [window for window in arch.windows if window is not None and window < longest]
+    return longest**2 if windows else 0
+
+
+def _activation_bytes(arch: Architecture, layout: ParallelLayout, *, local: bool) -> int:
     """Bytes that one layer of Transformer Engine keeps for backward, per token of this rank, in bf16.
 
     tests/model/test_memory.py counts them on the real layer. Experts: as if their load were balanced.
+    local: and the gathered keys and values of the local backend's context parallelism.
     """
     query, kv, heads = arch.num_heads * arch.head_dim, arch.num_groups * arch.head_dim, arch.num_heads + arch.num_groups
     # Inputs of both norms, of the QKV and of the first feed-forward projection (or the router); the norms' scales. Inputs of the norms
@@ -112,6 +127,8 @@ def _activation_bytes(arch: Architecture, layout: ParallelLayout) -> int:
     split = _BF16 * 3 * (query + kv) + _FP32 * arch.num_heads
     if arch.qk_norm:  # contiguous copies of what is normalised, and its scales
         split += _BF16 * (query + kv) + _FP32 * heads
+    if local:
+        split += _BF16 * 2 * (layout.context - 1) * kv
     if arch.experts is None:
         # Gate, up, and what goes into the second projection; if the activation is not fused, its output and a copy of up too.
         split += _BF16 * (3 if arch.activation == "silu" else 5) * arch.ffn_size

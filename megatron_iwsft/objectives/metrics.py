@@ -173,6 +173,9 @@ METRICS = (
     Metric("tokens_per_s", "tokens per second", measured=True, timing=True, plotted=True),
     Metric("tflops_per_gpu", "model TFLOP/s per GPU", measured=True, timing=True),
     Metric("peak_memory_bytes", "peak memory, bytes", measured=True, timing=True),
+    Metric("rank_time_median_s", "forward and backward of the median rank, s", measured=True, timing=True),
+    Metric("rank_time_max_s", "forward and backward of the slowest rank, s", measured=True, timing=True),
+    Metric("slowest_rank", "the slowest rank", measured=True, timing=True),
 )
 TIMING = frozenset(metric.name for metric in METRICS if metric.timing)
 

@@ -13,8 +13,8 @@ from megatron_iwsft.train.setup import CheckedRun
 
 # What may differ between a run and its continuation. Anything else would make it another run.
 _MAY_CHANGE = {
-    "run": {"name", "dir", "device", "hang_timeout_s", "max_bad_steps", "spike"},
-    "data": {"corpus", "micro_batch_size", "balance", "epochs", "max_steps", "drawn_from", "verify"},
+    "run": {"name", "dir", "device", "bind_device", "hang_timeout_s", "max_bad_steps", "spike"},
+    "data": {"corpus", "pad_to", "micro_batch_size", "balance", "epochs", "max_steps", "drawn_from", "verify"},
 }
 # Of each corpus of a mixture: its content is compared by fingerprint.
 _MAY_CHANGE_IN_CORPORA = {"corpus", "name"}
@@ -25,6 +25,19 @@ _AFFECTS_LR_SCHEDULE = {
     "data.max_steps",
     *(f"optimizer.{k}" for k in ("lr", "min_lr", "schedule", "warmup_fraction")),
 }
+
+
+def _check_packing(run: CheckedRun, info: CheckpointInfo) -> None:
+    """Raise ConfigError if trajectories would be packed in another way: as multiples of another number of tokens."""
+    data, context = info.config["data"], info.config.get("parallel", {}).get("context", 1)
+    by_default = 2 * context if context > 1 and "pad_to" in data else 1  # before there was pad_to: 1
+    earlier, now = data.get("pad_to") or by_default, run.config.packed_multiple
+    if run.config.data.packing == "best_fit" and now != earlier:
+        raise ConfigError(
+            f"with data.pad_to {run.config.data.pad_to} and parallel.context {run.config.parallel.context}, trajectories are packed as "
+            f"multiples of {now} tokens, but {info.directory} was trained with multiples of {earlier}. Set data.pad_to: {earlier} to "
+            "continue that run, or choose another run.dir for a new one."
+        )
 
 
 def described_changes(config: Config, earlier: dict[str, Any]) -> str:
@@ -71,6 +84,7 @@ def check_same_run(run: CheckedRun, info: CheckpointInfo) -> None:
                 f"{'.'.join(path)} is {value!r}, but {info.directory} was trained with {earlier!r}. Set it back to continue that run, or "
                 "choose another run.dir for a new one."
             )
+    _check_packing(run, info)
     if info.objective != run.objective_source:
         raise ConfigError(
             f"the file of objective.name {run.config.objective.name} has changed since {info.directory} was written, so earlier and later "

@@ -57,19 +57,21 @@ class LossTotals:
         self.weight_max = torch.maximum(self.weight_max, loss.weight_max)
 
     def reduce(self) -> None:
-        """Sum over ranks; every rank then has the same. Collectives: two or three all-reduces over `dp_cp`, and with a pipeline as
-        many broadcasts from its last stage.
+        """Sum over ranks; every rank then has the same. Collectives: a sum and a maximum over `dp_cp`, and with a pipeline a broadcast
+        from its last stage.
         """
         self._require_unreduced()
         self._reduced = True
-        sums = [self.sums] if self.extra is None else [self.sums, self.extra]
-        for value in sums:
-            dist.all_reduce(value, group=self._dp_cp)
-        dist.all_reduce(self.weight_max, op=dist.ReduceOp.MAX, group=self._dp_cp)
+        parts = [self.sums] if self.extra is None else [self.sums, self.extra]
+        together = torch.cat([*(part.flatten() for part in parts), self.weight_max.view(1)])
+        dist.all_reduce(together[:-1], group=self._dp_cp)
+        dist.all_reduce(together[-1:], op=dist.ReduceOp.MAX, group=self._dp_cp)
         if self._pp is not None and self._pp.size() > 1:
-            last_stage = dist.get_process_group_ranks(self._pp)[-1]
-            for value in (*sums, self.weight_max):
-                dist.broadcast(value, src=last_stage, group=self._pp)
+            dist.broadcast(together, src=dist.get_process_group_ranks(self._pp)[-1], group=self._pp)
+        for part, value in zip(
+            (*parts, self.weight_max), together.split([*(p.numel() for p in parts), 1]), strict=True
+        ):
+            part.copy_(value.view_as(part))
 
     def finalize(self, chunks: list[Any], num_tokens: Tensor | None = None, **options: Any) -> None:
         """Reduce the gradients of `chunks` (Megatron-Core's DistributedDataParallel) and divide them by the global denominator.

@@ -11,7 +11,7 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_iwsft.config import schema as config
-from megatron_iwsft.distributed.mcore_compat import checked, free_unquantized_copies
+from megatron_iwsft.distributed.mcore_compat import checked, free_unquantized_copies, inner_optimizers
 from megatron_iwsft.model.gpt import PolicyModel
 
 
@@ -62,9 +62,14 @@ def build_optimizer(
             overlap_param_gather=bool(settings.overlap_param_gather),
         ),
         chunks,
+        use_gloo_process_groups=False,
     )
     for chunk in chunks:
         free_unquantized_copies(chunk)
+    for inner in inner_optimizers(optimizer):
+        if isinstance(inner, torch.optim.AdamW):
+            for group in inner.param_groups:  # one pass over memory in place of some twelve
+                group["fused"] = all(p.device.type in ("cpu", "cuda") for p in group["params"])
     return optimizer
 
 

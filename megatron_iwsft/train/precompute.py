@@ -10,12 +10,13 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from megatron_iwsft.config.schema import Config
+from megatron_iwsft.distributed.agreement import own_share
 from megatron_iwsft.distributed.stop_signals import StopSignals
 from megatron_iwsft.distributed.watchdog import Watchdog
 from megatron_iwsft.errors import RequeueError
 from megatron_iwsft.model.gpt import forward
 from megatron_iwsft.reference.mixture import MixtureSidecarWriter
-from megatron_iwsft.train.setup import StartedRun, check, check_cacheable, start
+from megatron_iwsft.train.setup import StartedRun, check, check_cacheable, reference_identities, start
 from megatron_iwsft.train.step import run_schedule
 from megatron_iwsft.utils.text import say
 
@@ -33,7 +34,7 @@ def precompute_reference(config: Config) -> list[str]:
     check_cacheable(config)
     with StopSignals() as stop:
         run = start(check(config, world_size=int(os.environ.get("WORLD_SIZE", "1"))))
-        writer = MixtureSidecarWriter(run.mixture, run.identities)
+        writer = MixtureSidecarWriter(run.mixture, reference_identities(run))
         writer.skip_complete(run.platform)
         with run.watchdog() as watch, writer.lock() if run.is_main else nullcontext():
             return _precompute(run, writer, watch, stop)
@@ -73,7 +74,7 @@ def _precompute(run: StartedRun, writer: MixtureSidecarWriter, watch: Watchdog, 
     for index in shown:
         packs, number = plan.step(index), index + 1
         watch.at(number, "forward")
-        unfinished = not all(writer.done(i) for pack in packs for i in pack.tolist())
+        unfinished = not all(writer.done(i) for pack in own_share(packs) for i in pack.tolist())
         # Ranks see shared files and signals at slightly different times; they must agree.
         needed, told_to_stop = run.platform.largest(unfinished, stop.requested)
         if told_to_stop:

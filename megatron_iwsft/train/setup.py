@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from megatron_iwsft.checkpoint.initial_weights import InitialWeights
 from megatron_iwsft.checkpoint.names import CHECKPOINTS
@@ -21,7 +20,8 @@ from megatron_iwsft.data.sampler import Part, Quality, Sampler
 from megatron_iwsft.data.scores import normalized_by_source, thresholds_in_scores
 from megatron_iwsft.data.tokenizer import load_tokenizer
 from megatron_iwsft.distributed import context
-from megatron_iwsft.distributed.capabilities import fp8_refusal
+from megatron_iwsft.distributed.agreement import complaints_of_all, on_first_rank
+from megatron_iwsft.distributed.capabilities import fp8_refusal, variable_length_attention
 from megatron_iwsft.distributed.context import ParallelContext, Platform
 from megatron_iwsft.distributed.fp8_recipes import FP8_RECIPES
 from megatron_iwsft.distributed.mcore_compat import unknown_settings
@@ -32,9 +32,10 @@ from megatron_iwsft.errors import CheckpointError, ConfigError, DataError
 from megatron_iwsft.hf.directory import DTYPES
 from megatron_iwsft.model.flops import multiply_adds
 from megatron_iwsft.model.gpt import ModelSettings, PolicyModel, build_model
+from megatron_iwsft.model.memory import local_mask_bytes
 from megatron_iwsft.objectives.custom import find_objective, source_hash
 from megatron_iwsft.objectives.functions import Objective, Origin, Settings
-from megatron_iwsft.reference.sidecar import ReferenceIdentity
+from megatron_iwsft.reference.sidecar import ReferenceIdentity, sidecar_directory
 from megatron_iwsft.train.callbacks import CallbackFunction
 from megatron_iwsft.train.callbacks.custom import load_callbacks
 from megatron_iwsft.utils.files import gibibytes
@@ -42,6 +43,8 @@ from megatron_iwsft.utils.hub import missing_directory
 from megatron_iwsft.utils.text import say
 
 _ANNOUNCED_BYTES = 4 << 30  # reading as much can take a minute
+# Of the local backend's attention: with 128k tokens at context parallel 8, in every layer.
+LARGEST_LOCAL_MASK = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,6 @@ class CheckedRun:
     objective_source  SHA-256 of a custom objective's file, else None
     policy, reference the initial weights of each, not yet read; the same object where the reference is the initial policy
     mixture           the corpora to train on, as one sequence of trajectories
-    identities        of the reference log-probs of each of these corpora
     evaluation        the held-out corpus, if there is one
     callbacks         the user's own: name in the config → function
     """
@@ -64,7 +66,6 @@ class CheckedRun:
     objective_source: str | None
     policy: InitialWeights
     reference: InitialWeights
-    identities: list[ReferenceIdentity]
     evaluation: Corpus | None
     callbacks: dict[str, CallbackFunction]
 
@@ -174,6 +175,9 @@ class StartedRun(CheckedRun):
             tensor=layout.tensor,
             context=layout.context,
             row_length=data.micro_batch_size * data.seq_length if data.packing == "best_fit" else None,
+            packed_multiple=self.config.packed_multiple,
+            # On a GPU the allocator prefers rows of one length, and packing leaves little to trim.
+            trimmed=not self.platform.is_cuda and layout.pipeline == 1,
             alignment=FP8_RECIPES[recipe].rows(sequence_parallel=layout.sequence) if recipe else 1,
         )
 
@@ -229,10 +233,6 @@ def check(config: Config, *, world_size: int) -> CheckedRun:
         objective_source=objective_source,
         policy=policy,
         reference=reference,
-        identities=[
-            ReferenceIdentity.of(corpus, weights=reference.fingerprint, dtype=config.precision.described)
-            for corpus in mixture.corpora
-        ],
         evaluation=evaluation,
         callbacks=load_callbacks(config.logging.callbacks),
     )
@@ -250,14 +250,36 @@ def start(checked: CheckedRun) -> StartedRun:
             f"precision.fp8 {precision.fp8} {refusal}. Use precision.fp8: null, or emulate it with precision.fp8_emulation: true."
         )
     # Twice the watchdog's timeout: it can then name the ranks that a collective waits for.
-    platform = context.start(config.run.device, timeout_s=2 * config.run.hang_timeout_s)
+    platform = context.start(
+        config.run.device, timeout_s=2 * config.run.hang_timeout_s, bind_device=config.run.bind_device
+    )
     unknown = unknown_settings(config.megatron.given())
     if unknown:
         raise ConfigError(f"megatron.{unknown[0]} is no setting of the installed Megatron-Core. Leave it out.")
+    needs_no_masks = checked.layout.context == 1 and platform.is_cuda and variable_length_attention()[0]
+    if not platform.has_transformer_engine and not needs_no_masks:
+        _refuse_dense_masks(checked)
     parallel = platform.parallel(checked.layout, seed=config.run.seed)
     for corpus in filter(None, (*checked.mixture.corpora, checked.evaluation)):
         _check_contents(corpus, config, platform)
     return StartedRun(**vars(checked), platform=platform, parallel=parallel)
+
+
+def _refuse_dense_masks(checked: CheckedRun) -> None:
+    """Raise ConfigError if the local backend's attention masks would be too large."""
+    multiple = 2 * checked.layout.context
+    corpora = [corpus for corpus in (*checked.mixture.corpora, checked.evaluation) if corpus is not None]
+    corpus = max(corpora, key=lambda corpus: int(corpus.lengths.max(initial=0)))
+    longest = -(-int(corpus.lengths.max(initial=0)) // multiple) * multiple
+    for weights in (checked.policy, checked.reference):
+        size = local_mask_bytes(weights.architecture, checked.layout, longest)
+        if size >= LARGEST_LOCAL_MASK:
+            raise ConfigError(
+                f"{corpus.directory} has a trajectory of {longest:,} tokens, for which attention without Transformer Engine would need a "
+                f"mask of {gibibytes(size)} in every layer (context parallel {checked.layout.context}; the limit is "
+                f"{gibibytes(LARGEST_LOCAL_MASK)}). Install Transformer Engine, raise parallel.context, or shard the corpus with a lower "
+                "--max-tokens."
+            )
 
 
 def _check_contents(corpus: Corpus, config: Config, platform: Platform) -> None:
@@ -268,17 +290,39 @@ def _check_contents(corpus: Corpus, config: Config, platform: Platform) -> None:
     if is_main and size >= _ANNOUNCED_BYTES:
         less = "; `sample` reads less" if verify == "full" else ""
         say(f"checking {corpus.directory}: each process reads {gibibytes(size)} (data.verify: {verify}{less}).")
-    raise_together(platform, corpus.damage(pieces, show_progress=is_main))
+    raise_together(corpus.damage(pieces, show_progress=is_main))
 
 
-def raise_together(platform: Platform, complaints: list[str]) -> None:
+def raise_together(complaints: list[str]) -> None:
     """Raise DataError on all ranks if any rank has complaints. Collective over all ranks."""
-    gathered: list[list[str]] = [[]] * platform.world_size
-    dist.all_gather_object(gathered, complaints)
-    found = [text for rank in gathered for text in rank]
+    found = complaints_of_all(complaints)
     if found:
         more = f" ({len(found) - 1} more files are damaged.)" if len(found) > 1 else ""
         raise DataError(f"{found[0]}{more}")
+
+
+def reference_identities(run: StartedRun) -> list[ReferenceIdentity]:
+    """What the run's reference log-probs of each corpus depend on, and so which sidecar they are in. Collective: the first rank reads
+    for all.
+
+    Sidecars of a checkpoint's log-probs that version 0.1.0 named in another way are found as well.
+    """
+
+    def identity(corpus: Corpus) -> ReferenceIdentity:
+        named = ReferenceIdentity.of(corpus, weights=run.reference.fingerprint, dtype=run.config.precision.described)
+        if not sidecar_directory(corpus, named).exists() and run.reference.earlier_fingerprint is not None:
+            earlier = replace(named, weights=run.reference.earlier_fingerprint)
+            return earlier if sidecar_directory(corpus, earlier).exists() else named
+        return named
+
+    return on_first_rank(lambda: [identity(corpus) for corpus in run.mixture.corpora])
+
+
+def starts_as_reference(run: StartedRun) -> bool:
+    """Whether policy and reference start from the same weights. Collective: the first rank reads for all."""
+    if run.reference is run.policy:
+        return True
+    return on_first_rank(lambda: run.reference.fingerprint == run.policy.fingerprint)
 
 
 def checkpoint_writer(run: StartedRun) -> CheckpointWriter:
@@ -354,8 +398,9 @@ def make_sampler(config: Config, mixture: Mixture) -> Sampler:
     data, scores = config.data, mixture.scores
     if data.quality.normalize:
         scores = normalized_by_source(scores, mixture.sources())
+    multiple = config.packed_multiple
     return Sampler(
-        mixture.lengths,
+        mixture.lengths if multiple == 1 else -(-mixture.lengths // multiple) * multiple,
         scores,
         seq_length=data.seq_length,
         packing=data.packing,

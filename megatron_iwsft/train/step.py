@@ -14,7 +14,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_iwsft.data.batch import Batch
-from megatron_iwsft.distributed.context import ParallelContext
+from megatron_iwsft.distributed.context import ParallelContext, Stopwatch
 from megatron_iwsft.model.gpt import PolicyModel, forward
 from megatron_iwsft.model.moe import Balance
 from megatron_iwsft.objectives.breakdown import Breakdown
@@ -90,6 +90,7 @@ class TrainStep:
             else chunk
             for i, chunk in enumerate(self.chunks)
         ]
+        self._own_time: Stopwatch | None = None
         self._start_totals()
 
     def _start_totals(self) -> None:
@@ -105,8 +106,12 @@ class TrainStep:
         )
         self._router_balance = torch.zeros((), dtype=torch.float64, device=self.device)
 
-    def forward_backward(self, batches: list[Batch]) -> dict[str, Any]:
-        """Gradients of the global batch's loss into `main_grad`; returns its metrics, the same on every rank. Collective."""
+    def forward_backward(self, batches: list[Batch], own_time: Stopwatch | None = None) -> dict[str, Any]:
+        """Gradients of the global batch's loss into `main_grad`; returns its metrics, the same on every rank. Collective.
+
+        own_time: stopped when this rank's last backward pass ends, before gradients are reduced and ranks wait for each other.
+        """
+        self._own_time = own_time
         for chunk in self.chunks:
             # Set at every step: another TrainStep, for evaluation, may share these chunks.
             chunk.config.finalize_model_grads_func = self._finalize
@@ -184,6 +189,8 @@ class TrainStep:
 
     def _finalize(self, model: object, num_tokens: Tensor | None = None, **options: Any) -> None:
         """Called by the schedule after the last backward pass; `model` may hold frozen models too, which have no gradients."""
+        if self._own_time is not None:
+            self._own_time.stop()
         self._totals.finalize(self.chunks, **options)
         if self.router_balance:
             dist.all_reduce(self._router_balance)  # every rank has some of the routers

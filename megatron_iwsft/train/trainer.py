@@ -15,6 +15,7 @@ from megatron_iwsft.checkpoint.info import step_name
 from megatron_iwsft.checkpoint.state import TrainState
 from megatron_iwsft.config.schema import Config
 from megatron_iwsft.data.batch_builder import BatchesAhead
+from megatron_iwsft.distributed.agreement import on_first_rank
 from megatron_iwsft.distributed.mcore_compat import gather_parameters, prepare_gradients, update_parameters
 from megatron_iwsft.distributed.stop_signals import StopSignals
 from megatron_iwsft.distributed.watchdog import Watchdog
@@ -27,10 +28,19 @@ from megatron_iwsft.reference.mixture import MixtureSidecars
 from megatron_iwsft.train.callbacks import Callback, CallbackFunction, StepResult
 from megatron_iwsft.train.callbacks.defaults import add_configured_callbacks
 from megatron_iwsft.train.callbacks.events import Events
+from megatron_iwsft.train.callbacks.slow_ranks import rank_times
 from megatron_iwsft.train.continuation import check_same_run, described_changes
 from megatron_iwsft.train.divergence import DivergenceMonitor, Verdict
 from megatron_iwsft.train.optim import build_optimizer, build_schedule, wrap_for_gradients
-from megatron_iwsft.train.setup import StartedRun, check, checkpoint_writer, raise_together, start
+from megatron_iwsft.train.setup import (
+    StartedRun,
+    check,
+    checkpoint_writer,
+    raise_together,
+    reference_identities,
+    start,
+    starts_as_reference,
+)
 from megatron_iwsft.train.step import TrainStep
 from megatron_iwsft.utils.locks import exclusive
 
@@ -206,14 +216,16 @@ class Trainer:
                 metrics | {"loss": None, "nll": None, "grad_norm": None, "skipped": "loss spike"}, stopping
             )
         self.watch.at(number, "reading the batch")
+        own_time = self.run.platform.stopwatch()
         self.optimizer.zero_grad()  # without the distributed optimizer, .grad still is the last step's main_grad
         batches = self.batches.at_step(number - 1, following=number if number < self.total_steps else None)
         self.watch.at(number, "forward and backward")
         self.step.origin = run.origin_at(metrics["epoch"])
-        metrics |= self.step.forward_backward(batches)
+        metrics |= self.step.forward_backward(batches, own_time)
         if not metrics["trained_tokens"]:
+            ids = on_first_rank(lambda: self._trajectory_ids(packs))
             raise DataError(
-                f"step {number} would train no token: the masks of its trajectories are all 0 ({', '.join(self._trajectory_ids(packs))}). "
+                f"step {number} would train no token: the masks of its trajectories are all 0 ({', '.join(ids)}). "
                 f"Check the corpus with `iwsft inspect`: {run.mixture.described}."
             )
         if number == 1 and run.objective.needs_reference:
@@ -222,7 +234,8 @@ class Trainer:
         metrics["grad_norm"] = float(norm)
         verdict = self.monitor.judge(metrics["loss"], metrics["grad_norm"], metrics["trained_tokens"])
         self.watch.at(number, "update")
-        asked_to_stop, worst = run.platform.largest(self.stop.requested, verdict)
+        of_ranks = run.platform.of_every_rank(self.stop.requested, verdict, own_time.seconds())
+        asked_to_stop, worst = (int(column.max()) for column in (of_ranks[:, 0], of_ranks[:, 1]))
         if worst == Verdict.SPIKE and self._roll_back_after_spike(number, metrics, packs):
             return None
         metrics["lr"] = max(group["lr"] for group in self.optimizer.param_groups)
@@ -234,24 +247,32 @@ class Trainer:
             self.monitor.updated(metrics["loss"])
         self._update_lagged_copies(number)
         run.platform.synchronize()
-        metrics |= self._measure(packs, metrics["trained_tokens"], time.perf_counter() - started)
+        metrics |= self._measure(time.perf_counter() - started)
+        if run.is_main:  # work over the whole global batch
+            metrics |= self._throughput(packs, metrics)
+        if run.platform.world_size > 1:
+            metrics |= rank_times(of_ranks[:, 2])
         return self._result(metrics, bool(asked_to_stop))
 
     def _result(self, metrics: dict[str, Any], stopping: bool) -> StepResult:
         return StepResult(metrics["step"], self.total_steps, metrics, stopping, self.run.config)
 
-    def _measure(self, packs: list[np.ndarray], trained_tokens: int, step_time_s: float) -> dict[str, Any]:
-        lengths = self.run.mixture.lengths[np.concatenate(packs)]
-        tokens = int(lengths.sum())
-        # The policy's model FLOPs only: what a reference or proposal computes does not count.
-        flops = training_flops(self.run.policy.architecture, lengths, trained_tokens) / self.run.platform.world_size
+    def _measure(self, step_time_s: float) -> dict[str, Any]:
         return {
             "step_time_s": step_time_s,
-            "tokens": tokens,
-            "tokens_per_s": tokens / step_time_s,
-            "tflops_per_gpu": flops / step_time_s / 1e12,
             "peak_memory_bytes": self.run.platform.peak_memory(),
             "skipped_steps": self.monitor.skipped,
+        }
+
+    def _throughput(self, packs: list[np.ndarray], metrics: dict[str, Any]) -> dict[str, Any]:
+        lengths, seconds = self.run.mixture.lengths[np.concatenate(packs)], metrics["step_time_s"]
+        tokens = int(lengths.sum())
+        # The policy's model FLOPs only: what a reference or proposal computes does not count.
+        flops = training_flops(self.run.policy.architecture, lengths, metrics["trained_tokens"])
+        return {
+            "tokens": tokens,
+            "tokens_per_s": tokens / seconds,
+            "tflops_per_gpu": flops / self.run.platform.world_size / seconds / 1e12,
         }
 
     def _gather_parameters(self) -> None:
@@ -321,7 +342,8 @@ class Trainer:
         return True
 
     def _trajectory_ids(self, packs: list[np.ndarray]) -> list[str]:
-        return self.run.mixture.ids(np.concatenate(packs).tolist())
+        """Of a global batch, on the main rank, which reads them from the corpora; elsewhere empty."""
+        return self.run.mixture.ids(np.concatenate(packs).tolist()) if self.run.is_main else []
 
     def _save_and_leave(self) -> None:
         step = self.state.step
@@ -349,7 +371,7 @@ class Trainer:
 
     def _check_start(self, metrics: dict[str, Any]) -> None:
         """Before the first update, a reference that is the initial policy must give the policy's own log-probs."""
-        if self.run.reference.fingerprint != self.run.policy.fingerprint:
+        if not starts_as_reference(self.run):
             return
         precision = self.run.config.precision
         found, allowed = metrics["abs_log_ratio"], START_TOLERANCE["fp8" if precision.fp8 else precision.dtype]
@@ -364,8 +386,8 @@ class Trainer:
 
 def _verified_sidecars(run: StartedRun) -> MixtureSidecars:
     """The cached reference, each rank having verified some of its files. Collective; raises DataError on all ranks."""
-    sidecars = MixtureSidecars(run.mixture, run.identities)
-    raise_together(run.platform, sidecars.damage(run.platform.rank, run.platform.world_size))
+    sidecars = MixtureSidecars(run.mixture, reference_identities(run))
+    raise_together(sidecars.damage(run.platform.rank, run.platform.world_size))
     return sidecars
 
 

@@ -116,6 +116,7 @@ def names(platform: Any) -> dict[str, Any]:
     from megatron.core import optimizer as optimizers
     from megatron.core.dist_checkpointing import save
     from megatron.core.dist_checkpointing.strategies import filesystem_async
+    from megatron.core.dist_checkpointing.strategies import torch as strategies
     from megatron.core.models.gpt import GPTModel
     from megatron.core.optimizer import clip_grads, distrib_optimizer, optimizer
     from megatron.core.tensor_parallel import random as megatron_random
@@ -135,6 +136,13 @@ def names(platform: Any) -> dict[str, Any]:
         "distrib_optimizer.HAVE_APEX_OR_TE": hasattr(distrib_optimizer, "HAVE_APEX_OR_TE"),
         "moe_utils.te_general_gemm is None": moe_utils.te_general_gemm is None,
         "random._get_cuda_rng_state": hasattr(megatron_random, "_get_cuda_rng_state"),
+        "strategies.torch._get_filesystem_reader": hasattr(strategies, "_get_filesystem_reader"),
+        "TorchDistSaveShardedStrategy._get_save_and_finalize_callbacks(writer, planned)": list(
+            inspect.signature(strategies.TorchDistSaveShardedStrategy._get_save_and_finalize_callbacks).parameters
+        )[1:3]
+        == ["writer", "save_state_dict_ret"],
+        "TorchDistSaveShardedStrategy(cached_metadata=)": "cached_metadata"
+        in inspect.signature(strategies.TorchDistSaveShardedStrategy).parameters,
         "save(async_sharded_save=)": "async_sharded_save" in inspect.signature(save).parameters,
         "GPTModel.setup_embeddings_and_output_layer": callable(GPTModel.setup_embeddings_and_output_layer),
         "GPTModel.compute_language_model_loss(labels, logits)": list(

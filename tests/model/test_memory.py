@@ -1,4 +1,4 @@
-"""The estimate of activation memory against what the real layers save for backward."""
+"""Memory estimates: activations against what the real layers save for backward, and what the local backend needs besides."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 
 from megatron_iwsft.distributed.parallel_layout import ParallelLayout
 from megatron_iwsft.hf.architecture import Architecture
+from megatron_iwsft.model.memory import cost, local_mask_bytes
 from megatron_iwsft.testing import run_distributed
 from tests.support import tiny
 from tests.support.transformer_engine import as_on_hopper, packed_row, te
@@ -23,6 +24,8 @@ MODELS = {
     "normalised queries and keys": ("qwen3", {}),
     "experts": ("qwen3_moe", EXPERTS),
 }
+ARCH = Architecture.from_hf(tiny.model_config(), where="test")  # 4 layers, 4 groups of 8
+LONG = 131072
 
 
 def arch_of(name: str, layers: int) -> Architecture:
@@ -67,8 +70,6 @@ def bytes_of_a_layer(platform: Any, name: str) -> float:
 
 
 def estimate(name: str) -> float:
-    from megatron_iwsft.model.memory import cost
-
     whole = cost(arch_of(name, 1), ParallelLayout(), seq_length=TOKENS, micro_batch_size=1, micro_batches=1)
     return whole.activations / TOKENS
 
@@ -93,3 +94,22 @@ def bytes_of_the_feed_forward_part(platform: Any) -> float:
 @pytest.mark.parallel
 def test_swiglu_keeps_gate_up_and_their_product() -> None:
     assert run_distributed(bytes_of_the_feed_forward_part, 1) == [2 * 3 * SIZES["intermediate_size"]]
+
+
+def test_dense_masks_of_long_trajectories() -> None:
+    assert local_mask_bytes(ARCH, ParallelLayout(context=8), LONG) == 2**30
+    assert local_mask_bytes(ARCH, ParallelLayout(), LONG) == 0, "causal attention needs no mask"
+    windows = Architecture.from_hf(tiny.model_config("mistral", sliding_window=64), where="test")
+    assert local_mask_bytes(windows, ParallelLayout(), 1000) == 1000**2
+    assert local_mask_bytes(windows, ParallelLayout(), 64) == 0, "the window covers the trajectory"
+
+
+def test_whole_keys_and_values_are_counted() -> None:
+    layout = ParallelLayout(context=4, tensor=2, sequence=True)
+    sizes = [
+        cost(ARCH, layout, seq_length=1024, micro_batch_size=1, micro_batches=1, local=local).activations
+        for local in (False, True)
+    ]
+    own, bf16, groups = 1024 // 4, 2, 2  # groups of this tensor-parallel rank
+    missing = 3 * own  # tokens of the other context-parallel ranks
+    assert sizes[1] - sizes[0] == ARCH.num_layers * bf16 * 2 * groups * 8 * missing

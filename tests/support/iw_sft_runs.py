@@ -16,7 +16,7 @@ def config(directory: Path, name: str, *overrides: str) -> Config:
     text = f"""
 run: {{name: {name}, dir: {directory}/{name}, seed: 7}}
 model: {{checkpoint: {directory}/sft}}
-data: {{corpus: {directory}/corpus, seq_length: 128, global_batch_size: 4, epochs: 2}}
+data: {{corpus: {directory}/corpus, seq_length: 128, pad_to: 1, global_batch_size: 4, epochs: 2}}
 objective: {{name: iw_sft, temperature: 2.0}}
 parallel: {{tensor: 2, sequence: true}}
 precision: {{dtype: fp32}}

@@ -52,7 +52,7 @@ def config(directory: Path, name: str, objective: str, parallel: dict) -> Config
     text = f"""
 run: {{name: golden, dir: {directory}/{name}, seed: 11}}
 model: {{config: {json.dumps(model)}}}
-data: {{corpus: {directory}/corpus, seq_length: 128, global_batch_size: 4, max_steps: {STEPS}, quality: {{mode: weight}}}}
+data: {{corpus: {directory}/corpus, seq_length: 128, pad_to: 1, global_batch_size: 4, max_steps: {STEPS}, quality: {{mode: weight}}}}
 precision: {{dtype: fp32}}
 parallel: {json.dumps(parallel)}
 optimizer: {{lr: 2.0e-3, weight_decay: 0.1}}

@@ -14,6 +14,7 @@ from megatron_iwsft.train.callbacks.custom import custom_callback
 from megatron_iwsft.train.callbacks.evaluation import evaluation
 from megatron_iwsft.train.callbacks.export import export
 from megatron_iwsft.train.callbacks.metrics_file import METRICS_FILE, MetricsFile
+from megatron_iwsft.train.callbacks.slow_ranks import SlowRanks
 from megatron_iwsft.train.callbacks.trackers import tensorboard_logger, wandb_logger
 from megatron_iwsft.train.callbacks.weight_warnings import WeightWarnings, warn_about_settings
 from megatron_iwsft.train.setup import StartedRun
@@ -42,6 +43,7 @@ def add_configured_callbacks(trainer: Trainer, writer: CheckpointWriter, at_exit
         if trainer.state.step == 0:
             warn_about_settings(run, events)
         trainer.add_callback(WeightWarnings(config.logging, events))
+        trainer.add_callback(SlowRanks(events, trainer.watch.describe))
         if config.logging.wandb.mode != "disabled":
             trainer.add_callback(wandb_logger(config, trainer.events, at_exit))
         if config.logging.tensorboard:

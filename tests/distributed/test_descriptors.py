@@ -1,0 +1,47 @@
+"""A store serves more connections than the soft limit on open files allows, since the limit is raised."""
+
+from __future__ import annotations
+
+import datetime
+import subprocess
+import sys
+
+import torch.distributed as dist
+
+from megatron_iwsft.distributed.descriptors import CONNECTIONS_PER_RANK, largest_world, raise_descriptor_limit
+from tests.support import ROOT, command_environment
+
+SOFT = 128
+SERVER = f"""
+import resource, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, ({SOFT}, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+from megatron_iwsft.distributed.descriptors import raise_descriptor_limit
+raise_descriptor_limit()
+from megatron_iwsft.distributed.loopback import loopback_store
+store = loopback_store()
+print(store.port, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_store_serves_more_connections_than_the_soft_limit() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT,
+        env=command_environment(),
+    ) as server:  # fmt: skip
+        assert server.stdin is not None and server.stdout is not None
+        port = int(server.stdout.readline())
+        timeout = datetime.timedelta(seconds=20)
+        clients = []
+        for number in range(2 * SOFT):
+            clients.append(dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False, timeout=timeout))
+            clients[-1].set(str(number), "here")
+        assert clients[0].get(str(2 * SOFT - 1)) == b"here"
+        del clients
+        server.stdin.close()
+
+
+def test_the_largest_world_fits_the_limit() -> None:
+    limit = raise_descriptor_limit()
+    assert CONNECTIONS_PER_RANK * largest_world(limit) < limit
+    assert largest_world(1024) < 1024, "the usual soft limit is too low for a thousand ranks"
