@@ -416,14 +416,12 @@ def trainer_steps(config: Any, steps: int) -> Iterator[dict[str, Any]]:
                 yield result.metrics
 
 
-def _peer_models(config: Any, arch: Any, device: Any) -> tuple[Any, Any]:
-    """The peer's model, and its reference for iw-SFT (else None), with the same random weights."""
+def _peer_models(config: Any, device: Any) -> tuple[Any, Any]:
+    """The peer's model, and its reference for iw-SFT (else None), with the same weights as ours."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    fields = {k: v for k, v in arch.hf.items() if k not in ("model_type", "architectures")}
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen2", **fields), attn_implementation="sdpa")
+    model = AutoModelForCausalLM.from_pretrained(config.model.hf, attn_implementation="sdpa", dtype=torch.float32)
     reference = None
     if config.objective.name == "iw_sft":
         reference = AutoModelForCausalLM.from_config(model.config, attn_implementation="sdpa")
@@ -450,7 +448,7 @@ def peer_steps(config: Any, steps: int) -> Iterator[dict[str, Any]]:
     corpus = open_mixture(config)
     sampler = make_sampler(config, corpus)
     arch = SafetensorsDirectory(config.model.hf).architecture
-    model, reference = _peer_models(config, arch, device)
+    model, reference = _peer_models(config, device)
     half = config.precision.dtype == "bf16"
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.optimizer.lr, fused=True)
 
