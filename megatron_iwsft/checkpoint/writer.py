@@ -181,7 +181,9 @@ class CheckpointWriter:
             if isinstance(error, CheckpointError):
                 raise
             reason = one_line(error)
-            if "Worker failure" in reason:  # torch.save and 0.19 leave out the system's error
+            if "Cannot allocate memory" in reason:
+                reason += "; a rank has reached its memory limit, or the machine has no memory left."
+            elif "Worker failure" in reason:  # torch.save and 0.19 leave out the system's error
                 reason += "; usually the disk is full, or a quota or a limit on file sizes is reached."
             raise CheckpointError(f"{what} could not be written: {reason}") from None
 
