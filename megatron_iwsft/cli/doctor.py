@@ -44,14 +44,14 @@ def run(args: argparse.Namespace) -> int:
 def _check(limit_s: float) -> int:
     from megatron_iwsft.train.machine_checks import run_checks
 
-    print("\nChecks on this machine")
+    say("\nChecks on this machine")
     failures = []
     for outcome in run_checks(limit_s=limit_s):
         mark = "!" if outcome.status == "failed" else " "
         detail = "see below" if outcome.status == "failed" else outcome.detail
-        print(f"{mark} {outcome.name:34} {outcome.status:8} {outcome.seconds:6.1f} s  {detail}", flush=True)
+        say(f"{mark} {outcome.name:34} {outcome.status:8} {outcome.seconds:6.1f} s  {detail}")
         if outcome.status == "failed":
             failures.append(outcome)
     for outcome in failures:
-        print(f"\n{outcome.name} failed:\n{outcome.detail}")
+        say(f"\n{outcome.name} failed:\n{outcome.detail}")
     return 1 if failures else 0

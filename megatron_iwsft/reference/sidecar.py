@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import (
@@ -235,15 +235,32 @@ class SidecarWriter:
         runs = np.flatnonzero(np.diff(positions) != 1) + 1
         # Not written through the mapping: on a network file system, nodes that share a page would write back each other's
         # stale values.
-        for where, run in zip(np.split(positions, runs), np.split(values, runs), strict=True):
-            os.pwrite(self._files[shard], run.tobytes(), run.itemsize * int(self._starts[shard][k] + where[0]))
+        with self._writing():
+            for where, run in zip(np.split(positions, runs), np.split(values, runs), strict=True):
+                os.pwrite(self._files[shard], run.tobytes(), run.itemsize * int(self._starts[shard][k] + where[0]))
 
     def flush(self) -> None:
-        for file in self._files:
-            os.fsync(file)
+        with self._writing():
+            for file in self._files:
+                os.fsync(file)
 
     def finish(self, described: dict[str, Any]) -> None:
         """Publish the files and write the manifest. On one rank, after every rank has flushed."""
+        with self._writing():
+            self._finish(described)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Raise DataError for what the system refuses to write."""
+        try:
+            yield
+        except OSError as error:
+            raise DataError(
+                f"cannot write the reference log-probs in {self.directory}: {error.strerror or error}. Free some space or change the "
+                "permissions, and run the same command again: it continues."
+            ) from None
+
+    def _finish(self, described: dict[str, Any]) -> None:
         for descriptor in self._files:
             os.close(descriptor)
         missing = sum(int(np.isnan(values).sum()) for values in self._maps)
