@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from megatron_iwsft.checkpoint.info import INFO, CheckpointInfo, complete_checkpoints, info_checksum
 from megatron_iwsft.checkpoint.integrity import TRUSTED_GROUPS, file_sum
 from megatron_iwsft.checkpoint.load import load
+from megatron_iwsft.checkpoint.pickles import read_metadata
 from megatron_iwsft.checkpoint.state import TrainState
 from megatron_iwsft.checkpoint.tensors import CheckpointTensors
 from megatron_iwsft.checkpoint.writer import CheckpointWriter
@@ -196,8 +197,10 @@ def save_and_attack(platform: Any, tmp: Path) -> dict[str, str]:
         home = tmp / f"{attack.__name__}-after-the-check"
         shutil.copytree(saved, home / "step-00000006")
         attack(home / "step-00000006", home / CODE_RAN)
+        # The check has seen another directory; for the evil object, one with a harmless object in its place.
+        checked = read_metadata(home / "step-00000006" if attack is evil_object else saved)
         try:
-            with mock.patch("megatron_iwsft.checkpoint.load.verify"):  # it has seen another directory
+            with mock.patch("megatron_iwsft.checkpoint.load.verify", return_value=checked):
                 load(CheckpointInfo.read(home / "step-00000006"), TrainState(chunks))
             said[home.name] = "loaded"
         except CheckpointError as error:
@@ -234,8 +237,10 @@ def test_a_checkpoint_exchanged_after_its_check_runs_no_code(attacked, attack: C
     home, said = attacked
     name = f"{attack.__name__}-after-the-check"
     assert not (home / name / CODE_RAN).exists(), "code of the attacker ran"
-    if attack is not evil_common:  # which only some lines of Megatron-Core read
+    if attack is evil_object:
         assert "cannot be loaded" in said[name]
+    elif attack is not evil_common:  # which only some lines of Megatron-Core read
+        assert said[name] == "loaded", "by the metadata that was checked"
 
 
 def test_groups_can_be_trusted(attacked, tmp_path: Path, monkeypatch) -> None:
