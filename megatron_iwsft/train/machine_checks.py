@@ -31,7 +31,9 @@ from megatron_iwsft.distributed.fp8_recipes import FP8_RECIPES, FP8Recipe
 from megatron_iwsft.distributed.spawn import run_job
 from megatron_iwsft.ops import logits as rows
 
-LIMIT_S = 120.0  # of one check, and of the start
+LIMIT_S = 120.0  # of one check
+_START_S = 300.0  # of the worker: imports
+_READY = "ready\n"  # the worker's first line
 
 
 @dataclass(frozen=True)
@@ -75,13 +77,15 @@ def run_checks(
 
 
 def _arriving(worker: subprocess.Popen, file: Path, limit_s: float) -> Iterator[CheckOutcome]:
-    """Outcomes as the worker writes them, until it ends or has written none for limit_s."""
-    seen, deadline = 0, time.monotonic() + limit_s
+    """Outcomes as the worker writes them, until it ends or has written none for limit_s since it was ready."""
+    seen, deadline = 0, time.monotonic() + _START_S
     while True:
         running = worker.poll() is None  # asked first: what it wrote before it ended is read below
         lines = file.read_text().splitlines(keepends=True)
         complete = [line for line in lines[seen:] if line.endswith("\n")]
         for line in complete:
+            if line == _READY:
+                continue
             yield CheckOutcome(**json.loads(line))
         if complete:
             seen, deadline = seen + len(complete), time.monotonic() + limit_s
@@ -98,6 +102,7 @@ def _checks(table: str) -> dict[str, Callable[[Platform], str]]:
 def work(table: str, file: str, *names: str) -> None:
     """Run these checks of a table in this process and append their outcomes to a file, as JSON lines."""
     platform, checks = start(), _checks(table)
+    Path(file).write_text(_READY)
     for name in names:
         begin = time.perf_counter()
         status: Literal["ok", "skipped", "failed"] = "ok"

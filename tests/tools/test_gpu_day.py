@@ -27,9 +27,14 @@ def bare(tmp_path) -> dict[str, str]:
 from importlib.machinery import PathFinder
 
 found = PathFinder.find_spec
-PathFinder.find_spec = staticmethod(
-    lambda name, path=None, target=None: None if name.partition(".")[0] in {MISSING!r} else found(name, path, target)
-)
+
+
+class Find:  # not a function, which pytest would bind to its import hook
+    def __call__(self, name, path=None, target=None):
+        return None if name.partition(".")[0] in {MISSING!r} else found(name, path, target)
+
+
+PathFinder.find_spec = Find()
 """
     )
     environment = command_environment(IWSFT_PYTHON=sys.executable, IWSFT_GPU_DAY_SECONDS="900")
