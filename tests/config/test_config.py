@@ -102,7 +102,7 @@ MISTAKES = [
     (["parallel.sequence=true"], "sequence: true needs tensor ≥ 2; it is 1"),
     (
         ["run=5"],
-        "run must be a mapping with keys name, dir, seed, device, hang_timeout_s, max_bad_steps, spike; found 5",
+        "run must be a mapping with keys name, dir, seed, device, bind_device, hang_timeout_s, max_bad_steps, spike; found 5",
     ),
     (["nonsense"], "override 'nonsense' is not of the form section.key=value"),
     (["run.name.first=x"], "override 'run.name.first=x': name is a value, not a section"),
