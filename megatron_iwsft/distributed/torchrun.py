@@ -18,7 +18,7 @@ import time
 from typing import TYPE_CHECKING
 
 from megatron_iwsft.distributed.stop_signals import STOP_SIGNALS
-from megatron_iwsft.errors import EXIT_REQUEUE
+from megatron_iwsft.errors import EXIT_REQUEUE, EXIT_USER_ERROR
 from megatron_iwsft.utils.cli import prepare_streams
 from megatron_iwsft.utils.text import say
 
@@ -69,6 +69,7 @@ def main() -> int:
     os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGINT,SIGHUP,SIGQUIT")
     if "SLURM_NODEID" in os.environ:
         os.environ.setdefault("PET_NODE_RANK", os.environ["SLURM_NODEID"])
+    from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
@@ -93,6 +94,10 @@ def main() -> int:
         return _status(error, notice)
     except SignalException as interruption:  # Ctrl-C; torchrun has ended the workers
         return 128 + interruption.sigval
+    except DistError as error:  # its port is taken, or the first node cannot be reached
+        where, why = f"{parsed.master_addr}:{parsed.master_port}", str(error).strip().splitlines()[0]
+        say(f"the nodes cannot meet at {where} (--master-addr, --master-port): {why}", error=True)
+        return EXIT_USER_ERROR
     return 0
 
 

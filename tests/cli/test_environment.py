@@ -185,6 +185,18 @@ def test_a_port_that_is_in_use(world: str, monkeypatch) -> None:
         check_launch_environment()
 
 
+@pytest.mark.command
+def test_two_nodes_cannot_meet_at_a_port_that_is_in_use() -> None:
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        torchrun = f"{sys.executable} -m megatron_iwsft.distributed.torchrun --nnodes 2 --node_rank 0"
+        done = shell(f"{torchrun} --master_addr 127.0.0.1 --master_port {port} -m megatron_iwsft train")
+    assert done.returncode == 2
+    assert f"the nodes cannot meet at 127.0.0.1:{port}" in done.stderr and "in use" in done.stderr
+
+
 def _set(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
