@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import sys
 import time
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from megatron_iwsft.distributed.capabilities import broken_transformer_engine, transformer_engine
 from megatron_iwsft.distributed.descriptors import raise_descriptor_limit
-from megatron_iwsft.distributed.mcore_compat import define_missing_names, quiet_megatron
+from megatron_iwsft.distributed.mcore_compat import define_missing_names, destroy_model_parallel, quiet_megatron
 from megatron_iwsft.distributed.parallel_layout import ParallelLayout
 from megatron_iwsft.distributed.stop_signals import die_with_parent, forks_die_with_their_parent
 from megatron_iwsft.errors import ConfigError
@@ -118,7 +119,7 @@ class Platform:
         broken = layout.broken_rule()
         if broken:
             raise ConfigError(f"parallel: {broken}.")
-        parallel_state.destroy_model_parallel()
+        destroy_model_parallel()
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=layout.tensor,
             pipeline_model_parallel_size=layout.pipeline,
@@ -268,4 +269,6 @@ def _is_one_node() -> bool:
 def stop() -> None:
     """Leave the job: destroy the process groups."""
     if dist.is_initialized():
+        if "megatron.core.parallel_state" in sys.modules:
+            destroy_model_parallel()
         dist.destroy_process_group()

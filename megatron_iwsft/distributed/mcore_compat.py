@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_iwsft.errors import ConfigError
@@ -203,6 +204,23 @@ def reading_with(metadata: Metadata) -> Iterator[None]:
     finally:
         for module in modules:
             module._get_filesystem_reader = original
+
+
+# Process groups
+
+
+def destroy_model_parallel() -> None:
+    """Destroy the process groups of Megatron-Core's parallel state. Its own function forgets them, but each keeps threads and connections.
+
+    Collective over all ranks.
+    """
+    from megatron.core import parallel_state
+
+    groups = parallel_state._global_process_group_list or []
+    parallel_state.destroy_model_parallel()
+    for group in dict.fromkeys(groups):
+        if group is not None and group is not dist.GroupMember.NON_GROUP_MEMBER:
+            dist.destroy_process_group(group)
 
 
 # The optimizer

@@ -21,7 +21,7 @@ from megatron_iwsft.checkpoint.optimizer_state import boxes_of
 from megatron_iwsft.checkpoint.spread import spread_over_replicas
 from megatron_iwsft.checkpoint.state import TrainState
 from megatron_iwsft.config.schema import Optimizer
-from megatron_iwsft.distributed.context import ParallelContext, Platform
+from megatron_iwsft.distributed.context import ParallelContext, Platform, stop
 from megatron_iwsft.distributed.mcore_compat import OptimizerShard
 from megatron_iwsft.distributed.parallel_layout import ParallelLayout
 from megatron_iwsft.hf.architecture import Architecture
@@ -90,8 +90,7 @@ def become(rank: int, world_size: int) -> tuple[Platform, GroupCalls]:
         cpu_backend._CPU = META
         torch.cuda.current_device = lambda: META  # type: ignore[assignment, return-value]
         _TypesOnMeta().__enter__()
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    stop()
     dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
     return Platform(META, rank, world_size), _count_groups(rank)
 
