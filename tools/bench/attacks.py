@@ -190,6 +190,8 @@ def _become(base: Path, log: Path, command: Callable[[Path], int | None]) -> Non
     allowed = (str(base), "/dev/", "/proc/", tempfile.gettempdir() + "/tmp", "/dev/shm")
 
     def audit(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "socket.connect" and str(arguments[1]).startswith(f"{tempfile.gettempdir()}/pymp-"):
+            return  # multiprocessing's own, to the process that worker processes are forked from
         if event in ("os.system", "os.exec", "os.posix_spawn", "subprocess.Popen", "socket.connect"):
             os.write(2, f"OUTSIDE: {event} {arguments!r:.200}\n".encode())
         elif event == "open" and isinstance(arguments[0], str) and _writes(arguments):
