@@ -193,8 +193,9 @@ PRECISIONS["tensorwise-parameters"] = PRECISIONS["tensorwise"] | {"fp8_parameter
 
 def all_runs(platform, corpus_dir: str, directory: Path, name: str) -> list[str]:
     """Runs of one precision: cached, live, resumed, long. Returns the Python modules of the first layer's submodules."""
+    from megatron_iwsft.train.check import check
     from megatron_iwsft.train.precompute import precompute_reference
-    from megatron_iwsft.train.setup import check, start
+    from megatron_iwsft.train.setup import start
     from megatron_iwsft.train.trainer import train
 
     corpus, precision = Corpus.open(corpus_dir), PRECISIONS[name]

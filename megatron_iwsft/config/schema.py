@@ -1,20 +1,21 @@
-"""The schema of a config file: pydantic models, one per section. `iwsft config` prints it; `loader.load_config` reads a file."""
+"""The schema of a config file: pydantic models, one per section; the longest ones in modules of their own.
+
+`iwsft config` prints it; `loader.load_config` reads a file.
+"""
 
 from __future__ import annotations
 
-import difflib
-import re
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
+from megatron_iwsft.config.data import Data
 from megatron_iwsft.config.megatron import Megatron
-from megatron_iwsft.config.section import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section, Share
+from megatron_iwsft.config.objective import Objective, Reference
+from megatron_iwsft.config.section import NonNegativeFloat, NonNegativeInt, PositiveInt, Section, Share
 from megatron_iwsft.distributed.fp8_recipes import FP8Recipe
 from megatron_iwsft.distributed.parallel_layout import ParallelLayout
-from megatron_iwsft.objectives.functions import LEVELS, NORMALIZATIONS, OBJECTIVES, Level, Normalize, Origin
 
 
 class Spike(Section):
@@ -70,227 +71,6 @@ class Model(Section):
         given = [name for name in ("hf", "checkpoint", "config") if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError(f"needs exactly one of hf, checkpoint and config; found {', '.join(given) or 'none'}")
-        return self
-
-
-class QualityConfig(Section):
-    """How the quality scores of trajectories enter training."""
-
-    mode: Literal["none", "sample", "weight", "thresholds"] = "none"
-    """What scores are used for.
-    none: nothing. sample: draw trajectories in proportion to score, with replacement.
-    weight: multiply a trajectory's loss by its score. thresholds: repeat a trajectory once per threshold that its score reaches."""
-    thresholds: list[float | str] = []
-    """For mode thresholds. A number is a score; "90%" is the 90th percentile of the corpus's scores."""
-    normalize: bool = False
-    """Scale the scores of each source to 0 … 1 first."""
-
-    @model_validator(mode="after")
-    def _thresholds_given(self) -> QualityConfig:
-        if (self.mode == "thresholds") != bool(self.thresholds):
-            raise ValueError("mode thresholds needs a list of thresholds; other modes take none")
-        for threshold in self.thresholds:
-            if isinstance(threshold, str) and not (
-                re.fullmatch(r"\d+(\.\d+)?%", threshold) and float(threshold[:-1]) <= 100
-            ):
-                raise ValueError(f"a threshold is a number, or a percentile from 0% to 100%; found {threshold!r}")
-        return self
-
-
-class MixtureCorpus(Section):
-    """One corpus of a mixture."""
-
-    corpus: str
-    """Corpus directory, made by `iwsft shard`."""
-    name: str | None = None
-    """Of the corpus in metrics and messages. null: the directory's name."""
-    epochs: PositiveFloat | None = None
-    """Passes over the corpus in each epoch of the run. 2.5: every trajectory twice, half of them a third time. null: one."""
-    weight: PositiveFloat | None = None
-    """Instead of epochs: the share of each epoch's trajectories that come from this corpus, relative to the other weights."""
-
-    @property
-    def label(self) -> str:
-        """Its name, given or not."""
-        return self.name or Path(self.corpus).absolute().name
-
-
-class Data(Section):
-    """Corpus or mixture of corpora, packing, batch sizes, and the length of the run."""
-
-    corpus: str | None = None
-    """Corpus directory, made by `iwsft shard`. Set this or corpora."""
-    corpora: list[MixtureCorpus] = []
-    """Several corpora in one run: a list of mappings with the keys corpus (a directory), name, and epochs or weight.
-    name: of the corpus in metrics and messages; by default the directory's name.
-    epochs: passes over the corpus in each epoch of the run; 2.5 is every trajectory twice, half of them a third time. By default 1.
-    weight: the share of each epoch's trajectories, relative to the other weights. All corpora have weights, or none has."""
-    seq_length: PositiveInt
-    """Tokens per sequence. A longer trajectory in the corpus is an error: raise this, or shard with --max-tokens."""
-    packing: Literal["best_fit", "none"] = "best_fit"
-    """best_fit: pack several trajectories into one sequence, with attention kept within each. none: one trajectory per sequence."""
-    pad_to: PositiveInt | None = None
-    """Pack as if each trajectory were padded to a multiple of so many tokens. null: what context parallelism pads to (2 × parallel.context,
-    or 1 without it), so that no packed sequence is longer than seq_length. Set it for packs that are the same at several context-parallel
-    degrees; below 2 × parallel.context, sequences can become longer than seq_length."""
-    micro_batch_size: PositiveInt = 1
-    """Sequences per micro-batch on each data-parallel rank."""
-    global_batch_size: PositiveInt = 1
-    """Sequences per optimizer step, over all micro-batches and data-parallel ranks."""
-    epochs: PositiveInt | None = None
-    """End the run after this many passes over the corpus, or over the mixture as `corpora` defines it.
-    At least one of epochs and max_steps must be set; the one reached first ends the run."""
-    max_steps: PositiveInt | None = None
-    """End the run after this many optimizer steps."""
-    balance: bool = True
-    """Deal the sequences of each step to the data-parallel ranks by their cost (matmuls and attention), so that ranks have equally much
-    to compute. A step's sequences stay the same, and so does its gradient, up to the order of summation.
-    False: deal them as they come."""
-    quality: QualityConfig = QualityConfig()
-    drawn_from: Origin = "other"
-    """What the trajectories were sampled from, at temperature 1; decides which metrics are defined.
-    other: anything but the reference policy, or unknown. reference: the reference policy, and nothing was filtered out.
-    reference_filtered: the reference policy, and a filter kept those that count as success."""
-    verify: Literal["full", "sample", "none"] = "full"
-    """What is checked of the corpus when a run starts, beyond its indices; the ranks share the work.
-    full: the SHA-256 of every file, token ids and masks. sample: the same of at most 64 blocks of 64 MiB, chosen by `run.seed`;
-    for corpora that take minutes to read. none: nothing; token ids and masks are then checked only as they are read."""
-
-    @model_validator(mode="after")
-    def _has_corpora(self) -> Data:
-        if (self.corpus is None) == (not self.corpora):
-            raise ValueError("needs corpus (one directory) or corpora (a list), not both")
-        weighted = [entry.label for entry in self.corpora if entry.weight is not None]
-        counted = [entry.label for entry in self.corpora if entry.epochs is not None]
-        unweighted = [entry.label for entry in self.corpora if entry.weight is None]
-        if weighted and (counted or unweighted):
-            raise ValueError(
-                f"corpora: {weighted[0]} has a weight, {(counted or unweighted)[0]} "
-                f"{'has epochs' if counted else 'has none'}. Give all corpora a weight, or none"
-            )
-        labels = [entry.label for entry in self.corpora]
-        twice = next((label for label in labels if labels.count(label) > 1), None)
-        if twice is not None:
-            raise ValueError(f"corpora: two have the name {twice}. Set name for one of them")
-        return self
-
-    @property
-    def mixture(self) -> list[MixtureCorpus]:
-        """The corpora, also where there is only one."""
-        return self.corpora if self.corpus is None else [MixtureCorpus(corpus=self.corpus)]
-
-    @model_validator(mode="after")
-    def _has_an_end(self) -> Data:
-        if self.epochs is None and self.max_steps is None:
-            raise ValueError("needs epochs or max_steps: the run would have no end")
-        return self
-
-
-class Proposal(Section):
-    """The proposal q, whose log-ratio to the reference gives the importance weights."""
-
-    kind: Literal["current", "ema", "snapshot"] = "current"
-    """Which model the proposal is.
-    current: the policy, without gradient. ema: an exponential moving average of the policy. snapshot: an earlier copy of it.
-    ema and snapshot keep a second model in memory and run it in the same pipeline pass."""
-    decay: Annotated[float, Field(ge=0, lt=1)] | None = None
-    """For ema: every `update_every` steps the average becomes decay · average + (1 − decay) · policy."""
-    update_every: PositiveInt | None = None
-    """For ema and snapshot: steps between updates of the copy."""
-
-    @model_validator(mode="after")
-    def _fits_its_kind(self) -> Proposal:
-        given = {name for name in ("decay", "update_every") if getattr(self, name) is not None}
-        wanted = {"current": set(), "ema": {"decay", "update_every"}, "snapshot": {"update_every"}}[self.kind]
-        if given != wanted:
-            raise ValueError(
-                f"kind {self.kind} takes {' and '.join(sorted(wanted)) or 'no other field'}; "
-                f"found {', '.join(sorted(given)) or 'none'}"
-            )
-        return self
-
-
-def _default_clips() -> str:
-    texts = []
-    for objective in OBJECTIVES.values():
-        if objective.needs_reference:
-            clips = {level: objective.clip_at(level) for level in LEVELS}
-            levels = (f"[{low:g}, {high:g}] at {level} level" for level, (low, high) in clips.items())
-            texts.append(f"{objective.name} {', '.join(levels)}")
-    return ";\n".join(texts) + "."
-
-
-class Objective(Section):
-    """The loss: L = −(1/N) Σ_i s_i Σ_t w_t log π(a_t | s_t), with the weights w_t from proposal and reference."""
-
-    name: str = "iw_sft"
-    """sft (w = 1), iw_sft (importance weights), dft, psft, or a custom objective as path/to/file.py:function."""
-    level: Level = "sequence"
-    """For iw_sft, what a weight is made of.
-    sequence: the mean log-ratio of a trajectory's trained tokens. trajectory: their sum, the importance ratio itself.
-    token: each token's own log-ratio, one weight per token."""
-    temperature: NonNegativeFloat = 1.0
-    """τ in w = clip(exp(τ · log-ratio))."""
-    clip: list[float] | None = Field(
-        default=None,
-        description="[low, high] bounds of the weights; for psft of the probability ratio.\nnull: " + _default_clips(),
-    )
-    normalize: Normalize = "tokens"
-    """The denominator N of the loss, over the global batch.
-    tokens: trained tokens. weights: the sum of s_i w_t over tokens.
-    sequences: trajectories, each contributing its per-token mean. sequence_weights: the same, over the sum of s_i w_i."""
-    proposal: Proposal = Proposal()
-    router_balance: NonNegativeFloat = 0.0
-    """Coefficient of the per-trajectory load-balancing loss of a mixture of experts, added to the objective."""
-
-    @field_validator("name")
-    @classmethod
-    def _is_known(cls, name: str) -> str:
-        if name not in OBJECTIVES and ":" not in name:
-            nearest = difflib.get_close_matches(name, OBJECTIVES, n=1)
-            hint = f" (nearest: {nearest[0]})" if nearest else ""
-            raise ValueError(
-                f"must be one of {', '.join(OBJECTIVES)} or path/to/file.py:function{hint}; found {name!r}"
-            )
-        return name
-
-    @model_validator(mode="after")
-    def _has_a_proposal(self) -> Objective:
-        built_in = OBJECTIVES.get(self.name)  # a custom one is not loaded yet
-        conflict = built_in.proposal_conflict(self.proposal.kind) if built_in is not None else None
-        if conflict:
-            raise ValueError(conflict)
-        return self
-
-    @model_validator(mode="after")
-    def _clip_is_an_interval(self) -> Objective:
-        if self.clip is not None and (len(self.clip) != 2 or not 0 <= self.clip[0] < self.clip[1]):
-            raise ValueError(f"clip must be [low, high] with 0 ≤ low < high; found {self.clip}")
-        if self.router_balance and NORMALIZATIONS[self.normalize].by_weights:
-            raise ValueError(
-                "router_balance needs normalize: tokens or sequences; the sum of the weights is known only after the backward passes, "
-                "of which the balance loss is part"
-            )
-        return self
-
-
-class Reference(Section):
-    """The reference policy that importance weights are relative to."""
-
-    source: Literal["cached", "live"] = "cached"
-    """cached: log-probs computed once by `iwsft reference`. live: a frozen second model, run in the same pipeline pass."""
-    model: str | None = None
-    """Hugging Face or checkpoint directory. null: the initial policy."""
-    refresh: NonNegativeInt | Literal["epoch"] = 0
-    """For live: copy the policy into the reference every so many steps, or at the start of each epoch. 0: never."""
-    offload: bool = False
-    """For live: keep the weights of reference and lagged proposal in host memory and copy them to the GPU for each forward pass."""
-
-    @model_validator(mode="after")
-    def _live_only(self) -> Reference:
-        for name in ("refresh", "offload"):
-            if getattr(self, name) and self.source != "live":
-                raise ValueError(f"{name} needs source: live; a cached reference never changes")
         return self
 
 

@@ -9,7 +9,7 @@ from megatron_iwsft.checkpoint.info import CheckpointInfo
 from megatron_iwsft.config.schema import Config
 from megatron_iwsft.config.section import Section
 from megatron_iwsft.errors import ConfigError
-from megatron_iwsft.train.setup import CheckedRun
+from megatron_iwsft.train.check import CheckedRun
 
 # What may differ between a run and its continuation. Anything else would make it another run.
 _MAY_CHANGE = {

@@ -16,7 +16,8 @@ from megatron_iwsft.distributed.watchdog import Watchdog
 from megatron_iwsft.errors import RequeueError
 from megatron_iwsft.model.gpt import forward
 from megatron_iwsft.reference.mixture import MixtureSidecarWriter
-from megatron_iwsft.train.setup import StartedRun, check, check_cacheable, reference_identities, start
+from megatron_iwsft.train.check import check, check_cacheable
+from megatron_iwsft.train.setup import StartedRun, reference_identities, start
 from megatron_iwsft.train.step import run_schedule
 from megatron_iwsft.utils.text import say
 

@@ -29,12 +29,12 @@ from megatron_iwsft.train.callbacks import Callback, CallbackFunction, StepResul
 from megatron_iwsft.train.callbacks.defaults import add_configured_callbacks
 from megatron_iwsft.train.callbacks.events import Events
 from megatron_iwsft.train.callbacks.slow_ranks import rank_times
+from megatron_iwsft.train.check import check
 from megatron_iwsft.train.continuation import check_same_run, described_changes
 from megatron_iwsft.train.divergence import DivergenceMonitor, Verdict
 from megatron_iwsft.train.optim import build_optimizer, build_schedule, wrap_for_gradients
 from megatron_iwsft.train.setup import (
     StartedRun,
-    check,
     checkpoint_writer,
     raise_together,
     reference_identities,

@@ -76,7 +76,8 @@ except ConfigError as error:
     [("delayed", "Ada, Hopper"), ("tensorwise", "Ada, Hopper"), ("blockwise", "Hopper"), ("mxfp8", "Blackwell")],
 )
 def test_an_fp8_recipe_is_rejected_with_what_it_needs(recipe: str, generation: str, tmp_path: Path) -> None:
-    from megatron_iwsft.train.setup import check, start
+    from megatron_iwsft.train.check import check
+    from megatron_iwsft.train.setup import start
 
     assert generation in str(fp8_refusal(recipe)) and "torch sees none" in str(fp8_refusal(recipe))
     corpus = tiny.token_corpus(tmp_path, [20, 30])

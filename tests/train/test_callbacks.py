@@ -12,7 +12,7 @@ from megatron_iwsft.config.schema import Logging
 from megatron_iwsft.train.callbacks import StepResult
 from megatron_iwsft.train.callbacks.events import Events
 from megatron_iwsft.train.callbacks.weight_warnings import WeightWarnings, warn_about_settings
-from megatron_iwsft.train.setup import check
+from megatron_iwsft.train.check import check
 from tests.support import tiny
 
 CONFIG = "{run: {name: r, dir: d}, model: {hf: m}, data: {corpus: c, seq_length: 8, epochs: 1}}"

@@ -146,7 +146,8 @@ def order_of_callbacks(platform, settings) -> list[tuple[str, int, bool]]:
     from contextlib import ExitStack
 
     from megatron_iwsft.distributed.stop_signals import StopSignals
-    from megatron_iwsft.train.setup import check, start
+    from megatron_iwsft.train.check import check
+    from megatron_iwsft.train.setup import start
     from megatron_iwsft.train.trainer import Trainer
 
     seen = []

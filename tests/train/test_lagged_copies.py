@@ -16,7 +16,7 @@ from megatron_iwsft.config.loader import parse_config
 from megatron_iwsft.config.schema import Config
 from megatron_iwsft.errors import ConfigError
 from megatron_iwsft.reference.frozen_stage import StageWithFrozenModels
-from megatron_iwsft.train.setup import make_sampler, open_mixture
+from megatron_iwsft.train.check import make_sampler, open_mixture
 from tests.support import plain_model, tiny
 from tests.support.shared_runs import SharedRuns, copy_without_checkpoints_after
 

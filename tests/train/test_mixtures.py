@@ -16,7 +16,7 @@ from megatron_iwsft.config.schema import Config
 from megatron_iwsft.data.corpus import Corpus
 from megatron_iwsft.errors import EXIT_USER_ERROR
 from megatron_iwsft.testing import comparable_metrics, run_distributed
-from megatron_iwsft.train.setup import make_sampler, open_mixture
+from megatron_iwsft.train.check import make_sampler, open_mixture
 from tests.support import tiny
 from tests.support.launched_runs import LaunchedRun, write_config
 from tests.support.shared_runs import train_on

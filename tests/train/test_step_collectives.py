@@ -33,7 +33,8 @@ def collectives_of_a_step(platform: Any, directory: Path) -> list[str]:
     from contextlib import ExitStack
 
     from megatron_iwsft.distributed.stop_signals import StopSignals
-    from megatron_iwsft.train.setup import check, start
+    from megatron_iwsft.train.check import check
+    from megatron_iwsft.train.setup import start
     from megatron_iwsft.train.trainer import Trainer
 
     text = f"""

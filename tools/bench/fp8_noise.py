@@ -63,8 +63,8 @@ def _measure(config: dict[str, Any], corpus_dir: str, steps: int) -> Noise:
     from megatron_iwsft.data.corpus import Corpus
     from megatron_iwsft.reference.sidecar import Sidecar
     from megatron_iwsft.testing import comparable_metrics
+    from megatron_iwsft.train.check import check
     from megatron_iwsft.train.precompute import precompute_reference
-    from megatron_iwsft.train.setup import check
     from megatron_iwsft.train.trainer import train
 
     begin = time.process_time()

@@ -37,7 +37,7 @@ from megatron_iwsft.utils.locks import LOCK, exclusive
 
 PROGRESS = ".progress.json"
 PARTS = "parts"
-_SIGNATURES = ".signatures"
+SIGNATURES = ".signatures"
 # What filters could not judge.
 SHORT = "fewer than 8 words: only compared with benchmark problems as short"
 NO_WORDS = "no words: not compared with near-duplicates"
@@ -309,7 +309,7 @@ class CorpusWriter:
         assert self._shard is not None
         name = self._shard.name
         if self._near_duplicates is not None:
-            self._write_signatures(self.output / f"{name}{_SIGNATURES}")
+            self._write_signatures(self.output / f"{name}{SIGNATURES}")
         checksums = self._shard.close()
         self._shard = None
         self._flush_dropped()
@@ -335,7 +335,7 @@ class CorpusWriter:
         self._hashes.add(_hash_keys(meta["content_hash"].combine_chunks()))
         self._source_counts.update(meta["source"].to_pylist())
         if self._near_duplicates is not None:
-            path = self.output / f"{shard}{_SIGNATURES}"
+            path = self.output / f"{shard}{SIGNATURES}"
             try:
                 signatures = pq.read_table(path)["signature"].to_pylist()
                 for name, signature in zip(meta["id"].to_pylist(), signatures, strict=True):
@@ -345,10 +345,15 @@ class CorpusWriter:
                 raise DataError(f"{path} is damaged. Run the command again with --restart.") from None
 
 
+def has_progress(output: Path) -> bool:
+    """Whether a command that was killed after the corpus was finished left files that only an interrupted run needs."""
+    return (output / PROGRESS).exists() or (output / LOCK).exists()
+
+
 def remove_progress(output: Path, shards: Iterable[str]) -> None:
     """Remove the files that only an interrupted run needs."""
     for name in shards:
-        (output / f"{name}{_SIGNATURES}").unlink(missing_ok=True)
+        (output / f"{name}{SIGNATURES}").unlink(missing_ok=True)
     (output / PROGRESS).unlink(missing_ok=True)
 
 

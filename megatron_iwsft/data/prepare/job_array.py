@@ -22,7 +22,14 @@ from tqdm import tqdm
 from typing_extensions import TypedDict  # pydantic asks for this one before Python 3.12
 
 from megatron_iwsft.data.manifest import Count, Sha256
-from megatron_iwsft.data.prepare.corpus_writer import PARTS, Progress, exclusive_output, report_disk_errors, resume
+from megatron_iwsft.data.prepare.corpus_writer import (
+    PARTS,
+    Progress,
+    exclusive_output,
+    remove_progress,
+    report_disk_errors,
+    resume,
+)
 from megatron_iwsft.data.prepare.shard import (
     ShardingJob,
     ShardSettings,
@@ -169,7 +176,10 @@ def merge_parts(
     """
     job = ShardingJob(inputs, settings)
     manifest = finished_manifest(output, job.run_id)
-    if manifest is None:
+    if manifest is not None:
+        with report_disk_errors(output), exclusive_output(output):
+            remove_progress(output, [shard["name"] for shard in manifest["shards"]])
+    else:
         parts = _complete_parts(job, output)
         with (
             report_disk_errors(output),

@@ -37,6 +37,7 @@ from megatron_iwsft.data.prepare.corpus_writer import (
     CorpusWriter,
     Progress,
     exclusive_output,
+    has_progress,
     remove_progress,
     report_disk_errors,
     resume,
@@ -143,12 +144,13 @@ def shard_corpus(
     """
     job = ShardingJob(inputs, settings)
     finished = finished_manifest(output, job.run_id)
-    if finished is not None:
+    if finished is not None and not has_progress(output):
         log.info(f"{output} is already complete for these inputs and settings")
         return finished
     with report_disk_errors(output), exclusive_output(output):
-        finished = finished_manifest(output, job.run_id)  # by a command that held the lock until now
-        if finished is not None:
+        finished = finished_manifest(output, job.run_id)
+        if finished is not None:  # by a command that held the lock until now, or was killed while it cleaned up
+            remove_progress(output, [shard["name"] for shard in finished["shards"]])
             return finished
         progress = resume(output, job.run_id, inputs=len(job.inputs), restart=restart)
         if progress.shards:

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from megatron_iwsft.config.loader import read_config
-from megatron_iwsft.config.schema import Proposal
+from megatron_iwsft.config.objective import Proposal
 from megatron_iwsft.config.section import NonNegativeInt, PositiveInt, Section, Share
 from megatron_iwsft.objectives.functions import Level, Normalize, Settings
 

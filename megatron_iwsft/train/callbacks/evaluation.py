@@ -9,7 +9,8 @@ from megatron.core.distributed import DistributedDataParallel
 
 from megatron_iwsft.objectives.functions import Settings, sft
 from megatron_iwsft.train.callbacks import StepResult
-from megatron_iwsft.train.setup import StartedRun, evaluation_sampler
+from megatron_iwsft.train.check import evaluation_sampler
+from megatron_iwsft.train.setup import StartedRun
 from megatron_iwsft.train.step import TrainStep
 
 

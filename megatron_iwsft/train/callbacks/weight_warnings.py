@@ -9,7 +9,7 @@ from megatron_iwsft.objectives.fixed_point import exponent
 from megatron_iwsft.objectives.functions import iw_sft
 from megatron_iwsft.train.callbacks import StepResult
 from megatron_iwsft.train.callbacks.events import Events
-from megatron_iwsft.train.setup import CheckedRun
+from megatron_iwsft.train.check import CheckedRun
 
 _STEPS_BETWEEN_WARNINGS = 100
 _IRRELEVANT_BELOW = 1.01

@@ -12,6 +12,7 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -23,13 +24,13 @@ from megatron_iwsft.data.corpus import Corpus
 from megatron_iwsft.data.prepare import readers
 from megatron_iwsft.data.prepare.accounting import verify
 from megatron_iwsft.data.prepare.arithmetic import ArithmeticSettings, arithmetic_records
-from megatron_iwsft.data.prepare.corpus_writer import CorpusWriter
+from megatron_iwsft.data.prepare.corpus_writer import PROGRESS, SIGNATURES, CorpusWriter
 from megatron_iwsft.data.prepare.filters import Curation
 from megatron_iwsft.data.prepare.job_array import make_parts, merge_parts
 from megatron_iwsft.data.prepare.records import RecordFormat
 from megatron_iwsft.data.prepare.shard import ShardSettings, shard_corpus
 from megatron_iwsft.errors import DataError
-from megatron_iwsft.utils.locks import exclusive
+from megatron_iwsft.utils.locks import LOCK, exclusive
 from tests.support import ROOT, tiny
 
 TOOL = ROOT / "tools" / "shard_corpus.py"
@@ -94,6 +95,19 @@ def test_a_run_that_is_killed_repeatedly_gives_the_same_corpus(times: int, tmp_p
         longest *= 1.15
     subprocess.run(line, check=True, capture_output=True)
     assert files_of(tmp_path / "killed") == expected
+
+
+@pytest.mark.parametrize("finish", [shard_corpus, merge_parts])
+def test_a_run_that_was_killed_while_it_cleaned_up_is_cleaned_up_by_the_next(
+    finish: Callable, tmp_path: Path, tokenizer: Path
+) -> None:
+    inputs = [tiny.write_jsonl(tmp_path / "0.jsonl", records(50, 0))]
+    shard_corpus(inputs, tmp_path / "out", settings(tokenizer), show_progress=False)
+    expected = files_of(tmp_path / "out")
+    for left in (LOCK, PROGRESS, f"shard-00000{SIGNATURES}"):
+        (tmp_path / "out" / left).write_text("{}")
+    finish(inputs, tmp_path / "out", settings(tokenizer), show_progress=False)
+    assert files_of(tmp_path / "out") == expected
 
 
 def test_a_job_array_and_its_merge_give_the_same_corpus(tmp_path: Path, tokenizer: Path) -> None:

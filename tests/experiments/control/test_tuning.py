@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_iwsft.config.schema import Proposal
+from megatron_iwsft.config.objective import Proposal
 from megatron_iwsft.errors import DataError, DivergenceError
 from megatron_iwsft.experiments.control.config import ControlObjective, Training
 from megatron_iwsft.experiments.control.policy import GaussianPolicy

@@ -1,0 +1,223 @@
+"""A config, checked before a job starts: what it names exists and fits together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from megatron_iwsft.checkpoint.initial_weights import InitialWeights
+from megatron_iwsft.config.data import MixtureCorpus, QualityConfig
+from megatron_iwsft.config.schema import Config, Model
+from megatron_iwsft.data.corpus import Corpus
+from megatron_iwsft.data.mixture import Mixture
+from megatron_iwsft.data.sampler import Part, Quality, Sampler
+from megatron_iwsft.data.scores import normalized_by_source, thresholds_in_scores
+from megatron_iwsft.data.tokenizer import load_tokenizer
+from megatron_iwsft.distributed.parallel_layout import ParallelLayout
+from megatron_iwsft.errors import CheckpointError, ConfigError, DataError
+from megatron_iwsft.hf.directory import DTYPES
+from megatron_iwsft.objectives.custom import find_objective, source_hash
+from megatron_iwsft.objectives.functions import Objective, Origin, Settings
+from megatron_iwsft.train.callbacks import CallbackFunction
+from megatron_iwsft.train.callbacks.custom import load_callbacks
+from megatron_iwsft.utils.hub import missing_directory
+
+
+@dataclass(frozen=True)
+class CheckedRun:
+    """What a config names, opened and checked against each other. No process group and no device is involved.
+
+    objective_source  SHA-256 of a custom objective's file, else None
+    policy, reference the initial weights of each, not yet read; the same object where the reference is the initial policy
+    mixture           the corpora to train on, as one sequence of trajectories
+    evaluation        the held-out corpus, if there is one
+    callbacks         the user's own: name in the config → function
+    """
+
+    config: Config
+    layout: ParallelLayout
+    mixture: Mixture
+    sampler: Sampler
+    objective: Objective
+    objective_source: str | None
+    policy: InitialWeights
+    reference: InitialWeights
+    evaluation: Corpus | None
+    callbacks: dict[str, CallbackFunction]
+
+    @property
+    def run_directory(self) -> Path:
+        return Path(self.config.run.dir)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.config.precision.dtype]
+
+    @property
+    def settings(self) -> Settings:
+        """The objective's settings, defaults filled in."""
+        section = self.config.objective
+        low, high = section.clip or self.objective.clip_at(section.level)
+        return Settings(section.level, section.temperature, (low, high), section.normalize)
+
+    def origin_at(self, epoch: int) -> Origin:
+        """Where an epoch's trajectories were drawn from, as far as metrics may rely on it.
+
+        After the first epoch the policy has been trained on them, and a refreshed reference has not sampled them.
+        """
+        independent = epoch == 0 and not self.config.reference.refresh
+        return self.config.data.drawn_from if independent else "other"
+
+    @property
+    def total_steps(self) -> int:
+        return self.sampler.total_steps(self.config.data.epochs, self.config.data.max_steps)
+
+
+def check(config: Config, *, world_size: int) -> CheckedRun:
+    """Open what `config` names and check that it fits together and `world_size` processes. Reads no weights, joins no job.
+
+    Raises ConfigError, DataError or CheckpointError.
+    """
+    layout = config.layout(world_size)
+    mixture = open_mixture(config)
+    sampler = make_sampler(config, mixture)
+    objective, objective_source = find_objective(config.objective.name), source_hash(config.objective.name)
+    conflict = objective.proposal_conflict(config.objective.proposal.kind)
+    if conflict:
+        raise ConfigError(f"objective.{conflict}.")
+    policy = InitialWeights(config.model, config.run.seed)
+    check_tokenizer(mixture.corpora[0], policy)
+    if config.objective.router_balance and policy.architecture.experts is None:
+        raise ConfigError(
+            f"objective.router_balance is {config.objective.router_balance:g}, but the {policy.architecture.family} family has no experts."
+        )
+    if objective.needs_reference and config.reference.source == "cached":
+        check_cacheable(config)
+    reference, evaluation = _reference(config, mixture.corpora[0], policy), _evaluation(config, mixture.corpora[0])
+    for corpus in filter(None, (*mixture.corpora, evaluation)):
+        for weights in (policy, reference):
+            check_lengths(corpus, weights)
+    return CheckedRun(
+        config=config,
+        layout=layout,
+        mixture=mixture,
+        sampler=sampler,
+        objective=objective,
+        objective_source=objective_source,
+        policy=policy,
+        reference=reference,
+        evaluation=evaluation,
+        callbacks=load_callbacks(config.logging.callbacks),
+    )
+
+
+def check_cacheable(config: Config) -> None:
+    """Raise ConfigError for a precision whose log-probs depend on the steps before them: a sidecar would hold others than training's."""
+    if config.precision.fp8 == "delayed":
+        raise ConfigError(
+            "reference.source cached does not go with precision.fp8 delayed: its scales follow the training steps, and a pass without "
+            "gradients leaves them at 1. Use fp8: tensorwise, or reference.source: live."
+        )
+
+
+def _reference(config: Config, corpus: Corpus, policy: InitialWeights) -> InitialWeights:
+    if config.reference.model is None:
+        return policy
+    reference = InitialWeights(_model_at(config.reference.model), config.run.seed)
+    check_tokenizer(corpus, reference)
+    if config.reference.source == "live" and reference.architecture.hidden_size != policy.architecture.hidden_size:
+        raise ConfigError(
+            "reference.source live needs a reference with the policy's hidden size: their hidden states travel side by side through the "
+            "pipeline. Use reference.source: cached."
+        )
+    if config.reference.refresh and replace(reference.architecture, hf={}) != replace(policy.architecture, hf={}):
+        raise ConfigError("reference.refresh copies the policy into the reference: both need the same architecture.")
+    return reference
+
+
+def _evaluation(config: Config, corpus: Corpus) -> Corpus | None:
+    if config.evaluation.corpus is None:
+        return None
+    evaluation = Corpus.open(config.evaluation.corpus)
+    if evaluation.manifest["tokenizer"] != corpus.manifest["tokenizer"]:
+        raise DataError(
+            f"evaluation.corpus {evaluation.directory} was made with a different tokenizer than {corpus.directory}. Shard it again with "
+            "the same one."
+        )
+    evaluation_sampler(config, evaluation)
+    return evaluation
+
+
+def evaluation_sampler(config: Config, evaluation: Corpus) -> Sampler:
+    """Every trajectory of the held-out corpus once. Raises DataError if one does not fit into a row."""
+    mixture = [MixtureCorpus(corpus=str(evaluation.directory))]
+    data = config.data.model_copy(update={"quality": QualityConfig(), "corpus": None, "corpora": mixture})
+    return make_sampler(config.model_copy(update={"data": data}), Mixture.of({mixture[0].label: evaluation}))
+
+
+def open_mixture(config: Config) -> Mixture:
+    """The corpora that a config trains on. Raises DataError."""
+    return Mixture.open({entry.label: entry.corpus for entry in config.data.mixture})
+
+
+def make_sampler(config: Config, mixture: Mixture) -> Sampler:
+    """The sampler that a config's `data` section describes, over its corpora."""
+    data, scores = config.data, mixture.scores
+    if data.quality.normalize:
+        scores = normalized_by_source(scores, mixture.sources())
+    multiple = config.packed_multiple
+    return Sampler(
+        mixture.lengths if multiple == 1 else -(-mixture.lengths // multiple) * multiple,
+        scores,
+        seq_length=data.seq_length,
+        packing=data.packing,
+        global_batch_size=data.global_batch_size,
+        quality=Quality(data.quality.mode, thresholds_in_scores(data.quality.thresholds, scores)),
+        seed=config.run.seed,
+        parts=[
+            Part(entry.label, len(corpus), entry.epochs or 1.0, entry.weight)
+            for entry, corpus in zip(data.mixture, mixture.corpora, strict=True)
+        ],
+    )
+
+
+def check_tokenizer(corpus: Corpus, weights: InitialWeights) -> None:
+    """Raise DataError if a corpus was made with another tokenizer than the weights come with."""
+    made_with = corpus.manifest["tokenizer"]
+    if made_with["vocab_size"] > weights.architecture.vocab_size:
+        raise DataError(
+            f"{corpus.directory} was made with a tokenizer of {made_with['vocab_size']} tokens, but the model ({weights.described}) has a "
+            f"vocabulary of {weights.architecture.vocab_size}. Shard the records with the model's own tokenizer, or use another model."
+        )
+    directories = {file.parent for file in weights.tokenizer_files}
+    for directory in directories:
+        try:
+            own = load_tokenizer(directory)
+        except DataError:
+            continue  # no tokenizer that we can read: nothing to compare with
+        if own.fingerprint != made_with["fingerprint"]:
+            raise DataError(
+                f"{corpus.directory} was made with a different tokenizer than {weights.described} has. Shard the records again with "
+                f"--tokenizer {weights.described}."
+            )
+
+
+def check_lengths(corpus: Corpus, weights: InitialWeights) -> None:
+    """Raise DataError if a trajectory is longer than the model's rotary positions are the same for every length."""
+    limit, longest = weights.architecture.longest, int(corpus.lengths.max(initial=0))
+    if limit is not None and longest > limit:
+        raise DataError(
+            f"{corpus.directory} has a trajectory of {longest:,} tokens, but {weights.described} has rope type dynamic, whose positions "
+            f"depend on a text's length beyond {limit:,} tokens. Shard the records with --max-tokens {limit}, or use another model."
+        )
+
+
+def _model_at(path: str) -> Model:
+    """A Hugging Face directory or a checkpoint directory, distinguished by what it contains."""
+    if (Path(path) / "config.json").exists():
+        return Model(hf=path)
+    if not Path(path).exists():
+        raise CheckpointError(f"reference.model: {missing_directory(path)}")
+    return Model(checkpoint=path)
