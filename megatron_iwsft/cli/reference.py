@@ -11,14 +11,18 @@ from __future__ import annotations
 
 import argparse
 
-from megatron_iwsft.cli.options import add_config, start_process
+from megatron_iwsft.cli.options import add_config, add_dry_run, dry_run, refuse_dry_run_options, start_process
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config(parser)
+    add_dry_run(parser)
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> int | None:
+    if args.dry_run:
+        return dry_run(args, "reference")
+    refuse_dry_run_options(args)
     config = start_process(args)
 
     from megatron_iwsft.distributed.context import stop
@@ -26,3 +30,4 @@ def run(args: argparse.Namespace) -> None:
 
     precompute_reference(config)
     stop()
+    return None

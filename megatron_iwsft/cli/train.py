@@ -2,6 +2,8 @@
 
 example, 8 processes on one machine (torchrun works too):
   python -m megatron_iwsft.distributed.torchrun --nproc_per_node 8 -m megatron_iwsft train --config CONFIG.yaml optimizer.lr=2e-5
+example, what that would do, without a GPU:
+  iwsft train --config CONFIG.yaml --dry-run --gpus 8
 
 exit status: 0 finished, 2 mistake in config or data, 75 stopped by SIGUSR1 or SIGTERM after saving (start it again to continue)
 """
@@ -10,14 +12,18 @@ from __future__ import annotations
 
 import argparse
 
-from megatron_iwsft.cli.options import add_config, start_process
+from megatron_iwsft.cli.options import add_config, add_dry_run, dry_run, refuse_dry_run_options, start_process
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config(parser)
+    add_dry_run(parser)
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> int | None:
+    if args.dry_run:
+        return dry_run(args, "train")
+    refuse_dry_run_options(args)
     config = start_process(args)
 
     from megatron_iwsft.distributed.context import stop
@@ -25,3 +31,4 @@ def run(args: argparse.Namespace) -> None:
 
     train(config)
     stop()
+    return None

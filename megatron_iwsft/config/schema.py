@@ -107,6 +107,8 @@ class Parallel(Section):
     activation function, and moe: the whole mixture of experts."""
     recompute_layers: PositiveInt | None = None
     """With recompute: full, only this many layers at the start of each (virtual) stage. null: all of them."""
+    world_size: PositiveInt | None = None
+    """Number of processes, one per GPU, that the config is meant for: what `--dry-run` plans. A job may have any other number."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Parallel:
@@ -124,7 +126,8 @@ class Parallel(Section):
 
     def degrees(self) -> dict[str, Any]:
         """Arguments for `ParallelLayout`."""
-        degrees = self.model_dump(exclude={"recompute", "recompute_layers", "context_communication", "overlap_tensor"})
+        others = {"recompute", "recompute_layers", "context_communication", "overlap_tensor", "world_size"}
+        degrees = self.model_dump(exclude=others)
         return degrees | {"layers_per_stage": tuple(self.layers_per_stage) if self.layers_per_stage else None}
 
 

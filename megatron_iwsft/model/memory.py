@@ -9,11 +9,15 @@ number of micro-batches in flight and the pipeline bubble follow Narayanan et al
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from megatron_iwsft.distributed.parallel_layout import ParallelLayout
 from megatron_iwsft.hf.architecture import Architecture
 
 _BF16, _FP32 = 2, 4
+DTYPE_BYTES = {"bf16": _BF16, "fp32": _FP32}
+# Per parameter: two moments, and of a bf16 parameter its float32 master weight.
+OPTIMIZER_BYTES = {"bf16": 3 * _FP32, "fp32": 2 * _FP32}
 
 
 @dataclass(frozen=True)
@@ -40,8 +44,10 @@ def cost(
     micro_batches: int,
     recompute: str = "none",
     local: bool = False,
+    dtype: Literal["bf16", "fp32"] = "bf16",
+    distributed: bool = True,
 ) -> Cost:
-    """Cost of training in bf16 with the distributed optimizer. seq_length in tokens; micro_batches per step and pipeline.
+    """Cost of training, by default in bf16 with the distributed optimizer. seq_length in tokens; micro_batches per step and pipeline.
 
     local: for the local backend, whose context-parallel ranks keep the keys and values of the whole sequence.
     The log-prob operator's chunk of logits and the trained rows it saves are left out: they do not grow with the layout.
@@ -49,7 +55,10 @@ def cost(
     # The first stage holds most activations, and the first or the last most parameters.
     dense, expert = max(stage_parameters(arch, layout), key=sum)
     replicas = layout.context * layout.data
-    optimizer = dense // replicas + expert // (layout.tensor * replicas // layout.expert)
+    optimizer = dense + expert
+    if distributed:
+        optimizer = dense // replicas + expert // (layout.tensor * replicas // layout.expert)
+    size = DTYPE_BYTES[dtype]
     tokens = seq_length * micro_batch_size // layout.context
     layers = max(_layers(arch, layout)) * layout.chunks_per_stage
     in_flight = float(min(layout.pipeline, micro_batches))
@@ -57,19 +66,24 @@ def cost(
         in_flight = min(
             micro_batches, layout.pipeline * (1 + (layout.pipeline - 1) / (layout.pipeline * layout.chunks_per_stage))
         )
-    per_layer = _activation_bytes(arch, layout, local=local)
+    per_layer = _activation_bytes(arch, layout, local=local) * size // _BF16
     if recompute == "full":
-        kept = _BF16 * arch.hidden_size // (layout.tensor if layout.sequence else 1)
+        kept = size * arch.hidden_size // (layout.tensor if layout.sequence else 1)
         activations = tokens * (kept * layers * in_flight + per_layer)
     else:
         activations = tokens * per_layer * layers * in_flight
     return Cost(
-        parameters=_BF16 * (dense + expert),
+        parameters=size * (dense + expert),
         gradients=_FP32 * (dense + expert),
-        optimizer=3 * _FP32 * optimizer,
+        optimizer=OPTIMIZER_BYTES[dtype] * optimizer,
         activations=int(activations),
         bubble=(layout.pipeline - 1) / (layout.chunks_per_stage * micro_batches + layout.pipeline - 1),
     )
+
+
+def num_parameters(arch: Architecture) -> int:
+    """Of the whole model, with a vocabulary padded as on one rank."""
+    return sum(stage_parameters(arch, ParallelLayout())[0])
 
 
 def _layers(arch: Architecture, layout: ParallelLayout) -> list[int]:

@@ -20,6 +20,7 @@ from megatron_iwsft.errors import CheckpointError, ConfigError, DataError
 from megatron_iwsft.hf.directory import DTYPES
 from megatron_iwsft.objectives.custom import find_objective, source_hash
 from megatron_iwsft.objectives.functions import Objective, Origin, Settings
+from megatron_iwsft.reference.sidecar import ReferenceIdentity
 from megatron_iwsft.train.callbacks import CallbackFunction
 from megatron_iwsft.train.callbacks.custom import load_callbacks
 from megatron_iwsft.utils.hub import missing_directory
@@ -74,6 +75,11 @@ class CheckedRun:
     def total_steps(self) -> int:
         return self.sampler.total_steps(self.config.data.epochs, self.config.data.max_steps)
 
+    def reference_identities(self) -> list[ReferenceIdentity]:
+        """What the reference log-probs of each corpus depend on, and so which sidecar they are in. Reads samples of the weights' files."""
+        weights, dtype = self.reference.fingerprint, self.config.precision.described
+        return [ReferenceIdentity.of(corpus, weights=weights, dtype=dtype) for corpus in self.mixture.corpora]
+
 
 def check(config: Config, *, world_size: int) -> CheckedRun:
     """Open what `config` names and check that it fits together and `world_size` processes. Reads no weights, joins no job.
@@ -88,6 +94,7 @@ def check(config: Config, *, world_size: int) -> CheckedRun:
     if conflict:
         raise ConfigError(f"objective.{conflict}.")
     policy = InitialWeights(config.model, config.run.seed)
+    check_layout(layout, policy)
     check_tokenizer(mixture.corpora[0], policy)
     if config.objective.router_balance and policy.architecture.experts is None:
         raise ConfigError(
@@ -111,6 +118,13 @@ def check(config: Config, *, world_size: int) -> CheckedRun:
         evaluation=evaluation,
         callbacks=load_callbacks(config.logging.callbacks),
     )
+
+
+def check_layout(layout: ParallelLayout, weights: InitialWeights) -> None:
+    """Raise ConfigError if the model does not divide as the parallel degrees ask."""
+    broken = layout.broken_rule(weights.architecture)
+    if broken:
+        raise ConfigError(f"parallel: {broken}.")
 
 
 def check_cacheable(config: Config) -> None:
@@ -148,6 +162,11 @@ def _evaluation(config: Config, corpus: Corpus) -> Corpus | None:
         )
     evaluation_sampler(config, evaluation)
     return evaluation
+
+
+def evaluation_corpora(config: Config) -> list[str]:
+    """The directories of the held-out corpora."""
+    return [config.evaluation.corpus] if config.evaluation.corpus is not None else []
 
 
 def evaluation_sampler(config: Config, evaluation: Corpus) -> Sampler:

@@ -205,15 +205,8 @@ def raise_together(complaints: list[str]) -> None:
 
 
 def reference_identities(run: StartedRun) -> list[ReferenceIdentity]:
-    """What the run's reference log-probs of each corpus depend on, and so which sidecar they are in. Collective: the first rank reads
-    for all.
-    """
-    weights, dtype = run.reference, run.config.precision.described
-    return on_first_rank(
-        lambda: [
-            ReferenceIdentity.of(corpus, weights=weights.fingerprint, dtype=dtype) for corpus in run.mixture.corpora
-        ]
-    )
+    """`CheckedRun.reference_identities`. Collective: the first rank reads for all."""
+    return on_first_rank(run.reference_identities)
 
 
 def starts_as_reference(run: StartedRun) -> bool:
