@@ -12,14 +12,17 @@ from tests.support import ROOT
 
 PACKAGE = ROOT / "megatron_iwsft"
 DOCUMENTS = sorted(
-    path for folder in (".", "docs", "slurm") for path in (ROOT / folder).glob("*.md") if path.name != "CHANGELOG.md"
+    path
+    for pattern in ("*.md", "docs/**/*.md", "slurm/*.md")
+    for path in ROOT.glob(pattern)
+    if path.name != "CHANGELOG.md"
 )
 PATH = re.compile(r"\.?\w[\w.-]*(/[\w.-]+)*/?")
 SOURCE = (".py", ".sh", ".sbatch", ".yaml", ".md", ".toml")
 # `folder/`: `module`, `module`
 MODULES = re.compile(r"`([\w/]+/)`:((?: `\w+/?`,?)+)")
-# Placeholders, and files of other repositories.
-FOREIGN = {"CONFIG.yaml", "preprocess_data.py"}
+# Placeholders, files of a run, and files of other repositories.
+FOREIGN = {"CONFIG.yaml", "config.yaml", "preprocess_data.py"}
 
 
 def is_folder(part: str) -> bool:

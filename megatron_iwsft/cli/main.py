@@ -15,7 +15,7 @@ import difflib
 import importlib
 import sys
 from collections.abc import Iterable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from megatron_iwsft.errors import ConfigError
 from megatron_iwsft.utils.cli import run_command
@@ -65,9 +65,8 @@ def run(arguments: list[str], *, commands: Iterable[str] = COMMANDS) -> int | No
         near = difflib.get_close_matches(name, commands, n=1)
         hint = f"Did you mean {near[0]}?" if near else f"Commands: {', '.join(commands)}."
         raise ConfigError(f"unknown command {name!r}. {hint}")
-    module = importlib.import_module(f"megatron_iwsft.cli.{COMMANDS[name][0]}")
-    parser = _Parser(prog=f"iwsft {name}", description=module.__doc__, formatter_class=_HelpFormatter)
-    module.add_arguments(parser)
+    module = _module(name)
+    parser = command_parser(name)
     args, unknown = parser.parse_known_args(rest)
     if "overrides" in args:  # argparse takes positionals only up to the next option
         args.overrides = [*args.overrides, *(word for word in unknown if not word.startswith("-"))]
@@ -76,6 +75,18 @@ def run(arguments: list[str], *, commands: Iterable[str] = COMMANDS) -> int | No
         parser.error(f"unknown arguments: {' '.join(unknown)}")
     args.unknown = unknown
     return module.run(args)
+
+
+def command_parser(name: str) -> argparse.ArgumentParser:
+    """The parser of one command: for running it, for shell completion and for the documentation."""
+    module = _module(name)
+    parser = _Parser(prog=f"iwsft {name}", description=module.__doc__, formatter_class=_HelpFormatter)
+    module.add_arguments(parser)
+    return parser
+
+
+def _module(name: str) -> Any:
+    return importlib.import_module(f"megatron_iwsft.cli.{COMMANDS[name][0]}")
 
 
 def overview(commands: Iterable[str]) -> str:
