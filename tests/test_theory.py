@@ -18,6 +18,7 @@ from torch import Tensor
 from megatron_iwsft.objectives.fixed_point import exponent
 from megatron_iwsft.objectives.functions import (
     LEVELS,
+    Clip,
     Objective,
     Origin,
     Settings,
@@ -160,6 +161,17 @@ def test_the_clip_ends_the_improvement() -> None:
     for level in ("trajectory", "token"):
         found = trained(PAPER, 4, iw_sft, Settings(level, 1.0, (0.2, 1.8)))
         assert found == pytest.approx([0.2 / 3.8, 3.6 / 3.8], abs=1e-3)
+
+
+@pytest.mark.parametrize(("preferred", "clip"), [(0.9, (0.2, 5.0)), (0.97, (0.2, 5.0)), (0.97, (0.05, 20.0))])
+def test_a_clip_multiplies_the_odds_of_sft_by_its_own_ratio_at_most(preferred: float, clip: Clip) -> None:
+    """A reference that prefers a wrong arm, of which the filter lets half through: from odds of 2 r/w to odds of 2 r/w · hi/lo."""
+    arms = ((1 - preferred, preferred), (1.0, 0.5))
+    right, wrong = trained(arms, 4, iw_sft, Settings("trajectory", 1.0, clip))
+    most = 2 * (1 - preferred) / preferred * clip[1] / clip[0]
+    both_bind = right / arms[0][0] > clip[1] and wrong / arms[0][1] < clip[0]
+    assert right / wrong <= most * 1.01
+    assert not both_bind or right / wrong == pytest.approx(most, rel=0.01)
 
 
 def test_a_refreshed_reference_undoes_the_weights() -> None:

@@ -1,8 +1,9 @@
-"""pass@k with confidence intervals, and a paired test of two models on the same problems."""
+"""pass@k with confidence intervals, a paired test of two models on the same problems, and intervals over seeds."""
 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
@@ -10,6 +11,11 @@ from statistics import NormalDist
 import numpy as np
 
 _Z = NormalDist().inv_cdf(0.975)
+# Two-sided 95 % points of Student's t, degrees of freedom 1 to 20.
+_STUDENT_95 = (
+    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
+    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
+)
 
 
 @dataclass(frozen=True)
@@ -98,3 +104,12 @@ def _sign_flip_p(sizes: np.ndarray, observed: int) -> float:
         chances = 0.5 * (np.roll(chances, size) + np.roll(chances, -size))
     sums = np.abs(np.arange(-total, total + 1))
     return min(1.0, float(chances[sums >= observed].sum()))
+
+
+def student_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean, and half the width of its 95 % confidence interval from Student's t (NaN for a single value)."""
+    n = len(values)
+    if n < 2:
+        return values[0], math.nan
+    t = _STUDENT_95[n - 2] if n - 2 < len(_STUDENT_95) else 1.96
+    return statistics.fmean(values), t * statistics.stdev(values) / math.sqrt(n)

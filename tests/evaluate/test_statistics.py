@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from megatron_iwsft.evaluate.statistics import compare, mean_pass_at_k, pass_at_k
+from megatron_iwsft.evaluate.statistics import compare, mean_pass_at_k, pass_at_k, student_interval
 
 pytestmark = pytest.mark.numerics
 
@@ -84,3 +84,9 @@ def test_the_paired_test_equals_enumeration_of_all_signs() -> None:
         (found.difference - 1.959964 * error, found.difference + 1.959964 * error)
     )
     assert compare(a, a, (4, 4)).p_value == 1
+
+
+def test_intervals_are_students_t() -> None:
+    mean, half = student_interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert mean == 3.0 and half == pytest.approx(2.776 * math.sqrt(2.5 / 5))
+    assert math.isnan(student_interval([1.0])[1])

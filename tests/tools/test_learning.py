@@ -8,6 +8,7 @@ import math
 import subprocess
 from pathlib import Path
 from types import ModuleType
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -50,21 +51,22 @@ def test_the_quick_benchmark_compares_every_objective(tmp_path: Path) -> None:
     output = tmp_path / "table"
     first = bench(output, "--quick")
     assert first.returncode == 0, first.stderr
-    table = first.stdout[first.stdout.index("reference wrong by conviction, 50% of its") : first.stdout.index("\n\n/")]
+    table = first.stdout[first.stdout.index("sums, reference wrong by conviction") : first.stdout.index("\n\n/")]
     results = json.loads((output / "results.json").read_text())
-    assert (output / "accuracy.svg").read_text().count("<svg") == 1
 
-    home = output / "reference-conviction-0.5-16x1"
+    home = output / "sums" / "reference-conviction-0.5-16x1-tp2"
     tried = [r for r in results if r.get("seed") == 0]
     reported = [r for r in results if r.get("seed") == 1]
-    assert len(tried) == 2 * 7 and len(reported) == 7 + 3 and len(results) == 1 + len(tried) + len(reported)
+    assert len(tried) == 2 * 7 and len(reported) == 7 + 3 and len(results) == len(tried) + len(reported)
     for result in reported[:7]:
         rivals = [r for r in tried if r["objective"] == result["objective"]]
         assert result["lr"] == max(rivals, key=lambda r: r["exact"])["lr"]
     assert {r["lr"] for r in reported[7:]} == {
-        next(r["lr"] for r in reported if r["objective"] == "iw-SFT, trajectory")
+        next(r["lr"] for r in reported if r["objective"] == "trajectory, clip [0.2, 5]")
     }
-    runs = sorted((home / "seed-1").glob("*-lr-*"), key=lambda run: int(run.name.partition("-")[0]))
+    names = ["SFT", "sequence-tau-1", "sequence-tau-T", "trajectory-clip-0.2-5", "token", "DFT", "PSFT"]
+    names += [f"trajectory-{x}" for x in ("neighbour-s-weight", "batch-s-mean-weight", "reference-refreshed")]
+    runs = [run for name in names for run in (home / "seed-1").glob(f"{name}-lr-*")]
     configs = [yaml.safe_load((run / "config.yaml").read_text()) for run in runs]
     objectives = [config["objective"] for config in configs]
     trained = float(np.median(Corpus.open(home / "seed-1" / "curated").num_trained))
@@ -84,7 +86,7 @@ def test_the_quick_benchmark_compares_every_objective(tmp_path: Path) -> None:
     assert all(config["parallel"]["tensor"] == 2 for config in configs)
 
     questions = {
-        name: {json.loads(line)["question"] for line in (output / f"{name}.jsonl").read_text().splitlines()}
+        name: {json.loads(line)["question"] for line in (home.parent / f"{name}.jsonl").read_text().splitlines()}
         for name in (
             *("problems", "reference-random-demonstrations", "reference-conviction-demonstrations"),
             f"{home.name}/seed-1/curated",
@@ -132,8 +134,82 @@ def test_controls_keep_the_weights_but_not_whose_they_are(stages: ModuleType) ->
     assert mean.loss.tolist() == pytest.approx((-mean.weight * logprobs).tolist())
 
 
-def test_the_wrong_strategy_does_not_carry(stages: ModuleType) -> None:
-    assert stages.without_carrying("740+285=") == "9250"  # 47 + 582 = 629: without the carry 529
+def test_the_wrong_strategy_does_not_carry(tasks: ModuleType) -> None:
+    assert tasks.Sums().without_carrying("740+285=") == "9250"  # 47 + 582 = 629: without the carry 529
+    assert tasks.Chains().without_carrying("c85740=") == "c85590b85340a85190"  # 47 + 58 → 95, 43, 91
+
+
+def test_chains_are_correct_except_for_the_requested_fraction(tasks: ModuleType) -> None:
+    task = tasks.Chains()
+    records = list(task.problems(500, seed=3, wrong=0.3))
+    lengths = set()
+    for record in records:
+        steps = [record["answer"][i : i + 6] for i in range(0, len(record["answer"]), 6)]
+        additions, number, total = (
+            ord(record["question"][0]) - ord("a") + 1,
+            record["question"][1:3],
+            record["question"][3:6],
+        )
+        lengths.add(len(steps))
+        assert [step[0] for step in steps] == [chr(ord("a") + i) for i in reversed(range(additions))]
+        for step in steps:
+            total = f"{int(total[::-1]) + int(number[::-1]):03d}"[::-1]
+            assert step[1:] == number + total
+        assert sum(x != y for x, y in zip(record["response"], record["answer"], strict=True)) <= 1
+    assert lengths == set(range(4, 10))
+    wrong = sum(r["response"] != r["answer"] for r in records)
+    assert 109 < wrong < 191  # 4 standard deviations
+    held_out = frozenset(r["question"] for r in records[:100])
+    assert not held_out & {r["question"] for r in task.problems(500, seed=3, held_out=held_out)}
+
+
+def test_lessons_are_wrong_most_of_the_time_or_need_no_carry(tasks: ModuleType) -> None:
+    for task in (tasks.Sums(), tasks.Chains()):
+        lessons = list(task.lessons(300, seed=1, held_out=frozenset()))
+        wrong = [r for r in lessons if r["response"] != r["answer"]]
+        assert all(r["response"] == task.without_carrying(r["question"]) for r in wrong)
+        assert 140 < len(wrong) < 230  # 0.67 at most: some sums need no carry
+
+    task = tasks.SumsThatCarry()
+    for records, carries in (
+        (task.problems(200, seed=1), True),
+        (task.lessons(200, seed=1, held_out=frozenset()), False),
+    ):
+        for record in records:
+            a, b = (int(number) for number in record["question"].rstrip(" =").split(" + "))
+            assert record["response"] == record["answer"] == str(a + b)
+            assert (a % 10 + b % 10 >= 10) == carries
+
+
+def test_the_table_has_spreads_and_differences_paired_by_seed(tables: ModuleType) -> None:
+    def result(objective: str, seed: int, exact: float, **more: float) -> dict:
+        facts = {"objective": objective, "seed": seed, "lr": 1e-3, "right": 0.5}
+        return {**facts, "exact": exact, "cool": exact, "greedy": 1.0, **more}
+
+    results = [result("SFT", s, 0.1 * s) for s in (1, 2, 3)]
+    results += [result("DFT", s, 0.1 * s + 0.2, ess=0.5) for s in (3, 2, 1)]
+    reference = {"exact": 0.3, "cool": 0.4, "greedy": 0.5}
+    found = tables.table("Title", reference, results)
+    assert found.splitlines()[0] == "Title; 50.0 % of what is trained on is right; 3 seeds."
+    assert "| SFT | 0.001 | 20.0 ± 10.0 | 20.0 ± 10.0 | 100.0 ± 0.0 |  |  |" in found
+    assert "| DFT | 0.001 | 40.0 ± 10.0 | 40.0 ± 10.0 | 100.0 ± 0.0 | +20.0 ± 0.0 | 0.50 |" in found
+    assert tables.difference([0.1, 0.2, 0.3]) == f"+20.0 ± {4.303 * 10 / math.sqrt(3):.1f}"
+
+    drawing = ElementTree.fromstring(tables.figure([("A < B", reference, results)]))
+    circles = [float(c.get("cx")) for c in drawing.iter("{http://www.w3.org/2000/svg}circle")][2:]
+    assert circles == [250 + 4 * x for x in (20, 100, 40, 100)]  # exact and greedy of SFT, then of DFT
+
+
+@pytest.fixture
+def tasks(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(ROOT / "tools" / "bench")
+    return importlib.import_module("learning_tasks")
+
+
+@pytest.fixture
+def tables(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(ROOT / "tools" / "bench")
+    return importlib.import_module("learning_table")
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ The data and the result of a seed are files in `run.dir`. Existing files of the 
 from __future__ import annotations
 
 import json
-import math
 import multiprocessing
 import statistics
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -20,6 +19,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from megatron_iwsft.errors import ConfigError
+from megatron_iwsft.evaluate.statistics import student_interval
 from megatron_iwsft.experiments.control.config import ControlObjective, Experiment, Method
 from megatron_iwsft.experiments.control.environment import (
     Actor,
@@ -37,11 +37,6 @@ from megatron_iwsft.utils.files import partial_path, publish, write_text
 
 _CLONING = ControlObjective(name="sft", normalize="sequences")
 _EVALUATION_SEEDS, _CLONING_SEEDS = 1_000_000, 2_000_000
-# Two-sided 95 % points of Student's t, degrees of freedom 1 to 20.
-_STUDENT_95 = (
-    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
-    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
-)
 
 
 @dataclass(frozen=True)
@@ -191,15 +186,6 @@ def _learned(experiment: Experiment, seed: int) -> Learned:
     return learned
 
 
-def interval(values: list[float]) -> tuple[float, float]:
-    """Mean, and half the width of its 95 % confidence interval from Student's t (NaN for a single value)."""
-    n = len(values)
-    if n < 2:
-        return values[0], math.nan
-    t = _STUDENT_95[n - 2] if n - 2 < len(_STUDENT_95) else 1.96
-    return statistics.fmean(values), t * statistics.stdev(values) / math.sqrt(n)
-
-
 def table(experiment: Experiment, results: list[SeedResult]) -> str:
     """The results as a Markdown table. Returns are normalised: 0 is uniformly random actions, 100 is the final learner.
 
@@ -219,11 +205,11 @@ def table(experiment: Experiment, results: list[SeedResult]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for method in methods:
-        mean, half = interval(scores[method])
+        mean, half = student_interval(scores[method])
         seeds = " ".join(f"{score:.0f}" for score in scores[method])
         cells = [method, f"{mean:.1f} ± {half:.1f}", seeds, "", "", "", "", ""]
         if baseline and method != baseline:
-            difference, half = interval([a - b for a, b in zip(scores[method], scores[baseline], strict=True)])
+            difference, half = student_interval([a - b for a, b in zip(scores[method], scores[baseline], strict=True)])
             cells[3] = f"{difference:+.1f} ± {half:.1f}"
         if method in experiment.methods:
             cells[4] = f"{statistics.fmean(r.curated[method]['episodes'] for r in results):.0f}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +11,7 @@ import pytest
 from megatron_iwsft.errors import ConfigError
 from megatron_iwsft.experiments.control.config import QUICK, load_experiment
 from megatron_iwsft.experiments.control.environment import make_environment
-from megatron_iwsft.experiments.control.experiment import interval, run_experiment, run_seed
+from megatron_iwsft.experiments.control.experiment import run_experiment, run_seed
 from megatron_iwsft.objectives.functions import Settings
 from tests.support import ROOT
 
@@ -96,9 +95,3 @@ def test_a_missing_package_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "mujoco", None)
     with pytest.raises(ConfigError, match=r"need the package 'mujoco'.*pip install -e '.\[control\]'"):
         make_environment(load_experiment(CONFIG).task)
-
-
-def test_intervals_are_students_t() -> None:
-    mean, half = interval([1.0, 2.0, 3.0, 4.0, 5.0])
-    assert mean == 3.0 and half == pytest.approx(2.776 * math.sqrt(2.5 / 5))
-    assert math.isnan(interval([1.0])[1])
