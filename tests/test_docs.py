@@ -1,4 +1,4 @@
-"""Paths in the Markdown files exist."""
+"""Paths, links and anchors in the Markdown files exist."""
 
 from __future__ import annotations
 
@@ -59,10 +59,28 @@ def test_paths_exist(document: Path) -> None:
     assert not missing, f"{document.relative_to(ROOT)} names paths that do not exist: {', '.join(missing)}"
 
 
+def anchors(document: Path) -> set[str]:
+    """Of the headings of a Markdown file, as GitHub and the site make them, and those that it sets itself."""
+    text = re.sub(r"^( *)(`{3,}).*?^ *\2$", "", document.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    headings = re.findall(r"^#+ +(.*?)(?: *\{ *#\S+ *\})? *$", text, re.MULTILINE)
+    slugs = (re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings)
+    return {*slugs, *re.findall(r"\{ *#(\S+) *\}", text)}
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_lead_somewhere(document: Path) -> None:
-    targets = re.findall(r"\]\(([^)\s]+)\)", document.read_text(encoding="utf-8"))
-    missing = [t for t in targets if "://" not in t and not (document.parent / t.partition("#")[0]).exists()]
+    """The file exists. In Markdown the anchor is one of a heading, in Python it is a name that the file defines."""
+    missing = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", document.read_text(encoding="utf-8")):
+        name, _, anchor = link.partition("#")
+        target = document.parent / name if name else document
+        if "://" in link:
+            continue
+        if not target.exists() or (anchor and target.suffix == ".md" and anchor not in anchors(target)):
+            missing.append(link)
+        elif anchor and target.suffix == ".py":
+            defined = rf"^ *(?:def|class) {anchor}\b|^{anchor}\b\s*[:=]"
+            missing += [] if re.search(defined, target.read_text(encoding="utf-8"), re.MULTILINE) else [link]
     assert not missing
 
 

@@ -40,6 +40,7 @@ COMMANDS = {
     "reference-costs": ("reference_costs", "FLOPs, memory and disk of each kind of reference and proposal"),
     "train-tokenizer": ("train_tokenizer", "train a BPE tokenizer on JSONL records"),
     "make-arithmetic": ("make_arithmetic", "generate an arithmetic corpus with quality scores"),
+    "completion": ("completion", "print a script that completes commands and options in bash, zsh or fish"),
     "control": ("control", "the paper's continuous-control experiment"),
 }
 
@@ -65,7 +66,7 @@ def run(arguments: list[str], *, commands: Iterable[str] = COMMANDS) -> int | No
         near = difflib.get_close_matches(name, commands, n=1)
         hint = f"Did you mean {near[0]}?" if near else f"Commands: {', '.join(commands)}."
         raise ConfigError(f"unknown command {name!r}. {hint}")
-    module = _module(name)
+    module = command_module(name)
     parser = command_parser(name)
     args, unknown = parser.parse_known_args(rest)
     if "overrides" in args:  # argparse takes positionals only up to the next option
@@ -79,13 +80,14 @@ def run(arguments: list[str], *, commands: Iterable[str] = COMMANDS) -> int | No
 
 def command_parser(name: str) -> argparse.ArgumentParser:
     """The parser of one command: for running it, for shell completion and for the documentation."""
-    module = _module(name)
+    module = command_module(name)
     parser = _Parser(prog=f"iwsft {name}", description=module.__doc__, formatter_class=_HelpFormatter)
     module.add_arguments(parser)
     return parser
 
 
-def _module(name: str) -> Any:
+def command_module(name: str) -> Any:
+    """The module of one command."""
     return importlib.import_module(f"megatron_iwsft.cli.{COMMANDS[name][0]}")
 
 

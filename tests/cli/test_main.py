@@ -92,6 +92,35 @@ def test_a_script_is_an_alias(script: str, usage: str) -> None:
 
 
 @pytest.mark.command
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("lay", ["layouts"]),
+        ("layouts --back", ["--backend"]),
+        ("layouts --backend ''", ["transformer_engine", "local"]),
+        ("completion ''", ["bash", "zsh", "fish"]),
+        ("shard --min-s", ["--min-score"]),
+    ],
+)
+def test_bash_completes(words: str, expected: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cli.run(["completion", "bash"])
+    script = tmp_path / "completion.bash"
+    script.write_text(capsys.readouterr().out)
+    ask = f'''source {script}; function=$(complete -p iwsft | sed "s/.*-F \\([^ ]*\\).*/\\1/")
+COMP_WORDS=(iwsft {words}); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1))
+$function iwsft "${{COMP_WORDS[-1]}}" "${{COMP_WORDS[-2]}}"; printf "%s\\n" "${{COMPREPLY[@]}}"'''
+    done = subprocess.run(["bash", "-c", ask], text=True, capture_output=True)
+    assert done.stdout.split() == expected, done.stderr
+
+
+def test_zsh_and_fish_know_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    for shell in ("zsh", "fish"):
+        cli.run(["completion", shell])
+        text = capsys.readouterr().out
+        assert all(name in text for name in cli.COMMANDS) and "--near-duplicates" in text
+
+
+@pytest.mark.command
 def test_under_torchrun_a_mistake_is_reported_once(config: str) -> None:
     launcher = (*torchrun(2), "-m", "megatron_iwsft")
     done = iwsft("train", "--config", config, "data.seq_lenght=1", command=launcher)

@@ -1,4 +1,4 @@
-"""The wheel is complete: installed alone, outside the checkout, every command starts."""
+"""Source archive and wheel are complete: the wheel is built from the archive; installed alone, outside the checkout, all commands start."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
 from megatron_iwsft.cli.main import COMMANDS
 from megatron_iwsft.version import __version__
@@ -18,14 +20,34 @@ from tests.support import ROOT
 pytestmark = [pytest.mark.slow, pytest.mark.command]
 
 
+# What the archive has besides the package.
+BESIDES = (
+    "README.md",
+    "LICENSE",
+    "CHANGELOG.md",
+    "CITATION.cff",
+    "configs/own-data.yaml",
+    "docs/index.md",
+    "launch/local.sh",
+)
+
+
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy of what it is made of, so that no earlier build directory gets into it."""
-    source, output = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    shutil.copytree(ROOT / "megatron_iwsft", source / "megatron_iwsft", ignore=shutil.ignore_patterns("__pycache__"))
-    pip(["wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(output), str(source)])
+def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from a copy of the tracked files, so that no earlier build directory gets into it."""
+    source, output = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("archive")
+    skip = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "runs", "tests", "wandb")
+    shutil.copytree(ROOT, source, ignore=skip, dirs_exist_ok=True)
+    build = f"from setuptools.build_meta import build_sdist; build_sdist({str(output)!r})"
+    done = subprocess.run([sys.executable, "-c", build], cwd=source, text=True, capture_output=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return next(output.glob("*.tar.gz"))
+
+
+@pytest.fixture(scope="module")
+def wheel(archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("wheel")
+    pip(["wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(output), str(archive)])
     return next(output.glob("*.whl"))
 
 
@@ -54,6 +76,15 @@ def run(installed: Path, *command: str) -> subprocess.CompletedProcess[str]:
         text=True,
         capture_output=True,
     )
+
+
+def test_the_archive_has_what_the_readme_names(archive: Path) -> None:
+    with tarfile.open(archive) as tar:
+        names = {name.partition("/")[2] for name in tar.getnames()}
+    assert set(BESIDES) <= names
+    assert archive.name == f"megatron_iwsft-{__version__}.tar.gz"
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == __version__ and citation["license"] == "Apache-2.0"
 
 
 def test_the_wheel_has_every_module_and_the_command(wheel: Path) -> None:

@@ -15,8 +15,8 @@ from megatron_iwsft.config.describe import default_of, fields, section_of, type_
 from megatron_iwsft.config.schema import Config
 from megatron_iwsft.objectives.metrics import METRICS, Metric
 
-# The indented lines after `example:` in a command's docstring.
-EXAMPLE = re.compile(r"^examples?\b.*:\n((?:  .*\n?)+)", re.MULTILINE)
+# `example:` in a command's docstring, with or without more words, and the indented lines after it.
+EXAMPLE = re.compile(r"^examples?\b.*:\n((?:  .*(?:\n|\Z))+)", re.MULTILINE)
 
 
 def config() -> str:
@@ -39,10 +39,11 @@ def commands() -> str:
     out += [f"| [`iwsft {name}`](#{name}) | {_cell(summary)} |" for name, (_, summary) in COMMANDS.items()]
     for name in COMMANDS:
         parser = command_parser(name)
-        purpose, example, rest = EXAMPLE.split((parser.description or "").strip(), maxsplit=1)
-        code = "\n".join(line.removeprefix("  ") for line in example.splitlines())
-        out += ["", f"## iwsft {name} {{ #{name} }}", "", _paragraphs(purpose), "", "```bash", code, "```", ""]
-        out += [_paragraphs(rest), ""] if rest.strip() else []
+        description = (parser.description or "").strip()
+        examples = "\n\n".join(EXAMPLE.findall(description))
+        code = "\n".join(line.removeprefix("  ") for line in examples.strip().splitlines())
+        out += ["", f"## iwsft {name} {{ #{name} }}", "", _paragraphs(EXAMPLE.sub("", description)), ""]
+        out += ["```bash", code, "```", ""]
         out += ["| option | default | |", "|---|---|---|"]
         out += [_option(action) for action in parser._actions if action.dest != "help"]
     return "\n".join(out)

@@ -17,6 +17,7 @@ from mkdocs.structure.files import File, Files
 from pygments import highlight
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import get_lexer_for_filename
+from pymdownx.slugs import slugify
 
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]  # the package, and the modules beside this one
@@ -35,6 +36,7 @@ def on_config(config: Any) -> Any:
     config.mdx_configs["pymdownx.superfences"] = {
         "custom_fences": [{"name": "math", "class": "math", "format": formulas.block}]
     }
+    config.mdx_configs["toc"] = {"permalink": True, "slugify": slugify(case="lower")}  # anchors as GitHub makes them
     return config
 
 
