@@ -33,6 +33,7 @@ from megatron_iwsft.checkpoint import integrity
 from megatron_iwsft.checkpoint.names import CHECKPOINTS, INFO, LATEST
 from megatron_iwsft.distributed.parallel_layout import ParallelLayout
 from megatron_iwsft.errors import CheckpointError
+from megatron_iwsft.hf.adapters import AdapterSettings, Target
 from megatron_iwsft.hf.architecture import Architecture
 from megatron_iwsft.utils.files import PARTIAL
 from megatron_iwsft.utils.json_files import KEEP_UNKNOWN_KEYS, PlainPath, check_json, is_regular_file, read_json
@@ -54,6 +55,15 @@ class _Layout(TypedDict):
     layers_per_stage: list[int] | None
 
 
+class AdapterInfo(TypedDict):
+    """Of a checkpoint that holds adapters instead of weights. base: the fingerprint of the weights that they belong to."""
+
+    rank: int
+    alpha: float
+    targets: list[Target]
+    base: str
+
+
 class _Info(TypedDict):
     step: int
     architecture: dict[str, Any]
@@ -63,6 +73,7 @@ class _Info(TypedDict):
     corpora: NotRequired[dict[str, str]]
     corpus: NotRequired[str | None]  # of one corpus, written in place of `corpora` before there were mixtures
     objective: str | None
+    adapter: NotRequired[AdapterInfo | None]
     host: dict[str, Any]
     files: dict[PlainPath, integrity.FileSum]
 
@@ -74,6 +85,7 @@ class CheckpointInfo:
     layout     that it was saved at
     corpora    name → fingerprint of each training corpus, in order
     objective  SHA-256 of the file of a custom objective
+    adapter    None if it holds the model's weights
     host       states of `TrainState.host`
     files      name under the directory → size and SHA-256
     """
@@ -88,6 +100,7 @@ class CheckpointInfo:
     objective: str | None
     host: dict[str, Any]
     files: dict[str, integrity.FileSum]
+    adapter: AdapterInfo | None = None
 
     @staticmethod
     def read(directory: str | Path) -> CheckpointInfo:
@@ -122,7 +135,15 @@ class CheckpointInfo:
             objective=info["objective"],
             host=info["host"],
             files=info["files"],
+            adapter=info.get("adapter"),
         )
+
+    @property
+    def adapters(self) -> AdapterSettings | None:
+        """The adapters that it holds; None if it holds the model's weights."""
+        if self.adapter is None:
+            return None
+        return AdapterSettings(self.adapter["rank"], self.adapter["alpha"], tuple(self.adapter["targets"]))
 
     def to_text(self) -> str:
         """The content of `iwsft.json`."""
@@ -135,6 +156,7 @@ class CheckpointInfo:
             "template_hash": self.template_hash,
             "corpora": self.corpora,
             "objective": self.objective,
+            "adapter": self.adapter,
             "host": self.host,
             "files": self.files,
         }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from contextlib import closing
 from functools import cached_property
 from pathlib import Path
@@ -11,16 +12,19 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from megatron.core.fp8_utils import is_float8tensor
+from torch import Tensor
 
 from megatron_iwsft.checkpoint.info import CheckpointInfo
 from megatron_iwsft.checkpoint.load import load
 from megatron_iwsft.checkpoint.names import TOKENIZER
 from megatron_iwsft.checkpoint.state import TrainState
+from megatron_iwsft.checkpoint.tensors import hugging_face_reader
 from megatron_iwsft.config.schema import Model
 from megatron_iwsft.distributed.context import ParallelContext
-from megatron_iwsft.errors import DataError
+from megatron_iwsft.errors import CheckpointError, DataError
 from megatron_iwsft.hf.architecture import Architecture
 from megatron_iwsft.hf.directory import RandomInit, ReadingProgress, SafetensorsDirectory, tokenizer_files
+from megatron_iwsft.hf.mapping import shapes
 from megatron_iwsft.model.gpt import PolicyModel
 from megatron_iwsft.model.parameters import load_weights
 from megatron_iwsft.utils.files import sampled_fingerprint
@@ -49,6 +53,11 @@ class InitialWeights:
             self.tokenizer_files = tokenizer_files(Path(model.hf))
         elif model.checkpoint is not None:
             self._info = CheckpointInfo.read(model.checkpoint)
+            if self._info.adapter is not None:
+                raise CheckpointError(
+                    f"{self._info.directory} holds adapters, not a model's weights. Merge them (iwsft export --merge) and use the result "
+                    "as model.hf; or to train them further, use their base and adapter.init: the directory that iwsft export writes."
+                )
             self.architecture = self._info.architecture
             self.described = str(self._info.directory)
             self.tokenizer_files = sorted((self._info.directory / TOKENIZER).glob("*"))
@@ -81,6 +90,14 @@ class InitialWeights:
     def _identity(self, contents: str) -> str:
         identity = json.dumps([self.architecture.hf, contents], sort_keys=True)
         return hashlib.sha256(identity.encode()).hexdigest()
+
+    def reader(self) -> tuple[Callable[[str], Tensor], list[str]]:
+        """A function from Hugging Face tensor name to the full tensor, and the names in the order that reads each parameter once."""
+        source = self._source
+        if source is None:
+            return hugging_face_reader(self._info.directory, self.architecture)
+        all_shapes = shapes(self.architecture)
+        return lambda name: source.read(name, (0, 0, all_shapes[name][0])), list(all_shapes)
 
     def load(self, chunks: list[PolicyModel], parallel: ParallelContext) -> None:
         """Fill this rank's chunks. Collective over all ranks for a checkpoint. Raises DataError for weights that are not finite."""

@@ -17,6 +17,8 @@ from megatron_iwsft.checkpoint.info import CheckpointInfo, one_line
 from megatron_iwsft.checkpoint.names import INFO
 from megatron_iwsft.checkpoint.pickles import METADATA, read_metadata
 from megatron_iwsft.errors import CheckpointError
+from megatron_iwsft.hf.adapter_mapping import adapter_rows
+from megatron_iwsft.hf.adapters import AdapterSettings
 from megatron_iwsft.hf.architecture import Architecture
 from megatron_iwsft.hf.mapping import named_rows
 
@@ -109,10 +111,16 @@ class _Part(io.RawIOBase):
         return got
 
 
-def hugging_face_reader(directory: Path, architecture: Architecture) -> tuple[Callable[[str], Tensor], list[str]]:
-    """A function from Hugging Face tensor name to tensor, and the names in the order that reads each parameter once."""
+def hugging_face_reader(
+    directory: Path, architecture: Architecture, adapters: AdapterSettings | None = None
+) -> tuple[Callable[[str], Tensor], list[str]]:
+    """A function from Hugging Face tensor name to tensor, and the names in the order that reads each parameter once.
+
+    adapters: those that the checkpoint holds, by PEFT's names, None for one of the model's weights.
+    """
     tensors = CheckpointTensors(directory)
-    owner = {hf: (name, row) for name, row in named_rows(architecture) for hf in row.hf}
+    rows = named_rows(architecture) if adapters is None else adapter_rows(architecture, adapters)
+    owner = {hf: (name, row) for name, row in rows for hf in row.hf}
     cache: dict[str, list[Tensor]] = {}
 
     def read(hf: str) -> Tensor:

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException  # a BaseException
 
 from megatron_iwsft.checkpoint.info import (
+    AdapterInfo,
     CheckpointInfo,
     complete_checkpoints,
     one_line,
@@ -77,7 +78,7 @@ class CheckpointWriter:
 
     layout         the run's, for iwsft.json
     chat_template  replaces the tokenizer's own, where the corpus was rendered with a named one
-    corpora, objective, template_hash  see `CheckpointInfo`
+    corpora, objective, template_hash, adapter  see `CheckpointInfo`
     keep           how many of the newest are kept; None keeps all
     keep_every     steps that are a multiple of it are kept as well
     asynchronous   tensors are copied, a forked process writes and hashes them, and the checkpoint counts once `poll` or `wait`
@@ -97,6 +98,7 @@ class CheckpointWriter:
     chat_template: str | None = None
     corpora: dict[str, str] = field(default_factory=dict)
     objective: str | None = None
+    adapter: AdapterInfo | None = None
     keep: int | None = None
     keep_every: int = 0
     asynchronous: bool = False
@@ -278,6 +280,7 @@ class CheckpointWriter:
             objective=self.objective,
             host=pending.host,
             files=files,
+            adapter=self.adapter,
         )
         write_text(directory / INFO, info.to_text())
         _take_write_permissions(directory)

@@ -1,6 +1,7 @@
 """Convert a checkpoint to a Hugging Face directory, in one process, without a GPU, holding about one tensor in memory at a time.
 
-Works for a checkpoint of any parallel layout, also while its run continues.
+Works for a checkpoint of any parallel layout, also while its run continues. A checkpoint of adapters becomes a PEFT adapter, or with
+--merge a model.
 
 example:
   iwsft export --checkpoint runs/iw-sft --output models/iw-sft --dtype bf16
@@ -19,6 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--output", required=True, metavar="DIR", help="directory to create")
     parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="of the tensors; default: the run's")
+    parser.add_argument("--merge", action="store_true", help="add a checkpoint's adapters to their base model")
+    parser.add_argument("--base", metavar="DIR", help="with --merge: the base model, if it has moved since the run")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -27,4 +30,5 @@ def run(args: argparse.Namespace) -> None:
     quiet_megatron()
     from megatron_iwsft.convert.export import export_checkpoint
 
-    say(f"wrote {export_checkpoint(args.checkpoint, args.output, dtype=args.dtype)}")
+    written = export_checkpoint(args.checkpoint, args.output, dtype=args.dtype, merge=args.merge, base=args.base)
+    say(f"wrote {written}")

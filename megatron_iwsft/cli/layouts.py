@@ -34,16 +34,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="transformer_engine",
         help="the local one keeps whole keys and values under context parallelism",
     )
+    add(
+        "--adapter-rank",
+        type=positive_int,
+        metavar="N",
+        help="train adapters of this rank on all projections but experts'",
+    )
     add("--recompute", choices=("none", "full"), default="none", help="activation recomputation")
     add("--most", type=positive_int, default=20, metavar="N", help="rows to print at most")
 
 
 def run(args: argparse.Namespace) -> None:
     from megatron_iwsft.distributed.parallel_layout import valid_layouts
+    from megatron_iwsft.hf.adapters import AdapterSettings
     from megatron_iwsft.hf.architecture import Architecture
     from megatron_iwsft.model.memory import cost
 
     arch = Architecture.from_directory(args.model)
+    adapters = None
+    if args.adapter_rank is not None:
+        adapters = AdapterSettings.of(arch, rank=args.adapter_rank, alpha=1.0, targets=None)
     rows = []
     for layout in valid_layouts(arch, args.gpus, gpus_per_node=args.gpus_per_node):
         if args.global_batch_size % (args.micro_batch_size * layout.data):
@@ -59,6 +69,7 @@ def run(args: argparse.Namespace) -> None:
             micro_batches=micro_batches,
             recompute=args.recompute,
             local=args.backend == "local",
+            adapters=adapters,
         )
         if estimate.total <= args.memory * 1e9:
             rows.append((layout, micro_batches, estimate))

@@ -18,6 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, metavar="DIR", help="directory with a config.json")
     parser.add_argument("--tokens", type=positive_int, required=True, metavar="N", help="tokens in the corpus")
     parser.add_argument("--epochs", type=positive_int, required=True, metavar="N", help="passes over the corpus")
+    parser.add_argument("--adapters", action="store_true", help="adapters are trained, not all weights (adapter.rank)")
     add_degrees(parser, "tensor", "pipeline", "expert", "context", "data")
 
 
@@ -39,6 +40,6 @@ def run(args: argparse.Namespace) -> None:
     if broken:
         raise ConfigError(f"{broken}.")
     say(f"{'':20} {'FLOPs':>8} {'GB per GPU':>11} {'GB host':>9} {'GB disk':>9}")
-    for cost in reference_costs(arch, layout, tokens=args.tokens, epochs=args.epochs):
+    for cost in reference_costs(arch, layout, tokens=args.tokens, epochs=args.epochs, adapters=args.adapters):
         gpu, host, disk = (size / 1e9 for size in (cost.memory, cost.host, cost.disk))
         say(f"{cost.kind:20} {cost.flops:>+8.1%} {gpu:>11.2f} {host:>9.2f} {disk:>9.2f}")

@@ -102,10 +102,11 @@ class Objective(Section):
 class Reference(Section):
     """The reference policy that importance weights are relative to."""
 
-    source: Literal["cached", "live"] = "cached"
-    """cached: log-probs computed once by `iwsft reference`. live: a frozen second model, run in the same pipeline pass."""
+    source: Literal["cached", "live", "base"] = "cached"
+    """cached: log-probs computed once by `iwsft reference`. live: a frozen second model, run in the same pipeline pass.
+    base: with adapters, the policy's own frozen weights, run in the same pipeline pass with the adapters off."""
     model: str | None = None
-    """Hugging Face or checkpoint directory. null: the initial policy."""
+    """Hugging Face or checkpoint directory. null: the initial policy; with adapters, the model without them."""
     refresh: NonNegativeInt | Literal["epoch"] = 0
     """For live: copy the policy into the reference every so many steps, or at the start of each epoch. 0: never."""
     offload: bool = False
@@ -115,5 +116,7 @@ class Reference(Section):
     def _live_only(self) -> Reference:
         for name in ("refresh", "offload"):
             if getattr(self, name) and self.source != "live":
-                raise ValueError(f"{name} needs source: live; a cached reference never changes")
+                raise ValueError(f"{name} needs source: live; a {self.source} reference never changes")
+        if self.source == "base" and self.model is not None:
+            raise ValueError("source base is the policy without its adapters; leave model out, or use cached or live")
         return self

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, model_validator
 
+from megatron_iwsft.config.adapter import Adapter
 from megatron_iwsft.config.data import Data
 from megatron_iwsft.config.megatron import Megatron
 from megatron_iwsft.config.objective import Objective, Reference
@@ -306,6 +307,7 @@ class Config(Section):
     data: Data
     objective: Objective = Objective()
     reference: Reference = Reference()
+    adapter: Adapter = Adapter()
     parallel: Parallel = Parallel()
     precision: Precision = Precision()
     optimizer: Optimizer = Optimizer()
@@ -319,6 +321,25 @@ class Config(Section):
     def _rows_fit_the_overlaps_buffers(self) -> Config:
         if self.parallel.overlap_tensor and self.data.packing != "best_fit":
             raise ValueError("parallel.overlap_tensor needs data.packing: best_fit, whose rows are all of one length")
+        return self
+
+    @model_validator(mode="after")
+    def _fits_the_adapters(self) -> Config:
+        reference = self.reference
+        if reference.source == "base":
+            if not self.adapter.rank:
+                raise ValueError(
+                    "reference.source base is the model without its adapters, but adapter.rank is 0. Set it, or use cached or live"
+                )
+            if self.precision.fp8 == "delayed":
+                raise ValueError(
+                    "reference.source base does not go with precision.fp8 delayed, whose scales would follow two passes at once. "
+                    "Use fp8: tensorwise, or reference.source: live"
+                )
+        if self.adapter.rank and reference.refresh:
+            raise ValueError(
+                "reference.refresh copies all weights, of which adapters train none. Leave one of them out"
+            )
         return self
 
     @model_validator(mode="after")

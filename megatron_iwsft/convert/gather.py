@@ -1,4 +1,4 @@
-"""The weights of a model in training, unsharded and under Hugging Face's names, on rank 0."""
+"""The weights of a model in training, or its adapters, unsharded and under Hugging Face's names, on rank 0."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
 from torch import Tensor
 
 from megatron_iwsft.distributed.context import ParallelContext
+from megatron_iwsft.hf.adapter_mapping import adapter_rows
 from megatron_iwsft.hf.mapping import PerExpert, named_rows
 from megatron_iwsft.model.gpt import PolicyModel
 from megatron_iwsft.model.parameters import checkpoint_name
@@ -28,9 +29,14 @@ class RunningWeights:
         self.architecture = chunks[0].architecture
         self._local: dict[_Key, Tensor] = {}
         for model in chunks:
-            for name, parameter in model.named_parameters():
+            for name, parameter in model.trained_parameters():
                 self._local[checkpoint_name(model, name)] = parameter.detach()
-        self._rows = dict(named_rows(self.architecture, tensor_parallel=parallel.tp.size()))
+        adapters = chunks[0].adapters
+        self._rows = dict(
+            named_rows(self.architecture, tensor_parallel=parallel.tp.size())
+            if adapters is None
+            else adapter_rows(self.architecture, adapters.settings)
+        )
         self.names = [hf for row in self._rows.values() for hf in row.hf]
         self._row_of = {hf: name for name, row in self._rows.items() for hf in row.hf}
         self._unread = list(self._rows)

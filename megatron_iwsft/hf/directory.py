@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -156,14 +157,18 @@ class RandomInit:
         elif name.endswith("norm.weight"):
             full = torch.zeros(shape) if self.architecture.zero_centered_norms else torch.ones(shape)
         else:
-            digest = hashlib.sha256(f"{self._seed}/{name}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
             std = self.architecture.init_std
             if name.endswith(("o_proj.weight", "down_proj.weight")):
                 std /= (2 * self.architecture.num_layers) ** 0.5
-            full = torch.randn(shape, generator=generator) * std
+            full = torch.randn(shape, generator=generator_for(self._seed, name)) * std
         dim, start, stop = span
         return full.narrow(dim, start, stop - start)
+
+
+def generator_for(seed: int, name: str) -> torch.Generator:
+    """A random generator that depends on both."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
 
 
 def tokenizer_files(directory: Path) -> list[Path]:
@@ -190,12 +195,19 @@ def write_directory(
     exist_ok: if another process completes `output` first, keep that and discard this one, having read every tensor.
     Raises CheckpointError if `output` exists or cannot be written.
     """
+    with new_directory(output, exist_ok=exist_ok) as partial:
+        _write_files(partial, architecture, read, names, dtype, shard_bytes)
+        finish(partial)
+
+
+@contextmanager
+def new_directory(output: Path, *, exist_ok: bool) -> Iterator[Path]:
+    """Within the block, a directory that becomes `output` once the block has ended. exist_ok, and what is raised: see `write_directory`."""
     if os.path.lexists(output) and not exist_ok:
         raise CheckpointError(f"{output} already exists. Remove it, or choose another output directory.")
     try:
         with atomic_directory(output) as partial:
-            _write_files(partial, architecture, read, names, dtype, shard_bytes)
-            finish(partial)
+            yield partial
     except FileExistsError:
         if not (exist_ok and output.is_dir()):
             raise CheckpointError(

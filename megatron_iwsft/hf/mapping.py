@@ -337,9 +337,14 @@ def shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
 
 def named_rows(arch: Architecture, *, tensor_parallel: int = 1) -> list[tuple[str, Mapping]]:
     """Every parameter of a model: (checkpoint name, mapping with the layer number filled in)."""
+    return numbered(table(arch, tensor_parallel=tensor_parallel), arch.num_layers)
+
+
+def numbered(rows: list[Mapping], layers: int) -> list[tuple[str, Mapping]]:
+    """The rows of a table with the layer numbers filled in, by checkpoint name."""
     out = []
-    for row in table(arch, tensor_parallel=tensor_parallel):
-        for layer in range(arch.num_layers) if "{}" in row.megatron else (0,):
+    for row in rows:
+        for layer in range(layers) if "{}" in row.megatron else (0,):
             named = Mapping(row.megatron.format(layer), tuple(name.format(layer) for name in row.hf), row.layout)
             out.append((named.megatron, named))
     return out

@@ -40,11 +40,12 @@ class Provenance:
 
 @dataclass(frozen=True)
 class SupportingFiles:
-    """The files that go with exported weights. chat_template: replaces the tokenizer's own template, unless None."""
+    """The files that go with exported weights. chat_template: replaces the tokenizer's own template, unless None. library: reads them."""
 
     tokenizer_files: list[Path]
     provenance: Provenance
     chat_template: str | None = None
+    library: str = "transformers"
 
     def write(self, directory: Path, architecture: Architecture) -> None:
         for file in self.tokenizer_files:
@@ -52,7 +53,7 @@ class SupportingFiles:
         if self.chat_template is not None:
             write_text(directory / CHAT_TEMPLATE, self.chat_template)
         write_json(directory / GENERATION, _generation_config(directory, architecture), indent=2, sort_keys=True)
-        write_text(directory / "README.md", _model_card(self.provenance))
+        write_text(directory / "README.md", _model_card(self.provenance, self.library))
 
 
 def _generation_config(directory: Path, architecture: Architecture) -> dict[str, Any]:
@@ -92,7 +93,7 @@ def _turn_ends(directory: Path) -> list[int]:
     return [ids[-1] for ids in (tokenizer.encode_pieces([text])[0] for text in texts) if ids]
 
 
-def _model_card(provenance: Provenance) -> str:
+def _model_card(provenance: Provenance, library: str) -> str:
     config = provenance.config
     run, objective, data, model = (config.get(key) or {} for key in ("run", "objective", "data", "model"))
     facts = {
@@ -102,12 +103,21 @@ def _model_card(provenance: Provenance) -> str:
         **_corpora(data, provenance.corpora),
         "trained from": next((v for v in model.values() if isinstance(v, str)), None),
         "reference": (config.get("reference") or {}).get("model"),
+        "adapters": _adapters(config.get("adapter") or {}),
         "chat template hash": provenance.template_hash,
         "exported by": f"megatron_iwsft {__version__}",
     }
-    lines = ["---", "library_name: transformers", "---", f"# {_literally(run.get('name', 'model'))}", ""]
+    lines = ["---", f"library_name: {library}", "---", f"# {_literally(run.get('name', 'model'))}", ""]
     facts_given = (f"- {name}: {_literally(value)}" for name, value in facts.items() if value is not None)
     return "\n".join([*lines, *facts_given]) + "\n"
+
+
+def _adapters(adapter: dict[str, Any]) -> str | None:
+    if not adapter.get("rank"):
+        return None
+    return (
+        f"rank {adapter['rank']}, alpha {adapter['alpha']:g}, on {', '.join(adapter['targets'] or ['all projections'])}"
+    )
 
 
 def _literally(value: object) -> str:

@@ -22,7 +22,7 @@ from typing_extensions import TypedDict  # pydantic asks for this one before Pyt
 from megatron_iwsft.errors import CheckpointError
 from megatron_iwsft.hf.quantization import how_to_dequantise
 from megatron_iwsft.utils.files import atomic_write, open_regular
-from megatron_iwsft.utils.json_files import check_json, parse_json
+from megatron_iwsft.utils.json_files import check_json, fits, parse_json
 
 _DTYPES = {
     "F64": torch.float64,
@@ -48,7 +48,8 @@ class _Entry(TypedDict):
 class SafetensorsFile:
     """An open safetensors file. Raises FileNotFoundError if it is missing, CheckpointError if it is truncated or not valid.
 
-    shapes  tensor name → shape, for every tensor in the file
+    shapes    tensor name → shape, for every tensor in the file
+    metadata  the file's own, text by name
     """
 
     def __init__(self, path: Path) -> None:
@@ -77,7 +78,8 @@ class SafetensorsFile:
         advice = "Download or export it again."
         where = f"{self.path} cannot be read as safetensors: its header"
         content = parse_json(self._file.read(length), dict[str, Any], CheckpointError, where=where, advice=advice)
-        content.pop("__metadata__", None)
+        notes = content.pop("__metadata__", None)
+        self.metadata: dict[str, str] = notes if fits(notes, dict[str, str]) else {}
         header: Any = check_json(content, dict[str, _Entry], CheckpointError, where=where, advice=advice)
         end = 0
         for name, entry in header.items():
@@ -129,12 +131,13 @@ def write_safetensors(
     dtype: torch.dtype,
     *,
     written: Callable[[int], object] = lambda size: None,
+    metadata: dict[str, str] | None = None,
 ) -> None:
     """Write the tensors of `shapes` in that order. `read` is called once per tensor; `written` gets the bytes of each block.
 
     Raises CheckpointError if a tensor does not have the shape given in `shapes`.
     """
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, object] = {"__metadata__": {"format": "pt"} | (metadata or {})}
     at = 0
     for name, shape in shapes.items():
         size = torch.Size(shape).numel() * dtype.itemsize

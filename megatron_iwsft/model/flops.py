@@ -32,9 +32,17 @@ def multiply_adds(arch: Architecture, lengths: np.ndarray) -> np.ndarray:
     return arch.num_layers * (projections + ffn) * lengths + 2 * attention * pairs
 
 
-def training_flops(arch: Architecture, lengths: np.ndarray, trained: int) -> float:
-    """FLOPs of forward and backward: 3 × forward (arXiv 2104.04473, appendix). Recomputation is not counted."""
-    return 3 * forward_flops(arch, lengths, trained)
+def training_flops(arch: Architecture, lengths: np.ndarray, trained: int, *, frozen: bool = False) -> float:
+    """FLOPs of forward and backward. Recomputation is not counted. frozen: see `training_factor`."""
+    return training_factor(frozen=frozen) * forward_flops(arch, lengths, trained)
+
+
+def training_factor(*, frozen: bool) -> int:
+    """FLOPs of forward and backward over those of forward (arXiv 2104.04473, appendix).
+
+    frozen: adapters are trained and the weights have no gradients. What the adapters compute is not counted: a percent or so.
+    """
+    return 2 if frozen else 3
 
 
 def _pairs(lengths: np.ndarray, window: int | None) -> np.ndarray:

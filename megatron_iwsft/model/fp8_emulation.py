@@ -112,17 +112,17 @@ class _Linear(torch.autograd.Function):
         return (rounded_x @ rounded_weight.t()).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
         x, weight = ctx.saved_tensors
         rounding: Fp8Rounding = ctx.rounding
-        by_row = rounding.gradient(grad)
-        if rounding.is_blockwise:
-            by_column = rounding.gradient(grad.t())
-            grad_x = by_row @ rounding.weight(weight.t()).t()
-            grad_weight = by_column @ rounding.input(x.t()).t()
-        else:
-            grad_x, grad_weight = by_row @ weight, by_row.t() @ x
-        return grad_x.to(ctx.dtypes[0]), grad_weight.to(ctx.dtypes[1]), None
+        by_row, grad_weight = rounding.gradient(grad), None
+        grad_x = by_row @ (rounding.weight(weight.t()).t() if rounding.is_blockwise else weight)
+        if ctx.needs_input_grad[1]:  # not of a frozen weight
+            by_column, by_input = by_row.t(), x
+            if rounding.is_blockwise:
+                by_column, by_input = rounding.gradient(grad.t()), rounding.input(x.t()).t()
+            grad_weight = (by_column @ by_input).to(ctx.dtypes[1])
+        return grad_x.to(ctx.dtypes[0]), grad_weight, None
 
 
 def _product(x: Tensor, weight: Tensor, rounding: Fp8Rounding) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -25,11 +25,12 @@ from megatron_iwsft.distributed.mcore_compat import checked, mlp_submodules
 from megatron_iwsft.distributed.parallel_layout import ParallelLayout
 from megatron_iwsft.errors import ConfigError
 from megatron_iwsft.hf.architecture import Architecture
+from megatron_iwsft.model.adapters import Adapters
 from megatron_iwsft.model.fp8_emulation import EmulatedColumnParallelLinear, EmulatedRowParallelLinear, emulate_fp8
 from megatron_iwsft.model.layers import RotaryLayer, inverse_frequencies, normed_residual, rope_columns
 from megatron_iwsft.model.moe import Balance, BalancedRouter, ExpertLayer, PackedRow
 from megatron_iwsft.model.packed_attention import PackedAttention
-from megatron_iwsft.model.parameters import ATTENTION_NORM, is_expert
+from megatron_iwsft.model.parameters import ATTENTION_NORM, is_adapter, is_expert
 from megatron_iwsft.ops.logprob import vocab_parallel_logprob
 
 ContextCommunication = Literal["p2p", "all_gather", "a2a"]
@@ -89,11 +90,24 @@ class _HiddenStates(ColumnParallelLinear):
 
 
 class PolicyModel(GPTModel):
-    """GPTModel that returns the log-prob of each label, from `ops.logprob`, where Megatron-Core's returns its loss."""
+    """GPTModel that returns the log-prob of each label, from `ops.logprob`, where Megatron-Core's returns its loss.
+
+    adapters: its low-rank adapters, None unless `add_adapters` has added some.
+    """
+
+    adapters: Adapters | None = None
 
     def __init__(self, architecture: Architecture, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.architecture = architecture
+
+    def trained_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """(name, parameter) of what training changes and checkpoints hold: the adapters if there are any, else everything."""
+        return ((n, p) for n, p in self.named_parameters() if self.adapters is None or is_adapter(n))
+
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Megatron-Core's, of `trained_parameters`."""
+        return super().sharded_state_dict(*args, **kwargs) if self.adapters is None else self.adapters.sharded_state()
 
     def setup_embeddings_and_output_layer(self) -> None:
         # GPTModel's constructor calls this between making the output layer and tying it to the embedding.

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_iwsft.distributed.parallel_layout import ParallelLayout
+from megatron_iwsft.hf.adapters import AdapterSettings, projections
 from megatron_iwsft.hf.architecture import Architecture
 
 _BF16, _FP32 = 2, 4
@@ -46,18 +47,23 @@ def cost(
     local: bool = False,
     dtype: Literal["bf16", "fp32"] = "bf16",
     distributed: bool = True,
+    adapters: AdapterSettings | None = None,
 ) -> Cost:
     """Cost of training, by default in bf16 with the distributed optimizer. seq_length in tokens; micro_batches per step and pipeline.
 
+    adapters: trained in place of the weights, which then have neither gradients nor optimizer states. A layer keeps what it keeps without
+    adapters, and their A·x: a little less if it is no target.
     local: for the local backend, whose context-parallel ranks keep the keys and values of the whole sequence.
     The log-prob operator's chunk of logits and the trained rows it saves are left out: they do not grow with the layout.
     """
     # The first stage holds most activations, and the first or the last most parameters.
     dense, expert = max(stage_parameters(arch, layout), key=sum)
+    added = (0, 0) if adapters is None else adapter_parameters(arch, layout, adapters)
+    trained = (dense, expert) if adapters is None else added
     replicas = layout.context * layout.data
-    optimizer = dense + expert
+    optimizer = sum(trained)
     if distributed:
-        optimizer = dense // replicas + expert // (layout.tensor * replicas // layout.expert)
+        optimizer = trained[0] // replicas + trained[1] // (layout.tensor * replicas // layout.expert)
     size = DTYPE_BYTES[dtype]
     tokens = seq_length * micro_batch_size // layout.context
     layers = max(_layers(arch, layout)) * layout.chunks_per_stage
@@ -66,15 +72,15 @@ def cost(
         in_flight = min(
             micro_batches, layout.pipeline * (1 + (layout.pipeline - 1) / (layout.pipeline * layout.chunks_per_stage))
         )
-    per_layer = _activation_bytes(arch, layout, local=local) * size // _BF16
+    per_layer = (_activation_bytes(arch, layout, local=local) + _adapter_bytes(arch, layout, adapters)) * size // _BF16
     if recompute == "full":
         kept = size * arch.hidden_size // (layout.tensor if layout.sequence else 1)
         activations = tokens * (kept * layers * in_flight + per_layer)
     else:
         activations = tokens * per_layer * layers * in_flight
     return Cost(
-        parameters=size * (dense + expert),
-        gradients=_FP32 * (dense + expert),
+        parameters=size * (dense + expert + sum(added)),
+        gradients=_FP32 * sum(trained),
         optimizer=OPTIMIZER_BYTES[dtype] * optimizer,
         activations=int(activations),
         bubble=(layout.pipeline - 1) / (layout.chunks_per_stage * micro_batches + layout.pipeline - 1),
@@ -112,6 +118,31 @@ def stage_parameters(arch: Architecture, layout: ParallelLayout) -> list[tuple[i
     if not arch.tied or layout.pipeline > 1:  # a tied output layer on another stage is a copy
         dense[-1] += vocabulary
     return list(zip(dense, experts, strict=True))
+
+
+def adapter_parameters(arch: Architecture, layout: ParallelLayout, settings: AdapterSettings) -> tuple[int, int]:
+    """(dense, experts') parameters of adapters on one rank of the stage with the most layers."""
+    dense = experts = 0
+    for target in settings.targets:
+        for out, columns in projections(arch, target).values():
+            if target == "experts" and arch.experts:
+                experts += (out + columns) * arch.experts.count // layout.expert
+            elif target in ("proj", "fc2"):  # row-parallel: B is replicated
+                dense += out + columns // layout.tensor
+            else:
+                dense += columns + out // layout.tensor
+    layers = max(sum(_layers(arch, layout)[stage :: layout.pipeline]) for stage in range(layout.pipeline))
+    return layers * settings.rank * dense, layers * settings.rank * experts
+
+
+def _adapter_bytes(arch: Architecture, layout: ParallelLayout, settings: AdapterSettings | None) -> int:
+    """Bytes of A·x that one layer's adapters keep per token of this rank, in bf16: all of them of column-parallel layers."""
+    if settings is None:
+        return 0
+    chosen = arch.experts.per_token if arch.experts else 1
+    split = layout.tensor if layout.sequence else 1
+    share = {"qkv": 1.0, "fc1": 1.0, "proj": 1 / split, "fc2": 1 / split, "experts": chosen / layout.tensor}
+    return int(_BF16 * settings.rank * sum(share[t] * len(projections(arch, t)) for t in settings.targets))
 
 
 def local_mask_bytes(arch: Architecture, layout: ParallelLayout, longest: int) -> int:

@@ -24,19 +24,24 @@ class ReferenceCost:
     disk: int = 0
 
 
-def reference_costs(arch: Architecture, layout: ParallelLayout, *, tokens: int, epochs: int) -> list[ReferenceCost]:
+def reference_costs(
+    arch: Architecture, layout: ParallelLayout, *, tokens: int, epochs: int, adapters: bool = False
+) -> list[ReferenceCost]:
     """Costs for a corpus of `tokens` tokens, with weights in bf16.
 
     A forward pass takes 2 FLOPs per parameter and token, training takes 6 (arXiv 2001.08361, section 2.1). Attention has the same
-    ratio, so the fractions hold with it.
+    ratio, so the fractions hold with it. adapters: weights have no gradients, so that training takes 4; adapters' own parameters, less
+    than a percent of a model's, are not counted.
     """
     copy = _BF16 * max(map(sum, stage_parameters(arch, layout)))
-    forward = 1 / 3
+    forward = 1 / 2 if adapters else 1 / 3
+    average = 0 if adapters else copy * _FP32 // _BF16
     return [
         ReferenceCost("cached", flops=forward / epochs, memory=0, disk=_FP32 * tokens),
         ReferenceCost("live", flops=forward, memory=copy),
         ReferenceCost("live, offload", flops=forward, memory=copy, host=copy),
-        ReferenceCost("live, refresh", flops=forward, memory=copy),
+        *([ReferenceCost("base", flops=forward, memory=0)] if adapters else []),
+        *([] if adapters else [ReferenceCost("live, refresh", flops=forward, memory=copy)]),
         ReferenceCost("proposal snapshot", flops=forward, memory=copy),
-        ReferenceCost("proposal ema", flops=forward, memory=copy + copy * _FP32 // _BF16),
+        ReferenceCost("proposal ema", flops=forward, memory=copy + average),
     ]

@@ -8,6 +8,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_iwsft.model.gpt import PolicyModel
+
+
+class WithoutAdapters(torch.nn.Module):
+    """A policy stage without its adapters, as a frozen model beside it: the same weights, and no memory of its own."""
+
+    _model: tuple[PolicyModel]
+
+    def __init__(self, model: PolicyModel) -> None:
+        super().__init__()
+        self._model = (model,)  # no submodule: what freezes this module must leave the adapters alone
+
+    def set_input_tensor(self, tensors: list[Tensor | None]) -> None:
+        self._model[0].set_input_tensor(tensors)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        (model,) = self._model
+        assert model.adapters is not None
+        with model.adapters.off():
+            return model(*args, **kwargs)
+
 
 class StageWithFrozenModels(torch.nn.Module):
     """A policy stage and frozen models' same stages (reference, lagged proposal), run in one pipeline pass.
@@ -23,14 +44,16 @@ class StageWithFrozenModels(torch.nn.Module):
         self.module = policy
         self.frozen = torch.nn.ModuleList(model.requires_grad_(False).eval() for model in frozen)
         self.config = policy.config
+        self._input: Tensor | None = None
         self._hosts = [_HostWeights(model) for model in frozen] if offload else [None] * len(frozen)
 
     def set_input_tensor(self, tensors: list[Tensor | None]) -> None:
-        (tensor,) = tensors
-        policy = self.module.module if hasattr(self.module, "module") else self.module
-        for i, stage in enumerate((policy, *self.frozen)):
-            part = None if tensor is None else tensor[:, i : i + 1]
-            stage.set_input_tensor([None if part is None else (part if i == 0 else part.detach()).contiguous()])
+        (self._input,) = tensors
+
+    def _hand_over(self, stage: Any, number: int) -> None:
+        """Give a model its part of the input, right before it computes: models may share their modules."""
+        part = None if self._input is None else self._input[:, number : number + 1]
+        stage.set_input_tensor([None if part is None else (part.detach() if number else part).contiguous()])
 
     def set_is_first_microbatch(self) -> None:
         """Called by Megatron-Core's schedule if present; Transformer Engine then re-quantises FP8 weights."""
@@ -41,12 +64,15 @@ class StageWithFrozenModels(torch.nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         coming = [host for host in self._hosts if host is not None]
         _start_copying(coming)
+        self._hand_over(self.module.module if hasattr(self.module, "module") else self.module, 0)
         outs = [self.module(*args, **kwargs)]
         with torch.no_grad():
-            for model, host in zip(self.frozen, self._hosts, strict=True):
+            for number, (model, host) in enumerate(zip(self.frozen, self._hosts, strict=True), 1):
                 with host or nullcontext():
                     _start_copying(coming)
+                    self._hand_over(model, number)
                     outs.append(model(*args, **kwargs))
+        self._input = None
         return torch.cat(outs, dim=0 if outs[0].dim() == 2 else 1)
 
 

@@ -1,6 +1,7 @@
 """Frozen copies of the policy that are updated from it every few steps: the lagged proposal, and a refreshed reference.
 
-A copy is sharded like the model, has no gradients and no optimizer, and is part of every checkpoint. Memory: the parameters again, in
+A copy is sharded like the model, has no gradients and no optimizer, and is part of every checkpoint; where adapters are trained, only they
+are copied and saved. Memory: the parameters again, in
 the run's dtype, and for an average of bfloat16 parameters a float32 one as well (bfloat16 would round its small updates away).
 """
 
@@ -32,7 +33,7 @@ class LaggedCopy:
     def __post_init__(self) -> None:
         for chunk in self.chunks:
             chunk.requires_grad_(False)
-            rounded = [(n, p) for n, p in chunk.named_parameters() if p.dtype != torch.float32]
+            rounded = [(n, p) for n, p in chunk.trained_parameters() if p.dtype != torch.float32]
             self._averages.append({name: p.data.float() for name, p in rounded} if self.decay else {})
 
     @torch.no_grad()
@@ -41,8 +42,8 @@ class LaggedCopy:
         if not self.due(step):
             return
         for chunk, averages, newest in zip(self.chunks, self._averages, policy, strict=True):
-            values = dict(newest.named_parameters())
-            for name, parameter in chunk.named_parameters():
+            values = dict(newest.trained_parameters())
+            for name, parameter in chunk.trained_parameters():
                 average = averages.get(name, parameter.data)
                 average.mul_(self.decay).add_(values[name].to(average), alpha=1.0 - self.decay)
                 if name in averages:
@@ -54,7 +55,7 @@ class LaggedCopy:
 
         state: dict[str, Any] = {}
         for i, (chunk, averages) in enumerate(zip(self.chunks, self._averages, strict=True)):
-            values = {name: averages.get(name, parameter.data) for name, parameter in chunk.named_parameters()}
+            values = {name: averages.get(name, parameter.data) for name, parameter in chunk.trained_parameters()}
             saved: set[str] = set()
             for name, entry in chunk.sharded_state_dict(metadata=metadata).items():
                 if name in values and isinstance(entry, ShardedTensor | ShardedTensorFactory):
@@ -70,7 +71,7 @@ class LaggedCopy:
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Take over a loaded `sharded_state`."""
         for i, (chunk, averages) in enumerate(zip(self.chunks, self._averages, strict=True)):
-            for name, parameter in chunk.named_parameters():
+            for name, parameter in chunk.trained_parameters():
                 if f"{i}.{name}" in state:
                     for target in (parameter.data, averages.get(name)):
                         if target is not None:

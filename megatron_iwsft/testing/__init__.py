@@ -63,20 +63,22 @@ def worked_sums(directory: Path, count: int) -> Path:
 
 
 def whole_gradients(chunks: list[Any], parallel: ParallelContext) -> dict[str, Tensor]:
-    """Every parameter's gradient in Hugging Face's names and shapes, on every rank.
+    """The gradient of every trained parameter in Hugging Face's names and shapes (adapters: PEFT's), on every rank.
 
     Reads `main_grad` after reduction, so the data-parallel sharding of a distributed optimizer must be off. Collective.
     """
+    from megatron_iwsft.hf.adapter_mapping import adapter_rows
     from megatron_iwsft.hf.mapping import PerExpert, named_rows
     from megatron_iwsft.model.gpt import PolicyModel
     from megatron_iwsft.model.parameters import checkpoint_name
 
     local: dict[tuple[str, int | None], Tensor] = {}
-    architecture = None
+    architecture = adapters = None
     for chunk in chunks:
         model: PolicyModel = chunk.module
-        architecture = model.architecture
-        for name, parameter in model.named_parameters():
+        parameter: Any
+        architecture, adapters = model.architecture, model.adapters
+        for name, parameter in model.trained_parameters():
             local[checkpoint_name(model, name)] = parameter.main_grad.detach().cpu().clone()
     assert architecture is not None
     gathered: list[Any] = [None] * dist.get_world_size()
@@ -91,7 +93,8 @@ def whole_gradients(chunks: list[Any], parallel: ParallelContext) -> dict[str, T
                     f"ranks that hold the same shard of {name} differ: norms {known.norm():g} and {tensor.norm():g}"
                 )
     out: dict[str, Tensor] = {}
-    for name, row in named_rows(architecture, tensor_parallel=parallel.tp.size()):
+    rows = named_rows(architecture, tensor_parallel=parallel.tp.size())
+    for name, row in rows if adapters is None else adapter_rows(architecture, adapters.settings):
         if isinstance(row.layout, PerExpert):
             full = torch.stack([shards[name, expert][0] for expert in range(row.layout.count)])
         else:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_iwsft.checkpoint.info import AdapterInfo
 from megatron_iwsft.checkpoint.initial_weights import InitialWeights
 from megatron_iwsft.config.data import MixtureCorpus, QualityConfig
 from megatron_iwsft.config.schema import Config, Model
@@ -17,7 +18,11 @@ from megatron_iwsft.data.scores import normalized_by_source, thresholds_in_score
 from megatron_iwsft.data.tokenizer import load_tokenizer
 from megatron_iwsft.distributed.parallel_layout import ParallelLayout
 from megatron_iwsft.errors import CheckpointError, ConfigError, DataError
-from megatron_iwsft.hf.directory import DTYPES
+from megatron_iwsft.hf.adapter_mapping import RandomAdapters
+from megatron_iwsft.hf.adapters import AdapterSettings
+from megatron_iwsft.hf.architecture import Architecture
+from megatron_iwsft.hf.directory import DTYPES, TensorSource
+from megatron_iwsft.hf.peft import PeftDirectory, refuse_experts
 from megatron_iwsft.objectives.custom import find_objective, source_hash
 from megatron_iwsft.objectives.functions import Objective, Origin, Settings
 from megatron_iwsft.reference.sidecar import ReferenceIdentity
@@ -33,6 +38,8 @@ class CheckedRun:
     objective_source  SHA-256 of a custom objective's file, else None
     policy, reference the initial weights of each, not yet read; the same object where the reference is the initial policy
     mixture           the corpora to train on, as one sequence of trajectories
+    adapters          of the policy, None if all of its weights are trained
+    adapter_init      what they start from, None for random ones
     evaluation        the held-out corpus, if there is one
     callbacks         the user's own: name in the config → function
     """
@@ -45,6 +52,8 @@ class CheckedRun:
     objective_source: str | None
     policy: InitialWeights
     reference: InitialWeights
+    adapters: AdapterSettings | None
+    adapter_init: PeftDirectory | None
     evaluation: Corpus | None
     callbacks: dict[str, CallbackFunction]
 
@@ -71,6 +80,11 @@ class CheckedRun:
         independent = epoch == 0 and not self.config.reference.refresh
         return self.config.data.drawn_from if independent else "other"
 
+    def initial_adapters(self) -> TensorSource:
+        """The policy's adapters at the start of training, not yet read."""
+        assert self.adapters is not None
+        return self.adapter_init or RandomAdapters(self.policy.architecture, self.adapters, self.config.run.seed)
+
     @property
     def total_steps(self) -> int:
         return self.sampler.total_steps(self.config.data.epochs, self.config.data.max_steps)
@@ -79,6 +93,21 @@ class CheckedRun:
         """What the reference log-probs of each corpus depend on, and so which sidecar they are in. Reads samples of the weights' files."""
         weights, dtype = self.reference.fingerprint, self.config.precision.described
         return [ReferenceIdentity.of(corpus, weights=weights, dtype=dtype) for corpus in self.mixture.corpora]
+
+    def adapter_info(self) -> AdapterInfo | None:
+        """What checkpoints of adapters say about them; None if weights are trained. Reads samples of the weights' files.
+
+        Raises ConfigError for initial adapters of another base.
+        """
+        if self.adapters is None:
+            return None
+        base, init, settings = self.policy.fingerprint, self.adapter_init, self.adapters
+        if init is not None and init.base not in (None, base):
+            raise ConfigError(
+                f"adapter.init {init.directory} belongs to another base than {self.policy.described}: the fingerprint of its base is "
+                f"{init.base[:12]}, not {base[:12]}. Use the model that it was trained on."
+            )
+        return AdapterInfo(rank=settings.rank, alpha=settings.alpha, targets=list(settings.targets), base=base)
 
 
 def check(config: Config, *, world_size: int) -> CheckedRun:
@@ -102,6 +131,7 @@ def check(config: Config, *, world_size: int) -> CheckedRun:
         )
     if objective.needs_reference and config.reference.source == "cached":
         check_cacheable(config)
+    adapters, init = adapter_settings(config, policy.architecture), config.adapter.init
     reference, evaluation = _reference(config, mixture.corpora[0], policy), _evaluation(config, mixture.corpora[0])
     for corpus in filter(None, (*mixture.corpora, evaluation)):
         for weights in (policy, reference):
@@ -115,6 +145,8 @@ def check(config: Config, *, world_size: int) -> CheckedRun:
         objective_source=objective_source,
         policy=policy,
         reference=reference,
+        adapters=adapters,
+        adapter_init=PeftDirectory(init, policy.architecture, adapters) if adapters and init else None,
         evaluation=evaluation,
         callbacks=load_callbacks(config.logging.callbacks),
     )
@@ -134,6 +166,17 @@ def check_cacheable(config: Config) -> None:
             "reference.source cached does not go with precision.fp8 delayed: its scales follow the training steps, and a pass without "
             "gradients leaves them at 1. Use fp8: tensorwise, or reference.source: live."
         )
+
+
+def adapter_settings(config: Config, architecture: Architecture) -> AdapterSettings | None:
+    """The adapters that a config asks for. Raises ConfigError for what the model does not have, CheckpointError for what has no export."""
+    section = config.adapter
+    if not section.rank:
+        return None
+    settings = AdapterSettings.of(architecture, rank=section.rank, alpha=section.alpha, targets=section.targets)
+    if config.export.every or config.export.at_end:
+        refuse_experts(settings)
+    return settings
 
 
 def _reference(config: Config, corpus: Corpus, policy: InitialWeights) -> InitialWeights:

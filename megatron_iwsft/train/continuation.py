@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from megatron_iwsft.checkpoint.info import CheckpointInfo
+from megatron_iwsft.checkpoint.info import AdapterInfo, CheckpointInfo
 from megatron_iwsft.config.schema import Config
 from megatron_iwsft.config.section import Section
 from megatron_iwsft.errors import ConfigError
@@ -14,11 +14,12 @@ from megatron_iwsft.train.check import CheckedRun
 # What may differ between a run and its continuation. Anything else would make it another run.
 _MAY_CHANGE = {
     "run": {"name", "dir", "device", "bind_device", "hang_timeout_s", "max_bad_steps", "spike"},
+    "adapter": {"init"},
     "data": {"corpus", "pad_to", "micro_batch_size", "balance", "epochs", "max_steps", "drawn_from", "verify"},
 }
 # Of each corpus of a mixture: its content is compared by fingerprint.
 _MAY_CHANGE_IN_CORPORA = {"corpus", "name"}
-_MUST_STAY = ("model", "data", "objective", "reference", "precision", "run")
+_MUST_STAY = ("model", "adapter", "data", "objective", "reference", "precision", "run")
 _NOT_REPORTED = {"run.name", "run.dir"}
 _AFFECTS_LR_SCHEDULE = {
     "data.epochs",
@@ -37,6 +38,21 @@ def _check_packing(run: CheckedRun, info: CheckpointInfo) -> None:
             f"with data.pad_to {run.config.data.pad_to} and parallel.context {run.config.parallel.context}, trajectories are packed as "
             f"multiples of {now} tokens, but {info.directory} was trained with multiples of {earlier}. Set data.pad_to: {earlier} to "
             "continue that run, or choose another run.dir for a new one."
+        )
+
+
+def _check_adapter(run: CheckedRun, info: CheckpointInfo, now: AdapterInfo | None) -> None:
+    """Raise ConfigError if a checkpoint of weights would be continued with adapters, or adapters on other weights than theirs."""
+    earlier = info.adapter
+    if (earlier is None) != (now is None):
+        raise ConfigError(
+            f"adapter.rank is {run.config.adapter.rank}, but {info.directory} holds {'weights' if earlier is None else 'adapters'}. "
+            "Set it back to continue that run, or choose another run.dir for a new one."
+        )
+    if earlier is not None and now is not None and earlier["base"] != now["base"]:
+        raise ConfigError(
+            f"the base model {run.policy.described} has changed since {info.directory} was written: its fingerprint is {now['base'][:12]}, "
+            f"not {earlier['base'][:12]}, and the adapters belong to the earlier one. Restore it, or choose another run.dir for a new run."
         )
 
 
@@ -76,8 +92,8 @@ def _may_change(path: tuple[str, ...]) -> bool:
     return path[0] not in _MUST_STAY or path[1] in _MAY_CHANGE.get(path[0], ())
 
 
-def check_same_run(run: CheckedRun, info: CheckpointInfo) -> None:
-    """Raise ConfigError naming the first thing that differs and may not."""
+def check_same_run(run: CheckedRun, info: CheckpointInfo, adapter: AdapterInfo | None = None) -> None:
+    """Raise ConfigError naming the first thing that differs and may not. adapter: what this run's checkpoints say about adapters."""
     for path, value, earlier in _differences(run.config, info.config):
         if not _may_change(path):
             raise ConfigError(
@@ -85,6 +101,7 @@ def check_same_run(run: CheckedRun, info: CheckpointInfo) -> None:
                 "choose another run.dir for a new one."
             )
     _check_packing(run, info)
+    _check_adapter(run, info, adapter)
     if info.objective != run.objective_source:
         raise ConfigError(
             f"the file of objective.name {run.config.objective.name} has changed since {info.directory} was written, so earlier and later "

@@ -18,13 +18,15 @@ from megatron_iwsft.data.sampler import Sampler
 from megatron_iwsft.distributed.mcore_compat import unknown_settings
 from megatron_iwsft.distributed.parallel_layout import ParallelLayout
 from megatron_iwsft.errors import CheckpointError, ConfigError, DataError
+from megatron_iwsft.hf.adapters import num_parameters as num_adapter_parameters
 from megatron_iwsft.hf.architecture import Architecture
-from megatron_iwsft.model.flops import forward_flops, training_flops
+from megatron_iwsft.model.flops import forward_flops, training_factor
 from megatron_iwsft.model.memory import DTYPE_BYTES, OPTIMIZER_BYTES, Cost, cost, num_parameters, stage_parameters
 from megatron_iwsft.objectives.custom import find_objective
 from megatron_iwsft.reference.sidecar import Sidecar, SidecarWriter
 from megatron_iwsft.train.check import (
     CheckedRun,
+    adapter_settings,
     check,
     check_cacheable,
     check_layout,
@@ -217,8 +219,8 @@ def _describe_data(
     if weights is not None:
         # The share of trained tokens is the corpus's: an epoch may draw trajectories more than once.
         trained = round(counts["trained_tokens"] / counts["tokens"] * tokens)
-        count = training_flops if command == "train" else forward_flops
-        flops = count(weights.architecture, mixture.lengths[items].astype(np.int64), trained) * passes
+        forward = forward_flops(weights.architecture, mixture.lengths[items].astype(np.int64), trained) * passes
+        flops = forward * training_factor(frozen=bool(config.adapter.rank)) if command == "train" else forward
         out.add("compute", f"{flops:.3g} model FLOPs, {flops / world_size:.3g} per process")
 
 
@@ -261,6 +263,7 @@ def _memory(out: Plan, config: Config, layout: ParallelLayout, arch: Architectur
         recompute="full" if whole else "none",
         dtype=dtype,
         distributed=config.optimizer.distributed,
+        adapters=adapter_settings(config, arch),
     )
     if command == "reference":
         out.add(
@@ -288,7 +291,8 @@ def _frozen_copies(config: Config, size: int) -> int:
     if config.reference.offload:
         return 0
     live = find_objective(config.objective.name).needs_reference and config.reference.source == "live"
-    proposal = {"current": 0, "snapshot": size, "ema": size + 4}[config.objective.proposal.kind]
+    average = 0 if config.adapter.rank else 4  # of adapters alone
+    proposal = {"current": 0, "snapshot": size, "ema": size + average}[config.objective.proposal.kind]
     return (size if live else 0) + proposal
 
 
@@ -302,7 +306,7 @@ def _describe_continuation(out: Plan, run: CheckedRun) -> None:
             f"checkpoint.resume is never, but {found[0].parent} holds checkpoints. Choose another run.dir."
         )
     info = CheckpointInfo.read(found[0])
-    check_same_run(run, info)
+    check_same_run(run, info, run.adapter_info())
     changed = described_changes(run.config, info.config)
     out.add("continues", f"from {info.directory}, after step {info.step}" + (f", with {changed}" if changed else ""))
 
@@ -310,7 +314,9 @@ def _describe_continuation(out: Plan, run: CheckedRun) -> None:
 def _describe_writes(out: Plan, config: Config, arch: Architecture, steps: int | None) -> None:
     checkpoint, dtype = config.checkpoint, config.precision.dtype
     lagged = 0 if config.objective.proposal.kind == "current" else 4
-    size = num_parameters(arch) * (DTYPE_BYTES[dtype] + OPTIMIZER_BYTES[dtype] + lagged)
+    adapters = adapter_settings(config, arch)
+    parameters = num_parameters(arch) if adapters is None else num_adapter_parameters(arch, adapters)
+    size = parameters * (DTYPE_BYTES[dtype] + OPTIMIZER_BYTES[dtype] + lagged)
     text = f"checkpoints of {_size(size)} after " + (
         f"every {checkpoint.every} steps and the last" if checkpoint.every else "the last step"
     )
@@ -325,7 +331,7 @@ def _describe_writes(out: Plan, config: Config, arch: Architecture, steps: int |
     need = size * (kept + (1 if steps is None or checkpoint.every else 0))
     exports = (steps // config.export.every if config.export.every and steps else 0) + config.export.at_end
     if exports:
-        bytes_each = DTYPE_BYTES["fp32" if (config.export.dtype or dtype) == "fp32" else "bf16"] * num_parameters(arch)
+        bytes_each = DTYPE_BYTES["fp32" if (config.export.dtype or dtype) == "fp32" else "bf16"] * parameters
         need += exports * bytes_each
         text += f"; {exports} Hugging Face exports of {_size(bytes_each)}"
     out.add("writes", f"{config.run.dir}: {text}; {_size(need)} at most")

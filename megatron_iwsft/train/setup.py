@@ -25,9 +25,11 @@ from megatron_iwsft.distributed.mcore_compat import unknown_settings
 from megatron_iwsft.distributed.userbuffers import start_userbuffers
 from megatron_iwsft.distributed.watchdog import Watchdog
 from megatron_iwsft.errors import ConfigError, DataError
+from megatron_iwsft.model.adapters import add_adapters
 from megatron_iwsft.model.flops import multiply_adds
 from megatron_iwsft.model.gpt import ModelSettings, PolicyModel, build_model
 from megatron_iwsft.model.memory import local_mask_bytes
+from megatron_iwsft.model.parameters import load_adapters
 from megatron_iwsft.reference.sidecar import ReferenceIdentity
 from megatron_iwsft.train.check import CheckedRun
 from megatron_iwsft.utils.files import gibibytes
@@ -63,6 +65,14 @@ class StartedRun(CheckedRun):
             timeout_s=self.config.run.hang_timeout_s,
             logs=self.run_directory / "logs",
         )
+
+    def build_policy(self, *, trained: bool = False) -> list[PolicyModel]:
+        """This rank's chunks of the policy at the start of training, with its adapters if it has any. Collective over all ranks."""
+        chunks, settings, adapter = self.build(self.policy, trained=trained), self.adapters, self.config.adapter
+        if settings is not None:
+            add_adapters(chunks, settings, self.parallel, dropout=adapter.dropout, seed=self.config.run.seed)
+            load_adapters(chunks, settings, self.initial_adapters(), self.parallel)
+        return chunks
 
     def build(self, weights: InitialWeights, *, trained: bool = False) -> list[PolicyModel]:
         """This rank's chunks of a model, with `weights`. Collective over all ranks.
@@ -211,13 +221,15 @@ def reference_identities(run: StartedRun) -> list[ReferenceIdentity]:
 
 def starts_as_reference(run: StartedRun) -> bool:
     """Whether policy and reference start from the same weights. Collective: the first rank reads for all."""
+    if run.config.adapter.init is not None:
+        return False
     if run.reference is run.policy:
         return True
     return on_first_rank(lambda: run.reference.fingerprint == run.policy.fingerprint)
 
 
 def checkpoint_writer(run: StartedRun) -> CheckpointWriter:
-    """The writer of the run's checkpoints."""
+    """The writer of the run's checkpoints. Collective: with adapters, the first rank reads samples of their base."""
     config, mixture = run.config, run.mixture
     return CheckpointWriter(
         run.run_directory / CHECKPOINTS,
@@ -229,6 +241,7 @@ def checkpoint_writer(run: StartedRun) -> CheckpointWriter:
         chat_template=mixture.template["source"] if mixture.template and mixture.has_named_template else None,
         corpora=mixture.fingerprints,
         objective=run.objective_source,
+        adapter=on_first_rank(run.adapter_info),
         keep=config.checkpoint.keep,
         keep_every=config.checkpoint.keep_every,
         asynchronous=config.checkpoint.asynchronous,

@@ -62,7 +62,7 @@ class TrainStep:
     """Runs steps of one policy under one objective.
 
     chunks     this rank's model chunks in Megatron-Core's DistributedDataParallel
-    reference  the frozen reference's chunks for a live reference, else None
+    reference  the frozen reference's chunks for a live reference (`WithoutAdapters` for the policy's own weights), else None
     proposal   the lagged proposal's chunks, else None: the proposal is the policy itself
     offload    whether their weights stay on the host between forward passes
     router_balance  coefficient of the balance loss of a mixture of experts
@@ -75,7 +75,7 @@ class TrainStep:
     device: torch.device
     objective: Objective
     settings: Settings
-    reference: list[PolicyModel] | None = None
+    reference: Sequence[torch.nn.Module] | None = None
     proposal: list[PolicyModel] | None = None
     offload: bool = False
     router_balance: float = 0.0
@@ -129,6 +129,8 @@ class TrainStep:
 
     def evaluate(self, batches: list[Batch]) -> LossTotals:
         """The loss's sums over the global batch without gradients, reduced over all ranks. Collective."""
+        for chunk in self.chunks:
+            chunk.eval()  # no dropout in adapters
         with torch.no_grad():
             self._run(batches, forward_only=True)
         self._totals.reduce()

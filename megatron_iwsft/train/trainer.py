@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
+import torch
 import torch.distributed as dist
 
 from megatron_iwsft.checkpoint.checkpointer import Checkpointer
@@ -23,6 +25,7 @@ from megatron_iwsft.errors import CheckpointError, ConfigError, DataError, Diver
 from megatron_iwsft.model.flops import training_flops
 from megatron_iwsft.model.gpt import PolicyModel
 from megatron_iwsft.objectives.breakdown import Breakdown, break_down
+from megatron_iwsft.reference.frozen_stage import WithoutAdapters
 from megatron_iwsft.reference.lagged_copy import LaggedCopy
 from megatron_iwsft.reference.mixture import MixtureSidecars
 from megatron_iwsft.train.callbacks import Callback, CallbackFunction, StepResult
@@ -83,9 +86,9 @@ class Trainer:
         reference = _verified_sidecars(run) if cached else None
 
         watch.at(0, "building the model")
-        policy = run.build(run.policy, trained=True)
-        live = run.build(run.reference) if run.objective.needs_reference and not cached else None
-        proposal = run.build(run.policy) if config.objective.proposal.kind != "current" else None
+        policy = run.build_policy(trained=True)
+        live = _live_reference(run, policy) if run.objective.needs_reference and not cached else None
+        proposal = run.build_policy() if config.objective.proposal.kind != "current" else None
         self.chunks = wrap_for_gradients(policy, run.optimizer, config.megatron.given())
         self.optimizer = build_optimizer(self.chunks, run.optimizer, run.dtype)
         self.total_steps = run.total_steps
@@ -121,7 +124,7 @@ class Trainer:
             writer,
             self.state,
             config.checkpoint,
-            accept=lambda info: check_same_run(run, info),
+            accept=lambda info: check_same_run(run, info, writer.adapter),
             report=self.events,
         )
         self._resume()
@@ -268,7 +271,8 @@ class Trainer:
         lengths, seconds = self.run.mixture.lengths[np.concatenate(packs)], metrics["step_time_s"]
         tokens = int(lengths.sum())
         # The policy's model FLOPs only: what a reference or proposal computes does not count.
-        flops = training_flops(self.run.policy.architecture, lengths, metrics["trained_tokens"])
+        frozen = self.run.adapters is not None
+        flops = training_flops(self.run.policy.architecture, lengths, metrics["trained_tokens"], frozen=frozen)
         return {
             "tokens": tokens,
             "tokens_per_s": tokens / seconds,
@@ -391,9 +395,14 @@ def _verified_sidecars(run: StartedRun) -> MixtureSidecars:
     return sidecars
 
 
-def _lagged_copies(
-    run: StartedRun, live: list[PolicyModel] | None, proposal: list[PolicyModel] | None
-) -> list[LaggedCopy]:
+def _live_reference(run: StartedRun, policy: list[PolicyModel]) -> Sequence[torch.nn.Module]:
+    """This rank's chunks of the reference: a model of its own, or the policy without its adapters. Collective over all ranks."""
+    if run.config.reference.source == "base":
+        return [WithoutAdapters(chunk) for chunk in policy]
+    return run.build(run.reference)
+
+
+def _lagged_copies(run: StartedRun, live: Sequence[Any] | None, proposal: list[PolicyModel] | None) -> list[LaggedCopy]:
     """The frozen models that are updated from the policy."""
     out, settings, refresh = [], run.config.objective.proposal, run.config.reference.refresh
     if proposal is not None:
@@ -405,7 +414,7 @@ def _lagged_copies(
         def due(step: int) -> bool:
             return run.sampler.locate(step)[1] == 0 if refresh == "epoch" else step % refresh == 0
 
-        out.append(LaggedCopy("reference", live, due))
+        out.append(LaggedCopy("reference", list(live), due))
     return out
 
 

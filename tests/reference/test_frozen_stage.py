@@ -19,6 +19,9 @@ class Stage(torch.nn.Module):
         self.scale = torch.nn.Parameter(torch.tensor(scale))
         self.name, self.log, self.config = name, log, SimpleNamespace()
 
+    def set_input_tensor(self, tensors: list[None]) -> None:
+        assert tensors == [None], "the only stage"
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.log.append(f"{self.name} computes")
         return x * self.scale

@@ -1,4 +1,4 @@
-"""Hugging Face directories of the policy while it trains."""
+"""Hugging Face directories of the policy, or of its adapters, while it trains."""
 
 from __future__ import annotations
 
@@ -29,7 +29,14 @@ def export(
         state.gather_parameters()
         output = run.run_directory / "hf" / step_name(result.step)
         try:
-            export_running(state.policy, run.parallel, output, writer.supporting_files(result.step), dtype=dtype)
+            export_running(
+                state.policy,
+                run.parallel,
+                output,
+                writer.supporting_files(result.step),
+                dtype=dtype,
+                adapter=writer.adapter,
+            )
         except CheckpointError as error:
             report_failure(f"the export of step {result.step} failed: {error}")
 
