@@ -145,7 +145,8 @@ class Checkpointer:
             if self._failures >= self._settings.max_failures and not leaving:
                 raise CheckpointError(
                     f"{error} This is failure {self._failures} in a row (checkpoint.max_failures), so the run ends. "
-                    f"{self.last_checkpoint_text}"
+                    f"{self.last_checkpoint_text} "
+                    "Fix what the message names, then start the run again."
                 ) from None
             self._retry_at = step + self._settings.retry_after
             retry = f"Training continues, and the save is retried after {self._settings.retry_after} steps. "

@@ -111,7 +111,10 @@ class CheckpointInfo:
         given, directory = Path(directory), _newest(Path(directory))
         path = directory / INFO
         if not is_regular_file(path):
-            raise CheckpointError(f"{given} holds no complete checkpoint: it has no {INFO}.")
+            raise CheckpointError(
+                f"{given} holds no complete checkpoint: it has no {INFO}. "
+                "Give a run directory, or a checkpoint that is complete."
+            )
         advice = "Use another checkpoint."
         found = read_json(path, dict[str, Any], CheckpointError, advice=advice)
         version = found.get("format_version")

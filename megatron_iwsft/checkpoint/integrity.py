@@ -65,7 +65,9 @@ def names_below(directory: Path) -> list[str]:
     try:
         return [".", *_names_below(directory, "")]
     except OSError as error:
-        raise CheckpointError(f"{directory} cannot be listed: {error.strerror}.") from None
+        raise CheckpointError(
+            f"{directory} cannot be listed: {error.strerror}. Check that the directory exists and that you may read it."
+        ) from None
 
 
 def _names_below(directory: Path, prefix: str) -> Iterator[str]:
@@ -135,7 +137,9 @@ def _named(variable: str, identify: Callable[[str], int], kind: str) -> set[int]
         try:
             out.add(int(name) if name.isdigit() else identify(name))
         except KeyError:
-            raise CheckpointError(f"{variable} names {name}, which is not a {kind} of this machine.") from None
+            raise CheckpointError(
+                f"{variable} names {name}, which is not a {kind} of this machine. Correct the variable, or unset it."
+            ) from None
     return out
 
 

@@ -40,12 +40,17 @@ def load(info: CheckpointInfo, state: TrainState, *, random: bool = False) -> No
         with restricted_unpickling(), reading_with(metadata):
             loaded = dist_checkpointing.load(wanted, str(info.directory), validate_access_integrity=False)
     except (Exception, CheckpointException) as error:  # a damaged file raises many kinds
-        raise CheckpointError(f"{info.directory} cannot be loaded: {one_line(error)}") from error
+        raise CheckpointError(
+            f"{info.directory} cannot be loaded: {one_line(error)}. Use another checkpoint of the run."
+        ) from error
     try:
         with scaling_histories_may_be_unpickled():  # `verify` has checked them
             state.load_sharded(loaded)
     except (RuntimeError, ValueError) as error:
-        raise CheckpointError(f"{info.directory} does not fit this model: {one_line(error)}") from error
+        raise CheckpointError(
+            f"{info.directory} does not fit this model: {one_line(error)}. "
+            "Use a checkpoint of this model, or change model in the config."
+        ) from error
     state.load_host_states(info.host)
     state.step = info.step
 

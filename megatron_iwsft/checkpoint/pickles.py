@@ -111,11 +111,18 @@ def read_metadata(directory: Path) -> Metadata:
         with open(path, "rb") as file:
             found = _Unpickler(file).load()
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from None
+        raise CheckpointError(
+            f"{path} cannot be read: {error.strerror}. Check that you may read it, or use another checkpoint."
+        ) from None
     except Exception as error:  # a damaged pickle can raise anything
-        raise CheckpointError(f"{path} is not loaded: {_first_line(error)}.") from None
+        raise CheckpointError(
+            f"{path} is not loaded: {_first_line(error)}. Use another checkpoint of the run."
+        ) from None
     if not isinstance(found, Metadata):
-        raise CheckpointError(f"{path} is damaged: it contains {type(found).__name__}, not a checkpoint's metadata.")
+        raise CheckpointError(
+            f"{path} is damaged: it contains {type(found).__name__}, not a checkpoint's metadata. "
+            "Use another checkpoint of the run."
+        )
     return found
 
 

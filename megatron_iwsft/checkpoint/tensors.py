@@ -42,7 +42,8 @@ class CheckpointTensors:
         if file not in self._checked:
             if file not in self._files:
                 raise CheckpointError(
-                    f"{self.directory / file} is not among the files that this checkpoint was written with."
+                    f"{self.directory / file} is not among the files that this checkpoint was written with. "
+                    "Remove it, or use another checkpoint."
                 )
             complaints = integrity.damage(self.directory, self._files, [file])
             if complaints:
@@ -56,7 +57,7 @@ class CheckpointTensors:
         """
         entry = self._metadata.state_dict_metadata.get(name)
         if not isinstance(entry, TensorStorageMetadata):
-            raise CheckpointError(f"{self.directory} has no tensor {name}.")
+            raise CheckpointError(f"{self.directory} has no tensor {name}. Use a checkpoint of this model.")
         out = None
         for file in sorted(self._where.get(name, ())):
             self._check(file)
@@ -64,7 +65,10 @@ class CheckpointTensors:
             try:
                 shard = self._shard(name, chunk.offsets).view(chunk.sizes)
             except (Exception, CheckpointException) as error:
-                raise CheckpointError(f"{self.directory}: tensor {name} cannot be read: {one_line(error)}") from None
+                raise CheckpointError(
+                    f"{self.directory}: tensor {name} cannot be read: {one_line(error)}. "
+                    "Use another checkpoint of the run."
+                ) from None
             if shard.shape == entry.size:
                 return shard
             if out is None:

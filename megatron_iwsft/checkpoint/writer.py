@@ -187,7 +187,9 @@ class CheckpointWriter:
                 reason += "; a rank has reached its memory limit, or the machine has no memory left."
             elif "Worker failure" in reason:  # torch.save and 0.19 leave out the system's error
                 reason += "; usually the disk is full, or a quota or a limit on file sizes is reached."
-            raise CheckpointError(f"{what} could not be written: {reason}") from None
+            raise CheckpointError(
+                f"{what} could not be written: {reason}. Check the disk's space and permissions."
+            ) from None
 
     def _point_at(self, final: Path) -> None:
         latest = self.root / LATEST
@@ -267,7 +269,10 @@ class CheckpointWriter:
             name = path.relative_to(directory).as_posix()
             if name not in files:
                 if path.suffix == ".distcp":
-                    raise CheckpointError(f"no rank reported a checksum of {path}: its writer did not finish.")
+                    raise CheckpointError(
+                        f"no rank reported a checksum of {path}: its writer did not finish. "
+                        "Check the logs of the ranks for the first error."
+                    )
                 files[name] = file_sum(path)
         info = CheckpointInfo(
             directory,
@@ -342,7 +347,8 @@ def _written(what: Path, function: Callable[[], T]) -> T:
         return on_first_rank(function)
     except OSError as error:
         raise CheckpointError(
-            f"{what} could not be written: {error.strerror} ({error.filename or what.parent})."
+            f"{what} could not be written: {error.strerror} ({error.filename or what.parent}). "
+            "Check the disk's space and permissions."
         ) from None
 
 

@@ -24,7 +24,7 @@ def run(args: argparse.Namespace) -> None:
     try:
         import shtab
     except ImportError:
-        raise ConfigError("shell completion needs the package shtab, which is missing: pip install shtab.") from None
+        raise ConfigError("`iwsft completion` needs the package shtab: pip install shtab.") from None
 
     files = {"FILE": shtab.FILE, "PATH": shtab.FILE, "INPUT": shtab.FILE, ".yaml": shtab.FILE, ".jsonl": shtab.FILE}
     files |= {"DIR": shtab.DIRECTORY, "CHECKPOINT": shtab.DIRECTORY}

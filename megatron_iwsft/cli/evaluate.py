@@ -85,7 +85,8 @@ def _check(args: argparse.Namespace) -> None:
     """Raise ConfigError for options that do not go together; fill in the defaults that depend on others."""
     if args.unknown and not args.tasks:
         raise ConfigError(
-            f"unknown arguments: {' '.join(args.unknown)} (only with --tasks are they passed on, to lm_eval)."
+            f"unknown arguments: {' '.join(args.unknown)} (only with --tasks are they passed on, to lm_eval). "
+            "Remove them, or see `iwsft evaluate --help`."
         )
     if not (args.benchmark or args.corpus or args.tasks):
         raise ConfigError("nothing to evaluate on: give --benchmark, --corpus or --tasks.")
@@ -96,12 +97,17 @@ def _check(args: argparse.Namespace) -> None:
             f"--temperature must be at least 0 and --top-p in (0, 1]; found {args.temperature:g} and {args.top_p:g}."
         )
     if args.temperature == 0 and args.samples > 1:
-        raise ConfigError(f"--samples {args.samples} at temperature 0 would give the same answer each time.")
+        raise ConfigError(
+            f"--samples {args.samples} at temperature 0 would give the same answer each time. "
+            "Set --temperature, or use one sample."
+        )
     args.k = sorted(set(args.k or [2**i for i in range(args.samples.bit_length())]))
     if args.k[-1] > args.samples:
         raise ConfigError(f"--k must be at most --samples, which is {args.samples}; found {args.k[-1]}.")
     if len({Path(b).stem for b in args.benchmark}) < len(args.benchmark):
-        raise ConfigError("two benchmarks have the same file name, under which results are stored: rename one.")
+        raise ConfigError(
+            "--benchmark: two benchmarks have the same file name, under which results are stored. Rename one."
+        )
 
 
 def _benchmark(args: argparse.Namespace, models: list, benchmark: str) -> None:

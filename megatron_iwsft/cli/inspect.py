@@ -54,7 +54,8 @@ def run(args: argparse.Namespace) -> int:
 def _is_corpus(path: Path) -> bool:
     """Whether `path` holds a corpus; False for checkpoints. Raises ConfigError if it holds neither."""
     if not path.is_dir():
-        raise ConfigError(f"{path} is not a directory." if path.exists() else f"{path} does not exist.")
+        problem = "is not a directory" if path.exists() else "does not exist"
+        raise ConfigError(f"{path} {problem}. Give a corpus, checkpoint or run directory.")
     if any(next(path.glob(name), None) for name in _CHECKPOINT_FILES):
         return False
     if any(next(path.glob(name), None) for name in _CORPUS_FILES):

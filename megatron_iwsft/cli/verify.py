@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> None:
     if any(n < 2 for n in args.length or []):
         raise ConfigError("--length must be at least 2: the first token has no log-prob.")
     if args.text and not args.text.is_file():
-        raise CheckpointError(f"text file {args.text} does not exist.")
+        raise CheckpointError(f"text file {args.text} does not exist. Check --text.")
 
     from megatron_iwsft.distributed.mcore_compat import quiet_megatron
 
@@ -56,4 +56,7 @@ def run(args: argparse.Namespace) -> None:
             f"at token {parity.worst} {parity.worst_token!r}: {parity.theirs:.6f} in transformers, {parity.ours:.6f} here"
         )
     if not all(parity.max_difference <= args.tolerance for parity in parities):  # NaN too
-        raise CheckpointError(f"the two models differ by more than {args.tolerance:g}.")
+        raise CheckpointError(
+            f"the two models differ by more than {args.tolerance:g}. "
+            "Check that the directory was exported from this checkpoint, or raise --tolerance."
+        )

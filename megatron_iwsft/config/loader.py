@@ -57,9 +57,11 @@ def read_config(schema: type[S], path: str | Path, overrides: list[str]) -> S:
         content = path.read_bytes() if path.is_relative_to("/dev") else read_regular(path)
         text = content.decode("utf-8")
     except OSError as error:
-        raise ConfigError(f"cannot read config file {path}: {error.strerror}.") from None
+        raise ConfigError(
+            f"cannot read config file {path}: {error.strerror}. Check the path and its permissions."
+        ) from None
     except UnicodeDecodeError:
-        raise ConfigError(f"config file {path} is not UTF-8 text.") from None
+        raise ConfigError(f"config file {path} is not UTF-8 text. Save it as UTF-8.") from None
     return _parse(schema, text, overrides, str(path))
 
 
@@ -80,11 +82,14 @@ def _yaml(text: str, where: str) -> Any:
     try:
         return yaml.load(text, _Loader)
     except RecursionError:
-        raise ConfigError(f"{where} is nested too deeply.") from None
+        raise ConfigError(f"{where} is nested too deeply. Remove levels; a config has sections and fields.") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"{where}{line} is not valid YAML: {getattr(error, 'problem', error)}.") from None
+        raise ConfigError(
+            f"{where}{line} is not valid YAML: {getattr(error, 'problem', error)}. "
+            "Correct the line or the one before it."
+        ) from None
 
 
 def _apply(raw: dict[str, Any], override: str) -> None:
@@ -98,7 +103,10 @@ def _apply(raw: dict[str, Any], override: str) -> None:
             at[section] = {}
         at = at[section]
         if not isinstance(at, dict):
-            raise ConfigError(f"override {override!r}: {section} is a value, not a section.")
+            raise ConfigError(
+                f"override {override!r}: {section} is a value, not a section. "
+                "Write section.key=value; `iwsft config` lists the keys."
+            )
     at[last] = _yaml(value, f"override {override!r}")
 
 

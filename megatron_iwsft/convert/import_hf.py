@@ -36,7 +36,7 @@ def import_directory(
     process is not changed. Raises CheckpointError or ConfigError, and then leaves nothing.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        raise ConfigError("an import starts its own processes. Run it without torchrun.")
+        raise ConfigError("`iwsft import` starts its own processes. Run it without torchrun.")
     SafetensorsDirectory(source)  # before processes are started, which takes seconds
     _refuse_existing(Path(output))
     degrees = {"tensor": tensor, "pipeline": pipeline, "expert": expert, "sequence": tensor > 1}

@@ -54,7 +54,9 @@ def verify(
     model, tokenizer = load_in_transformers(hf_directory)
     once = tokenizer(text, add_special_tokens=False)["input_ids"]
     if len(once) < 2:
-        raise DataError(f"the text {text!r} has {len(once)} tokens; at least 2 are needed.")
+        raise DataError(
+            f"the text {text!r} has {len(once)} tokens; at least 2 are needed. Give a longer --text or --length."
+        )
     if lengths is None:
         longest = min(_LONGEST, info.architecture.longest or _LONGEST)
         lengths = [len(once), *(n + 64 for n in _context_lengths(info.architecture.hf) if n + 64 <= longest)]

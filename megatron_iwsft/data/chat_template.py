@@ -137,7 +137,9 @@ class ChatTemplate:
                 self.reasoning_key = self._probe_reasoning()
                 self._reads_thinking = self._probe_thinking()
         except TemplateError as error:
-            raise DataError(f"the chat template cannot render a question and an answer: {error}") from None
+            raise DataError(
+                f"the chat template cannot render a question and an answer: {error}. Choose another with --template."
+            ) from None
 
     def _check_answer(self) -> str:
         """What the template writes before an answer that its generation prompt does not. Raises DataError for an unsuitable one."""

@@ -128,7 +128,9 @@ class IndexedReader:
             if found != expected:
                 raise DataError(f"{self.path} has {found} bytes, but its index says {expected}. Create it again.")
         except OSError as error:
-            raise DataError(f"{error.filename or prefix} cannot be read: {error.strerror}.") from None
+            raise DataError(
+                f"{error.filename or prefix} cannot be read: {error.strerror}. Copy or create it again."
+            ) from None
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -140,7 +142,7 @@ class IndexedReader:
             try:
                 part = os.pread(self._file.fileno(), size - len(content), at + len(content))
             except OSError as error:
-                raise DataError(f"{self.path} cannot be read: {error.strerror}.") from None
+                raise DataError(f"{self.path} cannot be read: {error.strerror}. Copy or create it again.") from None
             if not part:
                 raise DataError(f"{self.path} became shorter after it was opened. Restore it and start again.")
             content = content + part if content else part
@@ -154,7 +156,7 @@ def _read_index(path: Path) -> tuple[np.ndarray, np.dtype]:
         raise DataError(f"{path} is truncated: it has only {len(raw)} bytes. Create it again.")
     magic, version, code, n, _ = _HEADER.unpack_from(raw)
     if magic != _MAGIC or version != _VERSION or code not in _CODES:
-        raise DataError(f"{path} is not a Megatron index file of version {_VERSION}.")
+        raise DataError(f"{path} is not a Megatron index file of version {_VERSION}. Copy or create it again.")
     if len(raw) < _HEADER.size + 12 * n:
         raise DataError(f"{path} is truncated: its header says {n} sequences. Create it again.")
     lengths, dtype = np.frombuffer(raw, np.int32, n, _HEADER.size), np.dtype(_CODES[code])

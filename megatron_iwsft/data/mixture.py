@@ -57,7 +57,10 @@ class Mixture:
         rendered: Corpus | None = None
         for corpus in self.corpora:
             if not len(corpus):
-                raise DataError(f"{corpus.directory} contains no trajectories.")
+                raise DataError(
+                    f"{corpus.directory} contains no trajectories. "
+                    "Shard records that are kept, or leave the corpus out."
+                )
             if corpus.fingerprint in seen:
                 raise DataError(
                     f"data.corpora: {seen[corpus.fingerprint]} and {corpus.directory} are the same corpus. List it once, with more epochs "

@@ -61,7 +61,10 @@ def best_fit(lengths: np.ndarray, capacity: int) -> Packs:
     if n == 0:
         return Packs(np.zeros(1, np.int64), np.zeros(0, np.int64))
     if int(lengths.max()) > capacity:
-        raise DataError(f"a trajectory of {int(lengths.max())} tokens does not fit in a sequence of {capacity}.")
+        raise DataError(
+            f"a trajectory of {int(lengths.max())} tokens does not fit in a sequence of {capacity}. "
+            "Raise data.seq_length, or shard with --max-tokens."
+        )
     order = np.argsort(-lengths, kind="stable").astype(np.int64)
     distinct, counts = np.unique(-lengths, return_counts=True)
 

@@ -89,7 +89,7 @@ class Sampler:
         parts: Sequence[Part] = (),
     ) -> None:
         if len(lengths) == 0:
-            raise DataError("the corpus contains no trajectories.")
+            raise DataError("the corpus contains no trajectories. Check data.corpus with `iwsft inspect`.")
         longest = int(lengths.max())
         if longest > seq_length:
             raise ConfigError(
@@ -127,7 +127,8 @@ class Sampler:
             )
         if quality.mode == "thresholds" and not (scores >= min(quality.thresholds)).any():
             raise DataError(
-                f"no trajectory{of_part} reaches the lowest of data.quality.thresholds, {min(quality.thresholds):g}."
+                f"no trajectory{of_part} reaches the lowest of data.quality.thresholds, {min(quality.thresholds):g}. "
+                "Lower data.quality.thresholds."
             )
 
     def _scores_of(self, number: int) -> np.ndarray:

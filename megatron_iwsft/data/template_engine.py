@@ -62,7 +62,10 @@ class Template:
                 self.traceable = traceable(environment, source)
                 tree = environment.parse(source)
         except Exception as error:  # Python's compiler raises many kinds: RecursionError, MemoryError, SyntaxError …
-            raise DataError(f"the chat template is not valid Jinja: {_one_line(error)}") from None
+            raise DataError(
+                f"the chat template is not valid Jinja: {_one_line(error)}. "
+                "Correct it in the tokenizer's directory, or choose another with --template."
+            ) from None
         self.marks_generation = any(node.data == _OPEN for node in tree.find_all(nodes.TemplateData))
 
     def render(

@@ -114,7 +114,7 @@ class HuggingFaceTokenizer(Tokenizer):
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # a bare Exception, or a panic of its Rust code, which is no Exception
-            raise DataError(f"{path} cannot be read as a tokenizer: {error}") from None
+            raise DataError(f"{path} cannot be read as a tokenizer: {error}. Download or create it again.") from None
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self.json = content
@@ -145,7 +145,10 @@ class HuggingFaceTokenizer(Tokenizer):
         try:
             return self._encode_pieces(texts)
         except Exception as error:  # the library raises a bare Exception
-            raise DataError(f"the tokenizer {self.files[0]} cannot encode a text: {error}") from None
+            raise DataError(
+                f"the tokenizer {self.files[0]} cannot encode a text: {error}. "
+                "Check the tokenizer's files, or remove the text."
+            ) from None
 
     def _encode_pieces(self, texts: Sequence[str]) -> list[list[int]]:
         if not self.adds_space:
@@ -183,7 +186,9 @@ class SentencePieceTokenizer(Tokenizer):
             self.continuation_model = model.SerializeToString()
             self._continuation = sentencepiece.SentencePieceProcessor(model_proto=self.continuation_model)
         except (DecodeError, RuntimeError, ValueError, TypeError) as error:
-            raise DataError(f"{path} cannot be read as a SentencePiece model: {error}") from None
+            raise DataError(
+                f"{path} cannot be read as a SentencePiece model: {error}. Download or create it again."
+            ) from None
         self.fingerprint = hashlib.sha256(content).hexdigest()
         self.vocab_size = self._processor.get_piece_size()
         self._control = {
@@ -286,7 +291,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if model.name.startswith("tekken") or _TIKTOKEN.match(_read(model)):
         raise DataError(
             f"{model} is a {'tekken' if model.name.startswith('tekken') else 'tiktoken'} file. Most models publish a tokenizer.json "
-            "as well; otherwise transformers.AutoTokenizer.from_pretrained(DIRECTORY).save_pretrained(OUTPUT) makes one."
+            "as well; otherwise transformers.AutoTokenizer.from_pretrained(DIRECTORY).save_pretrained(OUTPUT) makes one. "
+            "Give the directory that has it."
         )
     return SentencePieceTokenizer(model)
 
@@ -295,7 +301,9 @@ def _read(path: Path) -> bytes:
     try:
         return read_regular(path)
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}.") from None
+        raise DataError(
+            f"{path} cannot be read: {error.strerror}. Check that it exists and that you may read it."
+        ) from None
 
 
 class _TokenConfig(TypedDict):

@@ -65,7 +65,10 @@ def checked(settings: type[T], *, more: Mapping[str, Any], **ours: Any) -> T:
     try:
         return settings(**ours | {name: value for name, value in more.items() if name in known})
     except (ValueError, AssertionError) as error:
-        raise ConfigError(f"Megatron-Core {_version()} does not support these settings: {error}") from None
+        raise ConfigError(
+            f"Megatron-Core {_version()} does not support these settings: {error}. "
+            "Change these settings, or install another version of Megatron-Core."
+        ) from None
 
 
 def unknown_settings(names: Iterable[str]) -> list[str]:

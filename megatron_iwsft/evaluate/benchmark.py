@@ -35,7 +35,7 @@ def read_benchmark(
     """Read the first `limit` problems of a JSONL file. Raises DataError with the line number and the reason."""
     path = Path(path)
     if not path.is_file():
-        raise DataError(f"the benchmark {path} does not exist.")
+        raise DataError(f"the benchmark {path} does not exist. Check the path.")
     problems: list[Problem] = []
     with open_regular(path) as file:
         for number, line in enumerate(file, 1):
@@ -47,16 +47,19 @@ def read_benchmark(
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
-                raise DataError(f"{where} is not valid JSON: {error}") from None
+                raise DataError(f"{where} is not valid JSON: {error}. Correct or remove the line.") from None
             if not isinstance(row, dict):
                 raise DataError(f"{where} must be a JSON object; found {type(row).__name__}.")
             prompt = _field(row, prompt_field, _PROMPT_FIELDS, "prompt", where)
             answer = expected_answer(_field(row, answer_field, _ANSWER_FIELDS, "answer", where))
             if not read_answer(answer):
-                raise DataError(f"{where}: math-verify cannot parse an answer from {answer!r}.")
+                raise DataError(
+                    f"{where}: math-verify cannot parse an answer from {answer!r}. "
+                    "Correct the answer, or remove the line."
+                )
             problems.append(Problem(number, prompt, answer))
     if not problems:
-        raise DataError(f"the benchmark {path} contains no problems.")
+        raise DataError(f"the benchmark {path} contains no problems. Give a file with one problem per line.")
     return problems
 
 

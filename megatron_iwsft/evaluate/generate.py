@@ -62,7 +62,10 @@ class PromptFormat:
 
     def __init__(self, tokenizer: Any, *, wrapper: str = "{prompt}", raw: bool = False) -> None:
         if "{prompt}" not in wrapper:
-            raise ConfigError(f"the prompt format {wrapper!r} has no {{prompt}} placeholder for the question.")
+            raise ConfigError(
+                f"the prompt format {wrapper!r} has no {{prompt}} placeholder for the question. "
+                "Add {prompt} to --prompt-format."
+            )
         if not raw and tokenizer.chat_template is None:
             raise CheckpointError(
                 f"{tokenizer.name_or_path} has no chat template. For a base model, use --raw and set the prompt with --prompt-format."

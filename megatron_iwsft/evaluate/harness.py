@@ -35,4 +35,7 @@ def run_harness(
     command += more
     status = subprocess.run(command, check=False).returncode
     if status:
-        raise ConfigError(f"lm_eval exited with status {status}: {' '.join(command)}")
+        raise ConfigError(
+            f"lm_eval exited with status {status}: {' '.join(command)}. "
+            "Run that command to see its messages, and correct its arguments."
+        )

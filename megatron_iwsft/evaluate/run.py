@@ -71,7 +71,10 @@ def find_models(paths: Sequence[str | Path]) -> list[EvaluatedModel]:
     models = [_find_model(Path(path)) for path in paths]
     labels = [model.label for model in models]
     if len(set(labels)) < len(labels):
-        raise ConfigError(f"models are labelled by directory name, and these are not unique: {', '.join(labels)}.")
+        raise ConfigError(
+            f"models are labelled by directory name, and these are not unique: {', '.join(labels)}. "
+            "Rename one of the directories."
+        )
     return models
 
 

@@ -31,7 +31,10 @@ def score_corpus(model_directory: str | Path, corpus_directory: str | Path) -> C
     """
     corpus = Corpus.open(corpus_directory)
     if load_tokenizer(model_directory).fingerprint != corpus.manifest["tokenizer"]["fingerprint"]:
-        raise DataError(f"{corpus_directory} was tokenized with a different tokenizer than that of {model_directory}.")
+        raise DataError(
+            f"{corpus_directory} was tokenized with a different tokenizer than that of {model_directory}. "
+            "Shard the records again with --tokenizer of the model."
+        )
     complaints = corpus.damage(show_progress=True)
     if complaints:
         raise DataError("\n  ".join([f"{corpus_directory} does not match its manifest:", *complaints]))

@@ -149,7 +149,8 @@ class Architecture:
         groups = keys.count("num_key_value_heads", default=heads)
         if heads % groups:
             raise CheckpointError(
-                f"{where}: num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}."
+                f"{where}: num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}. "
+                "Correct config.json, or download it again."
             )
         if keys.get("head_dim") is None and hidden % heads:
             raise CheckpointError(
@@ -222,7 +223,10 @@ class Architecture:
         if not Path(directory).exists():
             raise CheckpointError(missing_directory(directory))
         if not path.is_file():
-            raise CheckpointError(f"{directory} is not a Hugging Face model directory: it has no config.json.")
+            raise CheckpointError(
+                f"{directory} is not a Hugging Face model directory: it has no config.json. "
+                "Give the directory that has one."
+            )
         config = read_json(path, dict[str, Any], CheckpointError, advice="Download or export the model again.")
         return Architecture.from_hf(config, where=str(path))
 
@@ -363,7 +367,8 @@ def _ropes(
     if len({1.0 if r is None else r.attention_factor for r in ropes}) > 1:
         raise CheckpointError(
             f"{keys.where}: rope type yarn is not supported for {keys.config['model_type']}, some of whose layers have other rotary "
-            "positions: yarn scales their attention, and layers with different scales are not supported."
+            "positions: yarn scales their attention, and layers with different scales are not supported. "
+            "Use a model with another rope type."
         )
     return ropes
 
@@ -383,7 +388,10 @@ def _experts(keys: Keys) -> Experts:
     key = "num_local_experts" if "num_local_experts" in keys.config else "num_experts"
     count, per_token = keys.count(key), keys.count("num_experts_per_tok")
     if per_token > count:
-        raise CheckpointError(f"{keys.where}: num_experts_per_tok {per_token} is above {key} {count}.")
+        raise CheckpointError(
+            f"{keys.where}: num_experts_per_tok {per_token} is above {key} {count}. "
+            "Correct config.json, or download it again."
+        )
     normalize = keys.flag("norm_topk_prob")
     keys.refuse(per_token == 1 and normalize, "norm_topk_prob true with num_experts_per_tok 1, a constant,")
     return Experts(count, per_token, keys.count("moe_intermediate_size"), normalize)

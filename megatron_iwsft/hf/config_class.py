@@ -55,7 +55,7 @@ def config_class(model_type: str, folder: str) -> ConfigClass:
 def _package() -> Path:
     spec = find_spec("transformers")
     if spec is None or spec.origin is None:
-        raise CheckpointError("transformers is not installed: pip install transformers.")
+        raise CheckpointError("the package `transformers` is not installed: pip install transformers.")
     return Path(spec.origin).parent
 
 

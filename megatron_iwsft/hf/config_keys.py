@@ -51,7 +51,7 @@ class Keys:
 
     def refuse(self, condition: bool, what: str) -> None:
         if condition:
-            raise CheckpointError(f"{self.where}: {what} is not supported.")
+            raise CheckpointError(f"{self.where}: {what} is not supported. Use a model without it.")
 
     def count(self, key: str, default: int | None = None) -> int:
         """A positive integer; `default` where the value is null."""

@@ -67,11 +67,14 @@ class SafetensorsDirectory:
             try:
                 file = SafetensorsFile(self.directory / name)
             except FileNotFoundError:
-                raise CheckpointError(f"{self.directory / name} is missing, but {_INDEX} lists it.") from None
+                raise CheckpointError(
+                    f"{self.directory / name} is missing, but {_INDEX} lists it. Download or export the model again."
+                ) from None
             for tensor in file.shapes:
                 if tensor in self._file_of:
                     raise CheckpointError(
-                        f"{self.directory}: tensor {tensor} is in two files, {self._file_of[tensor].path.name} and {name}."
+                        f"{self.directory}: tensor {tensor} is in two files, {self._file_of[tensor].path.name} and {name}. "
+                        "Remove one of them, or download the model again."
                     )
                 self._file_of[tensor] = file
         for tensor, name in weight_map.items():
@@ -95,7 +98,10 @@ class SafetensorsDirectory:
             return found["weight_map"]
         if (self.directory / _SINGLE).exists():
             return {}
-        raise CheckpointError(f"{self.directory} has neither {_SINGLE} nor {_INDEX}. Only safetensors is supported.")
+        raise CheckpointError(
+            f"{self.directory} has neither {_SINGLE} nor {_INDEX}. Only safetensors is supported. "
+            "Download the model's safetensors files, or convert it with `save_pretrained`."
+        )
 
     def _check(self, found: dict[str, tuple[int, ...]]) -> None:
         expected = shapes(self.architecture)
@@ -106,15 +112,20 @@ class SafetensorsDirectory:
                 del found[name]
         for name, shape in expected.items():
             if name not in found:
-                raise CheckpointError(f"{self.directory}: tensor {name} is missing from the safetensors files.")
+                raise CheckpointError(
+                    f"{self.directory}: tensor {name} is missing from the safetensors files. "
+                    "Download or export the model again."
+                )
             if found[name] != shape:
                 raise CheckpointError(
-                    f"{self.directory}: tensor {name} has shape {found[name]}, but config.json implies {shape}."
+                    f"{self.directory}: tensor {name} has shape {found[name]}, but config.json implies {shape}. "
+                    "Use the config.json that belongs to these weights."
                 )
         extra = sorted(set(found) - set(expected))
         if extra:
             raise CheckpointError(
-                f"{self.directory}: unexpected tensor {extra[0]}, which a {self.architecture.family} model does not have."
+                f"{self.directory}: unexpected tensor {extra[0]}, which a {self.architecture.family} model does not have. "
+                "Use the config.json that belongs to these weights."
             )
 
     def read(self, name: str, span: Span) -> Tensor:
@@ -211,7 +222,8 @@ def new_directory(output: Path, *, exist_ok: bool) -> Iterator[Path]:
     except FileExistsError:
         if not (exist_ok and output.is_dir()):
             raise CheckpointError(
-                f"another process has written {output} in the meantime. That directory is unchanged; this export was discarded."
+                f"another process has written {output} in the meantime. That directory is unchanged; this export was discarded. "
+                "Choose another output, or use that directory."
             ) from None
     except OSError as error:
         raise CheckpointError(f"cannot write {output}: {error.strerror} ({error.filename or output}).") from None

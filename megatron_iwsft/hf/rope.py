@@ -81,7 +81,9 @@ class Rope:
                 f"{where}: partial_rotary_factor must be above 0 and at most 1; found {fraction!r:.80}."
             )
         if fraction != 1.0 and not partial:
-            raise CheckpointError(f"{where}: a partial_rotary_factor other than 1 is not supported.")
+            raise CheckpointError(
+                f"{where}: a partial_rotary_factor other than 1 is not supported. Use a model without it."
+            )
         if not isinstance(kind, str) or kind not in _PARAMETERS:
             raise CheckpointError(
                 f"{where}: rope type {kind!r:.80} is not supported; supported are {', '.join(_PARAMETERS)}."
@@ -93,7 +95,9 @@ class Rope:
                 raise CheckpointError(f"{where}: rope type {kind} needs {key}.")
         for key, value in {"rope_theta": theta, **given}.items():
             if key != "rope_theta" and key not in (*required, *optional):
-                raise CheckpointError(f"{where}: unsupported config key for rope type {kind}: {key}.")
+                raise CheckpointError(
+                    f"{where}: unsupported config key for rope type {kind}: {key}. Use a model without it."
+                )
             if not is_finite_number(value) and not (isinstance(value, bool) and key == "truncate"):
                 raise CheckpointError(f"{where}: {key} must be a number; found {value!r:.80}.")
             if (key in _POSITIVE and value <= 0) or (key == "rope_theta" and value == 1):

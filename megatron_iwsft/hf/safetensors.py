@@ -150,7 +150,10 @@ def write_safetensors(
         for name, shape in shapes.items():
             tensor = read(name)
             if tuple(tensor.shape) != shape:
-                raise CheckpointError(f"tensor {name} has shape {tuple(tensor.shape)}, but the config implies {shape}.")
+                raise CheckpointError(
+                    f"tensor {name} has shape {tuple(tensor.shape)}, but the config implies {shape}. "
+                    "Use the config that belongs to these weights."
+                )
             for block in _row_blocks(tensor):
                 data = block.to("cpu", dtype).contiguous().view(-1).view(torch.uint8).numpy()
                 file.write(data.data)

@@ -25,7 +25,10 @@ def load_in_transformers(directory: str | Path, *, dtype: torch.dtype | str = to
             directory, dtype=dtype, local_files_only=True, use_safetensors=True, trust_remote_code=False
         )
     except Exception as error:  # it does not check what it reads, and raises whatever follows from that
-        raise CheckpointError(f"{directory} cannot be loaded by transformers: {error}") from None
+        raise CheckpointError(
+            f"{directory} cannot be loaded by transformers: {error}. "
+            "Install a newer transformers, or export the model again."
+        ) from None
     return model.eval(), tokenizer
 
 
@@ -38,7 +41,10 @@ def load_tokenizer_in_transformers(directory: str | Path) -> Any:
     if not Path(directory).exists():
         raise CheckpointError(missing_directory(directory))
     if not (Path(directory) / "config.json").exists():
-        raise CheckpointError(f"{directory} is not a Hugging Face model directory: it has no config.json.")
+        raise CheckpointError(
+            f"{directory} is not a Hugging Face model directory: it has no config.json. "
+            "Give the directory that has one."
+        )
     for path in Path(directory).iterdir():
         kind = other_kind(path) if path.exists() else None
         if kind not in (None, "a directory"):
@@ -46,7 +52,9 @@ def load_tokenizer_in_transformers(directory: str | Path) -> Any:
     try:
         return transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:
-        raise CheckpointError(f"{directory} has no tokenizer that transformers can load: {error}") from None
+        raise CheckpointError(
+            f"{directory} has no tokenizer that transformers can load: {error}. Copy the tokenizer's files into it."
+        ) from None
 
 
 def hugging_face_logprobs(model: Any, ids: list[int]) -> torch.Tensor:

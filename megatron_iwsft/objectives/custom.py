@@ -66,7 +66,8 @@ def _check_metrics(objective: Objective, name: str) -> None:
         except Exception as error:  # a user's function can raise anything
             raise ConfigError(
                 f"{what} fails: {type(error).__name__}: {error}. It can read the sums {', '.join(sums)}; a sum of Weighted.extra is among "
-                "them if a metric names it as numerator or denominator."
+                "them if a metric names it as numerator or denominator. "
+                "Correct the metric."
             ) from error
         if not _is_number(value) and not (isinstance(value, list) and all(map(_is_number, value))):
             raise ConfigError(f"{what} must be a number or a list of numbers; found {type(value).__name__}.")
@@ -88,7 +89,9 @@ def _evaluate(objective: Objective, name: str, which: list[int]) -> tuple[Tensor
         fields: dict[str, Any] = {"loss": out.loss, "weight": out.weight, "clipped": out.clipped}
         fields |= {f"extra[{sum_!r}]": out.extra.get(sum_) for sum_ in own_sums(objective)}
     except Exception as error:  # a user's function can raise anything
-        raise ConfigError(f"objective.name: {name} fails: {type(error).__name__}: {error}.") from error
+        raise ConfigError(
+            f"objective.name: {name} fails: {type(error).__name__}: {error}. Correct the function."
+        ) from error
     shadowed = sorted(out.extra.keys() & SUMS.keys())
     if shadowed:
         raise ConfigError(

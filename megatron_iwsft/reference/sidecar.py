@@ -194,7 +194,8 @@ class SidecarWriter:
                 publish(fresh, path)
             except OSError as error:
                 raise DataError(
-                    f"cannot write the reference log-probs at {path}: {error.strerror}. They take {size:,} bytes."
+                    f"cannot write the reference log-probs at {path}: {error.strerror}. They take {size:,} bytes. "
+                    "Free space there, or change the permissions, and run the same command again."
                 ) from None
             finally:
                 fresh.unlink(missing_ok=True)

@@ -37,9 +37,11 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     try:
         lines, damage = read_metrics_file(path)
     except (FileNotFoundError, NotADirectoryError):
-        raise DataError(f"{run} is not a run directory: it has no {METRICS_FILE}.") from None
+        raise DataError(
+            f"{run} is not a run directory: it has no {METRICS_FILE}. Give the run.dir of a config."
+        ) from None
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}.") from None
+        raise DataError(f"{path} cannot be read: {error.strerror}. Check its permissions.") from None
     if not lines:
         raise DataError(
             f"{path} is damaged: {damage}." if damage else f"{path} is empty: the run has not finished a step."

@@ -127,7 +127,8 @@ def check(config: Config, *, world_size: int) -> CheckedRun:
     check_tokenizer(mixture.corpora[0], policy)
     if config.objective.router_balance and policy.architecture.experts is None:
         raise ConfigError(
-            f"objective.router_balance is {config.objective.router_balance:g}, but the {policy.architecture.family} family has no experts."
+            f"objective.router_balance is {config.objective.router_balance:g}, but the {policy.architecture.family} family has no experts. "
+            "Leave it out, or use a mixture of experts."
         )
     if objective.needs_reference and config.reference.source == "cached":
         check_cacheable(config)

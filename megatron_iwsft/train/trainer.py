@@ -198,7 +198,11 @@ class Trainer:
             f"finished {step} steps.{past} Metrics: {self.run.run_directory}/metrics.jsonl. Checkpoint: {newest}",
         )
         if self.failures:
-            raise CheckpointError(f"training is finished and saved as {newest}, but " + "; ".join(self.failures))
+            raise CheckpointError(
+                f"training is finished and saved as {newest}, but "
+                + "; ".join(self.failures)
+                + ". Fix what it names, and run `iwsft export` for what is missing."
+            )
 
     def _call_back(self, result: StepResult) -> None:
         for callback in self.callbacks:
@@ -327,7 +331,8 @@ class Trainer:
         if self.monitor.rewinds >= settings.max_rewinds:
             raise DivergenceError(
                 f"the loss spiked again at step {number}, after {self.monitor.rewinds} rewinds (run.spike.max_rewinds). "
-                f"{self.checkpointer.last_checkpoint_text}"
+                f"{self.checkpointer.last_checkpoint_text} "
+                "Lower optimizer.lr, or look at the trajectories in logs/events.jsonl."
             )
         first = max(1, number - settings.batches + 1)
         rewinds, passed_over = self.monitor.rewinds + 1, {*self.monitor.passed_over, *range(first, number + 1)}

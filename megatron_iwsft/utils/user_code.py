@@ -23,7 +23,7 @@ def load_from_file(name: str, key: str) -> Any:
         raise ConfigError(f"{key}: {path or name} is not a Python file. Write path/to/file.py:name.")
     found = getattr(module, attribute, None)
     if found is None:
-        raise ConfigError(f"{key}: {path} does not define {attribute}.")
+        raise ConfigError(f"{key}: {path} does not define {attribute}. Correct the name after the colon.")
     return found
 
 
@@ -45,5 +45,7 @@ def _load(path: Path, key: str) -> ModuleType | None:
         raise ConfigError(f"{key}: {path}: {error}") from error
     except Exception as error:  # a user's file can raise anything
         del sys.modules[name]
-        raise ConfigError(f"{key}: {path} cannot be loaded: {type(error).__name__}: {error}.") from error
+        raise ConfigError(
+            f"{key}: {path} cannot be loaded: {type(error).__name__}: {error}. Correct the file."
+        ) from error
     return module

@@ -78,7 +78,8 @@ class Curation:
             )
         if self.min_tokens is not None and self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise DataError(
-                f"min_tokens ({self.min_tokens}) is above max_tokens ({self.max_tokens}): no trajectory could be kept."
+                f"min_tokens ({self.min_tokens}) is above max_tokens ({self.max_tokens}): no trajectory could be kept. "
+                "Lower --min-tokens or raise --max-tokens."
             )
         if self.too_long == "truncate" and self.max_tokens is None:
             raise DataError("--too-long truncate needs the number of tokens to keep: give it with --max-tokens.")
@@ -118,7 +119,10 @@ def read_problems(source: Input) -> dict[str, Words]:
         for line, record in numbered_records(block):
             where = f"benchmark file {source.path}, line {line}"
             if isinstance(record, Dropped):
-                raise DataError(f"{where}: {record.reason}{f' ({record.detail})' if record.detail else ''}.")
+                raise DataError(
+                    f"{where}: {record.reason}{f' ({record.detail})' if record.detail else ''}. "
+                    "Correct or remove the line."
+                )
             problem = next((record[f] for f in _PROBLEM_FIELDS if isinstance(record.get(f), str)), None)
             if problem is None:
                 raise DataError(f"{where}: a benchmark problem needs one of the fields {', '.join(_PROBLEM_FIELDS)}.")

@@ -120,7 +120,7 @@ def find_inputs(patterns: Sequence[str | Path]) -> list[Input]:
                 )
             paths[resolved] = None
     if not paths:
-        raise DataError("no input files were given.")
+        raise DataError("no input files were given. Name the files of records, for example 'data/*.jsonl'.")
     top = os.path.commonpath([path.parent for path in paths])
     return [Input(path, path.relative_to(top).as_posix()) for path in paths]
 
@@ -134,7 +134,7 @@ def _expand(pattern: str) -> list[str]:
             _refuse_loop(directory, ())
     found = sorted(glob.glob(pattern, recursive=True))
     if not found:
-        raise DataError(f"input file {pattern} does not exist.")
+        raise DataError(f"input file {pattern} does not exist. Check the path.")
     return found
 
 
@@ -191,7 +191,7 @@ def read_blocks(source: Input, skip: int = 0, *, longest: int = LONGEST_RECORD) 
     except OSError as error:
         raise _unreadable(source.path, error) from None
     except (pa.ArrowException, EOFError, ValueError, MemoryError) as error:
-        raise DataError(f"input file {source.path} is damaged: {error}") from None
+        raise DataError(f"input file {source.path} is damaged: {error}. Download or create it again.") from None
 
 
 def _jsonl(source: Input, skip: int, longest: int) -> Iterator[Block]:
@@ -222,7 +222,10 @@ def _decompressed(raw: BinaryIO, path: Path) -> BinaryIO:
     raw.seek(0)
     for magic, what in _OTHER_CONTENT.items():
         if begin.startswith(magic):
-            raise DataError(f"input file {path} is {what}.")
+            raise DataError(
+                f"input file {path} is {what}. "
+                "Convert it to JSONL or Parquet; files may be compressed with gzip or zstd."
+            )
     return raw
 
 

@@ -35,7 +35,10 @@ def train_tokenizer(inputs: Sequence[Path], output: Path, *, fields: Sequence[st
     texts = _texts(inputs, fields)
     first = next(texts, None)
     if first is None:
-        raise DataError(f"no record in {', '.join(map(str, inputs))} has any of the fields {', '.join(fields)}.")
+        raise DataError(
+            f"no record in {', '.join(map(str, inputs))} has any of the fields {', '.join(fields)}. "
+            "Name the text fields with --field."
+        )
 
     def all_texts() -> Iterator[str]:
         yield first
@@ -53,13 +56,15 @@ def train_tokenizer(inputs: Sequence[Path], output: Path, *, fields: Sequence[st
         write_json(output / "tokenizer_config.json", config)
         write_text(output / "tokenizer.json", tokenizer.to_str(pretty=True))  # last: without it there is no tokenizer
     except OSError as error:
-        raise DataError(f"cannot write the tokenizer {output}: {error.strerror}.") from None
+        raise DataError(
+            f"cannot write the tokenizer {output}: {error.strerror}. Check the disk's space and permissions."
+        ) from None
 
 
 def _texts(inputs: Sequence[Path], fields: Sequence[str]) -> Iterator[str]:
     for path in inputs:
         if not path.is_file():
-            raise DataError(f"input file {path} does not exist.")
+            raise DataError(f"input file {path} does not exist. Check the path.")
         with open(path, encoding="utf-8", errors="replace") as file:
             for line in file:
                 try:

@@ -33,7 +33,10 @@ def make_environment(task: Task) -> gymnasium.Env:
     try:
         environment = gymnasium.make(task.name, max_episode_steps=task.episode_steps)
     except gymnasium.error.Error as error:
-        raise ConfigError(f"task.name: Gymnasium has no environment {task.name!r} ({error}).") from None
+        raise ConfigError(
+            f"task.name: Gymnasium has no environment {task.name!r} ({error}). "
+            "Choose another task.name, or install the environment."
+        ) from None
     finally:
         mujoco.set_mju_user_warning(None)
     observation, action = environment.observation_space, environment.action_space

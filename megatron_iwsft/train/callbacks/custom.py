@@ -16,7 +16,9 @@ def load_callbacks(names: list[str]) -> dict[str, CallbackFunction]:
     found = {name: load_from_file(name, "logging.callbacks") for name in names}
     for name, function in found.items():
         if not callable(function):
-            raise ConfigError(f"logging.callbacks: {name} is not a function.")
+            raise ConfigError(
+                f"logging.callbacks: {name} is not a function. Name a function: path/to/file.py:function."
+            )
         every = getattr(function, "every", 1)
         if type(every) is not int or every < 0:
             raise ConfigError(f"logging.callbacks: {name}.every must be a number of steps; found {every!r}.")
