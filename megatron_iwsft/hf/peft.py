@@ -95,7 +95,7 @@ class PeftDirectory:
             self._file = SafetensorsFile(self.directory / _TENSORS)
         except FileNotFoundError as error:
             raise CheckpointError(
-                f"adapter.init {self.directory} is not a PEFT adapter: it has no {Path(error.filename).name}."
+                f"adapter.init {self.directory} is not a PEFT adapter: it has no {Path(error.filename).name}. Give the directory of one."
             ) from None
         self.base = self._file.metadata.get(_BASE)
         self._check_config(config, settings)
@@ -104,7 +104,9 @@ class PeftDirectory:
     def _check_config(self, config: dict[str, Any], settings: AdapterSettings) -> None:
         path = self.directory / _CONFIG
         if config.get("peft_type") != "LORA":
-            raise CheckpointError(f"{path} has peft_type {config.get('peft_type')!r}; only LORA is supported.")
+            raise CheckpointError(
+                f"{path} has peft_type {config.get('peft_type')!r}; only LORA is supported. Use a LoRA adapter."
+            )
         for key, field, value in (("r", "rank", settings.rank), ("lora_alpha", "alpha", settings.alpha)):
             if config.get(key) != value:
                 raise CheckpointError(
@@ -125,15 +127,19 @@ class PeftDirectory:
         found, targets = self._file.shapes, f"adapter.targets {', '.join(settings.targets)}"
         for name, shape in expected.items():
             if name not in found:
-                raise CheckpointError(f"{self.directory} has no tensor {name}, which {targets} implies.")
+                raise CheckpointError(
+                    f"{self.directory} has no tensor {name}, which {targets} implies. Change adapter.targets."
+                )
             if found[name] != shape:
                 raise CheckpointError(
                     f"{self.directory}: tensor {name} has shape {found[name]}, but this model's would be {shape}: it is an adapter of "
-                    "another base."
+                    "another base. Use the base that it was trained on."
                 )
         extra = sorted(set(found) - set(expected))
         if extra:
-            raise CheckpointError(f"{self.directory} has the tensor {extra[0]}, which is not among {targets}.")
+            raise CheckpointError(
+                f"{self.directory} has the tensor {extra[0]}, which is not among {targets}. Change adapter.targets."
+            )
 
     def read(self, name: str, span: Span) -> Tensor:
         part = self._file.read(name, *span)
