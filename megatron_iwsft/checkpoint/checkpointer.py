@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from megatron_iwsft.checkpoint.best import BestCheckpoints
 from megatron_iwsft.checkpoint.info import CheckpointInfo, complete_checkpoints, step_of
 from megatron_iwsft.checkpoint.load import load, read_on_first_rank
 from megatron_iwsft.checkpoint.state import TrainState
 from megatron_iwsft.checkpoint.writer import CheckpointWriter, Saved
 from megatron_iwsft.config.schema import Checkpoint
+from megatron_iwsft.distributed.agreement import on_first_rank
 from megatron_iwsft.errors import CheckpointError, ConfigError
 
 _LAST_RETRY_S = 10.0
@@ -30,6 +32,7 @@ class Checkpointer:
     state   what is loaded and saved; `state.step` is current when a method is called
     accept  raises ConfigError if a checkpoint belongs to another run than this one
     report  receives saves, failures and damaged checkpoints
+    best    decides which checkpoints are kept for their metric; None: none is
 
     A save that fails is reported and retried after `settings.retry_after` steps; `settings.max_failures` failures in a row end the run.
     """
@@ -42,13 +45,16 @@ class Checkpointer:
         *,
         accept: Callable[[CheckpointInfo], None],
         report: Report,
+        best: BestCheckpoints | None = None,
     ) -> None:
         self._writer, self._state, self._settings = writer, state, settings
-        self._accept, self._report = accept, report
+        self._accept, self._report, self._best = accept, report, best
         self._failures = 0
         self._retry_at: int | None = None
         self._last_good: Path | None = None
         writer.on_saved = self._on_saved
+        if best is not None:
+            writer.best_steps = lambda: best.steps
 
     @property
     def directory(self) -> Path:
@@ -64,13 +70,33 @@ class Checkpointer:
             raise ConfigError(
                 f"checkpoint.resume is never, but {self.directory} holds checkpoints. Choose another run.dir, or remove them."
             )
-        return self._load_first_of(found)
+        info = self._load_first_of(found)
+        if info is not None and self._best is not None:
+            self._check_best(self._best)
+        return info
 
-    def roll_back(self, *, before: int) -> int | None:
-        """Load the newest checkpoint of step `before` or earlier, and remove later ones; returns its step, None if there is none."""
+    def _check_best(self, best: BestCheckpoints) -> None:
+        """A run can have been killed before `best` was written; checkpoints can have been removed."""
+        existing = on_first_rank(lambda: [step_of(directory) for directory in complete_checkpoints(self.directory)])
+        for step in best.restrict(existing):
+            self._report(
+                "best checkpoint missing", f"the checkpoint of step {step}, one of the best, is gone.", step=step
+            )
+        self._writer.point_at_best()
+
+    def judge(self, metrics: Mapping[str, Any]) -> None:
+        """After a step, before it is saved: whether its metrics make it one of the best."""
+        if self._best is not None and self._best.settings.metric in metrics:
+            self._attempt(self._writer.wait)  # whether the best one before is saved must be known
+            self._best.judge(self._state.step, metrics)
+
+    def roll_back(self, *, before: int, after: int = 0) -> int | None:
+        """Load the newest checkpoint of step `before` or earlier, but not of one before `after`, and remove later ones; returns its step,
+        None if there is none.
+        """
         self.wait()
         self._state.gather_parameters()
-        info = self._load_first_of([d for d in complete_checkpoints(self.directory) if step_of(d) <= before])
+        info = self._load_first_of([d for d in complete_checkpoints(self.directory) if after <= step_of(d) <= before])
         if info is None:
             return None
         self._writer.discard_after(info.step)
@@ -100,7 +126,7 @@ class Checkpointer:
     def after_step(self) -> None:
         """Complete a background save, and save if this step is due. Raises CheckpointError after too many failures."""
         step, every = self._state.step, self._settings.every
-        due = bool(every) and step % every == 0
+        due = (bool(every) and step % every == 0) or (self._best is not None and self._best.wants(step))
         if due or (self._retry_at is not None and step >= self._retry_at):
             self._attempt(lambda: self._writer.save(self._state))
         else:
@@ -142,6 +168,8 @@ class Checkpointer:
             action()
         except CheckpointError as error:
             self._failures += 1
+            if self._best is not None:
+                self._best.failed()
             if self._failures >= self._settings.max_failures and not leaving:
                 raise CheckpointError(
                     f"{error} This is failure {self._failures} in a row (checkpoint.max_failures), so the run ends. "
@@ -160,6 +188,8 @@ class Checkpointer:
 
     def _on_saved(self, saved: Saved) -> None:
         self._last_good, self._failures, self._retry_at = saved.directory, 0, None
+        if self._best is not None:
+            self._best.saved()
         self._report(
             "saved",
             f"saved {saved.directory.name}: {saved.bytes / 1e9:.2f} GB; training waited {saved.stall_s:.2f} s, complete after "

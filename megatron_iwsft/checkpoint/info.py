@@ -2,6 +2,7 @@
 
     checkpoints/
         latest                 name of the newest complete checkpoint, replaced atomically
+        best                   with `checkpoint.best`: names of the best ones, one per line, likewise
         step-00000100/
             iwsft.json         step, architecture, layout, resolved config, host state, and size and SHA-256 of every other file;
                                a directory that has it is complete
@@ -200,6 +201,10 @@ def read_latest(parent: Path) -> str:
 def info_checksum(info: dict[str, Any]) -> str:
     """SHA-256 of the content of `iwsft.json` without its own `checksum`."""
     return hashlib.sha256(json.dumps(info, sort_keys=True).encode()).hexdigest()
+
+
+def is_checkpoint_name(name: str) -> bool:
+    return _NAME.fullmatch(name) is not None
 
 
 def step_name(step: int) -> str:

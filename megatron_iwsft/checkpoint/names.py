@@ -2,5 +2,6 @@
 
 CHECKPOINTS = "checkpoints"  # in a run directory
 LATEST = "latest"
+BEST = "best"
 INFO = "iwsft.json"
 TOKENIZER = "tokenizer"

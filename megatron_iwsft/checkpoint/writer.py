@@ -29,7 +29,7 @@ from megatron_iwsft.checkpoint.info import (
     unfinished_checkpoints,
 )
 from megatron_iwsft.checkpoint.integrity import FileSum, file_sum
-from megatron_iwsft.checkpoint.names import INFO, LATEST, TOKENIZER
+from megatron_iwsft.checkpoint.names import BEST, INFO, LATEST, TOKENIZER
 from megatron_iwsft.checkpoint.spread import spread_over_replicas
 from megatron_iwsft.checkpoint.state import TrainState
 from megatron_iwsft.data.tokenizer import CHAT_TEMPLATE
@@ -81,6 +81,7 @@ class CheckpointWriter:
     corpora, objective, template_hash, adapter  see `CheckpointInfo`
     keep           how many of the newest are kept; None keeps all
     keep_every     steps that are a multiple of it are kept as well
+    best_steps     steps that are kept as well, the best one first; `best` names them
     asynchronous   tensors are copied, a forked process writes and hashes them, and the checkpoint counts once `poll` or `wait`
                    has found every rank's files written
     on_saved       called on every rank with each completed save
@@ -101,6 +102,7 @@ class CheckpointWriter:
     adapter: AdapterInfo | None = None
     keep: int | None = None
     keep_every: int = 0
+    best_steps: Callable[[], list[int]] | None = None
     asynchronous: bool = False
     on_saved: Callable[[Saved], None] | None = None
     _queue: Any = field(default=None, init=False)
@@ -165,6 +167,7 @@ class CheckpointWriter:
         def discard() -> None:
             left = complete_checkpoints(self.root)
             self._point_at(next(c for c in left if c.name == step_name(step)))
+            self._point_at_best()
             for later in left:
                 if later.name > step_name(step):
                     remove_directory(later)
@@ -191,11 +194,24 @@ class CheckpointWriter:
                 f"{what} could not be written: {reason}. Check the disk's space and permissions."
             ) from None
 
+    def point_at_best(self) -> None:
+        """Write `best` anew, after the best steps have changed without a save."""
+        _written(self.root, self._point_at_best)
+
     def _point_at(self, final: Path) -> None:
-        latest = self.root / LATEST
-        if latest.is_dir() and not latest.is_symlink():  # nothing else can be in the way of a rename
-            move_aside(latest)
-        write_text(latest, final.name + "\n")
+        self._write_names(LATEST, [final.name])
+
+    def _point_at_best(self) -> None:
+        if self.best_steps is not None and self.best_steps():
+            self._write_names(BEST, [step_name(step) for step in self.best_steps()])
+        elif self.best_steps is not None and (self.root / BEST).is_file():
+            (self.root / BEST).unlink()
+
+    def _write_names(self, file: str, names: list[str]) -> None:
+        path = self.root / file
+        if path.is_dir() and not path.is_symlink():  # nothing else can be in the way of a rename
+            move_aside(path)
+        write_text(path, "".join(f"{name}\n" for name in names))
 
     def _calls(self) -> Any:
         if self._queue is None:
@@ -293,9 +309,11 @@ class CheckpointWriter:
             remove_directory(final)
         publish(directory, final)
         self._point_at(final)
+        self._point_at_best()
+        best = self.best_steps() if self.best_steps is not None else []
         others = [c for c in complete_checkpoints(self.root) if c != final]
         for old in others[self.keep - 1 :] if self.keep else []:
-            if not self.keep_every or step_of(old) % self.keep_every:
+            if step_of(old) not in best and (not self.keep_every or step_of(old) % self.keep_every):
                 remove_directory(old)
         return sum(file["bytes"] for file in files.values())
 

@@ -18,6 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint", required=True, metavar="DIR", help="a checkpoint, or a run directory (its latest)"
     )
+    parser.add_argument(
+        "--best", action="store_true", help="of a run with checkpoint.best: its best checkpoint instead"
+    )
     parser.add_argument("--output", required=True, metavar="DIR", help="directory to create")
     parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="of the tensors; default: the run's")
     parser.add_argument("--merge", action="store_true", help="add a checkpoint's adapters to their base model")
@@ -30,5 +33,7 @@ def run(args: argparse.Namespace) -> None:
     quiet_megatron()
     from megatron_iwsft.convert.export import export_checkpoint
 
-    written = export_checkpoint(args.checkpoint, args.output, dtype=args.dtype, merge=args.merge, base=args.base)
+    written = export_checkpoint(
+        args.checkpoint, args.output, dtype=args.dtype, best=args.best, merge=args.merge, base=args.base
+    )
     say(f"wrote {written}")

@@ -62,9 +62,9 @@ def fields(schema: type[Section], prefix: str = "") -> Iterator[tuple[str, Field
 
 
 def section_of(field: FieldInfo) -> type[Section] | None:
-    """The section that a field holds; None for a plain field."""
-    annotation = field.annotation
-    return annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
+    """The section that a field holds, or may hold; None for a plain field."""
+    options = get_args(field.annotation) if isinstance(field.annotation, types.UnionType) else (field.annotation,)
+    return next((option for option in options if isinstance(option, type) and issubclass(option, Section)), None)
 
 
 def type_of(field: FieldInfo) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import types
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -140,4 +141,6 @@ def _known_keys(schema: type[Section], location: tuple[Any, ...]) -> list[str]:
     for part in location:
         # Under a key of a mapping: the type of its values, its last argument.
         model = model.model_fields[part].annotation if hasattr(model, "model_fields") else get_args(model)[-1]
+        if isinstance(model, types.UnionType):  # a section that may be null
+            model = next((option for option in get_args(model) if hasattr(option, "model_fields")), model)
     return list(model.model_fields) if hasattr(model, "model_fields") else []

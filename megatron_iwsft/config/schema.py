@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 
 from megatron_iwsft.config.adapter import Adapter
 from megatron_iwsft.config.data import Data
+from megatron_iwsft.config.evaluation import Best, Evaluation, MetricChoice, StopEarly, metric_problem
 from megatron_iwsft.config.megatron import Megatron
 from megatron_iwsft.config.objective import Objective, Reference
 from megatron_iwsft.config.section import NonNegativeFloat, NonNegativeInt, PositiveInt, Section, Share
@@ -55,6 +56,7 @@ class Run(Section):
     max_bad_steps: PositiveInt = 10
     """End the run after this many consecutive steps with a non-finite loss or gradient. Fewer are skipped."""
     spike: Spike = Spike()
+    stop_early: StopEarly | None = None
 
 
 class Model(Section):
@@ -245,6 +247,7 @@ class Checkpoint(Section):
     """Steps after which a failed save is tried again."""
     max_failures: PositiveInt = 5
     """End the run after this many failed saves in a row."""
+    best: Best | None = None
 
 
 class Export(Section):
@@ -284,21 +287,6 @@ class Logging(Section):
     rank, unless its attributes `every`, `at_end` and `collective` say otherwise. A dict that it returns is added to the metrics."""
 
 
-class Evaluation(Section):
-    """Loss on a held-out corpus during training. Set both fields or neither."""
-
-    corpus: str | None = None
-    """Corpus directory of held-out trajectories, made with the same tokenizer."""
-    every: NonNegativeInt = 0
-    """Steps between evaluations."""
-
-    @model_validator(mode="after")
-    def _both_or_neither(self) -> Evaluation:
-        if (self.corpus is None) != (self.every == 0):
-            raise ValueError("set both corpus and every (steps, above 0), or neither")
-        return self
-
-
 class Config(Section):
     """A training run."""
 
@@ -316,6 +304,20 @@ class Config(Section):
     logging: Logging = Logging()
     evaluation: Evaluation = Evaluation()
     megatron: Megatron = Megatron()
+
+    @model_validator(mode="after")
+    def _chosen_metrics_exist(self) -> Config:
+        for key, choice in self.metric_choices.items():
+            problem = metric_problem(choice, self.evaluation, self.objective.name)
+            if problem:
+                raise ValueError(f"{key}: {problem}")
+        return self
+
+    @property
+    def metric_choices(self) -> dict[str, MetricChoice]:
+        """Key → the choice there, of all that decide something by a metric."""
+        choices = {"checkpoint.best": self.checkpoint.best, "run.stop_early": self.run.stop_early}
+        return {key: choice for key, choice in choices.items() if choice is not None}
 
     @model_validator(mode="after")
     def _rows_fit_the_overlaps_buffers(self) -> Config:

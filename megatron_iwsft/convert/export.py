@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_iwsft.checkpoint.best import best_checkpoint
 from megatron_iwsft.checkpoint.info import AdapterInfo, CheckpointInfo
 from megatron_iwsft.checkpoint.initial_weights import InitialWeights
 from megatron_iwsft.checkpoint.names import TOKENIZER
@@ -36,6 +37,7 @@ def export_checkpoint(
     output: str | Path,
     *,
     dtype: str | None = None,
+    best: bool = False,
     exist_ok: bool = False,
     merge: bool = False,
     base: str | Path | None = None,
@@ -43,11 +45,12 @@ def export_checkpoint(
     """Write a checkpoint made at any layout as a Hugging Face directory, or one of adapters as a PEFT directory; returns `output`.
 
     Holds one parameter in memory at a time. dtype: fp32, bf16 or fp16; None is the run's. Vocabulary padding is removed; tokenizer,
-    chat template and generation config are included. exist_ok: if another process completes `output` first, keep that.
+    chat template and generation config are included. best: of a run, its best checkpoint instead of its latest. exist_ok: if another
+    process completes `output` first, keep that.
     merge: write the model that adapters make of their base. base: its directory, if it is no longer where the run read it.
     Raises CheckpointError, and then leaves no partial directory.
     """
-    info, output = CheckpointInfo.read(source), Path(output)
+    info, output = CheckpointInfo.read(best_checkpoint(source) if best else source), Path(output)
     if info.adapter is None and (merge or base):
         raise CheckpointError(
             f"{info.directory} holds a model's weights: there is nothing to merge. Leave out --merge and --base."

@@ -1,15 +1,17 @@
 """Sampling: which trajectories an epoch contains, their order and their packing.
 
 A pure function (lengths, scores, settings, seed, epoch) → index arrays. Every rank computes the same plan, so nothing is
-broadcast and a resumed run needs only its step number.
+broadcast and a resumed run needs only its position (`Position`).
 """
 
 from __future__ import annotations
 
+import itertools
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -41,12 +43,24 @@ class Part:
 
     One pass is each trajectory once (quality modes none and weight), once per threshold that it reaches (thresholds), or `size` draws
     (sample).
+
+    first_epoch  epochs before it have nothing of this corpus: it was appended to a run
     """
 
     name: str
     size: int
     epochs: float = 1.0
     weight: float | None = None
+    first_epoch: int = 0
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run is in its data: after `step` steps, the next one begins with sequence `pack` of epoch `epoch`. All counted from 0."""
+
+    step: int = 0
+    epoch: int = 0
+    pack: int = 0
 
 
 @dataclass(frozen=True)
@@ -61,8 +75,11 @@ class EpochPlan:
         return -(-len(self.packs) // self.global_batch_size)
 
     def step(self, index: int) -> list[np.ndarray]:
-        """The packs of global batch `index`, always `global_batch_size` of them; the last batch is filled up with empty packs."""
-        start = index * self.global_batch_size
+        """The packs of global batch `index`."""
+        return self.batch(index * self.global_batch_size)
+
+    def batch(self, start: int) -> list[np.ndarray]:
+        """`global_batch_size` packs from `start` on; at the end of the epoch the last ones are empty."""
         stop = min(start + self.global_batch_size, len(self.packs))
         packs = [self.packs[p] for p in range(start, stop)]
         return packs + [np.zeros(0, np.int64)] * (self.global_batch_size - len(packs))
@@ -74,6 +91,8 @@ class Sampler:
     lengths int [n] in tokens; scores float [n] (NaN where a trajectory has none); seq_length in tokens; parts: of a mixture, in
     order, all with weights or none. Raises ConfigError if a trajectory is longer than seq_length, DataError if the scores do not suit
     the quality mode.
+
+    start  where these settings begin to apply, in a run that was continued with other ones
     """
 
     def __init__(
@@ -105,8 +124,9 @@ class Sampler:
         for number in range(len(self.parts)):
             self._check_scores(number)
         self._pass_sizes = [self._one_pass_size(number) for number in range(len(self.parts))]
+        self.start = Position()
         self.epoch = lru_cache(maxsize=2)(self._epoch)
-        self._steps: dict[int, int] = {}
+        self._packs: dict[int, int] = {}
 
     def _check_scores(self, number: int) -> None:
         """Raise DataError if a part's scores do not suit the quality mode."""
@@ -136,7 +156,7 @@ class Sampler:
 
     def _epoch(self, epoch: int) -> EpochPlan:
         rng = np.random.default_rng(np.random.SeedSequence([self.seed, epoch]))
-        parts = [self._starts[k] + self._population(k, epoch, rng) for k in range(len(self.parts))]
+        parts = [self._starts[k] + self._population(k, epoch, rng) for k in self._active(epoch)]
         ids = rng.permutation(parts[0] if len(parts) == 1 else np.concatenate(parts))
         return EpochPlan(self._packed(ids, rng), self.global_batch_size)
 
@@ -166,13 +186,30 @@ class Sampler:
 
     def _drawn_before(self, number: int, epoch: int) -> int:
         """How many trajectories of a part all epochs before `epoch` have."""
-        return round(epoch * self._drawn_per_epoch(number))
+        begins = self._eras(epoch)
+        eras = itertools.pairwise([*begins, epoch])
+        return round(sum((end - begin) * self._drawn_per_epoch(number, begin) for begin, end in eras))
 
-    def _drawn_per_epoch(self, number: int) -> float:
-        part = self.parts[number]
+    def _drawn_per_epoch(self, number: int, epoch: int) -> float:
+        part, active = self.parts[number], self._active(epoch)
+        if number not in active:
+            return 0.0
         if part.weight is None:
             return part.epochs * self._pass_sizes[number]
-        return part.weight / sum(other.weight or 0.0 for other in self.parts) * sum(self._pass_sizes)
+        weights, sizes = (sum(column[k] or 0.0 for k in active) for column in (self._weights, self._pass_sizes))
+        return part.weight / weights * sizes
+
+    @property
+    def _weights(self) -> list[float | None]:
+        return [part.weight for part in self.parts]
+
+    def _active(self, epoch: int) -> list[int]:
+        """The parts that an epoch draws from."""
+        return [number for number, part in enumerate(self.parts) if part.first_epoch <= epoch]
+
+    def _eras(self, before: int) -> list[int]:
+        """The epochs, the first one and those before `before`, with which a part joins."""
+        return sorted({0, *(part.first_epoch for part in self.parts if part.first_epoch < before)})
 
     def _one_pass(self, number: int) -> np.ndarray:
         """The trajectories of one pass over a part, as indices within it."""
@@ -199,6 +236,10 @@ class Sampler:
         last = self._packed(rest, np.random.default_rng(np.random.SeedSequence([self.seed, 0])))
         return EpochPlan(first.followed_by(last), self.global_batch_size)
 
+    def plan_of(self, ids: np.ndarray) -> EpochPlan:
+        """Trajectories `ids`, once each."""
+        return EpochPlan(self._packed(ids, np.random.default_rng(0)), self.global_batch_size)
+
     def trajectory_weights(self, ids: np.ndarray) -> np.ndarray:
         """Loss weights s_i of trajectories `ids`, float32 [len(ids)]."""
         if self.quality.mode == "weight":
@@ -206,17 +247,21 @@ class Sampler:
         return np.ones(len(ids), dtype=np.float32)
 
     def steps_in(self, epoch: int) -> int:
-        # Best fit needs the same number of packs for the same lengths in any order.
-        planned = 0 if self._every_epoch_has_the_same else epoch
-        if planned not in self._steps:
-            self._steps[planned] = self.epoch(planned).num_steps
-        return self._steps[planned]
+        """Of a complete epoch."""
+        return -(-self._packs_in(epoch) // self.global_batch_size)
 
-    @property
-    def _every_epoch_has_the_same(self) -> bool:
-        """Whether all epochs contain the same trajectories equally often."""
+    def _packs_in(self, epoch: int) -> int:
+        # Best fit needs the same number of packs for the same lengths in any order.
+        era = self._eras(epoch + 1)[-1]
+        planned = era if self._every_epoch_has_the_same(era) else epoch
+        if planned not in self._packs:
+            self._packs[planned] = len(self.epoch(planned).packs)
+        return self._packs[planned]
+
+    def _every_epoch_has_the_same(self, era: int) -> bool:
+        """Whether all epochs with the parts of epoch `era` contain the same trajectories equally often."""
         return self.quality.mode != "sample" and not any(
-            self._drawn_per_epoch(number) % size for number, size in enumerate(self._pass_sizes)
+            self._drawn_per_epoch(number, era) % self._pass_sizes[number] for number in self._active(era)
         )
 
     def total_steps(self, epochs: int | None, max_steps: int | None) -> int:
@@ -224,22 +269,51 @@ class Sampler:
         if epochs is None:
             assert max_steps is not None
             return max_steps
-        total = 0
-        for epoch in range(epochs):
-            total += self.steps_in(epoch)
+        total, pack = self.start.step, self.start.pack
+        for epoch in range(self.start.epoch, epochs):
+            total += -(-(self._packs_in(epoch) - pack) // self.global_batch_size)
+            pack = 0
             if max_steps is not None and total >= max_steps:
                 return max_steps
         return total
 
-    def locate(self, step: int) -> tuple[int, int]:
-        """(epoch, step within the epoch) of global step `step`, all counted from 0."""
-        epoch = 0
-        while step >= self.steps_in(epoch):
-            step -= self.steps_in(epoch)
-            epoch += 1
-        return epoch, step
+    def position_at(self, step: int) -> Position:
+        """Where the run is after `step` steps, which are not before `start`."""
+        left, epoch, pack = step - self.start.step, self.start.epoch, self.start.pack
+        assert left >= 0, (step, self.start)
+        while left >= (steps := -(-(self._packs_in(epoch) - pack) // self.global_batch_size)):
+            left, epoch, pack = left - steps, epoch + 1, 0
+        return Position(step, epoch, pack + left * self.global_batch_size)
 
     def packs_at(self, step: int) -> list[np.ndarray]:
-        """The packs of global step `step`: `global_batch_size` arrays of trajectory indices."""
-        epoch, index = self.locate(step)
-        return self.epoch(epoch).step(index)
+        """The packs of global step `step`, from 0: `global_batch_size` arrays of trajectory indices."""
+        at = self.position_at(step)
+        return self.epoch(at.epoch).batch(at.pack)
+
+    def state(self) -> dict[str, Any]:
+        """JSON values for a checkpoint: what `continue_with` needs besides the sampler's own settings."""
+        return {
+            "start": asdict(self.start),
+            "global_batch_size": self.global_batch_size,
+            "first_epochs": [part.first_epoch for part in self.parts],
+        }
+
+    def continue_with(self, state: dict[str, Any], step: int) -> Position:
+        """Take up a run after `step` steps under the settings in `state`; returns where that is.
+
+        Another global batch size applies from there on. Parts that the run did not have join with the first epoch that it has not begun.
+        """
+        own_size, earlier = self.global_batch_size, state["first_epochs"]
+        never = [sys.maxsize] * (len(self.parts) - len(earlier))
+        self._plan(Position(**state["start"]), state["global_batch_size"], [*earlier, *never])
+        at = self.position_at(step)
+        if own_size != state["global_batch_size"] or never:
+            next_epoch = at.epoch + (at.pack > 0)
+            self._plan(at, own_size, [*earlier, *(next_epoch for _ in never)])
+        return at
+
+    def _plan(self, start: Position, global_batch_size: int, first_epochs: list[int]) -> None:
+        self.start, self.global_batch_size = start, global_batch_size
+        self.parts = [replace(part, first_epoch=first) for part, first in zip(self.parts, first_epochs, strict=True)]
+        self._packs.clear()
+        self.epoch.cache_clear()

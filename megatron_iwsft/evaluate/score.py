@@ -25,7 +25,7 @@ class CorpusScore:
 
 
 def score_corpus(model_directory: str | Path, corpus_directory: str | Path) -> CorpusScore:
-    """Mean negative log-likelihood of a corpus's trained tokens under a Hugging Face model, in fp32: same as training's `eval_nll`.
+    """Mean negative log-likelihood of a corpus's trained tokens under a Hugging Face model, in fp32: as the nll of an evaluation set.
 
     Raises CheckpointError if transformers cannot load the model, DataError if the corpus was tokenized with another tokenizer.
     """

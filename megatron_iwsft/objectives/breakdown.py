@@ -1,53 +1,70 @@
-"""Loss by score, by source and by corpus: which groups each trajectory of a corpus belongs to."""
+"""Metrics by score, by source and by corpus: which groups each trajectory of a corpus belongs to."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from megatron_iwsft.data.batch import Batch
+from megatron_iwsft.objectives.metrics import METRICS, Metric
 
 _BUCKETS = 4
 _MOST_SOURCES = 20
+_NLL = next(metric for metric in METRICS if metric.name == "nll")
 
 
 @dataclass(frozen=True)
 class Breakdown:
-    """Groups of trajectories. names: of all G groups; of: int64 [groupings, trajectories], each trajectory's group in each grouping."""
+    """Groups of trajectories, and the metrics that are reported of each.
+
+    names    of all G groups, such as "source math"
+    of       int64 [groupings, trajectories], each trajectory's group in each grouping
+    metrics  M ratios of two sums over tokens
+    """
 
     names: list[str]
     of: Tensor
+    metrics: tuple[Metric, ...] = (_NLL,)
 
     def to(self, device: torch.device) -> Breakdown:
-        return Breakdown(self.names, self.of.to(device))
+        return replace(self, of=self.of.to(device))
 
     def zero_sums(self, device: torch.device) -> Tensor:
-        return torch.zeros(len(self.names), 2, dtype=torch.float64, device=device)
+        return torch.zeros(len(self.names), 2 * len(self.metrics), dtype=torch.float64, device=device)
 
-    def sums(self, batch: Batch, logprobs: Tensor) -> Tensor:
-        """float64 [G, 2]: Σ −ℓ_t and the number of trained tokens of each group, over this rank's part of a micro-batch.
+    def sums(self, batch: Batch, terms: Mapping[str, Tensor]) -> Tensor:
+        """float64 [G, 2M]: each metric's numerator and denominator, for each group, over this rank's part of a micro-batch.
 
-        logprobs  float32 [T] of the policy
+        terms  name → per-token terms [T], as in `LossSums.terms`
         """
-        out = self.zero_sums(logprobs.device)
+        wanted = [name for metric in self.metrics for name in (metric.numerator, metric.denominator) if name]
+        values = torch.stack([terms[name].double() for name in wanted], dim=1)
+        out = self.zero_sums(values.device)
         trajectory = batch.trajectory[batch.segment]  # filler, −1, has no trained tokens
-        values = torch.stack([-logprobs * batch.mask, batch.mask], dim=1).double()
         for kind in self.of:
             out.index_add_(0, kind[trajectory], values)
         return out
 
-    def metrics(self, sums: Tensor) -> dict[str, float]:
-        """Mean negative log-prob of each group that has tokens."""
-        return {name: nll / tokens for name, (nll, tokens) in zip(self.names, sums.tolist(), strict=True) if tokens}
+    def values(self, sums: Tensor) -> dict[str, float]:
+        """Each metric of each group that has tokens."""
+        return {
+            f"{metric.name}/{group}": row[2 * i] / row[2 * i + 1]
+            for group, row in zip(self.names, sums.tolist(), strict=True)
+            for i, metric in enumerate(self.metrics)
+            if row[2 * i + 1]
+        }
 
 
 def break_down(
-    scores: np.ndarray, sources: Sequence[str], corpora: Mapping[str, int] | None = None
+    scores: np.ndarray,
+    sources: Sequence[str],
+    corpora: Mapping[str, int] | None = None,
+    metrics: tuple[Metric, ...] = (_NLL,),
 ) -> Breakdown | None:
     """Group by score (each value if there are few, else quartiles), by source and by corpus; None if nothing distinguishes trajectories.
 
@@ -59,11 +76,11 @@ def break_down(
         if len(labels) > 1:
             kinds.append(torch.from_numpy(numbers.astype(np.int64) + len(names)))
             names += labels
-    return Breakdown(names, torch.stack(kinds)) if kinds else None
+    return Breakdown(names, torch.stack(kinds), metrics) if kinds else None
 
 
 def _by_corpus(sizes: Mapping[str, int]) -> tuple[list[str], np.ndarray]:
-    return [f"nll/corpus {name}" for name in sizes], np.repeat(np.arange(len(sizes)), list(sizes.values()))
+    return [f"corpus {name}" for name in sizes], np.repeat(np.arange(len(sizes)), list(sizes.values()))
 
 
 def _by_score(scores: np.ndarray) -> tuple[list[str], np.ndarray]:
@@ -71,9 +88,9 @@ def _by_score(scores: np.ndarray) -> tuple[list[str], np.ndarray]:
         return [], scores
     values = np.unique(scores)
     if len(values) <= _BUCKETS:
-        return [f"nll/score {v}" for v in _shortest(values)], np.searchsorted(values, scores)
+        return [f"score {v}" for v in _shortest(values)], np.searchsorted(values, scores)
     edges = np.unique(np.quantile(scores, np.linspace(0, 1, _BUCKETS + 1)))
-    labels = [f"nll/score {low} to {high}" for low, high in itertools.pairwise(_shortest(edges))]
+    labels = [f"score {low} to {high}" for low, high in itertools.pairwise(_shortest(edges))]
     return labels, np.clip(np.searchsorted(edges, scores, side="right") - 1, 0, len(labels) - 1)
 
 
@@ -86,7 +103,7 @@ def _shortest(values: np.ndarray) -> list[str]:
 def _by_source(sources: Sequence[str]) -> tuple[list[str], np.ndarray]:
     values, numbers, counts = np.unique(np.asarray(sources), return_inverse=True, return_counts=True)
     largest = np.argsort(-counts, kind="stable")[:_MOST_SOURCES]
-    labels = [f"nll/source {values[i]}" for i in largest]
+    labels = [f"source {values[i]}" for i in largest]
     place = np.full(len(values), len(labels))
     place[largest] = np.arange(len(largest))
-    return labels + (["nll/source others"] if len(values) > len(largest) else []), place[numbers]
+    return labels + (["source others"] if len(values) > len(largest) else []), place[numbers]

@@ -209,6 +209,11 @@ class Objective:
         }
         return self.needs_reference and origin in origins[metric.needs]
 
+    @property
+    def evaluated(self) -> list[Metric]:
+        """The metrics that are reported of held-out trajectories."""
+        return [m for m in (*METRICS, *self.metrics) if m.evaluated and not m.measured and self.reports(m)]
+
 
 def local_segment_sum(
     segment: Tensor, num_segments: int, *, reduce: Callable[[Tensor], object] | None = None

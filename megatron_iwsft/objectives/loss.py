@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -100,11 +100,15 @@ def own_sums(objective: Objective) -> list[str]:
 
 @dataclass(frozen=True)
 class LossSums:
-    """One micro-batch's contribution: `loss` [] with gradient; sums float64 [len(sum_names)] and weight_max float64 [] without."""
+    """One micro-batch's contribution: `loss` [] with gradient; sums float64 [len(sum_names)] and weight_max float64 [] without.
+
+    terms  per-token terms [T] of `SUMS`, for sums over parts of the micro-batch
+    """
 
     loss: Tensor
     sums: Tensor
     weight_max: Tensor
+    terms: dict[str, Tensor] = field(default_factory=dict)
 
 
 def micro_batch_loss(objective: Objective, t: Trajectories, s: Settings) -> LossSums:
@@ -140,14 +144,15 @@ def micro_batch_loss(objective: Objective, t: Trajectories, s: Settings) -> Loss
             sft=sft,
             iw=iw,
         )
-        values = [of(terms) for of in SUMS.values()] + [result.extra[name] for name in own_sums(objective)]
+        by_name = {name: of(terms) for name, of in SUMS.items()}
+        values = [*by_name.values(), *(result.extra[name] for name in own_sums(objective))]
         # bucketize would need the edges as a tensor, and the host would wait for their copy.
         bins = torch.stack([~(result.weight < edge) for edge in WEIGHT_BINS]).sum(dim=0)
         histogram = torch.zeros(len(HISTOGRAM), dtype=torch.float64, device=loss.device)
         histogram.index_add_(0, bins, terms.unit.double())
         sums = torch.cat([torch.stack([value.double().sum() for value in values]), histogram])
         weight_max = result.weight.max().double() if result.weight.numel() else sums.new_zeros(())
-    return LossSums(loss=loss, sums=sums, weight_max=weight_max)
+    return LossSums(loss=loss, sums=sums, weight_max=weight_max, terms=by_name)
 
 
 def _bound_terms(objective: Objective, t: Trajectories) -> tuple[Tensor, Tensor, Tensor]:

@@ -32,6 +32,7 @@ class Metric:
                  filter may have kept some (`reference_samples`), or all of what it sampled (`all_samples`)
     measured     by the trainer, not from sums
     timing       differs between two runs that compute the same numbers
+    evaluated    of sets of held-out trajectories too; not for a measured metric
     plotted      in reports
     """
 
@@ -43,6 +44,7 @@ class Metric:
     needs: Literal["weights", "reference", "reference_samples", "all_samples"] | None = None
     measured: bool = False
     timing: bool = False
+    evaluated: bool = True
     plotted: bool = False
 
     def __post_init__(self) -> None:
@@ -113,7 +115,6 @@ METRICS = (
     Metric("epoch", "epoch, from 0", measured=True),
     Metric("loss", "loss", "loss", "denominator", plotted=True),
     Metric("nll", "negative log-likelihood per trained token", "nll", "tokens", plotted=True),
-    Metric("eval_nll", "held-out negative log-likelihood per trained token", measured=True, plotted=True),
     Metric("grad_norm", "gradient norm, before clipping", measured=True, plotted=True),
     Metric("lr", "learning rate", measured=True, plotted=True),
     Metric("weight_mean", "mean importance weight", "weight", "units", needs="weights", plotted=True),
@@ -132,7 +133,13 @@ METRICS = (
         plotted=True,
     ),
     Metric("clip_fraction", "share of weights changed by the clip", "clipped", "units", needs="weights", plotted=True),
-    Metric("weight_histogram", f"shares of weights between {WEIGHT_BINS}", derived=_histogram, needs="weights"),
+    Metric(
+        "weight_histogram",
+        f"shares of weights between {WEIGHT_BINS}",
+        derived=_histogram,
+        needs="weights",
+        evaluated=False,
+    ),
     Metric("log_ratio", "mean log-ratio q − r per token", "log_ratio", "tokens", needs="reference"),
     Metric("abs_log_ratio", "mean absolute log-ratio per token", "abs_log_ratio", "tokens", needs="reference"),
     Metric(
@@ -163,10 +170,12 @@ METRICS = (
     Metric("bound_sft_se", "its standard error", derived=_standard_error("bound_sft"), needs="reference_samples"),
     Metric("bound_iw", "iw-SFT bound / P(D+)", "bound_iw", "quality", needs="reference_samples", plotted=True),
     Metric("bound_iw_se", "its standard error", derived=_standard_error("bound_iw"), needs="reference_samples"),
-    Metric("not_finite_tokens", "tokens whose log-ratio is not finite", "not_finite", needs="reference"),
+    Metric(
+        "not_finite_tokens", "tokens whose log-ratio is not finite", "not_finite", needs="reference", evaluated=False
+    ),
     Metric("router_balance", "load-balance loss of the routers, per layer", measured=True),
-    Metric("trained_tokens", "trained tokens", "tokens"),
-    Metric("sequences", "trajectories with at least one trained token", "sequences"),
+    Metric("trained_tokens", "trained tokens", "tokens", evaluated=False),
+    Metric("sequences", "trajectories with at least one trained token", "sequences", evaluated=False),
     Metric("tokens", "tokens, trained or not", measured=True),
     Metric("skipped_steps", "steps skipped so far because a number was not finite", measured=True),
     Metric("step_time_s", "seconds per step", measured=True, timing=True),
@@ -177,6 +186,8 @@ METRICS = (
     Metric("rank_time_max_s", "forward and backward of the slowest rank, s", measured=True, timing=True),
     Metric("slowest_rank", "the slowest rank", measured=True, timing=True),
 )
+# Of groups of trajectories: sources, scores, corpora. In training only the first.
+BY_GROUP = ("nll", "weight_mean", "log_ratio")
 TIMING = frozenset(metric.name for metric in METRICS if metric.timing)
 
 

@@ -74,6 +74,11 @@ def sidecar_directory(corpus: Corpus, identity: ReferenceIdentity) -> Path:
     return corpus.directory / f"reference-{identity.fingerprint}"
 
 
+def has_sidecar(corpus: Corpus, identity: ReferenceIdentity) -> bool:
+    """Whether the corpus has complete log-probs of this reference."""
+    return is_regular_file(sidecar_directory(corpus, identity) / MANIFEST)
+
+
 def _check_entries(directory: Path) -> None:
     """Raise DataError unless a sidecar is a directory of regular files: a link would lead writes to another file."""
     kind = other_kind(directory, follow_links=False)

@@ -9,12 +9,10 @@ import torch
 
 from megatron_iwsft.checkpoint.info import AdapterInfo
 from megatron_iwsft.checkpoint.initial_weights import InitialWeights
-from megatron_iwsft.config.data import MixtureCorpus, QualityConfig
 from megatron_iwsft.config.schema import Config, Model
 from megatron_iwsft.data.corpus import Corpus
 from megatron_iwsft.data.mixture import Mixture
-from megatron_iwsft.data.sampler import Part, Quality, Sampler
-from megatron_iwsft.data.scores import normalized_by_source, thresholds_in_scores
+from megatron_iwsft.data.sampler import Sampler
 from megatron_iwsft.data.tokenizer import load_tokenizer
 from megatron_iwsft.distributed.parallel_layout import ParallelLayout
 from megatron_iwsft.errors import CheckpointError, ConfigError, DataError
@@ -28,6 +26,8 @@ from megatron_iwsft.objectives.functions import Objective, Origin, Settings
 from megatron_iwsft.reference.sidecar import ReferenceIdentity
 from megatron_iwsft.train.callbacks import CallbackFunction
 from megatron_iwsft.train.callbacks.custom import load_callbacks
+from megatron_iwsft.train.held_out import HeldOutSet
+from megatron_iwsft.train.sampling import make_sampler, open_mixture
 from megatron_iwsft.utils.hub import missing_directory
 
 
@@ -40,7 +40,7 @@ class CheckedRun:
     mixture           the corpora to train on, as one sequence of trajectories
     adapters          of the policy, None if all of its weights are trained
     adapter_init      what they start from, None for random ones
-    evaluation        the held-out corpus, if there is one
+    held_out          the sets of `evaluation`
     callbacks         the user's own: name in the config → function
     """
 
@@ -54,8 +54,13 @@ class CheckedRun:
     reference: InitialWeights
     adapters: AdapterSettings | None
     adapter_init: PeftDirectory | None
-    evaluation: Corpus | None
+    held_out: list[HeldOutSet]
     callbacks: dict[str, CallbackFunction]
+
+    @property
+    def corpora(self) -> list[Corpus]:
+        """All that are read: those to train on and those to evaluate."""
+        return [*self.mixture.corpora, *(held.corpus for held in self.held_out)]
 
     @property
     def run_directory(self) -> Path:
@@ -91,8 +96,12 @@ class CheckedRun:
 
     def reference_identities(self) -> list[ReferenceIdentity]:
         """What the reference log-probs of each corpus depend on, and so which sidecar they are in. Reads samples of the weights' files."""
+        return [self.reference_identity(corpus) for corpus in self.mixture.corpora]
+
+    def reference_identity(self, corpus: Corpus) -> ReferenceIdentity:
+        """Of one corpus, such as an evaluation set's."""
         weights, dtype = self.reference.fingerprint, self.config.precision.described
-        return [ReferenceIdentity.of(corpus, weights=weights, dtype=dtype) for corpus in self.mixture.corpora]
+        return ReferenceIdentity.of(corpus, weights=weights, dtype=dtype)
 
     def adapter_info(self) -> AdapterInfo | None:
         """What checkpoints of adapters say about them; None if weights are trained. Reads samples of the weights' files.
@@ -133,8 +142,9 @@ def check(config: Config, *, world_size: int) -> CheckedRun:
     if objective.needs_reference and config.reference.source == "cached":
         check_cacheable(config)
     adapters, init = adapter_settings(config, policy.architecture), config.adapter.init
-    reference, evaluation = _reference(config, mixture.corpora[0], policy), _evaluation(config, mixture.corpora[0])
-    for corpus in filter(None, (*mixture.corpora, evaluation)):
+    reference = _reference(config, mixture.corpora[0], policy)
+    held_out = [HeldOutSet.open(entry, config, mixture.corpora[0]) for entry in config.evaluation.sets]
+    for corpus in (*mixture.corpora, *(held.corpus for held in held_out)):
         for weights in (policy, reference):
             check_lengths(corpus, weights)
     return CheckedRun(
@@ -148,7 +158,7 @@ def check(config: Config, *, world_size: int) -> CheckedRun:
         reference=reference,
         adapters=adapters,
         adapter_init=PeftDirectory(init, policy.architecture, adapters) if adapters and init else None,
-        evaluation=evaluation,
+        held_out=held_out,
         callbacks=load_callbacks(config.logging.callbacks),
     )
 
@@ -193,57 +203,6 @@ def _reference(config: Config, corpus: Corpus, policy: InitialWeights) -> Initia
     if config.reference.refresh and replace(reference.architecture, hf={}) != replace(policy.architecture, hf={}):
         raise ConfigError("reference.refresh copies the policy into the reference: both need the same architecture.")
     return reference
-
-
-def _evaluation(config: Config, corpus: Corpus) -> Corpus | None:
-    if config.evaluation.corpus is None:
-        return None
-    evaluation = Corpus.open(config.evaluation.corpus)
-    if evaluation.manifest["tokenizer"] != corpus.manifest["tokenizer"]:
-        raise DataError(
-            f"evaluation.corpus {evaluation.directory} was made with a different tokenizer than {corpus.directory}. Shard it again with "
-            "the same one."
-        )
-    evaluation_sampler(config, evaluation)
-    return evaluation
-
-
-def evaluation_corpora(config: Config) -> list[str]:
-    """The directories of the held-out corpora."""
-    return [config.evaluation.corpus] if config.evaluation.corpus is not None else []
-
-
-def evaluation_sampler(config: Config, evaluation: Corpus) -> Sampler:
-    """Every trajectory of the held-out corpus once. Raises DataError if one does not fit into a row."""
-    mixture = [MixtureCorpus(corpus=str(evaluation.directory))]
-    data = config.data.model_copy(update={"quality": QualityConfig(), "corpus": None, "corpora": mixture})
-    return make_sampler(config.model_copy(update={"data": data}), Mixture.of({mixture[0].label: evaluation}))
-
-
-def open_mixture(config: Config) -> Mixture:
-    """The corpora that a config trains on. Raises DataError."""
-    return Mixture.open({entry.label: entry.corpus for entry in config.data.mixture})
-
-
-def make_sampler(config: Config, mixture: Mixture) -> Sampler:
-    """The sampler that a config's `data` section describes, over its corpora."""
-    data, scores = config.data, mixture.scores
-    if data.quality.normalize:
-        scores = normalized_by_source(scores, mixture.sources())
-    multiple = config.packed_multiple
-    return Sampler(
-        mixture.lengths if multiple == 1 else -(-mixture.lengths // multiple) * multiple,
-        scores,
-        seq_length=data.seq_length,
-        packing=data.packing,
-        global_batch_size=data.global_batch_size,
-        quality=Quality(data.quality.mode, thresholds_in_scores(data.quality.thresholds, scores)),
-        seed=config.run.seed,
-        parts=[
-            Part(entry.label, len(corpus), entry.epochs or 1.0, entry.weight)
-            for entry, corpus in zip(data.mixture, mixture.corpora, strict=True)
-        ],
-    )
 
 
 def check_tokenizer(corpus: Corpus, weights: InitialWeights) -> None:

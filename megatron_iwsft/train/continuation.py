@@ -3,27 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from megatron_iwsft.checkpoint.info import AdapterInfo, CheckpointInfo
+from megatron_iwsft.config.data import MixtureCorpus
 from megatron_iwsft.config.schema import Config
 from megatron_iwsft.config.section import Section
+from megatron_iwsft.data.sampler import Sampler
+from megatron_iwsft.distributed.parallel_layout import ParallelLayout
 from megatron_iwsft.errors import ConfigError
 from megatron_iwsft.train.check import CheckedRun
 
 # What may differ between a run and its continuation. Anything else would make it another run.
 _MAY_CHANGE = {
-    "run": {"name", "dir", "device", "bind_device", "hang_timeout_s", "max_bad_steps", "spike"},
+    "run": {"name", "dir", "device", "bind_device", "hang_timeout_s", "max_bad_steps", "spike", "stop_early"},
     "adapter": {"init"},
-    "data": {"corpus", "pad_to", "micro_batch_size", "balance", "epochs", "max_steps", "drawn_from", "verify"},
+    "data": {
+        "corpus",
+        "pad_to",
+        "micro_batch_size",
+        "global_batch_size",
+        "balance",
+        "epochs",
+        "max_steps",
+        "drawn_from",
+        "verify",
+    },
 }
 # Of each corpus of a mixture: its content is compared by fingerprint.
-_MAY_CHANGE_IN_CORPORA = {"corpus", "name"}
+_MAY_CHANGE_IN_CORPORA = {"corpus", "name", "appended"}
 _MUST_STAY = ("model", "adapter", "data", "objective", "reference", "precision", "run")
 _NOT_REPORTED = {"run.name", "run.dir"}
 _AFFECTS_LR_SCHEDULE = {
     "data.epochs",
     "data.max_steps",
+    "data.global_batch_size",
     *(f"optimizer.{k}" for k in ("lr", "min_lr", "schedule", "warmup_fraction")),
 }
 
@@ -58,13 +73,31 @@ def _check_adapter(run: CheckedRun, info: CheckpointInfo, now: AdapterInfo | Non
 
 def described_changes(config: Config, earlier: dict[str, Any]) -> str:
     """How `config` differs from the one that a checkpoint was saved with, for the log; empty if it does not."""
-    found = {".".join(path): (value, before) for path, value, before in _differences(config, earlier)}
+    found = {".".join(path): (value, before) for path, value, before in _differences(*_alike(config, earlier))}
     text = ", ".join(
-        f"{key} {now!r} (was {before!r})" for key, (now, before) in found.items() if key not in _NOT_REPORTED
+        f"{key} {now!r} (was {before!r})"
+        for key, (now, before) in found.items()
+        if key not in _NOT_REPORTED and not key.endswith(".appended")
     )
     if found.keys() & _AFFECTS_LR_SCHEDULE:
         text += "; the learning-rate schedule was recomputed from the new settings"
     return text
+
+
+def described_layout(layout: ParallelLayout, earlier: ParallelLayout) -> str:
+    """Another number of data-parallel ranks, which no config has, for the log; empty if it is the same."""
+    return f"data-parallel degree {layout.data} (was {earlier.data})" if layout.data != earlier.data else ""
+
+
+def _alike(config: Config, earlier: dict[str, Any]) -> tuple[Config, dict[str, Any]]:
+    """Both as mixtures, if one names a single corpus and the other a list."""
+    before = earlier.get("data", {})
+    if bool(config.data.corpora) == bool(before.get("corpora")):
+        return config, earlier
+    mixture = [MixtureCorpus(corpus=before["corpus"])] if before.get("corpus") else []
+    as_list = [entry.model_dump() for entry in mixture] or before.get("corpora", [])
+    data = config.data.model_copy(update={"corpus": None, "corpora": config.data.mixture})
+    return config.model_copy(update={"data": data}), earlier | {"data": before | {"corpus": None, "corpora": as_list}}
 
 
 def _differences(
@@ -77,11 +110,13 @@ def _differences(
         if isinstance(value, Section):
             yield from _differences(value, before, (*path, name))
         elif isinstance(value, list) and any(isinstance(entry, Section) for entry in value):
-            if len(value) == len(before):
-                for number, (entry, earlier_entry) in enumerate(zip(value, before, strict=True)):
-                    yield from _differences(entry, earlier_entry, (*path, name, str(number)))
-            else:
+            if len(value) < len(before):
                 yield (*path, name), [entry.model_dump() for entry in value], before
+                continue
+            for number, (entry, earlier_entry) in enumerate(zip(value, before, strict=False)):
+                yield from _differences(entry, earlier_entry, (*path, name, str(number)))
+            for number in range(len(before), len(value)):
+                yield (*path, name, str(number), "appended"), value[number].model_dump(exclude_defaults=True), None
         elif value != before:
             yield (*path, name), value, before
 
@@ -92,9 +127,79 @@ def _may_change(path: tuple[str, ...]) -> bool:
     return path[0] not in _MUST_STAY or path[1] in _MAY_CHANGE.get(path[0], ())
 
 
+def _earlier_data(run: CheckedRun, info: CheckpointInfo) -> dict[str, Any]:
+    """The sampler's state in a checkpoint; one from before there was any has started at the beginning."""
+    corpora = len(info.corpora) or len(run.mixture.corpora)
+    at_start = {
+        "start": {},
+        "global_batch_size": info.config["data"]["global_batch_size"],
+        "first_epochs": [0] * corpora,
+    }
+    return info.host.get("data", at_start)
+
+
+def _check_steps_ahead(run: CheckedRun, info: CheckpointInfo) -> None:
+    """Raise ConfigError if the data that are left cannot be continued with this batch size or these corpora."""
+    data, earlier = run.config.data, _earlier_data(run, info)
+    appended = run.mixture.names[len(earlier["first_epochs"]) :]
+    if appended and (data.quality.normalize or any(isinstance(c, str) for c in data.quality.thresholds)):
+        key = "normalize" if data.quality.normalize else "thresholds in per cent"
+        raise ConfigError(
+            f"data.corpora: {appended[0]} was appended, but with data.quality.{key} it would change which trajectories of the earlier "
+            "corpora are used, and how. Append it to a run with scores or thresholds that do not depend on the other corpora."
+        )
+    ahead = [step for step in info.host.get("divergence", {}).get("passed_over", []) if step > info.step]
+    if ahead and (appended or data.global_batch_size != earlier["global_batch_size"]):
+        what = (
+            f"data.corpora: {appended[0]} was appended"
+            if appended
+            else f"data.global_batch_size is {data.global_batch_size}"
+        )
+        raise ConfigError(
+            f"{what}, but a rewind has set aside the batches of steps {ahead[0]} to {ahead[-1]}, which would then hold other trajectories. "
+            f"Continue {info.directory} past step {ahead[-1]} with the earlier setting first."
+        )
+
+
+@dataclass(frozen=True)
+class DataPosition:
+    """The sampler's state in every checkpoint. `continue_data` takes it over when a run starts; a rewind stays within that plan."""
+
+    sampler: Sampler
+
+    def state(self) -> dict[str, Any]:
+        return self.sampler.state()
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Nothing: see above."""
+
+
+def continue_data(run: CheckedRun, info: CheckpointInfo) -> list[str]:
+    """Have the run's sampler continue where a checkpoint is in its data; returns what changes from there on, for the log.
+
+    Raises ConfigError if an appended corpus would join after the run's end.
+    """
+    earlier, sampler = _earlier_data(run, info), run.sampler
+    at = sampler.continue_with(earlier, info.step)
+    found = []
+    if sampler.global_batch_size != earlier["global_batch_size"]:
+        found.append(
+            f"{sampler.global_batch_size} sequences per step from sequence {at.pack} of epoch {at.epoch} on, none left out or repeated"
+        )
+    for part in sampler.parts[len(earlier["first_epochs"]) :]:
+        total = run.total_steps
+        if total <= info.step or sampler.position_at(total - 1).epoch < part.first_epoch:
+            raise ConfigError(
+                f"data.corpora: {part.name} joins with epoch {part.first_epoch}, the first that has not begun, but the run ends before "
+                "that. Raise data.epochs or data.max_steps."
+            )
+        found.append(f"corpus {part.name} joins with epoch {part.first_epoch}")
+    return found
+
+
 def check_same_run(run: CheckedRun, info: CheckpointInfo, adapter: AdapterInfo | None = None) -> None:
     """Raise ConfigError naming the first thing that differs and may not. adapter: what this run's checkpoints say about adapters."""
-    for path, value, earlier in _differences(run.config, info.config):
+    for path, value, earlier in _differences(*_alike(run.config, info.config)):
         if not _may_change(path):
             raise ConfigError(
                 f"{'.'.join(path)} is {value!r}, but {info.directory} was trained with {earlier!r}. Set it back to continue that run, or "
@@ -102,6 +207,7 @@ def check_same_run(run: CheckedRun, info: CheckpointInfo, adapter: AdapterInfo |
             )
     _check_packing(run, info)
     _check_adapter(run, info, adapter)
+    _check_steps_ahead(run, info)
     if info.objective != run.objective_source:
         raise ConfigError(
             f"the file of objective.name {run.config.objective.name} has changed since {info.directory} was written, so earlier and later "

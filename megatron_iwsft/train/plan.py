@@ -30,11 +30,9 @@ from megatron_iwsft.train.check import (
     check,
     check_cacheable,
     check_layout,
-    evaluation_corpora,
-    make_sampler,
-    open_mixture,
 )
 from megatron_iwsft.train.continuation import check_same_run, described_changes
+from megatron_iwsft.train.sampling import make_sampler, open_mixture
 from megatron_iwsft.utils.json_files import read_json
 
 Command = Literal["train", "reference"]
@@ -154,7 +152,7 @@ def _absent(config: Config) -> list[tuple[str, str]]:
         if path is not None and not Path(path).exists()
     ]
     corpora = [("corpus", "data.corpus", entry.corpus) for entry in config.data.mixture]
-    corpora += [("evaluation", "evaluation", path) for path in evaluation_corpora(config)]
+    corpora += [("evaluation", entry.name, entry.corpus) for entry in config.evaluation.sets]
     return found + [
         (
             kind,

@@ -173,7 +173,7 @@ def start(checked: CheckedRun) -> StartedRun:
     if not platform.has_transformer_engine and not needs_no_masks:
         _refuse_dense_masks(checked)
     parallel = platform.parallel(checked.layout, seed=config.run.seed)
-    for corpus in filter(None, (*checked.mixture.corpora, checked.evaluation)):
+    for corpus in checked.corpora:
         _check_contents(corpus, config, platform)
     return StartedRun(**vars(checked), platform=platform, parallel=parallel)
 
@@ -181,8 +181,7 @@ def start(checked: CheckedRun) -> StartedRun:
 def _refuse_dense_masks(checked: CheckedRun) -> None:
     """Raise ConfigError if the local backend's attention masks would be too large."""
     multiple = 2 * checked.layout.context
-    corpora = [corpus for corpus in (*checked.mixture.corpora, checked.evaluation) if corpus is not None]
-    corpus = max(corpora, key=lambda corpus: int(corpus.lengths.max(initial=0)))
+    corpus = max(checked.corpora, key=lambda corpus: int(corpus.lengths.max(initial=0)))
     longest = -(-int(corpus.lengths.max(initial=0)) // multiple) * multiple
     for weights in (checked.policy, checked.reference):
         size = local_mask_bytes(weights.architecture, checked.layout, longest)

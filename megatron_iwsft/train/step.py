@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,7 +67,7 @@ class TrainStep:
     proposal   the lagged proposal's chunks, else None: the proposal is the policy itself
     offload    whether their weights stay on the host between forward passes
     router_balance  coefficient of the balance loss of a mixture of experts
-    breakdown  of the corpus's trajectories into groups whose loss is reported
+    breakdown  of the corpus's trajectories into groups whose metrics are reported
     origin     where the trajectories of the next batches were drawn from, which some metrics depend on
     """
 
@@ -117,6 +118,7 @@ class TrainStep:
             chunk.config.finalize_model_grads_func = self._finalize
             chunk.train()
             chunk.zero_grad_buffer()
+        self._start_totals()
         self._run(batches, forward_only=False)
         metrics = self._totals.metrics()
         if self.router_balance:
@@ -124,20 +126,30 @@ class TrainStep:
             per_layer = float(self._router_balance) / self.chunks[0].config.num_layers
             metrics["router_balance"] = per_layer / units if units else math.nan
         if self.breakdown is not None and self._totals.extra is not None:
-            metrics |= self.breakdown.metrics(self._totals.extra)
+            metrics |= self.breakdown.values(self._totals.extra)
         return metrics
 
-    def evaluate(self, batches: list[Batch]) -> LossTotals:
-        """The loss's sums over the global batch without gradients, reduced over all ranks. Collective."""
+    def evaluating(self, objective: Objective, breakdown: Breakdown | None) -> TrainStep:
+        """A step of the same models for `evaluate`, with an objective and groups of its own."""
+        other = copy.copy(self)
+        other.objective, other.breakdown, other.origin, other.router_balance = objective, breakdown, "other", 0.0
+        return other
+
+    def evaluate(self, global_batches: Iterable[list[Batch]]) -> dict[str, Any]:
+        """The metrics of several global batches together, without gradients; the same on every rank. Collective."""
         for chunk in self.chunks:
             chunk.eval()  # no dropout in adapters
+        self._start_totals()
         with torch.no_grad():
-            self._run(batches, forward_only=True)
+            for batches in global_batches:
+                self._run(batches, forward_only=True)
         self._totals.reduce()
-        return self._totals
+        metrics = self._totals.metrics()
+        if self.breakdown is not None and self._totals.extra is not None:
+            metrics |= self.breakdown.values(self._totals.extra)
+        return metrics
 
     def _run(self, batches: list[Batch], *, forward_only: bool) -> None:
-        self._start_totals()
         models = 1 + len(self._frozen)
         run_schedule(self._stages, batches, self._forward_step, self.parallel, models=models, forward_only=forward_only)
 
@@ -148,7 +160,7 @@ class TrainStep:
             sums = micro_batch_loss(self.objective, self._trajectories(batch, logprobs), self.settings)
             self._totals.add(sums)
             if self.breakdown is not None and self._totals.extra is not None:
-                self._totals.extra += self.breakdown.sums(batch, logprobs[0].detach())
+                self._totals.extra += self.breakdown.sums(batch, sums.terms)
             return sums.loss, torch.ones((), dtype=torch.int, device=self.device), {}
 
         return forward(model, batch, self._balance(batch)), loss

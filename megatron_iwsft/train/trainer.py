@@ -6,15 +6,17 @@ import os
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from megatron_iwsft.checkpoint.best import BestCheckpoints
 from megatron_iwsft.checkpoint.checkpointer import Checkpointer
 from megatron_iwsft.checkpoint.info import step_name
-from megatron_iwsft.checkpoint.state import TrainState
+from megatron_iwsft.checkpoint.state import HostState, TrainState
 from megatron_iwsft.config.schema import Config
 from megatron_iwsft.data.batch_builder import BatchesAhead
 from megatron_iwsft.distributed.agreement import on_first_rank
@@ -33,8 +35,15 @@ from megatron_iwsft.train.callbacks.defaults import add_configured_callbacks
 from megatron_iwsft.train.callbacks.events import Events
 from megatron_iwsft.train.callbacks.slow_ranks import rank_times
 from megatron_iwsft.train.check import check
-from megatron_iwsft.train.continuation import check_same_run, described_changes
+from megatron_iwsft.train.continuation import (
+    DataPosition,
+    check_same_run,
+    continue_data,
+    described_changes,
+    described_layout,
+)
 from megatron_iwsft.train.divergence import DivergenceMonitor, Verdict
+from megatron_iwsft.train.early_stop import EarlyStop
 from megatron_iwsft.train.optim import build_optimizer, build_schedule, wrap_for_gradients
 from megatron_iwsft.train.setup import (
     StartedRun,
@@ -94,12 +103,20 @@ class Trainer:
         self.total_steps = run.total_steps
         self.schedule = build_schedule(self.optimizer, config.optimizer, self.total_steps)
         self.monitor = DivergenceMonitor(config.run.spike)
+        self.stop_early = EarlyStop(config.run.stop_early) if config.run.stop_early else None
+        best = BestCheckpoints(config.checkpoint.best) if config.checkpoint.best else None
+        host: dict[str, HostState | None] = {
+            "divergence": self.monitor,
+            "data": DataPosition(run.sampler),
+            "stop_early": self.stop_early,
+            "best": best,
+        }
         self.state = TrainState(
             policy,
             self.optimizer,
             self.schedule,
             lagged=_lagged_copies(run, live, proposal),
-            host={"divergence": self.monitor},
+            host={name: part for name, part in host.items() if part is not None},
             gather_parameters=self._gather_parameters,
         )
         self.step = TrainStep(
@@ -126,6 +143,7 @@ class Trainer:
             config.checkpoint,
             accept=lambda info: check_same_run(run, info, writer.adapter),
             report=self.events,
+            best=best,
         )
         self._resume()
         ignored = run.policy.architecture.ignored_keys
@@ -139,17 +157,19 @@ class Trainer:
         *,
         every: int = 1,
         at_end: bool = False,
+        at_start: bool = False,
         collective: bool = False,
         phase: str = "callback",
         saves: bool = False,
     ) -> None:
-        """Call `function` with the `StepResult` after every `every`-th step, and after the last one with `at_end`.
+        """Call `function` with the `StepResult` after every `every`-th step, after the last one with `at_end`, and with `at_start` before
+        the first one, with a result of step 0 that has no metrics of training.
 
         collective: on every rank, else on the main rank only. A dict that a collective function returns is added to the step's metrics:
         these run first, then those on the main rank, which log the metrics, then those that save. Within each of these groups
         callbacks run in the order in which they were added. phase: what the watchdog calls a collective one.
         """
-        self.insert_callback(Callback(function, every, at_end, collective, phase, saves))
+        self.insert_callback(Callback(function, every, at_end, at_start, collective, phase, saves))
 
     def insert_callback(self, callback: Callback) -> None:
         """Add a callback behind those of its `order`."""
@@ -167,12 +187,14 @@ class Trainer:
             )
             raise RequeueError
         metrics: dict[str, Any] = {}
+        if state.step == 0 and self.run.held_out:
+            self._call_back(self._result({"step": 0, "epoch": 0}, stopping=False))
         while state.step < self.total_steps:
             result = self.train_step(state.step + 1)
             if result is None:  # rolled back
                 continue
             state.step, metrics = result.step, result.metrics
-            self._call_back(result)
+            result = self._call_back(result)
             if result.stopping and not result.is_last:
                 self._save_and_leave()
         self._finish()
@@ -180,6 +202,7 @@ class Trainer:
 
     def save(self, result: StepResult) -> None:
         """After a step: save if this step is due, and in any case after the last one."""
+        self.checkpointer.judge(result.metrics)
         if result.is_last:
             self.checkpointer.finish()
         elif not result.stopping:  # saving then follows the other callbacks
@@ -204,9 +227,28 @@ class Trainer:
                 + ". Fix what it names, and run `iwsft export` for what is missing."
             )
 
-    def _call_back(self, result: StepResult) -> None:
-        for callback in self.callbacks:
-            if callback.due(result) and (callback.collective or self.run.is_main):
+    def _call_back(self, result: StepResult) -> StepResult:
+        """Call what is due; returns the result, as the run's last one if it stops early."""
+        first = [callback for callback in self.callbacks if callback.order == 0]
+        self._call([callback for callback in first if callback.due(result)], result)
+        if self.stop_early is not None:
+            self.stop_early.judge(result.step, result.metrics)
+            if self.stop_early.stopped and not result.is_last:
+                last = replace(result, total_steps=result.step)
+                self._end_here()
+                self._call([callback for callback in first if callback.due(last) and not callback.due(result)], last)
+                result = last
+        self._call([callback for callback in self.callbacks if callback.order > 0 and callback.due(result)], result)
+        return result
+
+    def _end_here(self) -> None:
+        assert self.stop_early is not None
+        step = self.total_steps = self.state.step
+        self.events("stopped early", f"the run ends after step {step}: {self.stop_early.reason}.", step=step)
+
+    def _call(self, callbacks: list[Callback], result: StepResult) -> None:
+        for callback in callbacks:
+            if callback.collective or self.run.is_main:
                 if callback.collective:
                     self.watch.at(result.step, callback.phase)
                 result.metrics.update(callback.function(result) or {})
@@ -215,7 +257,7 @@ class Trainer:
         """Step `number`, counted from 1; None if it led to a rewind."""
         run, started = self.run, time.perf_counter()
         packs = run.sampler.packs_at(number - 1)
-        metrics: dict[str, Any] = {"step": number, "epoch": run.sampler.locate(number - 1)[0]}
+        metrics: dict[str, Any] = {"step": number, "epoch": run.sampler.position_at(number - 1).epoch}
         if number in self.monitor.passed_over:
             stopping = run.platform.any(self.stop.requested)
             self._update_lagged_copies(number)
@@ -337,7 +379,7 @@ class Trainer:
         first = max(1, number - settings.batches + 1)
         rewinds, passed_over = self.monitor.rewinds + 1, {*self.monitor.passed_over, *range(first, number + 1)}
         self.watch.at(number, "loading a checkpoint")
-        back = self.checkpointer.roll_back(before=first - 1)
+        back = self.checkpointer.roll_back(before=first - 1, after=self.run.sampler.start.step)
         if back is None:
             self.events("no rewind", f"no checkpoint is older than step {first}: training continues.", step=number)
             return False
@@ -372,11 +414,23 @@ class Trainer:
         info = self.checkpointer.load_newest()
         if info is not None:
             changed = described_changes(self.run.config, info.config)
+            parts = [changed, described_layout(self.run.layout, info.layout), *continue_data(self.run, info)]
+            changed = "; ".join(part for part in parts if part)
+            self._set_total_steps(self.run.total_steps)
             self.events(
                 "resumed",
                 f"resuming from {info.directory} after step {info.step}" + (f" with {changed}" if changed else ""),
                 step=info.step,
             )
+            if self.stop_early is not None and self.stop_early.stopped:
+                self._end_here()
+
+    def _set_total_steps(self, total: int) -> None:
+        """After continuing in the data from somewhere: another global batch or corpus gives the epochs another number of steps."""
+        if total != self.total_steps:
+            self.total_steps, position = total, self.schedule.state_dict()
+            self.schedule = self.state.schedule = build_schedule(self.optimizer, self.run.config.optimizer, total)
+            self.schedule.load_state_dict(position)
 
     def _check_start(self, metrics: dict[str, Any]) -> None:
         """Before the first update, a reference that is the initial policy must give the policy's own log-probs."""
@@ -417,7 +471,7 @@ def _lagged_copies(run: StartedRun, live: Sequence[Any] | None, proposal: list[P
     if refresh and live is not None:
 
         def due(step: int) -> bool:
-            return run.sampler.locate(step)[1] == 0 if refresh == "epoch" else step % refresh == 0
+            return run.sampler.position_at(step).pack == 0 if refresh == "epoch" else step % refresh == 0
 
         out.append(LaggedCopy("reference", list(live), due))
     return out

@@ -53,6 +53,7 @@ def test_the_resolved_config_can_be_read_again() -> None:
     assert parse(text=config.to_yaml()) == config
 
 
+SETS = "evaluation.sets=[{name: test, corpus: c}]"
 MISTAKES = [
     (["data.seq_lenght=3"], "data.seq_lenght is not a known key. Did you mean seq_length?"),
     (["train.lr=3"], "train is not a known key. Known keys: run, model, data"),
@@ -99,11 +100,27 @@ MISTAKES = [
     ),
     (["megatron.moe_aux_loss_coeff=0.01"], "use objective.router_balance instead"),
     (["megatron.recompute_modules=[mlp]"], "use parallel.recompute instead"),
-    (["evaluation.every=5"], "evaluation: set both corpus and every (steps, above 0), or neither"),
+    (["evaluation.every=5"], "every is 5, but there is nothing to evaluate: add sets, or leave out every"),
+    (["evaluation.sets=[{name: a, corpus: c}, {name: a, corpus: d}]"], "evaluation: sets: two have the name a"),
+    (["evaluation.sets=[{name: a/b, corpus: c}]"], "evaluation.sets.0.name: string should match pattern"),
+    (["checkpoint.best.metric=eval/a/nll"], "checkpoint.best: metric eval/a/nll needs evaluation.sets, which is empty"),
+    (
+        [SETS, "checkpoint.best.metric=eval/tset/nll"],
+        "checkpoint.best: metric eval/tset/nll is none that this run evaluates. Did you mean eval/test/nll?",
+    ),
+    (
+        [SETS, "objective.name=sft", "checkpoint.best.metric=eval/test/weight_ess"],
+        "metric eval/test/weight_ess is none that this run evaluates",
+    ),
+    ([SETS, "run.stop_early={metric: eval/test/weight_ess, patience: 2}"], "weight_ess needs mode: min or mode: max"),
+    ([SETS, "run.stop_early={metric: eval/test/nll}"], "run.stop_early.patience is missing; it has no default"),
+    ([SETS, "run.stop_early={patience: 3}"], "run.stop_early.metric is missing; it has no default"),
+    ([SETS, "run.stop_early={metric: nll, patience: 3, min: 1}"], "run.stop_early.min is not a known key"),
+    (["evaluation.sets=[{corpus: c}]"], "evaluation.sets.0.name is missing; it has no default"),
     (["parallel.sequence=true"], "sequence: true needs tensor ≥ 2; it is 1"),
     (
         ["run=5"],
-        "run must be a mapping with keys name, dir, seed, device, bind_device, hang_timeout_s, max_bad_steps, spike; found 5",
+        "run must be a mapping with keys name, dir, seed, device, bind_device, hang_timeout_s, max_bad_steps, spike, stop_early; found 5",
     ),
     (["nonsense"], "override 'nonsense' is not of the form section.key=value"),
     (["run.name.first=x"], "override 'run.name.first=x': name is a value, not a section"),
@@ -133,7 +150,7 @@ def test_the_s1k_configs_have_the_authors_settings() -> None:
     assert sft.data == iw.data and sft.objective.normalize == iw.objective.normalize
 
 
-@pytest.mark.parametrize(("overrides", "message"), MISTAKES, ids=[m[0][0] for m in MISTAKES])
+@pytest.mark.parametrize(("overrides", "message"), MISTAKES, ids=[m[0][-1] for m in MISTAKES])
 def test_a_mistake_names_the_field(overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError) as error:
         parse(*overrides)

@@ -86,7 +86,8 @@ def test_the_number_of_steps_follows_a_fractions_trajectories() -> None:
     s = sampler(Part("a", 40), Part("b", 10, epochs=0.25))  # 2.5 of the second: 42 or 43 trajectories
     assert [s.steps_in(epoch) for epoch in range(4)] == [-(-len(s.epoch(e).packs) // 4) for e in range(4)]
     assert s.total_steps(4, None) == sum(s.steps_in(epoch) for epoch in range(4))
-    assert s.locate(s.total_steps(2, None)) == (2, 0)
+    end = s.position_at(s.total_steps(2, None))
+    assert (end.epoch, end.pack) == (2, 0)
 
 
 def test_quality_applies_within_each_corpus() -> None:

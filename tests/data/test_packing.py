@@ -78,7 +78,12 @@ def test_the_last_batch_is_filled_up_with_empty_packs() -> None:
 def test_locate_finds_the_epoch_of_a_step() -> None:
     s = sampler(packing="none")
     assert s.steps_in(0) == 13
-    assert [s.locate(i) for i in (0, 12, 13, 27)] == [(0, 0), (0, 12), (1, 0), (2, 1)]
+    assert [(at.epoch, at.pack) for at in map(s.position_at, (0, 12, 13, 27))] == [
+        (0, 0),
+        (0, 12 * s.global_batch_size),
+        (1, 0),
+        (2, s.global_batch_size),
+    ]
     assert s.total_steps(3, None) == 39
     assert s.total_steps(3, 20) == 20
     assert s.total_steps(None, 100) == 100

@@ -48,7 +48,7 @@ def computed(platform: Any, family: str, recompute: str) -> dict[str, tuple[list
             step = TrainStep(chunks, parallel, platform.device, sft, Settings())
             batches = [packed_row([20, 13, 31]), packed_row([40, 24], seed=1)]
             losses = [step.forward_backward(batches)["loss"] for _ in range(2)]
-            step.evaluate(batches)  # must leave the gradients alone
+            step.evaluate([batches])  # must leave the gradients alone
         named = policy[0].named_parameters()
         found[backend] = losses, {checkpoint_name(policy[0], n): p.main_grad.clone() for n, p in named}
     return found

@@ -32,8 +32,8 @@ def test_each_token_counts_towards_its_score_and_its_source() -> None:
     groups = break_down(np.array([0.0, 1.0, 1.0]), ["math/train.jsonl", "code/train.jsonl", "math/train.jsonl"])
     assert groups is not None
     row = batch([2, 0, -1], [5, 6, IGNORE, 7, IGNORE], [0, 0, 1, 1, 2])  # the last segment is filler
-    sums = groups.sums(row, torch.tensor([-1.0, -2.0, -9.0, -4.0, -9.0]))
-    assert groups.metrics(sums) == {
+    sums = groups.sums(row, {"nll": torch.tensor([1.0, 2.0, 0.0, 4.0, 0.0]), "tokens": row.mask})
+    assert groups.values(sums) == {
         "nll/score 0": 4.0,
         "nll/score 1": 1.5,
         "nll/source math/train.jsonl": pytest.approx(7 / 3),

@@ -71,7 +71,7 @@ GROUPS = [
 
 def overrides_of(name: str, directory: Path) -> tuple[str, ...]:
     """What distinguishes run `name` from `config`."""
-    evaluation = ("evaluation.every=2", f"evaluation.corpus={directory}/corpus")
+    evaluation = ("evaluation.every=2", f"evaluation.sets=[{{name: held-out, corpus: {directory}/corpus}}]")
     others: dict[str, tuple[str, ...]] = {
         "sft": FIRST_RUN,
         "cached": (),

@@ -57,7 +57,7 @@ parallel: {{tensor: 2, sequence: true}}
 precision: {{dtype: fp32}}
 optimizer: {{lr: 3.0e-2, weight_decay: 0.1}}
 checkpoint: {{every: 3, keep: 9}}
-evaluation: {{corpus: {directory}/corpus, every: 2}}
+evaluation: {{sets: [{{name: held-out, corpus: {directory}/corpus}}], every: 2}}
 """
     return parse_config(text, list(overrides), where=name)
 
@@ -98,10 +98,11 @@ def runs(directory: Path):
 @pytest.mark.parallel
 @pytest.mark.parametrize("name", ["base", "live", "cached", "pp2", "dropout", "proposal"])
 def test_weights_are_exactly_one_before_the_first_update(name: str, runs) -> None:
-    first, *_, last = comparable_metrics(runs(name))
+    at_start, first, *_, last = comparable_metrics(runs(name))
+    assert at_start["eval/held-out/abs_log_ratio"] == 0
     assert first["abs_log_ratio"] == 0 and first["weight_max"] == first["weight_mean"] == 1
     assert last["weight_max"] > 1.01, "it moves"
-    assert last["nll"] < first["nll"] and last["eval_nll"] < first["nll"]
+    assert last["nll"] < first["nll"] and last["eval/held-out/nll"] < at_start["eval/held-out/nll"]
 
 
 @pytest.mark.parallel

@@ -155,9 +155,9 @@ def order_of_callbacks(platform, settings) -> list[tuple[str, int, bool]]:
 
     def watching(name: str):
         def function(result):
-            logged = len(comparable_metrics(run_directory)) == result.step
+            logged = any(line["step"] == result.step for line in comparable_metrics(run_directory))
             saved = (run_directory / "checkpoints" / "latest").exists()
-            seen.append((name, logged, saved, "eval_nll" in result.metrics, "added" in result.metrics))
+            seen.append((name, logged, saved, "eval/held-out/nll" in result.metrics, "added" in result.metrics))
             return {"added": float(result.step)} if name == "collective" else None
 
         return function
@@ -174,15 +174,16 @@ def order_of_callbacks(platform, settings) -> list[tuple[str, int, bool]]:
 
 def test_added_callbacks_run_after_evaluation_and_before_saving(directory: Path) -> None:
     """A collective one before logging, so that what it returns is logged; one on the main rank after it."""
-    evaluation = ("evaluation.every=1", f"evaluation.corpus={directory}/corpus")
+    evaluation = ("evaluation.every=1", f"evaluation.sets=[{{name: held-out, corpus: {directory}/corpus}}]")
     settings = small_run(directory, "added", "data.max_steps=1", "checkpoint.every=1", *evaluation)
     outcomes = run_each(orders_on_all_ranks, 2, {"order": (settings,)})
     on_main, on_other = outcomes["order"]
     # (name, metrics.jsonl has the step, saved, evaluated, the collective one's dict is there)
     assert on_main == [("collective", False, False, True, False), ("main rank", True, False, True, True)]
     assert [call[0] for call in on_other] == ["collective"]
-    (line,) = comparable_metrics(directory / "added")
-    assert line["added"] == 1.0 and "eval_nll" in line
+    at_start, line = comparable_metrics(directory / "added")
+    assert "added" not in at_start and "eval/held-out/nll" in at_start
+    assert line["added"] == 1.0 and "eval/held-out/nll" in line
 
 
 def orders_on_all_ranks(platform, settings) -> list[list]:

@@ -10,7 +10,7 @@ import torch
 
 from megatron_iwsft.config.schema import Config
 from megatron_iwsft.testing import comparable_metrics
-from megatron_iwsft.train.check import make_sampler, open_mixture
+from megatron_iwsft.train.sampling import make_sampler, open_mixture
 from tests.support import plain_model
 from tests.support.shared_runs import SharedRuns
 from tests.support.small_runs import small_run

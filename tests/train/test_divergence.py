@@ -12,7 +12,7 @@ from megatron_iwsft.config.schema import Config
 from megatron_iwsft.data.corpus import Corpus
 from megatron_iwsft.errors import DivergenceError
 from megatron_iwsft.testing import comparable_metrics, run_distributed
-from megatron_iwsft.train.check import make_sampler, open_mixture
+from megatron_iwsft.train.sampling import make_sampler, open_mixture
 from tests.support import events, tiny
 from tests.support.shared_runs import SharedRuns, copy_without_checkpoints_after
 

@@ -16,7 +16,7 @@ from megatron_iwsft.config.loader import parse_config
 from megatron_iwsft.config.schema import Config
 from megatron_iwsft.errors import ConfigError
 from megatron_iwsft.reference.frozen_stage import StageWithFrozenModels
-from megatron_iwsft.train.check import make_sampler, open_mixture
+from megatron_iwsft.train.sampling import make_sampler, open_mixture
 from tests.support import plain_model, tiny
 from tests.support.shared_runs import SharedRuns, copy_without_checkpoints_after
 
@@ -71,7 +71,7 @@ GROUPS = [[*PROPOSALS], ["offload", "interleaved", "bf16", "experts"], [*UNINTER
 def prepare(runs: SharedRuns, name: str) -> Config:
     if name in UNINTERRUPTED:
         copy_without_checkpoints_after(3, runs(UNINTERRUPTED[name]), runs.directory / name)
-    evaluation = [f"evaluation.corpus={runs.directory}/corpus"] if "experts" in name else []
+    evaluation = [f"evaluation.sets=[{{name: held-out, corpus: {runs.directory}/corpus}}]"] if "experts" in name else []
     return config(runs.directory, name, *RUNS[name], *evaluation)
 
 
@@ -83,7 +83,8 @@ def lagged_runs(tmp_path_factory: pytest.TempPathFactory) -> SharedRuns:
 
 
 def losses(run: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [line["loss"] for line in lines if line["step"]]
 
 
 def policies(run: Path) -> list[dict[str, Tensor]]:

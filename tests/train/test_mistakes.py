@@ -37,7 +37,7 @@ MISTAKES = {
     "another objective than the checkpoint's": (ConfigError, "objective.temperature is 1.0, but"),
     "another corpus than the checkpoint's": (ConfigError, "is not the corpus that"),
     "expert parallelism without experts": (ConfigError, "the qwen2 family has no experts"),
-    "an evaluation corpus of another tokenizer": (DataError, "evaluation.corpus"),
+    "an evaluation corpus of another tokenizer": (DataError, "evaluation.sets: other: "),
     "an unfinished sidecar": (DataError, "are incomplete. Run `iwsft reference`"),
     "a sidecar of an older corpus": (DataError, "was computed for another version of the corpus"),
     "a truncated sidecar": (DataError, "but its index says"),
@@ -83,7 +83,7 @@ def configs(directory: Path) -> dict[str, Config]:
         "another corpus than the checkpoint's": config(directory, "sft", *SFT, "data.max_steps=4", another),
         "expert parallelism without experts": x("parallel.expert=2"),
         "an evaluation corpus of another tokenizer": x(
-            f"evaluation.corpus={directory}/foreign/corpus", "evaluation.every=1"
+            f"evaluation.sets=[{{name: other, corpus: {directory}/foreign/corpus}}]"
         ),
         "a sidecar with wrong values": config(directory, "wrong", f"data.corpus={directory}/wrong"),
         "layers that do not divide": x(*NO_TP, "parallel.pipeline=2", "parallel.virtual_pipeline=4"),

@@ -16,7 +16,7 @@ from megatron_iwsft.config.schema import Config
 from megatron_iwsft.data.corpus import Corpus
 from megatron_iwsft.errors import EXIT_USER_ERROR
 from megatron_iwsft.testing import comparable_metrics, run_distributed
-from megatron_iwsft.train.check import make_sampler, open_mixture
+from megatron_iwsft.train.sampling import make_sampler, open_mixture
 from tests.support import tiny
 from tests.support.launched_runs import LaunchedRun, write_config
 from tests.support.shared_runs import train_on
@@ -45,7 +45,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
         data={"corpus": None, "corpora": corpora, "max_steps": 12, "quality": {"mode": "weight"}},
         objective={"name": "iw_sft"},
         checkpoint={"every": 3},
-        evaluation={"corpus": f"{directory}/held-out/corpus", "every": 4},
+        evaluation={"sets": [{"name": "held-out", "corpus": f"{directory}/held-out/corpus"}], "every": 4},
     )
     for single in ("chat", "held-out"):  # a sidecar from an earlier run, which must stay as it is
         alone = load_config(path, ["data.corpora=[]", f"data.corpus={directory}/{single}/corpus"])
@@ -67,7 +67,7 @@ def uninterrupted(config: Path) -> Path:
 
 def test_the_loss_is_the_sum_of_the_corpora(config: Path, uninterrupted: Path) -> None:
     """And the numbers of trajectories are those of the sampler's plan."""
-    settings, lines = load_config(config), comparable_metrics(uninterrupted)
+    settings, (at_start, *lines) = load_config(config), comparable_metrics(uninterrupted)
     mixture = open_mixture(settings)
     sampler = make_sampler(settings, mixture)
     for step, line in enumerate(lines):
@@ -78,14 +78,15 @@ def test_the_loss_is_the_sum_of_the_corpora(config: Path, uninterrupted: Path) -
         assert line["sequences"] == len(ids) and line["trained_tokens"] == sum(tokens.values())
         parts = [line[f"nll/corpus {name}"] * count for name, count in tokens.items() if count]
         assert sum(parts) / sum(tokens.values()) == pytest.approx(line["nll"], rel=1e-6)
-    assert all("eval_nll" in lines[k] for k in (3, 7, 11))
+    assert all("eval/held-out/nll" in line for line in (at_start, lines[3], lines[7], lines[11]))
     output = (config.parent / "output").read_text()
     assert re.search(r"code: 2.5 passes over 10 trajectories per epoch; 71\.4% of the trajectories", output), output
 
 
 def test_weights_start_at_one_with_a_sidecar_per_corpus(uninterrupted: Path) -> None:
-    first = comparable_metrics(uninterrupted)[0]
-    assert abs(first["weight_max"] - 1) <= 1e-6 and abs(first["weight_mean"] - 1) <= 1e-6
+    at_start, first = comparable_metrics(uninterrupted)[:2]
+    for metrics, prefix in ((at_start, "eval/held-out/"), (first, "")):
+        assert abs(metrics[f"{prefix}weight_max"] - 1) <= 1e-6 and abs(metrics[f"{prefix}weight_mean"] - 1) <= 1e-6
 
 
 def test_a_killed_run_continues_bit_for_bit(config: Path, uninterrupted: Path, tmp_path: Path) -> None:

@@ -15,15 +15,16 @@ pytestmark = pytest.mark.parallel
 
 
 def test_evaluation_does_not_change_training(runs: SharedRuns) -> None:
-    evaluated = [{k: v for k, v in line.items() if k != "eval_nll"} for line in comparable_metrics(runs("evaluated"))]
+    _, *lines = comparable_metrics(runs("evaluated"))
+    evaluated = [{k: v for k, v in line.items() if not k.startswith("eval/")} for line in lines]
     assert evaluated == comparable_metrics(runs("cached"))
 
 
 def test_unpacked_sequences_are_trained_on_and_evaluated(runs: SharedRuns) -> None:
     lines = comparable_metrics(runs("unpacked"))
-    assert len(lines) == 2 * len(LENGTHS) // 4
-    assert [("eval_nll" in m) for m in lines] == [i % 2 == 1 for i in range(len(lines))]
-    assert lines[-1]["eval_nll"] < lines[1]["eval_nll"]
+    assert [line["step"] for line in lines] == list(range(2 * len(LENGTHS) // 4 + 1))
+    assert [("eval/held-out/nll" in m) for m in lines] == [i % 2 == 0 for i in range(len(lines))]
+    assert lines[-1]["eval/held-out/nll"] < lines[0]["eval/held-out/nll"]
 
 
 def test_every_due_checkpoint_and_the_last_are_saved(runs: SharedRuns) -> None:
@@ -40,7 +41,7 @@ def test_an_exported_model_gives_the_reported_evaluation_loss(runs: SharedRuns, 
     from megatron_iwsft.evaluate.score import score_corpus
 
     run = runs("unpacked")
-    reported = comparable_metrics(run)[-1]["eval_nll"]
+    reported = comparable_metrics(run)[-1]["eval/held-out/nll"]
     score = score_corpus(export_checkpoint(run, tmp_path / "hf"), runs.directory / "corpus")
     assert score.nll == pytest.approx(reported, abs=1e-4)
     assert score.trajectories == len(LENGTHS)

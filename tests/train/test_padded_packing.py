@@ -14,8 +14,10 @@ from megatron_iwsft.data.batch_builder import BatchBuilder, RowShape
 from megatron_iwsft.data.corpus import Corpus
 from megatron_iwsft.data.mixture import Mixture
 from megatron_iwsft.errors import ConfigError
-from megatron_iwsft.train import check, setup
+from megatron_iwsft.train import setup
+from megatron_iwsft.train.check import check
 from megatron_iwsft.train.continuation import check_same_run
+from megatron_iwsft.train.sampling import make_sampler
 from tests.support import tiny
 
 SEQ_LENGTH, CONTEXT = 128, 4
@@ -40,7 +42,7 @@ parallel: {{context: {CONTEXT}}}
 
 def longest_row(corpus: Corpus, settings: Config) -> int:
     """Tokens of the longest row of an epoch, padded for context parallelism."""
-    sampler = check.make_sampler(settings, Mixture.of({"": corpus}))
+    sampler = make_sampler(settings, Mixture.of({"": corpus}))
     shape = RowShape.of(tensor=1, context=CONTEXT, row_length=SEQ_LENGTH, packed_multiple=settings.packed_multiple)
     builder = BatchBuilder(corpus, sampler, shape, micro_batch_size=1)
     steps = range(sampler.epoch(0).num_steps)
@@ -57,16 +59,18 @@ def test_no_row_is_longer_than_planned(corpus: Corpus) -> None:
 def test_packs_are_the_same_at_every_degree_that_divides_pad_to(corpus: Corpus) -> None:
     mixture = Mixture.of({"": corpus})
     packs = [
-        check.make_sampler(config(corpus, "data.pad_to=8", f"parallel.context={context}"), mixture).epoch(0).packs.items
+        make_sampler(config(corpus, "data.pad_to=8", f"parallel.context={context}"), mixture).epoch(0).packs.items
         for context in (1, 2, 4)
     ]
     assert np.array_equal(packs[0], packs[1]) and np.array_equal(packs[0], packs[2])
 
 
 def continued(corpus: Corpus, now: Config, earlier: dict[str, Any]) -> None:
-    run: Any = check.check(now, world_size=8)
+    run: Any = check(now, world_size=8)
     info: Any = type(
-        "Info", (), dict(directory=Path("step-1"), config=earlier, objective=None, adapter=None, corpora={})
+        "Info",
+        (),
+        dict(directory=Path("step-1"), config=earlier, objective=None, adapter=None, corpora={}, host={}, step=1),
     )
     check_same_run(run, info)
 
@@ -83,7 +87,7 @@ def test_a_run_is_not_continued_with_other_packs(corpus: Corpus) -> None:
 
 
 def test_masks_that_are_too_large_are_refused(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
-    checked = check.check(config(corpus), world_size=8)
+    checked = check(config(corpus), world_size=8)
     setup._refuse_dense_masks(checked)
     monkeypatch.setattr(setup, "LARGEST_LOCAL_MASK", 56 * 7)
     with pytest.raises(ConfigError, match=r"a trajectory of 56 tokens.*Install Transformer Engine"):
@@ -94,7 +98,7 @@ def test_trimmed_rows_end_with_their_last_trajectory(corpus: Corpus) -> None:
     settings = config(corpus, "parallel.context=1")
     shape = RowShape.of(tensor=1, context=1, row_length=SEQ_LENGTH, trimmed=True)
     (first, *_) = BatchBuilder(
-        corpus, check.make_sampler(settings, Mixture.of({"": corpus})), shape, micro_batch_size=1
+        corpus, make_sampler(settings, Mixture.of({"": corpus})), shape, micro_batch_size=1
     ).at_step(0)
     assert first.tokens.numel() == corpus.lengths[first.trajectory.numpy()].sum()
     assert (first.trajectory >= 0).all(), "no filler"

@@ -37,7 +37,7 @@ model: {{hf: {base}/hf}}
 data: {{corpus: {base}/corpus, seq_length: 256, global_batch_size: 2, epochs: 10, max_steps: 2}}
 objective: {{name: sft}}
 precision: {{dtype: fp32}}
-evaluation: {{corpus: {base}/corpus, every: 1}}
+evaluation: {{sets: [{{name: held-out, corpus: {base}/corpus}}], every: 1}}
 """
 MODEL = {
     "model_type": "qwen2",

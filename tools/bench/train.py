@@ -441,7 +441,7 @@ def peer_steps(config: Any, steps: int) -> Iterator[dict[str, Any]]:
     from megatron_iwsft.distributed.context import Platform
     from megatron_iwsft.hf.directory import SafetensorsDirectory
     from megatron_iwsft.model.flops import training_flops
-    from megatron_iwsft.train.check import make_sampler, open_mixture
+    from megatron_iwsft.train.sampling import make_sampler, open_mixture
 
     cuda = torch.cuda.is_available() and os.environ.get("IWSFT_DEVICE") != "cpu"
     platform = Platform(torch.device("cuda" if cuda else "cpu"), rank=0, world_size=1)

@@ -35,8 +35,9 @@ CallbackFunction = Callable[[StepResult], dict[str, Any] | None]
 
 @dataclass(frozen=True)
 class Callback:
-    """`function` after every `every`-th step (0 for none), and after the last one with `at_end`.
+    """`function` after every `every`-th step (0 for none), after the last one with `at_end`, and before the first one with `at_start`.
 
+    Before the first step the result is that of step 0, without metrics of training.
     collective: called on every rank, else on the main rank only. phase: what the watchdog calls it, for a collective one.
     saves: writes the model, after everything else.
     """
@@ -44,6 +45,7 @@ class Callback:
     function: CallbackFunction
     every: int = 1
     at_end: bool = False
+    at_start: bool = False
     collective: bool = False
     phase: str = "callback"
     saves: bool = False
@@ -54,4 +56,6 @@ class Callback:
         return 2 if self.saves else 0 if self.collective else 1
 
     def due(self, result: StepResult) -> bool:
+        if result.step == 0:
+            return self.at_start
         return (self.every > 0 and result.step % self.every == 0) or (self.at_end and result.is_last)

@@ -50,4 +50,4 @@ def custom_callback(name: str, function: CallbackFunction, events: Events) -> Ca
                 )
         return None
 
-    return Callback(function if collective else guarded, every, at_end, collective, phase=name)
+    return Callback(function if collective else guarded, every, at_end, collective=collective, phase=name)

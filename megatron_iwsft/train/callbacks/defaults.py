@@ -28,9 +28,14 @@ if TYPE_CHECKING:
 def add_configured_callbacks(trainer: Trainer, writer: CheckpointWriter, at_exit: ExitStack) -> None:
     """Evaluation, custom callbacks, loggers, saving and export. `at_exit` closes loggers."""
     run, config = trainer.run, trainer.run.config
-    if run.evaluation is not None:
+    if run.held_out:
         trainer.add_callback(
-            evaluation(run, trainer.chunks), every=config.evaluation.every, collective=True, phase="evaluation"
+            evaluation(trainer),
+            every=config.evaluation.every,
+            at_start=True,
+            at_end=True,
+            collective=True,
+            phase="evaluation",
         )
     for name, function in run.callbacks.items():
         trainer.insert_callback(custom_callback(name, function, trainer.events))
@@ -38,16 +43,18 @@ def add_configured_callbacks(trainer: Trainer, writer: CheckpointWriter, at_exit
         _start_run_directory(run)
         events = trainer.events
         metrics_file = run.run_directory / METRICS_FILE
-        trainer.add_callback(MetricsFile(metrics_file, trainer.state.step, lambda text: events("file repaired", text)))
-        trainer.add_callback(progress_line, every=config.logging.every, at_end=True)
+        trainer.add_callback(
+            MetricsFile(metrics_file, trainer.state.step, lambda text: events("file repaired", text)), at_start=True
+        )
+        trainer.add_callback(progress_line, every=config.logging.every, at_start=True, at_end=True)
         if trainer.state.step == 0:
             warn_about_settings(run, events)
         trainer.add_callback(WeightWarnings(config.logging, events))
         trainer.add_callback(SlowRanks(events, trainer.watch.describe))
         if config.logging.wandb.mode != "disabled":
-            trainer.add_callback(wandb_logger(config, trainer.events, at_exit))
+            trainer.add_callback(wandb_logger(config, trainer.events, at_exit), at_start=True)
         if config.logging.tensorboard:
-            trainer.add_callback(tensorboard_logger(run.run_directory / "logs"))
+            trainer.add_callback(tensorboard_logger(run.run_directory / "logs"), at_start=True)
     trainer.add_callback(trainer.save, collective=True, phase="saving", saves=True)
     trainer.add_callback(
         export(run, trainer.state, writer, trainer.report_failure),
