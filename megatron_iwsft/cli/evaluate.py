@@ -37,6 +37,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--prompt-field", metavar="FIELD", help="default: question, problem or prompt")
     add("--answer-field", metavar="FIELD", help="default: answer, expected_answer or solution")
     add("--prompt-format", default="{prompt}", metavar="TEXT", help="text around the question, such as an instruction")
+    records_help = (
+        "also write the answers as records for iwsft shard: a model's own samples, to be filtered and trained on"
+    )
+    add("--records", type=Path, metavar="FILE.jsonl", help=records_help)
     add("--samples", type=positive_int, default=1, metavar="N", help="answers per problem")
     add("--k", type=positive_int, nargs="+", metavar="K", help="of pass@k; default: 1, 2, 4, … up to --samples")
     add("--temperature", type=float, help="default: 0 (greedy) for one sample, 0.6 for several")
@@ -104,6 +108,8 @@ def _check(args: argparse.Namespace) -> None:
     args.k = sorted(set(args.k or [2**i for i in range(args.samples.bit_length())]))
     if args.k[-1] > args.samples:
         raise ConfigError(f"--k must be at most --samples, which is {args.samples}; found {args.k[-1]}.")
+    if args.records and len(args.benchmark) != 1:
+        raise ConfigError(f"--records takes the answers to one --benchmark; {len(args.benchmark)} are given.")
     if len({Path(b).stem for b in args.benchmark}) < len(args.benchmark):
         raise ConfigError(
             "--benchmark: two benchmarks have the same file name, under which results are stored. Rename one."
@@ -113,7 +119,7 @@ def _check(args: argparse.Namespace) -> None:
 def _benchmark(args: argparse.Namespace, models: list, benchmark: str) -> None:
     from megatron_iwsft.evaluate.benchmark import read_benchmark
     from megatron_iwsft.evaluate.generate import Sampling, make_generator
-    from megatron_iwsft.evaluate.run import evaluate_model, table, write_summary
+    from megatron_iwsft.evaluate.run import evaluate_model, table, write_records, write_summary
 
     problems = read_benchmark(
         benchmark, prompt_field=args.prompt_field, answer_field=args.answer_field, limit=args.limit
@@ -144,3 +150,5 @@ def _benchmark(args: argparse.Namespace, models: list, benchmark: str) -> None:
         f"{args.max_new_tokens:,} tokens; 95 % intervals; answers in {output}\n"
     )
     say(table(results, args.k))
+    if args.records:
+        say(f"wrote {write_records(args.records, output, models):,} records to {args.records}")

@@ -195,7 +195,7 @@ def _optional() -> list[Finding]:
     out = []
     for package, extra, means in (
         ("gigatoken", "", "fast tokenization, if its ids equal the tokenizer's"),
-        ("matplotlib", "report", "iwsft report"),
+        ("plotly", "report", "iwsft report"),
         ("rensa", "curation", "near-duplicate removal"),
         ("vllm", "evaluation", "fast sampling in iwsft evaluate"),
         ("lm-eval", "evaluation", "iwsft evaluate --tasks"),

@@ -7,6 +7,7 @@ OUTPUT/BENCHMARK/summary.json   pass@k of every model, and the comparisons
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -14,45 +15,20 @@ from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
-from typing_extensions import TypedDict  # pydantic asks for this one before Python 3.12
 
 from megatron_iwsft.checkpoint.info import CheckpointInfo
 from megatron_iwsft.checkpoint.names import CHECKPOINTS
 from megatron_iwsft.convert.export import export_checkpoint
 from megatron_iwsft.errors import CheckpointError, ConfigError, DataError
+from megatron_iwsft.evaluate.answers import FORMAT_VERSION, is_answers_line, read_answers
 from megatron_iwsft.evaluate.benchmark import Problem, is_correct
 from megatron_iwsft.evaluate.generate import Generator
 from megatron_iwsft.evaluate.statistics import Comparison, Estimate, compare, mean_pass_at_k
-from megatron_iwsft.utils.files import sampled_fingerprint, write_json
+from megatron_iwsft.utils.files import atomic_write, sampled_fingerprint, write_json
 from megatron_iwsft.utils.hub import missing_directory
-from megatron_iwsft.utils.json_files import KEEP_UNKNOWN_KEYS, fits
 from megatron_iwsft.utils.jsonl import JsonLines
 from megatron_iwsft.utils.locks import exclusive
 from megatron_iwsft.utils.text import printable_line, say
-
-FORMAT_VERSION = 1
-
-
-class _Header(TypedDict):
-    __pydantic_config__ = KEEP_UNKNOWN_KEYS  # type: ignore[misc]
-    format_version: int
-    weights: str
-    settings: dict[str, Any]
-
-
-class _JudgedAnswer(TypedDict):
-    __pydantic_config__ = KEEP_UNKNOWN_KEYS  # type: ignore[misc]
-    text: str
-    tokens: int
-    cut_off: bool
-    correct: bool
-
-
-class _AnsweredProblem(TypedDict):
-    __pydantic_config__ = KEEP_UNKNOWN_KEYS  # type: ignore[misc]
-    number: int
-    answer: str
-    answers: list[_JudgedAnswer]
 
 
 @dataclass(frozen=True)
@@ -153,7 +129,7 @@ def _all_answers(
     make: Callable[[Path], Generator],
 ) -> dict[int, dict[str, Any]]:
     """Those in the file at `path`, to which missing ones are added: problem number → its line."""
-    results = JsonLines(path, partial(say, error=True), valid=lambda i, row: _is_ours(i, row, samples))
+    results = JsonLines(path, partial(say, error=True), valid=lambda i, row: is_answers_line(i, row, samples))
     done = _earlier_results(results, header)
     for problem in problems:
         if problem.number in done and done[problem.number]["answer"] != problem.answer:
@@ -200,10 +176,23 @@ def _earlier_results(results: JsonLines, header: dict[str, Any]) -> dict[int, di
     return {line["number"]: line for line in lines}
 
 
-def _is_ours(index: int, row: dict[str, Any], samples: int) -> bool:
-    if index == 0:
-        return fits(row, _Header)
-    return fits(row, _AnsweredProblem) and len(row["answers"]) == samples
+def write_records(path: Path, output: Path, models: Sequence[EvaluatedModel]) -> int:
+    """Write the stored answers in `output` as records for `iwsft shard`, one per answer; returns their number.
+
+    A record: id, prompt, response, answer (the expected one), correct, cut_off. Models' own samples, once filtered, are what iw-SFT is for.
+    """
+    count = 0
+    with atomic_write(path) as file:
+        for model in models:
+            _, problems = read_answers(output / f"{model.label}.jsonl") or ({}, {})
+            for number, problem in sorted(problems.items()):
+                for k, answer in enumerate(problem["answers"]):
+                    record = {"id": f"{model.label}-{number}-{k}", "number": number, "prompt": problem["prompt"]}
+                    record |= {"response": answer["text"], "answer": problem["answer"]}
+                    record |= {key: answer[key] for key in ("correct", "cut_off")}
+                    file.write(json.dumps(record, ensure_ascii=False) + "\n")
+                    count += 1
+    return count
 
 
 def pairs(results: Sequence[Result]) -> list[tuple[Result, Result, Comparison]]:

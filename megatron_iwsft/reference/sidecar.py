@@ -79,6 +79,11 @@ def has_sidecar(corpus: Corpus, identity: ReferenceIdentity) -> bool:
     return is_regular_file(sidecar_directory(corpus, identity) / MANIFEST)
 
 
+def complete_sidecars(corpus: Corpus) -> list[Path]:
+    """The directories of all references whose log-probs the corpus has."""
+    return sorted(path for path in corpus.directory.glob("reference-*") if (path / MANIFEST).exists())
+
+
 def _check_entries(directory: Path) -> None:
     """Raise DataError unless a sidecar is a directory of regular files: a link would lead writes to another file."""
     kind = other_kind(directory, follow_links=False)
@@ -94,11 +99,21 @@ class Sidecar:
     """
 
     def __init__(self, corpus: Corpus, identity: ReferenceIdentity) -> None:
-        self.directory = sidecar_directory(corpus, identity)
+        self._open(corpus, sidecar_directory(corpus, identity))
+
+    @staticmethod
+    def at(corpus: Corpus, directory: Path) -> Sidecar:
+        """The sidecar in `directory`, whichever reference it is of."""
+        sidecar = Sidecar.__new__(Sidecar)
+        sidecar._open(corpus, directory)
+        return sidecar
+
+    def _open(self, corpus: Corpus, directory: Path) -> None:
+        self.directory = directory
         again = "Run `iwsft reference` with this config."
         path = self.directory / MANIFEST
         if not is_regular_file(path):
-            others = sorted(p.name for p in corpus.directory.glob("reference-*") if (p / MANIFEST).exists())
+            others = [p.name for p in complete_sidecars(corpus)]
             if self.directory.is_dir():
                 raise DataError(f"the reference log-probs at {self.directory} are incomplete. {again}")
             raise DataError(

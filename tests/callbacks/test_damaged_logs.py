@@ -14,7 +14,8 @@ import pytest
 
 from megatron_iwsft.config.loader import parse_config
 from megatron_iwsft.errors import DataError
-from megatron_iwsft.report.page import read_metrics, write_report
+from megatron_iwsft.report.page import write_report
+from megatron_iwsft.report.run_record import read_metrics
 from megatron_iwsft.testing import comparable_metrics
 from megatron_iwsft.train.callbacks import StepResult
 from megatron_iwsft.train.callbacks.events import Events
@@ -290,8 +291,8 @@ def test_a_report_shows_any_name(name: str, tmp_path: Path) -> None:
     (run / "config.yaml").write_bytes(b"run: {name: \xff\x1b[31m</pre><script>}\n")
     summary = write_report([run], tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert "<script>" not in page and "\x1b" not in page + summary
-    assert page.count("<svg") == 1
+    assert "<script>alert" not in page and "</pre><script>" not in page and "\x1b" not in page + summary
+    assert page.count('class="plot"') == 1
 
 
 def test_a_report_shows_odd_metrics(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Environments that others made: an NGC image's packages stay as they are, IWSFT_PYTHON is used as it is, matplotlib may be missing."""
+"""Environments that others made: an NGC image's packages stay as they are, IWSFT_PYTHON is used as it is, plotly may be missing."""
 
 from __future__ import annotations
 
@@ -102,8 +102,8 @@ def test_launchers_use_the_environment_they_are_given(tmp_path: Path) -> None:
 
 
 @pytest.mark.command
-def test_a_report_without_matplotlib_is_one_message(tmp_path: Path) -> None:
-    (tmp_path / "matplotlib.py").write_text("raise ModuleNotFoundError('none', name='matplotlib')\n")
+def test_a_report_without_plotly_is_one_message(tmp_path: Path) -> None:
+    (tmp_path / "plotly.py").write_text("raise ModuleNotFoundError('none', name='plotly')\n")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "loss": 2.5}\n{"step": 2, "loss": 1.5}\n')
     path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -112,4 +112,4 @@ def test_a_report_without_matplotlib_is_one_message(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "megatron_iwsft", "report", str(tmp_path / "run")]
     done = subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "plots need matplotlib" in done.stderr and "[report]" in done.stderr
+    assert "charts need plotly" in done.stderr and "[report]" in done.stderr

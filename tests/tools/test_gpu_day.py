@@ -13,9 +13,7 @@ from tests.support import ROOT, command_environment
 pytestmark = [pytest.mark.slow, pytest.mark.parallel, pytest.mark.command]
 
 # What the package imports and such a machine lacks: it has torch, Triton, transformers, and a few packages more.
-MISSING = (
-    "wandb matplotlib gigatoken math_verify latex2sympy2_extended antlr4 rensa gymnasium mujoco tensorboard".split()
-)
+MISSING = "wandb plotly gigatoken math_verify latex2sympy2_extended antlr4 rensa gymnasium mujoco tensorboard".split()
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
-"""Generate arithmetic-reasoning records with quality scores, for the quick start, tests and benchmarks.
+"""Generate arithmetic records, for the quick start, tests and benchmarks: worked sums with quality scores, short sums, doublings.
 
-Each problem is a sum of two numbers, worked out digit by digit. A fraction of the demonstrations makes an error in one step and
-carries it through. These get low scores, except where the simulated judge errs. Everything is determined by the seed.
+A worked sum adds two numbers digit by digit. A fraction of the demonstrations makes an error in one step and carries it through. These
+get low scores, except where the simulated judge errs. Everything is determined by the seed.
 """
 
 from __future__ import annotations
@@ -86,3 +86,24 @@ def short_sums(
             response = f"{answer[:place]}{other}{answer[place + 1 :]}"
         count -= 1
         yield {"question": question, "response": response, "answer": answer}
+
+
+def doublings(count: int, *, forgets_to_carry: float, seed: int) -> Iterator[dict[str, Any]]:
+    """`count` records of doubling a five-digit number: id, prompt, response, answer (the right one), correct.
+
+    In a fraction `forgets_to_carry` of the records the response doubles every digit without carrying: 24668 for 2 × 17384. A model that
+    is trained on them is wrong by conviction: its most likely answer is wrong, always in the same way, and the right one comes second.
+    Every number needs a carry, so that both are never the same.
+    """
+    rng = random.Random(seed)
+    made = 0
+    while made < count:
+        number = rng.randrange(10_000, 50_000)  # whose double has five digits, too
+        answer = str(2 * number)
+        without_carrying = "".join(str(2 * int(digit) % 10) for digit in str(number))
+        if answer == without_carrying:
+            continue
+        made += 1
+        response = without_carrying if rng.random() < forgets_to_carry else answer
+        record = {"id": f"doubling-{seed}-{made}", "prompt": f"What is 2 × {number}?", "response": response}
+        yield record | {"answer": answer, "correct": response == answer}
