@@ -139,7 +139,7 @@ def _corpus(run: RunRecord) -> Corpus:
     directory = run.settings.get("data.corpus")
     if not isinstance(directory, str):
         raise DataError(
-            f"{run.directory}/config.yaml names no single data.corpus: --trajectories cannot be used with this run."
+            f"{run.directory}/config.yaml names no single data.corpus: leave out --trajectories for this run."
         )
     return Corpus.open(directory)
 
