@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Container, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch.distributed as dist
@@ -42,6 +42,7 @@ class TrainState:
     policy     this rank's model chunks: `PolicyModel`s, or what has their `sharded_state_dict`
     optimizer, schedule  Megatron-Core's; None for weights alone
     lagged     copies that follow the policy
+    frozen     name → chunks of models of which only delayed scaling's state is saved: it follows the steps, though the weights do not
     host       name → small state, such as the divergence monitor
     gather_parameters  completes an overlapped all-gather of parameters; called before they are saved or exported
     step       finished steps
@@ -51,6 +52,7 @@ class TrainState:
     optimizer: MegatronOptimizer | None = None
     schedule: OptimizerParamScheduler | None = None
     lagged: Sequence[LaggedCopy] = ()
+    frozen: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     host: dict[str, HostState] = field(default_factory=dict)
     gather_parameters: Callable[[], None] = _nothing
     step: int = 0
@@ -81,6 +83,10 @@ class TrainState:
             state["schedule"] = self.schedule.state_dict()
         for copy in self.lagged:
             state[copy.name] = copy.sharded_state(metadata)
+        for name, chunks in self.frozen.items():
+            scaling = _scaling_states(name, chunks, metadata, stored)
+            if scaling:
+                state[f"{name}_scaling"] = scaling
         if random:
             state["random"] = ShardedObject("random", random_states(), (dist.get_world_size(),), (dist.get_rank(),))
         return state
@@ -98,6 +104,9 @@ class TrainState:
             self.schedule.load_state_dict(state["schedule"])
         for copy in self.lagged:
             copy.load_state(state[copy.name])
+        for name, chunks in self.frozen.items():
+            for i, chunk in enumerate(chunks):
+                chunk.load_state_dict(state.get(f"{name}_scaling", {}).get(i, {}), strict=False)
         if "random" in state:
             set_random_states(state["random"])
 
@@ -110,6 +119,19 @@ class TrainState:
         for name, part in self.host.items():
             if name in states:
                 part.load_state(states[name])
+
+
+def _scaling_states(
+    name: str, chunks: Sequence[Any], metadata: dict[str, Any], stored: Container[str] | None
+) -> dict[int, dict[str, Any]]:
+    """Chunk → its `_extra_state`s, under keys that begin with `name`; empty unless it scales by history."""
+    found = {}
+    for i, chunk in enumerate(chunks):
+        entries = chunk.sharded_state_dict(metadata=metadata).items()
+        states = {k: replace(entry, key=f"{name}.{entry.key}") for k, entry in entries if _EXTRA_STATE.search(k)}
+        if kept := _without_extra_states(states, stored):
+            found[i] = kept
+    return found
 
 
 def _without_extra_states(state: dict[str, Any], stored: Container[str] | None) -> dict[str, Any]:

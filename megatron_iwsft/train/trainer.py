@@ -116,6 +116,7 @@ class Trainer:
             self.optimizer,
             self.schedule,
             lagged=_lagged_copies(run, live, proposal),
+            frozen=_scaled_by_history(run, live, proposal),
             host={name: part for name, part in host.items() if part is not None},
             gather_parameters=self._gather_parameters,
         )
@@ -475,6 +476,17 @@ def _lagged_copies(run: StartedRun, live: Sequence[Any] | None, proposal: list[P
 
         out.append(LaggedCopy("reference", list(live), due))
     return out
+
+
+def _scaled_by_history(
+    run: StartedRun, live: Sequence[Any] | None, proposal: list[PolicyModel] | None
+) -> dict[str, Sequence[Any]]:
+    """The frozen models with weights of their own, if their FP8 scales follow the steps. Emulation keeps its histories to itself."""
+    precision = run.config.precision
+    if precision.fp8 != "delayed" or precision.fp8_emulation:
+        return {}
+    own = {"reference": None if run.config.reference.source == "base" else live, "proposal": proposal}
+    return {name: chunks for name, chunks in own.items() if chunks is not None}
 
 
 def _breakdown(run: StartedRun) -> Breakdown | None:

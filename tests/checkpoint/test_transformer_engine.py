@@ -106,7 +106,8 @@ def with_histories(platform: Any, family: str, seed: int) -> Any:
 def layers(state: Any) -> list[Any]:
     from transformer_engine.pytorch.module.base import TransformerEngineBaseModule
 
-    return [module for module in state.policy[0].modules() if isinstance(module, TransformerEngineBaseModule)]
+    chunks = [*state.policy, *(chunk for frozen in state.frozen.values() for chunk in frozen)]
+    return [module for chunk in chunks for module in chunk.modules() if isinstance(module, TransformerEngineBaseModule)]
 
 
 def histories(state: Any) -> list[torch.Tensor]:
@@ -124,9 +125,12 @@ def continued(platform: Any, root: Path, family: str) -> tuple[int, int, bool]:
 
     with as_on_hopper():
         saved = with_histories(platform, family, 1)
+        saved.frozen = {"reference": with_histories(platform, family, 3).policy}
         expected = [tensor.clone() for tensor in histories(saved)]
         info = save(root, family, saved)
-        resumed = state_of(platform, family, 2, backend="transformer_engine", fp8="delayed", amax_history=4)
+        delayed: dict[str, Any] = dict(backend="transformer_engine", fp8="delayed", amax_history=4)
+        resumed = state_of(platform, family, 2, **delayed)
+        resumed.frozen = {"reference": state_of(platform, family, 4, **delayed).policy}
         load(info, resumed)
         for tensor in histories(saved):
             tensor.zero_()
@@ -138,8 +142,9 @@ def continued(platform: Any, root: Path, family: str) -> tuple[int, int, bool]:
 @te
 @pytest.mark.parametrize("family", FAMILIES)
 def test_delayed_scaling_resumes_and_rewinds(family: str, tmp_path: Path) -> None:
+    """The policy's and a live reference's, which would be quantised at scale 1 for a step otherwise."""
     count, resumed, rewound = run_distributed(continued, 1, tmp_path, family)[0]
-    assert count >= 24 and resumed == count and rewound
+    assert count >= 48 and resumed == count and rewound
 
 
 class RunsCode:

@@ -1,0 +1,40 @@
+"""What does not go together in a config is refused before a job starts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_iwsft.config.loader import parse_config
+from megatron_iwsft.config.schema import Config
+from megatron_iwsft.errors import ConfigError
+from megatron_iwsft.train.check import check
+from megatron_iwsft.train.precompute import precompute_reference
+from tests.support import tiny
+
+
+def config(directory: Path, *overrides: str) -> Config:
+    text = f"""
+run: {{name: refused, dir: {directory}/run, seed: 3}}
+model: {{config: {json.dumps(tiny.model_config())}}}
+data: {{corpus: {tiny.token_corpus(directory, [20, 30]).directory}, seq_length: 64, max_steps: 1}}
+objective: {{name: iw_sft}}
+precision: {{dtype: bf16, fp8: delayed}}
+"""
+    return parse_config(text, list(overrides), where="test")
+
+
+@pytest.mark.parametrize("command", [lambda config: check(config, world_size=1), precompute_reference])
+def test_a_cached_reference_is_refused_with_delayed_scaling(command, tmp_path: Path) -> None:
+    """Its scales would stay at 1: they follow passes with gradients."""
+    with pytest.raises(
+        ConfigError, match=r"reference.source cached does not go with precision.fp8 delayed.*source: live"
+    ):
+        command(config(tmp_path))
+
+
+@pytest.mark.parametrize("allowed", ["reference.source=live", "precision.fp8=tensorwise", "objective.name=sft"])
+def test_delayed_scaling_and_cached_references_are_refused_only_together(allowed: str, tmp_path: Path) -> None:
+    check(config(tmp_path, allowed), world_size=1)
