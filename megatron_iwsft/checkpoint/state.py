@@ -17,7 +17,6 @@ from megatron_iwsft.reference.lagged_copy import LaggedCopy
 
 if TYPE_CHECKING:
     from megatron.core.optimizer import MegatronOptimizer
-    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 
 _EXTRA_STATE = re.compile(r"_extra_state\d*$")  # numbered in a layer of several experts
@@ -35,12 +34,20 @@ def _nothing() -> None:
     return None
 
 
+class ScheduleState(Protocol):
+    """The learning-rate schedule's part of a checkpoint, in plain values."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
 @dataclass
 class TrainState:
     """A run's state.
 
     policy     this rank's model chunks: `PolicyModel`s, or what has their `sharded_state_dict`
-    optimizer, schedule  Megatron-Core's; None for weights alone
+    optimizer, schedule  None for weights alone; the optimizer is Megatron-Core's
     lagged     copies that follow the policy
     frozen     name → chunks of models of which only delayed scaling's state is saved: it follows the steps, though the weights do not
     host       name → small state, such as the divergence monitor
@@ -50,7 +57,7 @@ class TrainState:
 
     policy: list[Any]
     optimizer: MegatronOptimizer | None = None
-    schedule: OptimizerParamScheduler | None = None
+    schedule: ScheduleState | None = None
     lagged: Sequence[LaggedCopy] = ()
     frozen: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     host: dict[str, HostState] = field(default_factory=dict)

@@ -36,6 +36,21 @@ class Spike(Section):
     """A spike after this many rewinds ends the run."""
 
 
+class Profile(Section):
+    """torch profiler: a trace for Perfetto, a table of where the time went, on CUDA also a memory snapshot; in logs/profile/."""
+
+    steps: Annotated[list[PositiveInt], Field(min_length=2, max_length=2)] | None = None
+    """[first, last] step to profile, as [10, 12]. null: no profile."""
+    ranks: list[NonNegativeInt] = [0]
+    """Ranks that are profiled, each writing its own files."""
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Profile:
+        if self.steps is not None and self.steps[0] > self.steps[1]:
+            raise ValueError(f"steps is [first, last]; found {self.steps}")
+        return self
+
+
 class Run(Section):
     """The run: its directory, seed, device, and when to give up."""
 
@@ -57,6 +72,7 @@ class Run(Section):
     """End the run after this many consecutive steps with a non-finite loss or gradient. Fewer are skipped."""
     spike: Spike = Spike()
     stop_early: StopEarly | None = None
+    profile: Profile = Profile()
 
 
 class Model(Section):
@@ -194,10 +210,17 @@ class Optimizer(Section):
     """Peak learning rate."""
     min_lr: NonNegativeFloat = 0.0
     """Learning rate at the end of the schedule."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """Decay after warm-up, from lr to min_lr over all steps; constant: no decay."""
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    """Decay from lr to min_lr after warm-up. cosine, linear: over all remaining steps. constant: none.
+    wsd: warm-up, then constant, then linear over the last steps (`decay_fraction`). Raising data.max_steps before its decay begins does
+    not change the learning rate that a continued run starts with."""
     warmup_fraction: Share = 0.05
-    """Share of all steps with linear warm-up."""
+    """Share of all steps with linear warm-up, from lr / (warm-up steps) at the first step."""
+    decay_fraction: Share | None = None
+    """With wsd: share of all steps, the last ones, over which the learning rate decays. null: 0.2."""
+    rewarm_steps: NonNegativeInt = 0
+    """A run that is continued with another schedule (data.max_steps raised, another lr) moves linearly from its earlier learning rate to
+    the new schedule's over this many steps. 0: at once. The log has both rates."""
     betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [0.9, 0.95]
     """AdamW's β1 and β2."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
@@ -219,6 +242,12 @@ class Optimizer(Section):
             raise ValueError("overlap_param_gather needs distributed: true and overlap_grad_reduce: true")
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr {self.min_lr:g} is above lr {self.lr:g}")
+        if self.decay_fraction is not None and self.schedule != "wsd":
+            raise ValueError(f"decay_fraction needs schedule: wsd; it is {self.schedule}")
+        if self.decay_fraction is not None and self.warmup_fraction + self.decay_fraction > 1:
+            raise ValueError(
+                f"warmup_fraction {self.warmup_fraction:g} and decay_fraction {self.decay_fraction:g} exceed 1"
+            )
         return self
 
     def resolved(self, *, overlap: bool) -> Optimizer:
@@ -268,13 +297,25 @@ class Wandb(Section):
     """offline: log to the run directory, for `wandb sync`. online: send metrics during the run."""
     project: str = "iwsft"
     """Project name."""
+    entity: str | None = None
+    """User or team. null: the environment's WANDB_ENTITY, or the default of the account."""
+    group: str | None = None
+    """Runs to be shown together. null: the environment's WANDB_RUN_GROUP, or none."""
+    tags: list[str] = []
+    """Labels to filter runs by."""
+    notes: str | None = None
+    """A description of the run. null: the environment's WANDB_NOTES, or none."""
+    artifacts: bool = False
+    """After the last step, log the newest checkpoint as an artifact that refers to its directory; nothing is uploaded."""
 
 
 class Logging(Section):
     """Metrics and warnings."""
 
     every: PositiveInt = 1
-    """Steps between lines of progress in the log. metrics.jsonl has every step."""
+    """Steps between lines of progress in the log, which show means over the steps between. metrics.jsonl has every step."""
+    console: Literal["auto", "plain", "live"] = "auto"
+    """plain: lines. live: a table that is redrawn after each step. auto: live in a terminal, plain in a pipe and under Slurm."""
     warn_ess_below: Share = 0.1
     """Warn when the effective sample size, as a share of the batch, falls below this."""
     warn_clipped_above: Share = 0.5
@@ -348,6 +389,15 @@ class Config(Section):
     def _fp8_parameters_are_gathered(self) -> Config:
         if self.precision.fp8_parameters and not self.optimizer.distributed:
             raise ValueError("precision.fp8_parameters needs optimizer.distributed: true")
+        return self
+
+    @model_validator(mode="after")
+    def _profile_is_within_the_run(self) -> Config:
+        steps, end = self.run.profile.steps, self.data.max_steps
+        if steps is not None and end is not None and steps[1] > end:
+            raise ValueError(
+                f"run.profile.steps ends at step {steps[1]}, but the run ends at step {end} (data.max_steps)"
+            )
         return self
 
     def layout(self, world_size: int) -> ParallelLayout:

@@ -170,6 +170,11 @@ class Platform:
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
+    @property
+    def device_name(self) -> str:
+        """The GPU's, as torch names it; empty on CPU."""
+        return torch.cuda.get_device_name(self.device) if self.is_cuda else ""
+
     def synchronize(self) -> None:
         if self.is_cuda:
             torch.cuda.synchronize()

@@ -8,6 +8,26 @@ import numpy as np
 
 from megatron_iwsft.hf.architecture import Architecture
 
+# TFLOP/s of dense bf16 matmuls, from the vendors' data sheets. The first name that a device's own name contains counts.
+PEAK_TFLOPS = {
+    "GB200": 2500.0,
+    "B200": 2250.0,
+    "GH200": 989.4,
+    "H200": 989.4,
+    "H100 PCIe": 756.0,
+    "H100 NVL": 835.0,
+    "H100": 989.4,
+    "H800": 989.4,
+    "A100": 311.9,
+    "A800": 311.9,
+    "L40S": 362.0,
+}
+
+
+def peak_tflops(device: str) -> float | None:
+    """Of a GPU, by torch's name of it (`torch.cuda.get_device_name`): TFLOP/s in bf16, also of FP8 runs; None if it is not known."""
+    return next((peak for name, peak in PEAK_TFLOPS.items() if name in device), None)
+
 
 def forward_flops(arch: Architecture, lengths: np.ndarray, trained: int) -> float:
     """FLOPs of one forward pass over trajectories of `lengths` tokens, 2 per multiply-add.

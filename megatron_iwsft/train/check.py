@@ -147,7 +147,7 @@ def check(config: Config, *, world_size: int) -> CheckedRun:
     for corpus in (*mixture.corpora, *(held.corpus for held in held_out)):
         for weights in (policy, reference):
             check_lengths(corpus, weights)
-    return CheckedRun(
+    checked = CheckedRun(
         config=config,
         layout=layout,
         mixture=mixture,
@@ -161,6 +161,12 @@ def check(config: Config, *, world_size: int) -> CheckedRun:
         held_out=held_out,
         callbacks=load_callbacks(config.logging.callbacks),
     )
+    profiled = config.run.profile.steps
+    if profiled is not None and profiled[1] > checked.total_steps:
+        raise ConfigError(
+            f"run.profile.steps ends at step {profiled[1]}, but the run ends at step {checked.total_steps} (data.epochs)."
+        )
+    return checked
 
 
 def check_layout(layout: ParallelLayout, weights: InitialWeights) -> None:

@@ -17,7 +17,17 @@ from megatron_iwsft.train.check import CheckedRun
 
 # What may differ between a run and its continuation. Anything else would make it another run.
 _MAY_CHANGE = {
-    "run": {"name", "dir", "device", "bind_device", "hang_timeout_s", "max_bad_steps", "spike", "stop_early"},
+    "run": {
+        "name",
+        "dir",
+        "device",
+        "bind_device",
+        "hang_timeout_s",
+        "max_bad_steps",
+        "spike",
+        "stop_early",
+        "profile",
+    },
     "adapter": {"init"},
     "data": {
         "corpus",
@@ -39,7 +49,7 @@ _AFFECTS_LR_SCHEDULE = {
     "data.epochs",
     "data.max_steps",
     "data.global_batch_size",
-    *(f"optimizer.{k}" for k in ("lr", "min_lr", "schedule", "warmup_fraction")),
+    *(f"optimizer.{k}" for k in ("lr", "min_lr", "schedule", "warmup_fraction", "decay_fraction")),
 }
 
 

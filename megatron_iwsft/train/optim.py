@@ -1,4 +1,4 @@
-"""Megatron-Core's optimizer and learning-rate schedule, from the `optimizer` section of a config."""
+"""Megatron-Core's optimizer, from the `optimizer` section of a config."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_iwsft.config import schema as config
 from megatron_iwsft.distributed.mcore_compat import checked, free_unquantized_copies, inner_optimizers
@@ -71,25 +70,3 @@ def build_optimizer(
             for group in inner.param_groups:  # one pass over memory in place of some twelve
                 group["fused"] = all(p.device.type in ("cpu", "cuda") for p in group["params"])
     return optimizer
-
-
-def build_schedule(
-    optimizer: MegatronOptimizer, settings: config.Optimizer, total_steps: int
-) -> OptimizerParamScheduler:
-    """Linear warm-up from 0, then cosine, linear or no decay to min_lr at `total_steps`."""
-    return OptimizerParamScheduler(
-        optimizer,
-        init_lr=0.0,
-        max_lr=settings.lr,
-        min_lr=settings.min_lr,
-        lr_warmup_steps=min(round(settings.warmup_fraction * total_steps), total_steps - 1),
-        lr_decay_steps=total_steps,
-        lr_decay_style=settings.schedule,
-        start_wd=settings.weight_decay,
-        end_wd=settings.weight_decay,
-        wd_incr_steps=0,
-        wd_incr_style="constant",
-        # A resumed run takes its position from the checkpoint and everything else from its config.
-        use_checkpoint_opt_param_scheduler=False,
-        override_opt_param_scheduler=True,
-    )

@@ -30,6 +30,7 @@ from megatron_iwsft.objectives.functions import (
 from megatron_iwsft.objectives.loss import micro_batch_loss
 from megatron_iwsft.reference.frozen_stage import StageWithFrozenModels
 from megatron_iwsft.train.normalization import LossTotals
+from megatron_iwsft.train.profiling import range_of
 
 
 def run_schedule(
@@ -157,13 +158,15 @@ class TrainStep:
         batch = next(batches).to(self.device)
 
         def loss(logprobs: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-            sums = micro_batch_loss(self.objective, self._trajectories(batch, logprobs), self.settings)
+            with range_of("objective"):
+                sums = micro_batch_loss(self.objective, self._trajectories(batch, logprobs), self.settings)
             self._totals.add(sums)
             if self.breakdown is not None and self._totals.extra is not None:
                 self._totals.extra += self.breakdown.sums(batch, sums.terms)
             return sums.loss, torch.ones((), dtype=torch.int, device=self.device), {}
 
-        return forward(model, batch, self._balance(batch)), loss
+        with range_of("forward"):
+            return forward(model, batch, self._balance(batch)), loss
 
     def _balance(self, batch: Batch) -> Balance | None:
         if not self.router_balance:

@@ -24,7 +24,7 @@ from megatron_iwsft.distributed.mcore_compat import gather_parameters, prepare_g
 from megatron_iwsft.distributed.stop_signals import StopSignals
 from megatron_iwsft.distributed.watchdog import Watchdog
 from megatron_iwsft.errors import CheckpointError, ConfigError, DataError, DivergenceError, RequeueError
-from megatron_iwsft.model.flops import training_flops
+from megatron_iwsft.model.flops import peak_tflops, training_flops
 from megatron_iwsft.model.gpt import PolicyModel
 from megatron_iwsft.objectives.breakdown import Breakdown, break_down
 from megatron_iwsft.reference.frozen_stage import WithoutAdapters
@@ -44,7 +44,10 @@ from megatron_iwsft.train.continuation import (
 )
 from megatron_iwsft.train.divergence import DivergenceMonitor, Verdict
 from megatron_iwsft.train.early_stop import EarlyStop
-from megatron_iwsft.train.optim import build_optimizer, build_schedule, wrap_for_gradients
+from megatron_iwsft.train.optim import build_optimizer, wrap_for_gradients
+from megatron_iwsft.train.phases import PhaseTimes
+from megatron_iwsft.train.profiling import StepProfiler, range_of
+from megatron_iwsft.train.schedule import Schedule
 from megatron_iwsft.train.setup import (
     StartedRun,
     checkpoint_writer,
@@ -55,6 +58,7 @@ from megatron_iwsft.train.setup import (
 )
 from megatron_iwsft.train.step import TrainStep
 from megatron_iwsft.utils.locks import exclusive
+from megatron_iwsft.utils.text import say
 
 # Mean |log-ratio| per token allowed before the first update, where policy and reference are the same model. A cached reference may
 # have been computed at another layout, which changes the last bits.
@@ -101,7 +105,7 @@ class Trainer:
         self.chunks = wrap_for_gradients(policy, run.optimizer, config.megatron.given())
         self.optimizer = build_optimizer(self.chunks, run.optimizer, run.dtype)
         self.total_steps = run.total_steps
-        self.schedule = build_schedule(self.optimizer, config.optimizer, self.total_steps)
+        self.schedule = Schedule(self.optimizer, config.optimizer, self.total_steps)
         self.monitor = DivergenceMonitor(config.run.spike)
         self.stop_early = EarlyStop(config.run.stop_early) if config.run.stop_early else None
         best = BestCheckpoints(config.checkpoint.best) if config.checkpoint.best else None
@@ -135,6 +139,15 @@ class Trainer:
         builder = run.batches(run.mixture, run.sampler, reference)
         self.batches = BatchesAhead(builder.at_step, pinned=run.platform.is_cuda)
         at_exit.callback(self.batches.close)
+        self.peak_tflops = peak_tflops(run.platform.device_name)
+        self.profiler = StepProfiler(
+            config.run.profile,
+            run.platform.rank,
+            run.run_directory / "logs" / "profile",
+            is_cuda=run.platform.is_cuda,
+        )
+        at_exit.callback(self.profiler.close)
+        self._ended: float | None = None
         self.callbacks: list[Callback] = []
         self.failures: list[str] = []
         writer = checkpoint_writer(run)
@@ -191,11 +204,16 @@ class Trainer:
         if state.step == 0 and self.run.held_out:
             self._call_back(self._result({"step": 0, "epoch": 0}, stopping=False))
         while state.step < self.total_steps:
+            self.profiler.before(state.step + 1)
             result = self.train_step(state.step + 1)
             if result is None:  # rolled back
                 continue
             state.step, metrics = result.step, result.metrics
-            result = self._call_back(result)
+            with range_of("callbacks"):
+                result = self._call_back(result)
+            profiled = self.profiler.after(result.step)
+            if profiled is not None:
+                say(profiled)
             if result.stopping and not result.is_last:
                 self._save_and_leave()
         self._finish()
@@ -266,12 +284,14 @@ class Trainer:
                 metrics | {"loss": None, "nll": None, "grad_norm": None, "skipped": "loss spike"}, stopping
             )
         self.watch.at(number, "reading the batch")
-        own_time = self.run.platform.stopwatch()
+        own_time, phases = run.platform.stopwatch(), PhaseTimes(since=self._ended)
         self.optimizer.zero_grad()  # without the distributed optimizer, .grad still is the last step's main_grad
-        batches = self.batches.at_step(number - 1, following=number if number < self.total_steps else None)
+        with phases.of("data"):
+            batches = self.batches.at_step(number - 1, following=number if number < self.total_steps else None)
         self.watch.at(number, "forward and backward")
         self.step.origin = run.origin_at(metrics["epoch"])
-        metrics |= self.step.forward_backward(batches, own_time)
+        with phases.of("forward and backward"):
+            metrics |= self.step.forward_backward(batches, own_time)
         if not metrics["trained_tokens"]:
             ids = on_first_rank(lambda: self._trajectory_ids(packs))
             raise DataError(
@@ -280,8 +300,9 @@ class Trainer:
             )
         if number == 1 and run.objective.needs_reference:
             self._check_start(metrics)
-        norm = prepare_gradients(self.optimizer)
-        metrics["grad_norm"] = float(norm)
+        with phases.of("optimizer"):
+            norm = prepare_gradients(self.optimizer)
+            metrics["grad_norm"] = float(norm)
         verdict = self.monitor.judge(metrics["loss"], metrics["grad_norm"], metrics["trained_tokens"])
         self.watch.at(number, "update")
         of_ranks = run.platform.of_every_rank(self.stop.requested, verdict, own_time.seconds())
@@ -292,12 +313,15 @@ class Trainer:
         if worst == Verdict.NOT_FINITE:
             self._skip(number, metrics, packs)
         else:
-            update_parameters(self.optimizer, norm)
-            self.schedule.step(increment=1)
+            with phases.of("optimizer"):
+                update_parameters(self.optimizer, norm)
+            self.schedule.step()
             self.monitor.updated(metrics["loss"])
         self._update_lagged_copies(number)
-        run.platform.synchronize()
-        metrics |= self._measure(time.perf_counter() - started)
+        with phases.of("optimizer"):
+            run.platform.synchronize()
+        self._ended = time.perf_counter()
+        metrics |= self._measure(self._ended - started) | phases.metrics(own_time.seconds())
         if run.is_main:  # work over the whole global batch
             metrics |= self._throughput(packs, metrics)
         if run.platform.world_size > 1:
@@ -320,10 +344,12 @@ class Trainer:
         # The policy's model FLOPs only: what a reference or proposal computes does not count.
         frozen = self.run.adapters is not None
         flops = training_flops(self.run.policy.architecture, lengths, metrics["trained_tokens"], frozen=frozen)
+        tflops, peak = flops / self.run.platform.world_size / seconds / 1e12, self.peak_tflops
         return {
             "tokens": tokens,
             "tokens_per_s": tokens / seconds,
-            "tflops_per_gpu": flops / self.run.platform.world_size / seconds / 1e12,
+            "tflops_per_gpu": tflops,
+            **({"mfu": tflops / peak} if peak else {}),
         }
 
     def _gather_parameters(self) -> None:
@@ -423,15 +449,17 @@ class Trainer:
                 f"resuming from {info.directory} after step {info.step}" + (f" with {changed}" if changed else ""),
                 step=info.step,
             )
+            if self.schedule.changed is not None:
+                before, now = self.schedule.changed
+                self.events("learning rate", self.schedule.described_change(), step=info.step, before=before, now=now)
             if self.stop_early is not None and self.stop_early.stopped:
                 self._end_here()
 
     def _set_total_steps(self, total: int) -> None:
         """After continuing in the data from somewhere: another global batch or corpus gives the epochs another number of steps."""
         if total != self.total_steps:
-            self.total_steps, position = total, self.schedule.state_dict()
-            self.schedule = self.state.schedule = build_schedule(self.optimizer, self.run.config.optimizer, total)
-            self.schedule.load_state_dict(position)
+            self.total_steps = total
+            self.schedule.set_total_steps(total)
 
     def _check_start(self, metrics: dict[str, Any]) -> None:
         """Before the first update, a reference that is the initial policy must give the policy's own log-probs."""

@@ -72,7 +72,10 @@ MISTAKES = [
         ["data.quality.mode=thresholds", "data.quality.thresholds=['50']"],
         "a threshold is a number, or a percentile from 0% to 100%; found '50'",
     ),
-    (["logging.wandb=null"], "logging.wandb must be a mapping with keys mode, project; found None"),
+    (
+        ["logging.wandb=null"],
+        "logging.wandb must be a mapping with keys mode, project, entity, group, tags, notes, artifacts; found None",
+    ),
     (["model.checkpoint=x"], "needs exactly one of hf, checkpoint and config; found hf, checkpoint"),
     (["model.hf=null"], "needs exactly one of hf, checkpoint and config; found none"),
     (["parallel.virtual_pipeline=2"], "virtual_pipeline 2 needs pipeline ≥ 2; it is 1"),
@@ -120,7 +123,8 @@ MISTAKES = [
     (["parallel.sequence=true"], "sequence: true needs tensor ≥ 2; it is 1"),
     (
         ["run=5"],
-        "run must be a mapping with keys name, dir, seed, device, bind_device, hang_timeout_s, max_bad_steps, spike, stop_early; found 5",
+        "run must be a mapping with keys name, dir, seed, device, bind_device, hang_timeout_s, max_bad_steps, spike, stop_early, "
+        "profile; found 5",
     ),
     (["nonsense"], "override 'nonsense' is not of the form section.key=value"),
     (["run.name.first=x"], "override 'run.name.first=x': name is a value, not a section"),

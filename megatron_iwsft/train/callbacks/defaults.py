@@ -9,7 +9,7 @@ import numpy as np
 
 from megatron_iwsft.checkpoint.names import CHECKPOINTS
 from megatron_iwsft.checkpoint.writer import CheckpointWriter
-from megatron_iwsft.train.callbacks.console import progress_line
+from megatron_iwsft.train.callbacks.console import console
 from megatron_iwsft.train.callbacks.custom import custom_callback
 from megatron_iwsft.train.callbacks.evaluation import evaluation
 from megatron_iwsft.train.callbacks.export import export
@@ -43,18 +43,25 @@ def add_configured_callbacks(trainer: Trainer, writer: CheckpointWriter, at_exit
         _start_run_directory(run)
         events = trainer.events
         metrics_file = run.run_directory / METRICS_FILE
-        trainer.add_callback(
-            MetricsFile(metrics_file, trainer.state.step, lambda text: events("file repaired", text)), at_start=True
+        to_file = MetricsFile(metrics_file, trainer.state.step, lambda text: events("file repaired", text))
+        trainer.add_callback(to_file, at_start=True)
+        shown = console(
+            config.logging,
+            world_size=run.platform.world_size,
+            peak_tflops=trainer.peak_tflops,
+            at_exit=at_exit,
         )
-        trainer.add_callback(progress_line, every=config.logging.every, at_start=True, at_end=True)
+        trainer.add_callback(shown, at_start=True)
         if trainer.state.step == 0:
             warn_about_settings(run, events)
         trainer.add_callback(WeightWarnings(config.logging, events))
         trainer.add_callback(SlowRanks(events, trainer.watch.describe))
         if config.logging.wandb.mode != "disabled":
-            trainer.add_callback(wandb_logger(config, trainer.events, at_exit), at_start=True)
+            trainer.add_callback(wandb_logger(config, trainer.events, at_exit, logged=to_file.logged), at_start=True)
         if config.logging.tensorboard:
-            trainer.add_callback(tensorboard_logger(run.run_directory / "logs"), at_start=True)
+            trainer.add_callback(
+                tensorboard_logger(run.run_directory / "logs", trainer.state.step, at_exit), at_start=True
+            )
     trainer.add_callback(trainer.save, collective=True, phase="saving", saves=True)
     trainer.add_callback(
         export(run, trainer.state, writer, trainer.report_failure),

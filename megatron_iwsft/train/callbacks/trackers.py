@@ -9,9 +9,13 @@ import secrets
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
+from megatron_iwsft.checkpoint.info import complete_checkpoints, step_of
+from megatron_iwsft.checkpoint.names import CHECKPOINTS
 from megatron_iwsft.config.schema import Config
 from megatron_iwsft.errors import ConfigError
+from megatron_iwsft.objectives.metrics import TIMING
 from megatron_iwsft.train.callbacks import StepResult
 from megatron_iwsft.train.callbacks.events import Events
 from megatron_iwsft.utils.files import move_aside, write_text
@@ -21,23 +25,37 @@ from megatron_iwsft.utils.text import say
 _ID = re.compile(rb"[A-Za-z0-9_-]{1,64}")
 
 
-def wandb_logger(config: Config, events: Events, at_exit: ExitStack) -> Callable[[StepResult], None]:
+def grouped(name: str) -> str:
+    """A metric's name in trackers: train/…, eval/… or perf/…."""
+    if name.startswith(("eval_", "eval/")):
+        return f"eval/{name[5:]}"
+    return f"perf/{name}" if name in TIMING else f"train/{name}"
+
+
+def wandb_logger(
+    config: Config, events: Events, at_exit: ExitStack, *, logged: int = -1
+) -> Callable[[StepResult], None]:
     """Log metrics to Weights & Biases. Offline runs are stored in the run directory; `wandb sync` uploads them.
 
-    A resumed run keeps its id, which is stored in the run directory. Steps that it repeats are equal to those already logged.
+    A resumed run keeps its id, which is stored in the run directory. logged: the last step that was logged before; those up to it that
+    the run repeats are equal, and are not logged again.
     """
     import wandb
 
     run, settings = config.run, config.logging.wandb
     handle = wandb.init(
         project=settings.project,
+        entity=settings.entity,
+        group=settings.group,
+        tags=settings.tags or None,
+        notes=settings.notes,
         name=run.name,
         id=_run_id(Path(run.dir) / "wandb.id", events),
         # Offline, the id alone joins the parts when they are uploaded.
         resume="allow" if settings.mode == "online" else None,
         dir=run.dir,
         mode=settings.mode,
-        config=config.model_dump(),
+        config=config.model_dump() | {"slurm": slurm_job()},
         # Code, command line and git remote may contain credentials: they are not stored.
         settings=wandb.Settings(silent=True, disable_git=True, disable_code=True, x_disable_meta=True),
     )
@@ -45,19 +63,38 @@ def wandb_logger(config: Config, events: Events, at_exit: ExitStack) -> Callable
 
     def finish() -> None:
         with contextlib.suppress(OSError):
+            if settings.artifacts and connected:
+                _log_checkpoint(wandb, handle, config)
             handle.finish()
 
     def log(result: StepResult) -> None:
         nonlocal connected
-        if connected:
+        if connected and result.step > logged:
             try:
-                handle.log({k: v for k, v in result.metrics.items() if k != "step" and v is not None}, step=result.step)
+                values = {grouped(k): v for k, v in result.metrics.items() if k != "step" and v is not None}
+                handle.log(values, step=result.step)
             except OSError as error:  # its service also gets the SIGTERM that Slurm sends to all processes of a job
                 connected = False
                 say(f"lost connection to wandb ({error}); metrics.jsonl is complete.")
 
     at_exit.callback(finish)
     return log
+
+
+def slurm_job() -> dict[str, str]:
+    """The Slurm job that this process belongs to; empty outside of one."""
+    names = {"job": "SLURM_JOB_ID", "array_job": "SLURM_ARRAY_JOB_ID", "nodes": "SLURM_JOB_NODELIST"}
+    names |= {"partition": "SLURM_JOB_PARTITION", "restarts": "SLURM_RESTART_COUNT"}
+    return {key: os.environ[name] for key, name in names.items() if name in os.environ}
+
+
+def _log_checkpoint(wandb: Any, handle: Any, config: Config) -> None:
+    """Log the newest checkpoint as an artifact that refers to its directory."""
+    found = complete_checkpoints(Path(config.run.dir) / CHECKPOINTS)
+    if found:
+        artifact = wandb.Artifact(config.run.name, type="checkpoint", metadata={"step": step_of(found[0])})
+        artifact.add_reference(found[0].absolute().as_uri(), checksum=False)
+        handle.log_artifact(artifact)
 
 
 def _run_id(path: Path, events: Events) -> str:
@@ -74,19 +111,23 @@ def _run_id(path: Path, events: Events) -> str:
     return path.read_text(encoding="utf-8").strip()
 
 
-def tensorboard_logger(directory: Path) -> Callable[[StepResult], None]:
-    """Write scalars for TensorBoard. Raises ConfigError if it is not installed."""
+def tensorboard_logger(directory: Path, resumed_at: int, at_exit: ExitStack) -> Callable[[StepResult], None]:
+    """Write scalars for TensorBoard, which hides what an interrupted run wrote after step `resumed_at`. Raises ConfigError if it is not
+    installed.
+    """
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise ConfigError("logging.tensorboard needs the package tensorboard: pip install tensorboard.") from None
 
-    writer = SummaryWriter(str(directory))
+    # A new run has nothing to hide, and with purge_step 1 TensorBoard would hide another run's files in the same directory.
+    writer = SummaryWriter(str(directory), purge_step=resumed_at + 1 if resumed_at else None)
+    at_exit.callback(writer.close)
 
     def log(result: StepResult) -> None:
         for name, value in result.metrics.items():
             if isinstance(value, (int, float)) and name != "step":
-                writer.add_scalar(name, value, result.step)
+                writer.add_scalar(grouped(name), value, result.step)
         writer.flush()
 
     return log

@@ -1,0 +1,93 @@
+"""`run.profile`, the coarse breakdown of every step, and trackers that a resumed run does not confuse."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from megatron_iwsft.config.schema import Config
+from megatron_iwsft.errors import ConfigError
+from megatron_iwsft.testing import comparable_metrics
+from megatron_iwsft.train.check import check
+from tests.support.shared_runs import assert_same_checkpoints, copy_without_checkpoints_after, train_on
+from tests.support.small_runs import small_run
+
+PROFILED = ("run.profile={steps: [2, 4]}", "checkpoint={every: 2, keep: 9}", "logging={wandb: {mode: offline}}")
+PHASES = ("data_s", "forward_backward_s", "reduce_s", "optimizer_s")
+
+
+def changed_directory(config: Config, directory: Path) -> Config:
+    return config.model_copy(update={"run": config.run.model_copy(update={"dir": str(directory)})})
+
+
+def wandb_records(path: Path) -> Iterator[bytes]:
+    """Of an offline wandb file: LevelDB's log format (blocks of 32 KiB; CRC, length and type before each fragment), after 7 bytes."""
+    data, at, whole = path.read_bytes(), 7, b""
+    while at + 7 <= len(data):
+        if 32768 - at % 32768 < 7:  # padding
+            at += 32768 - at % 32768
+            continue
+        size, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        whole += data[at + 7 : at + 7 + size]
+        at += 7 + size
+        if kind in (1, 4):  # complete, or the last fragment
+            yield whole
+            whole = b""
+
+
+def logged_steps(run: Path) -> list[int]:
+    """The step of every row that the offline wandb runs below `run` hold, in order."""
+    from wandb.proto import wandb_internal_pb2
+
+    out = []
+    for path in sorted(run.glob("wandb/offline-run-*/*.wandb")):
+        for content in wandb_records(path):
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(content)
+            if record.WhichOneof("record_type") == "history":
+                names = {item.key or "/".join(item.nested_key) for item in record.history.item}
+                assert {"train/loss", "perf/data_s", "perf/step_time_s"} <= names
+                out.append(record.history.step.num)
+    return out
+
+
+@pytest.mark.parallel
+def test_a_profiled_run_is_the_same_run_and_resumes_within_its_profile(tmp_path: Path) -> None:
+    profiled, plain = small_run(tmp_path, "profiled", *PROFILED), small_run(tmp_path, "plain", "checkpoint.every=2")
+    train_on(2, profiled)
+    train_on(2, plain)
+    assert comparable_metrics(tmp_path / "profiled") == comparable_metrics(tmp_path / "plain")
+    directory = tmp_path / "profiled" / "logs" / "profile"
+    assert sorted(path.name for path in directory.iterdir()) == ["rank-0-steps-2-4.json.gz", "rank-0-steps-2-4.txt"]
+    trace = json.loads(gzip.decompress((directory / "rank-0-steps-2-4.json.gz").read_bytes()))
+    names = {event.get("name") for event in trace["traceEvents"]}
+    assert {"iwsft: data", "iwsft: forward", "iwsft: optimizer", "iwsft: callbacks"} <= names
+    table = (directory / "rank-0-steps-2-4.txt").read_text()
+    for row in ("data", "forward and backward", "  loss operator, forward", "  loss operator, backward", "optimizer"):
+        assert f"\n{row} " in table
+    assert "communication" in table and logged_steps(tmp_path / "profiled") == [1, 2, 3, 4, 5]
+
+    copy_without_checkpoints_after(2, tmp_path / "profiled", tmp_path / "resumed")
+    train_on(2, changed_directory(profiled, tmp_path / "resumed"))
+    assert comparable_metrics(tmp_path / "resumed") == comparable_metrics(tmp_path / "plain")
+    assert_same_checkpoints(tmp_path / "resumed", tmp_path / "plain")
+    assert (tmp_path / "resumed" / "logs" / "profile" / "rank-0-steps-3-4.txt").exists()
+    assert logged_steps(tmp_path / "resumed") == [1, 2, 3, 4, 5]  # those that it repeats only once
+
+    lines = [json.loads(line) for line in (tmp_path / "plain" / "metrics.jsonl").read_text().splitlines()]
+    assert all(0 < sum(line[name] for name in PHASES) <= line["step_time_s"] for line in lines)
+    assert ["between_steps_s" in line for line in lines] == [False, True, True, True, True]
+
+
+def test_a_profile_beyond_the_end_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"ends at step 9, but the run ends at step 5 \(data.max_steps\)"):
+        small_run(tmp_path, "run", "run.profile.steps=[2, 9]")
+    with pytest.raises(ConfigError, match=r"steps is \[first, last\]; found \[4, 2\]"):
+        small_run(tmp_path, "run", "run.profile.steps=[4, 2]")
+    by_epochs = small_run(tmp_path, "run", "run.profile.steps=[2, 900]", "data.max_steps=null", "data.epochs=1")
+    with pytest.raises(ConfigError, match=r"ends at step 900, but the run ends at step \d+ \(data.epochs\)"):
+        check(by_epochs, world_size=2)
