@@ -7,7 +7,7 @@ For a random model, or for --model DIR, a Hugging Face directory, each precision
   rows        the same from its own log-probs in rows of other trajectories; policy and cached reference in the same precision
   sequence    weights exp(mean Δ) of trajectories against a bf16 reference: standard deviation, and the value furthest from 1
   token       weights exp(Δ) of tokens, likewise
-  step 0      mean |log-ratio| per token that a run with a cached reference of its own precision starts with
+  step 0      mean |log-ratio| per token that a run starts with: with a cached reference of its own precision, for delayed with a live one
   loss        mean and last difference from bf16's loss over --steps steps of iw-SFT, relative
 
 Random models train on generated sums. --records FILE has records of your own (prompt, response).
@@ -18,18 +18,22 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from megatron_iwsft.config.schema import Config
+from megatron_iwsft.data.batch import Batch
 from megatron_iwsft.distributed.fp8_recipes import FP8_RECIPES
 from megatron_iwsft.utils.cli import run_command
 
@@ -49,41 +53,71 @@ class Noise:
     rows: list[np.ndarray]
     losses: list[float]
     first_ratio: float | None
-    cpu_s: float
 
 
-def measure(platform: Any, config: dict[str, Any], corpus_dir: str, steps: int) -> Noise:
-    """Log-probs of the reference in two packings, then training. Runs in a process of its own."""
-    with redirect_stdout(sys.stderr):
-        return _measure(config, corpus_dir, steps)
+def measure_all(platform: Any, configs: dict[str, dict[str, Any]], corpus_dir: str, steps: int) -> float:
+    """Print each precision's row, bf16's first; returns the CPU time in s. Runs in a process of its own."""
+    bf16: Noise | None = None
+    begin = time.process_time()
+    for name, config in configs.items():
+        with redirect_stdout(sys.stderr):
+            noise = measure(config, corpus_dir, steps)
+        bf16 = bf16 or noise
+        print(row(name, noise, bf16), flush=True)
+    return time.process_time() - begin
 
 
-def _measure(config: dict[str, Any], corpus_dir: str, steps: int) -> Noise:
+def measure(config: dict[str, Any], corpus_dir: str, steps: int) -> Noise:
+    """Log-probs of the initial policy in two packings, then training."""
     from megatron_iwsft.config.loader import parse_config
-    from megatron_iwsft.data.corpus import Corpus
-    from megatron_iwsft.reference.sidecar import Sidecar
     from megatron_iwsft.testing import comparable_metrics
-    from megatron_iwsft.train.check import check
     from megatron_iwsft.train.precompute import precompute_reference
     from megatron_iwsft.train.trainer import train
 
-    begin = time.process_time()
-    found = []
-    for packing in ("none", "best_fit"):
-        copy = Path(config["run"]["dir"]) / f"corpus-{packing}"
-        shutil.copytree(corpus_dir, copy)
-        config["data"] |= {"corpus": str(copy), "packing": packing}
-        checked = parse_config(json.dumps(config), [], where="fp8_noise")
-        precompute_reference(checked)
-        corpus = Corpus.open(str(copy))
-        sidecar = Sidecar(corpus, check(checked, world_size=1).identity)
-        found.append([np.asarray(sidecar(i))[np.asarray(corpus.mask(i)) == 1] for i in range(len(corpus))])
+    config["data"]["corpus"] = corpus_dir
+    checked = parse_config(json.dumps(config), [], where="fp8_noise")
+    packed, rows = (trained_logprobs(checked, packing) for packing in ("best_fit", "none"))
     losses, ratio = [], None
     if steps:
+        if checked.reference.source == "cached":
+            precompute_reference(checked)
         train(checked)
         lines = comparable_metrics(Path(checked.run.dir))
         losses, ratio = [line["loss"] for line in lines], lines[0]["abs_log_ratio"]
-    return Noise(found[1], found[0], losses, ratio, time.process_time() - begin)
+    return Noise(packed, rows, losses, ratio)
+
+
+def trained_logprobs(config: Config, packing: str) -> list[np.ndarray]:
+    """The initial policy's log-probs of every trajectory's trained tokens, in the rows that a packing makes.
+
+    Delayed scaling has seen the corpus once before, as it has after some steps of training.
+    """
+    from megatron_iwsft.model.gpt import forward
+    from megatron_iwsft.reference.sidecar import logprobs_by_trajectory
+    from megatron_iwsft.train.check import check
+    from megatron_iwsft.train.setup import start
+    from megatron_iwsft.train.step import run_schedule
+
+    data = config.data.model_copy(update={"packing": packing})
+    run = start(check(config.model_copy(update={"data": data}), world_size=1))
+    chunks, builder, plan = run.build(run.policy), run.batches(run.mixture, run.sampler), run.sampler.covering()
+    found: dict[int, np.ndarray] = {}
+
+    def forward_step(batches: Iterator[Batch], model: torch.nn.Module) -> tuple[Tensor, Any]:
+        batch = next(batches)
+
+        def keep(logprobs: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+            found.update({i: values for i, _, values in logprobs_by_trajectory(batch, logprobs[0])})
+            return logprobs.sum(), torch.ones((), dtype=torch.int), {}
+
+        return forward(model, batch), keep
+
+    for _ in range(2 if config.precision.fp8 == "delayed" else 1):
+        for index in range(plan.num_steps):
+            batches = builder.from_packs(plan.step(index))
+            with torch.no_grad():
+                run_schedule(chunks, batches, forward_step, run.parallel, forward_only=True)
+    return [found[i] for i in range(len(run.mixture))]
 
 
 def furthest(weights: np.ndarray) -> float:
@@ -152,6 +186,7 @@ def run_config(args: argparse.Namespace, directory: Path, name: str) -> dict[str
             "max_steps": max(args.steps, 1),
         },
         "objective": {"name": "iw_sft"},
+        "reference": {"source": "live" if PRECISIONS[name].get("fp8") == "delayed" else "cached"},
         "precision": PRECISIONS[name],
         "optimizer": {"lr": args.lr},
         "checkpoint": {"every": 0},
@@ -186,15 +221,14 @@ def main() -> None:
         corpus = make_corpus(args, Path(name))
         tokens = json.loads((corpus / "manifest.json").read_text())["counts"]
         print(f"FP8 emulated on the CPU; {model}; {tokens}; {args.steps} steps\n")
-        print("| precision | abs. Δ | rows | sequence | token | step 0 | loss |\n|---|---|---|---|---|---|---|")
-        bf16, total = None, 0.0
-        for precision in dict.fromkeys(["bf16", *args.precision]):
-            config = run_config(args, Path(name), precision)
-            (noise,) = run_job(measure, 1, config, str(corpus), args.steps)
-            bf16 = bf16 or noise
-            print(row(precision, noise, bf16), flush=True)
-            total += noise.cpu_s
-    print(f"\n{total:.0f} CPU seconds")
+        print(
+            "| precision | abs. Δ | rows | sequence | token | step 0 | loss |\n|---|---|---|---|---|---|---|",
+            flush=True,
+        )
+        precisions = dict.fromkeys(["bf16", *args.precision])
+        configs = {precision: run_config(args, Path(name), precision) for precision in precisions}
+        (cpu_s,) = run_job(measure_all, 1, configs, str(corpus), args.steps)
+    print(f"\n{cpu_s:.0f} CPU seconds")
 
 
 if __name__ == "__main__":  # spawned processes import this file
