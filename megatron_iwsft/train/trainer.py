@@ -61,7 +61,7 @@ from megatron_iwsft.utils.locks import exclusive
 from megatron_iwsft.utils.text import say
 
 # Mean |log-ratio| per token allowed before the first update, where policy and reference are the same model. A cached reference may
-# have been computed at another layout, which changes the last bits.
+# have been computed at another layout, which changes the last bits; in FP8 the scales, too: 5e-3 for other rows, emulated (docs/gpu.md).
 START_TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2, "fp8": 1e-1}
 
 # A killed run's lock is released with the last of its processes.
