@@ -30,7 +30,7 @@ MESSAGES = [m for m in catalogue.messages() if len(re.findall(r"[A-Za-z]{2,}", m
 # What to do: an instruction, or what would have been accepted.
 INSTRUCTION = re.compile(
     r"(?:^|[.:;,…)] |\b(?:or|and|then|not) )(?:to \w+ \w+, )?"
-    r"(?:add|allow|change|check|choose|convert|copy|correct|create|download|export|fix|free|give|increase|install|keep|leave|list|lower|make|merge|move|"
+    r"(?:add|allow|change|append|check|choose|continue|convert|copy|correct|create|download|export|fix|free|give|increase|install|keep|leave|list|lower|make|merge|move|"
     r"name|pass|put|raise|rebuild|recompute|remove|rename|repair|repeat|replace|restore|return|run|save|set|shard|start|submit|take|unset|"
     r"use|write)\b",
     re.IGNORECASE,

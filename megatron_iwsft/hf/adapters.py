@@ -45,7 +45,7 @@ class AdapterSettings:
         missing = next((target for target in targets or () if target not in has), None)
         if missing is not None:
             raise ConfigError(
-                f"adapter.targets has {missing}, which the {arch.family} family does not have. Choose from {', '.join(has)}."
+                f"adapter.targets has {missing}, which the {arch.family} family does not have. It has {', '.join(has)}. Choose among these."
             )
         chosen = tuple(t for t in get_args(Target) if t in (targets or [t for t in has if t != "experts"]))
         settings = AdapterSettings(rank, alpha, chosen)

@@ -43,7 +43,7 @@ class HeldOutSet:
                 f"{where} was made with a different tokenizer than {trained.directory}. Shard it again with the same one."
             )
         if not len(corpus):
-            raise DataError(f"{where} contains no trajectories.")
+            raise DataError(f"{where} contains no trajectories. Leave the set out, or shard records that are kept.")
         data = config.data.model_copy(
             update={
                 "quality": QualityConfig(),

@@ -40,11 +40,17 @@ Command = Literal["train", "reference"]
 
 @dataclass
 class Plan:
-    """lines: (what, text) for people. missing: what the job would need and this machine lacks. memory: of the fullest GPU."""
+    """lines: (what, text) for people. missing: what the job would need and this machine lacks. memory: of the fullest GPU.
+
+    copies  bytes that a live reference and a lagged proposal add to it
+    flops   model FLOPs per process, of the complete job; None if the corpus or the model is not here
+    """
 
     lines: list[tuple[str, str]] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     memory: Cost | None = None
+    copies: int = 0
+    flops: float | None = None
 
     def add(self, what: str, text: str) -> None:
         self.lines.append((what, text))
@@ -219,7 +225,8 @@ def _describe_data(
         trained = round(counts["trained_tokens"] / counts["tokens"] * tokens)
         forward = forward_flops(weights.architecture, mixture.lengths[items].astype(np.int64), trained) * passes
         flops = forward * training_factor(frozen=bool(config.adapter.rank)) if command == "train" else forward
-        out.add("compute", f"{flops:.3g} model FLOPs, {flops / world_size:.3g} per process")
+        out.flops = flops / world_size
+        out.add("compute", f"{flops:.3g} model FLOPs, {out.flops:.3g} per process")
 
 
 def _describe_reference(out: Plan, run: CheckedRun, command: Command, allow_missing: bool) -> None:
@@ -269,6 +276,7 @@ def _memory(out: Plan, config: Config, layout: ParallelLayout, arch: Architectur
         )
         return estimate
     frozen = _frozen_copies(config, DTYPE_BYTES[dtype]) * max(map(sum, stage_parameters(arch, layout)))
+    out.copies = frozen
     parts = [
         f"weights {_size(estimate.parameters)}",
         f"gradients {_size(estimate.gradients)}",
