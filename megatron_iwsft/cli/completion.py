@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from typing import Any
 
 from megatron_iwsft.errors import ConfigError
 
@@ -32,7 +33,7 @@ def run(args: argparse.Namespace) -> None:
     print(shtab.complete(parser, shell=args.shell))
 
 
-def _whole_parser(files: dict[str, dict[str, str]]) -> argparse.ArgumentParser:
+def _whole_parser(files: dict[str, dict[str, Any]]) -> argparse.ArgumentParser:
     """One parser with all commands as subparsers, as shtab reads them. files: how the last word of a metavar is completed."""
     from megatron_iwsft.cli.main import COMMANDS, command_module
 

@@ -26,6 +26,11 @@ ACCEPTS_UNKNOWN = True  # with --tasks they go to lm_eval
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", nargs="+", required=True, metavar="DIR", help="Hugging Face, run or checkpoint directory")
+    add(
+        "--best",
+        action="store_true",
+        help="of runs with checkpoint.best: their best checkpoints instead of their latest",
+    )
     add("--output", type=Path, default=Path("evaluation"), metavar="DIR", help="directory for answers and summaries")
     add("--limit", type=positive_int, metavar="N", help="use only the first N problems of each benchmark or task")
     add("--batch-size", type=positive_int, default=16, metavar="N", help="answers generated at once by transformers")
@@ -59,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
     quiet_megatron()
     from megatron_iwsft.evaluate.run import find_models
 
-    models = find_models(args.model)
+    models = find_models(args.model, best=args.best)
     for benchmark in args.benchmark:
         _benchmark(args, models, benchmark)
     if args.corpus:

@@ -31,9 +31,16 @@ def run(args: argparse.Namespace) -> None:
     from megatron_iwsft.distributed.mcore_compat import quiet_megatron
 
     quiet_megatron()
-    from megatron_iwsft.convert.export import export_checkpoint
+    from megatron_iwsft.convert.export import earlier_checkpoint, export_checkpoint
+    from megatron_iwsft.errors import CheckpointError
 
-    written = export_checkpoint(
-        args.checkpoint, args.output, dtype=args.dtype, best=args.best, merge=args.merge, base=args.base
-    )
+    try:
+        written = export_checkpoint(
+            args.checkpoint, args.output, dtype=args.dtype, best=args.best, merge=args.merge, base=args.base
+        )
+    except CheckpointError as error:
+        earlier = earlier_checkpoint(args.checkpoint)
+        if earlier is None:
+            raise
+        raise CheckpointError(f"{error} The one before it is intact: --checkpoint {earlier}") from None
     say(f"wrote {written}")

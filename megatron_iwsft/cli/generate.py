@@ -1,31 +1,93 @@
-"""Answer questions with a Hugging Face model, greedily, through its chat template. Uses vLLM on a GPU if installed, else transformers.
+"""Answer questions with a Hugging Face model, greedily, through its chat template; text is printed as it is generated.
 
-example:
+--batch answers all prompts together, with vLLM on a GPU if it is installed.
+
+examples:
   iwsft generate --model models/iw-sft "What is 37 + 48?"
+  iwsft generate --model models/iw-sft --chat --system "You are terse."
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
+from typing import TYPE_CHECKING
 
+from megatron_iwsft.errors import ConfigError
 from megatron_iwsft.utils.cli import positive_int
-from megatron_iwsft.utils.text import say
+from megatron_iwsft.utils.text import printable, say
+
+if TYPE_CHECKING:
+    from megatron_iwsft.evaluate.chat import Chat
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, metavar="DIR", help="Hugging Face directory")
-    parser.add_argument("prompts", nargs="+", metavar="PROMPT", help="user message; one conversation per prompt")
-    parser.add_argument(
-        "--max-new-tokens", type=positive_int, default=256, metavar="N", help="tokens per answer at most"
+    add = parser.add_argument
+    add("--model", required=True, metavar="DIR", help="Hugging Face directory")
+    add(
+        "prompts",
+        nargs="*",
+        metavar="PROMPT",
+        help="user message; one conversation per prompt, with --chat one for all",
     )
+    add(
+        "--chat",
+        action="store_true",
+        help="after the prompts, continue the conversation with lines from standard input",
+    )
+    add("--system", metavar="TEXT", help="system message")
+    add("--batch", action="store_true", help="generate all answers together, and print them when they are complete")
+    add("--max-new-tokens", type=positive_int, default=256, metavar="N", help="tokens per answer at most")
 
 
 def run(args: argparse.Namespace) -> None:
+    if not args.prompts and not args.chat:
+        raise ConfigError("iwsft generate needs a PROMPT, or --chat.")
+    if args.batch and (args.chat or args.system):
+        raise ConfigError("--batch goes with prompts alone. Leave out --chat and --system.")
+
     from megatron_iwsft.distributed.mcore_compat import quiet_megatron
 
     quiet_megatron()
+    if args.batch:
+        _together(args)
+        return
+    from megatron_iwsft.evaluate.chat import Chat
+
+    chat = Chat(args.model, max_new_tokens=args.max_new_tokens, system=args.system)
+    opening = list(chat.messages)
+    for prompt in args.prompts:
+        if not args.chat:
+            chat.messages = list(opening)
+        say(f"> {prompt}")
+        _answer(chat, prompt)
+    if args.chat:
+        _converse(chat)
+
+
+def _together(args: argparse.Namespace) -> None:
     from megatron_iwsft.evaluate.generate import Sampling, make_generator
 
     generator = make_generator(args.model, Sampling(max_new_tokens=args.max_new_tokens))
     for prompt, (answer,) in zip(args.prompts, generator.answer(list(enumerate(args.prompts))), strict=True):
         say(f"> {prompt}\n{answer.text}")
+
+
+def _converse(chat: Chat) -> None:
+    """Until the end of standard input."""
+    typed = sys.stdin.isatty()
+    while True:
+        if typed:
+            print("> ", end="", flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line.strip():
+            if not typed:
+                say(f"> {line.strip()}")
+            _answer(chat, line.strip())
+
+
+def _answer(chat: Chat, prompt: str) -> None:
+    chat.say(prompt, lambda text: print(printable(text), end="", flush=True))
+    print(flush=True)

@@ -35,6 +35,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tolerance", type=float, default=1e-4, help="largest absolute log-prob difference allowed, in nats"
     )
+    parser.add_argument(
+        "--limit",
+        type=positive_int,
+        metavar="SECONDS",
+        help="begin no further length after this time; report those that were compared. default: none",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -49,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
     from megatron_iwsft.convert.parity import verify
 
     text = args.text.read_text(encoding="utf-8") if args.text else _TEXT
-    parities = verify(args.hf, args.checkpoint, text, lengths=args.length)
+    parities = verify(args.hf, args.checkpoint, text, lengths=args.length, limit_s=args.limit, report=say)
     for parity in parities:
         say(
             f"{parity.tokens:,} tokens: log-probs differ by at most {parity.max_difference:.2e} (mean {parity.mean_difference:.2e}), "

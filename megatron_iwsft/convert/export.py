@@ -14,9 +14,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_iwsft.checkpoint.best import best_checkpoint
-from megatron_iwsft.checkpoint.info import AdapterInfo, CheckpointInfo
+from megatron_iwsft.checkpoint.info import AdapterInfo, CheckpointInfo, complete_checkpoints
 from megatron_iwsft.checkpoint.initial_weights import InitialWeights
-from megatron_iwsft.checkpoint.names import TOKENIZER
+from megatron_iwsft.checkpoint.names import CHECKPOINTS, TOKENIZER
 from megatron_iwsft.checkpoint.tensors import hugging_face_reader
 from megatron_iwsft.config.schema import Model
 from megatron_iwsft.convert.gather import RunningWeights
@@ -30,6 +30,25 @@ from megatron_iwsft.hf.directory import DTYPES, write_directory
 from megatron_iwsft.hf.model_card import Provenance, SupportingFiles
 from megatron_iwsft.hf.peft import Description, write_adapter
 from megatron_iwsft.model.gpt import PolicyModel
+
+
+def earlier_checkpoint(source: str | Path) -> Path | None:
+    """Of a run, or a directory of checkpoints, whose newest checkpoint lacks files or parts of them: the newest undamaged one before it.
+
+    None if the newest is complete, or none before it is undamaged.
+    """
+    for root in (Path(source), Path(source) / CHECKPOINTS):
+        found = complete_checkpoints(root)
+        if found and _is_damaged(found[0], contents=False):
+            return next((path for path in found[1:] if not _is_damaged(path, contents=True)), None)
+    return None
+
+
+def _is_damaged(checkpoint: Path, *, contents: bool) -> bool:
+    try:
+        return bool(CheckpointInfo.read(checkpoint).damage(contents=contents))
+    except CheckpointError:
+        return True
 
 
 def export_checkpoint(

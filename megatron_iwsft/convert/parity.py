@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +19,10 @@ from megatron_iwsft.config.schema import Model
 from megatron_iwsft.data.batch import IGNORE, Batch
 from megatron_iwsft.distributed.context import Platform
 from megatron_iwsft.distributed.spawn import run_job
-from megatron_iwsft.errors import DataError
+from megatron_iwsft.errors import CheckpointError, DataError
 from megatron_iwsft.hf.transformers_models import hugging_face_logprobs, load_in_transformers
 from megatron_iwsft.model.gpt import ModelSettings, PolicyModel, build_model, forward
+from megatron_iwsft.utils.text import say
 
 
 @dataclass(frozen=True)
@@ -42,15 +46,24 @@ _LONGEST = 16384  # tokens compared by default; beyond that, a large model on CP
 
 
 def verify(
-    hf_directory: str | Path, source: str | Path, text: str, *, lengths: Sequence[int] | None = None
+    hf_directory: str | Path,
+    source: str | Path,
+    text: str,
+    *,
+    lengths: Sequence[int] | None = None,
+    limit_s: float | None = None,
+    report: Callable[[str], None] = lambda text: None,
 ) -> list[Parity]:
     """Compare the log-probs of every token under `transformers` and under the checkpoint's Megatron-Core model, in fp32 on CPU.
 
     The text is compared once as it is, and repeated to a little beyond the model's context length, its context length before rope
     scaling, and its sliding window (up to 16,384 tokens); or repeated to each of `lengths` tokens. Megatron-Core runs in a process
-    of its own. Raises CheckpointError or DataError.
+    of its own, and shorter texts come first. limit_s: seconds after which no further length is begun; those that were compared in both
+    are returned. report: receives a sentence as each part begins. Raises CheckpointError or DataError.
     """
+    deadline = math.inf if limit_s is None else time.time() + limit_s
     info = CheckpointInfo.read(source)
+    report(f"loading {hf_directory} in transformers")
     model, tokenizer = load_in_transformers(hf_directory)
     once = tokenizer(text, add_special_tokens=False)["input_ids"]
     if len(once) < 2:
@@ -62,18 +75,47 @@ def verify(
         lengths = [len(once), *(n + 64 for n in _context_lengths(info.architecture.hf) if n + 64 <= longest)]
     encoded = [(once * -(-n // len(once)))[:n] for n in sorted(set(lengths))]
     with torch.no_grad():
-        expected = [hugging_face_logprobs(model, ids) for ids in encoded]
-    del model
-    (found,) = run_job(_checkpoint_logprobs, 1, str(info.directory), encoded)
-    return [_compare(ids, a, b, tokenizer) for ids, a, b in zip(encoded, expected, found, strict=True)]
+        of_theirs = partial(hugging_face_logprobs, model)
+        expected = _until(deadline, encoded, of_theirs, where="transformers", report=report)
+    del model, of_theirs
+    found: list[Tensor] = []
+    if expected:
+        (found,) = run_job(_checkpoint_logprobs, 1, str(info.directory), encoded[: len(expected)], deadline)
+    compared = list(zip(encoded, expected, found, strict=False))
+    if not compared:
+        raise CheckpointError(
+            f"no text was compared within {limit_s:g} s; the shortest has {len(encoded[0])} tokens. Raise --limit."
+        )
+    if len(compared) < len(encoded):
+        left_out = ", ".join(f"{len(ids):,}" for ids in encoded[len(compared) :])
+        report(f"not compared within {limit_s:g} s: {left_out} tokens. Raise --limit, or choose --length")
+    return [_compare(ids, a, b, tokenizer) for ids, a, b in compared]
 
 
-def _checkpoint_logprobs(platform: Platform, directory: str, texts: list[list[int]]) -> list[Tensor]:
+def _until(
+    deadline: float,
+    texts: list[list[int]],
+    logprobs: Callable[[list[int]], Tensor],
+    *,
+    where: str,
+    report: Callable[[str], None],
+) -> list[Tensor]:
+    """Log-probs of each text that is begun before the deadline, by `time.time`."""
+    out: list[Tensor] = []
+    for ids in texts:
+        if time.time() >= deadline:
+            break
+        report(f"{where}: {len(ids):,} tokens ({len(out) + 1} of {len(texts)})")
+        out.append(logprobs(ids))
+    return out
+
+
+def _checkpoint_logprobs(platform: Platform, directory: str, texts: list[list[int]], deadline: float) -> list[Tensor]:
     """Log-probs of each text under a checkpoint's model, in fp32."""
     weights, parallel = InitialWeights(Model(checkpoint=directory), seed=0), platform.parallel()
     chunks = build_model(weights.architecture, parallel, platform, ModelSettings(dtype=torch.float32))
     weights.load(chunks, parallel)
-    return [checkpoint_logprobs(chunks[0], ids) for ids in texts]
+    return _until(deadline, texts, partial(checkpoint_logprobs, chunks[0]), where="Megatron-Core", report=say)
 
 
 def _compare(ids: list[int], theirs: Tensor, ours: Tensor, tokenizer: Any) -> Parity:

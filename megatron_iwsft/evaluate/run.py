@@ -16,6 +16,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from megatron_iwsft.checkpoint.best import best_checkpoint
 from megatron_iwsft.checkpoint.info import CheckpointInfo
 from megatron_iwsft.checkpoint.names import CHECKPOINTS
 from megatron_iwsft.convert.export import export_checkpoint
@@ -39,12 +40,13 @@ class EvaluatedModel:
     directory: Path
 
 
-def find_models(paths: Sequence[str | Path]) -> list[EvaluatedModel]:
-    """Find the models to evaluate. A run or checkpoint directory stands for its latest checkpoint, exported to RUN/hf/step-….
+def find_models(paths: Sequence[str | Path], *, best: bool = False) -> list[EvaluatedModel]:
+    """Find the models to evaluate. A run or checkpoint directory stands for its latest checkpoint, exported to RUN/hf/step-…; with
+    `best`, a run for its best one (checkpoint.best).
 
     Raises CheckpointError if a path is neither that nor a Hugging Face directory, ConfigError if two models have the same name.
     """
-    models = [_find_model(Path(path)) for path in paths]
+    models = [_find_model(Path(path), best) for path in paths]
     labels = [model.label for model in models]
     if len(set(labels)) < len(labels):
         raise ConfigError(
@@ -54,14 +56,14 @@ def find_models(paths: Sequence[str | Path]) -> list[EvaluatedModel]:
     return models
 
 
-def _find_model(given: Path) -> EvaluatedModel:
+def _find_model(given: Path, best: bool) -> EvaluatedModel:
     path = given.resolve()
     if (path / "config.json").exists():
         is_export = path.parent.name == "hf" and path.name.startswith("step-")
         return EvaluatedModel(f"{path.parent.parent.name}-{path.name}" if is_export else path.name, path)
     if not path.is_dir():
         raise CheckpointError(f"no model found at {given}: {missing_directory(given)}")
-    info = CheckpointInfo.read(path)
+    info = CheckpointInfo.read(best_checkpoint(path) if best else path)
     root = info.directory.parent
     run = root.parent if root.name == CHECKPOINTS else root
     exported = run / "hf" / info.directory.name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,9 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_iwsft.checkpoint.info import INFO
+from megatron_iwsft.cli import main as cli
 from megatron_iwsft.convert.export import export_checkpoint, export_running
 from megatron_iwsft.convert.import_hf import import_directory
-from megatron_iwsft.convert.parity import verify
+from megatron_iwsft.convert.parity import _until, verify
 from megatron_iwsft.errors import CheckpointError, DataError
 from megatron_iwsft.hf.architecture import Architecture
 from megatron_iwsft.hf.directory import DTYPES
@@ -179,6 +181,10 @@ def test_verify_tests_beyond_the_context_and_finds_a_changed_weight(tmp_path: Pa
     short, long = verify(source, tmp_path / "ck", text)
     with pytest.raises(DataError, match="at least 2 are needed"):
         verify(source, tmp_path / "ck", "a")
+    seen: list[str] = []
+    with pytest.raises(CheckpointError, match="no text was compared within 0 s"):
+        verify(source, tmp_path / "ck", text, limit_s=0, report=seen.append)
+    assert seen == [f"loading {source} in transformers"]
     for file in source.glob("*.safetensors"):
         tensors = load_file(file)
         if "model.norm.weight" in tensors:
@@ -193,6 +199,32 @@ def test_verify_tests_beyond_the_context_and_finds_a_changed_weight(tmp_path: Pa
     for parity in (short, long, changed):
         assert abs(parity.theirs - parity.ours) == pytest.approx(parity.max_difference)
     same_tensors(export_checkpoint(tmp_path / "ck", tmp_path / "out"), original)
+
+
+def test_no_text_is_begun_after_the_deadline() -> None:
+    seen: list[str] = []
+
+    def slow(ids: list[int]) -> torch.Tensor:
+        time.sleep(0.3)
+        return torch.tensor(ids)
+
+    found = _until(time.time() + 0.2, [[1], [2], [3]], slow, where="here", report=seen.append)
+    assert [out.tolist() for out in found] == [[1]] and seen == ["here: 1 tokens (1 of 3)"]
+
+
+@pytest.mark.parallel
+def test_export_offers_the_checkpoint_before_a_damaged_one(tmp_path: Path) -> None:
+    train_on(2, small_run(tmp_path, "run", "checkpoint.every=2"))
+    arguments = ["export", "--checkpoint", str(tmp_path / "run"), "--output", str(tmp_path / "hf")]
+    newest = tmp_path / "run" / "checkpoints" / "step-00000005"
+    damaged = max(newest.glob("*.distcp"), key=lambda path: path.stat().st_size)
+    damaged.write_bytes(damaged.read_bytes()[: damaged.stat().st_size // 3])
+    with pytest.raises(CheckpointError, match=r"The one before it is intact: --checkpoint \S+/step-00000004$"):
+        cli.run(arguments)
+    cli.run([*arguments[:2], str(newest.with_name("step-00000004")), *arguments[3:]])
+    assert (tmp_path / "hf" / "config.json").exists()
+    with pytest.raises(CheckpointError, match=r"exists[^-]*$"):  # another mistake offers nothing
+        cli.run([*arguments[:2], str(newest.with_name("step-00000004")), *arguments[3:]])
 
 
 @pytest.mark.parallel

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -9,8 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_iwsft.cli import main as cli
 from megatron_iwsft.errors import CheckpointError, ConfigError, DataError
 from megatron_iwsft.evaluate.benchmark import read_benchmark
+from megatron_iwsft.evaluate.chat import Chat
 from megatron_iwsft.evaluate.generate import PromptFormat, Sampling, TransformersGenerator, make_generator
 from megatron_iwsft.evaluate.run import EvaluatedModel, Result, evaluate_model, find_models, table, write_summary
 from megatron_iwsft.hf.transformers_models import load_in_transformers
@@ -62,6 +65,26 @@ def test_a_sampled_answer_depends_only_on_its_seed(model: Path) -> None:
     assert len({text for own in found[0] for text in own}) == 12
     other = TransformersGenerator(model, Sampling(3, 1.0, 0.9, 12, seed=6), batch_size=12).answer(QUESTIONS)
     assert all(a.text != b for own, texts in zip(other, found[0], strict=True) for a, b in zip(own, texts, strict=True))
+
+
+def test_a_chat_streams_what_greedy_decoding_gives_and_remembers(model: Path) -> None:
+    chat, pieces = Chat(model, max_new_tokens=12), list[str]()
+    answer = chat.say("7?", pieces.append)
+    (expected,) = TransformersGenerator(model, Sampling(max_new_tokens=12), batch_size=1).answer([(0, "7?")])
+    assert answer == "".join(pieces) == expected[0].text and len(pieces) > 1
+    chat.say("8?", pieces.append)
+    assert [message["role"] for message in chat.messages] == ["user", "assistant", "user", "assistant"]
+    assert chat.messages[1]["content"] == answer
+
+
+def test_generate_takes_a_conversation_from_standard_input(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("7?\n\n8?\n"))
+    cli.run(["generate", "--model", str(model), "--chat", "--max-new-tokens", "4"])
+    assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("> ")] == ["> 7?", "> 8?"]
+    with pytest.raises(ConfigError, match="needs a PROMPT, or --chat"):
+        cli.run(["generate", "--model", str(model)])
 
 
 @pytest.mark.numerics

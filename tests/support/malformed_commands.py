@@ -132,7 +132,7 @@ def iwsft_cases(directory: Path) -> dict[str, tuple[list[str], str]]:
         "export": "--checkpoint, --output",
         "verify": "HF_DIR, CHECKPOINT",
         "evaluate": "--model",
-        "generate": "--model, PROMPT",
+        "generate": "--model",
         "layouts": "--model, --gpus, --seq-length, --global-batch-size",
         "reference-costs": "--model, --tokens, --epochs",
         "train-tokenizer": "INPUT, --output, --field",

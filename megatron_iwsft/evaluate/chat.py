@@ -1,0 +1,70 @@
+"""A conversation with a Hugging Face model in `transformers`, greedily, with the answer's text as it is generated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_iwsft.errors import CheckpointError
+from megatron_iwsft.evaluate.generate import stop_tokens
+from megatron_iwsft.hf.transformers_models import load_in_transformers
+
+
+class Chat:
+    """A conversation: `messages` so far. On CUDA if available, in the model's own dtype; else on CPU in fp32.
+
+    Raises CheckpointError for a model without a chat template.
+    """
+
+    def __init__(self, directory: str | Path, *, max_new_tokens: int, system: str | None = None) -> None:
+        import transformers
+
+        on_cuda = torch.cuda.is_available()
+        self._model, self._tokenizer = load_in_transformers(directory, dtype="auto" if on_cuda else torch.float32)
+        self._model.to("cuda" if on_cuda else "cpu")
+        if self._tokenizer.chat_template is None:
+            raise CheckpointError(
+                f"{directory} has no chat template, so it cannot chat. Use an instruction-tuned model."
+            )
+        stops = stop_tokens(self._model.generation_config, self._tokenizer)
+        self._model.generation_config = transformers.GenerationConfig()  # without the model's own sampling settings
+        self._options = transformers.GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            eos_token_id=stops or None,
+            pad_token_id=(stops or [0])[0],
+        )
+        self.messages = [{"role": "system", "content": system}] if system else []
+
+    def say(self, text: str, on_text: Callable[[str], None]) -> str:
+        """The answer to a user's message; both are added to `messages`. on_text: receives the answer in pieces, as it is generated."""
+        self.messages.append({"role": "user", "content": text})
+        rendered = self._tokenizer.apply_chat_template(self.messages, tokenize=False, add_generation_prompt=True)
+        ids = self._tokenizer(rendered, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        streamer = _streamer(self._tokenizer, on_text)
+        with torch.inference_mode():
+            self._model.generate(
+                input_ids=ids.to(self._model.device),
+                attention_mask=torch.ones_like(ids).to(self._model.device),
+                generation_config=self._options,
+                streamer=streamer,
+            )
+        self.messages.append({"role": "assistant", "content": streamer.text})
+        return streamer.text
+
+
+def _streamer(tokenizer: Any, on_text: Callable[[str], None]) -> Any:
+    """transformers' streamer, which holds text back until its bytes and its word are complete."""
+    from transformers import TextStreamer
+
+    class Streamer(TextStreamer):
+        text = ""
+
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            self.text += text
+            on_text(text)
+
+    return Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
