@@ -58,7 +58,7 @@ def trajectories(policy: Tensor, proposal: Tensor, reference: Tensor, segment: T
 
 def trained(
     arms: Arms,
-    tokens: int,
+    tokens: int | tuple[int, ...],
     objective: Objective,
     settings: Settings,
     *,
@@ -67,12 +67,15 @@ def trained(
 ) -> list[float]:
     """The policy on a bandit after natural-gradient steps on the expected loss, from the reference.
 
+    tokens: of the trajectories of every arm, or of each
     refresh: after each step the reference becomes the policy, while the data stay those of the first reference.
     """
     first_reference, kept = (torch.tensor(x, dtype=torch.float64) for x in arms)
     curated = first_reference * kept / (first_reference * kept).sum()
-    segment = torch.arange(len(kept)).repeat_interleave(tokens)
-    chooses = torch.zeros(len(segment), dtype=torch.float64).index_fill(0, torch.arange(len(kept)) * tokens, 1.0)
+    lengths = torch.tensor(tokens).expand(len(kept))
+    segment = torch.arange(len(kept)).repeat_interleave(lengths)
+    first = lengths.cumsum(0) - lengths
+    chooses = torch.zeros(len(segment), dtype=torch.float64).index_fill(0, first, 1.0)
     logits = first_reference.log()
     for _ in range(steps):
         policy = torch.softmax(logits, 0)
@@ -125,6 +128,24 @@ def test_summed_log_ratios_lead_there_at_any_length(arms: Arms, tokens: int, tem
     power = exponent("trajectory", temperature, tokens)
     found = trained(arms, tokens, iw_sft, Settings("trajectory", temperature, UNCLIPPED, "tokens"))
     assert found == pytest.approx(fixed_point(arms, power), abs=1e-3)
+
+
+@pytest.mark.parametrize("lengths", [(20, 60, 40), (60, 20, 40)])
+def test_with_means_over_unequal_lengths_the_power_depends_on_the_length(lengths: tuple[int, ...]) -> None:
+    """p/π = (r/c)^(1/(1−τ/T)) with one c; sums have no such effect."""
+    reference, kept = (np.array(x) for x in THREE)
+    powers = np.array([exponent("sequence", 15.0, n) for n in lengths])
+
+    def policy(c: float) -> np.ndarray:
+        return reference * (kept / c) ** powers
+
+    low, high = 1e-3, 1.0
+    for _ in range(60):
+        low, high = ((low + high) / 2, high) if policy((low + high) / 2).sum() > 1 else (low, (low + high) / 2)
+    found = trained(THREE, lengths, iw_sft, Settings("sequence", 15.0, UNCLIPPED, "tokens"))
+    assert found == pytest.approx(policy(low).tolist(), abs=1e-3)
+    summed = trained(THREE, lengths, iw_sft, Settings("trajectory", 0.5, UNCLIPPED, "tokens"))
+    assert summed == pytest.approx(fixed_point(THREE, 2.0), abs=1e-3)
 
 
 def test_sft_learns_the_curated_distribution() -> None:

@@ -52,8 +52,9 @@ class WeightLevel:
 
 LEVELS: Mapping[Level, WeightLevel] = {
     "sequence": WeightLevel(lambda t: (t.trajectory_log_ratio / t.lengths.clamp(min=1.0))[t.segment], (0.0, 16.0)),
-    # Sums spread much more than means: with a lower bound no trajectory is lost for good, and the upper one bounds its share of a batch.
-    "trajectory": WeightLevel(lambda t: t.trajectory_log_ratio[t.segment], (0.2, 5.0)),
+    # Symmetric in log space. Sums spread much more than means: with a lower bound no trajectory is lost for good, and the upper one bounds
+    # its share of a batch. A narrower clip ends the improvement early: it moves odds from those of SFT by at most high/low.
+    "trajectory": WeightLevel(lambda t: t.trajectory_log_ratio[t.segment], (0.05, 20.0)),
     "token": WeightLevel(lambda t: t.log_ratio, (0.2, 1.8), per_token=True),
 }
 

@@ -52,12 +52,12 @@ def test_the_quick_benchmark_compares_every_objective(tmp_path: Path) -> None:
     first = bench(output, "--quick")
     assert first.returncode == 0, first.stderr
     table = first.stdout[first.stdout.index("sums, reference wrong by conviction") : first.stdout.index("\n\n/")]
-    results = json.loads((output / "results.json").read_text())
+    (panel,) = json.loads((output / "results.json").read_text())
+    assert ElementTree.parse(output / "accuracy.svg").getroot().tag.endswith("svg")
 
     home = output / "sums" / "reference-conviction-0.5-16x1-tp2"
-    tried = [r for r in results if r.get("seed") == 0]
-    reported = [r for r in results if r.get("seed") == 1]
-    assert len(tried) == 2 * 7 and len(reported) == 7 + 3 and len(results) == len(tried) + len(reported)
+    tried, reported = panel["tried"], panel["results"]
+    assert [(r["seed"], len(found)) for found in (tried, reported) for r in found[:1]] == [(0, 2 * 7), (1, 7 + 3)]
     for result in reported[:7]:
         rivals = [r for r in tried if r["objective"] == result["objective"]]
         assert result["lr"] == max(rivals, key=lambda r: r["exact"])["lr"]
@@ -195,7 +195,7 @@ def test_the_table_has_spreads_and_differences_paired_by_seed(tables: ModuleType
     assert "| DFT | 0.001 | 40.0 ± 10.0 | 40.0 ± 10.0 | 100.0 ± 0.0 | +20.0 ± 0.0 | 0.50 |" in found
     assert tables.difference([0.1, 0.2, 0.3]) == f"+20.0 ± {4.303 * 10 / math.sqrt(3):.1f}"
 
-    drawing = ElementTree.fromstring(tables.figure([("A < B", reference, results)]))
+    drawing = ElementTree.fromstring(tables.figure([{"title": "A < B", "reference": reference, "results": results}]))
     circles = [float(c.get("cx")) for c in drawing.iter("{http://www.w3.org/2000/svg}circle")][2:]
     assert circles == [250 + 4 * x for x in (20, 100, 40, 100)]  # exact and greedy of SFT, then of DFT
 

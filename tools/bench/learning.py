@@ -11,7 +11,7 @@ problems, the answers, which wrong ones are kept and the training order. Control
 trajectory gets its neighbour's weight, or the batch's mean; and a reference that is refreshed every ten steps. They use its learning rate.
 
 Prints a table for each experiment: mean ± standard deviation over seeds, and the difference to SFT, paired by seed, with its 95 % interval.
-Writes results.json and accuracy.svg. The same command resumes.
+Adds it to results.json and accuracy.svg. The same command resumes.
 """
 
 from __future__ import annotations
@@ -178,23 +178,24 @@ def main() -> None:
 
 
 def run_all(experiments: Sequence[Experiment], sizes: dict[str, Size], output: Path, seeds: int) -> None:
-    """Run experiments and print their tables, and write results.json and accuracy.svg in `output`."""
+    """Run experiments, print their tables, and add them to results.json and accuracy.svg in `output`."""
     benches = {
         task: Bench(output / task, size, {e.reference for e in experiments if e.task == task})
         for task, size in sizes.items()
         if any(e.task == task for e in experiments)
     }
-    panels, results = [], []
+    stored = output / "results.json"
+    panels = {p["title"]: p for p in json.loads(stored.read_text(encoding="utf-8"))} if stored.exists() else {}
     for experiment in experiments:
-        bench = benches[experiment.task]
+        bench, title = benches[experiment.task], str(experiment)
         tried = [] if experiment.tuned else bench.try_rates(experiment)
         rates = experiment.tuned or best_rates(tried)
         reported = bench.run(experiment, rates, range(1, min(seeds, experiment.seeds) + 1))
-        panels.append((str(experiment), bench.references[experiment.reference], reported))
-        results += [{"experiment": str(experiment), **result} for result in (*tried, *reported)]
-        print(f"\n{table(*panels[-1])}\n", flush=True)
-    write(output / "results.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
-    write(output / "accuracy.svg", figure(panels))
+        reference = bench.references[experiment.reference]
+        panels[title] = {"title": title, "reference": reference, "tried": tried, "results": reported}
+        print(f"\n{table(title, reference, reported)}\n", flush=True)
+        write(stored, json.dumps(list(panels.values()), indent=1, ensure_ascii=False) + "\n")
+        write(output / "accuracy.svg", figure(list(panels.values())))
     spent = {task: bench.cpu_minutes() for task, bench in benches.items()}
     print(f"{output}/results.json, {output}/accuracy.svg; CPU minutes of all starts: {spent}")
 

@@ -60,10 +60,11 @@ def difference(values: Sequence[float]) -> str:
     return f"{mean:+.1f}" + ("" if math.isnan(half) else f" ± {half:.1f}")
 
 
-def figure(panels: Sequence[tuple[str, Result, Sequence[Result]]]) -> str:
+def figure(panels: Sequence[Mapping[str, Any]]) -> str:
     """SVG of the arguments of several tables: the exact and the greedy accuracy of every objective, with 95 % intervals."""
     out, y = [], 34
-    for title, reference, results in panels:
+    for panel in panels:
+        title, reference, results = panel["title"], panel["reference"], panel["results"]
         top = y + 24
         rows = by_objective(results)
         bottom = top + _ROW * len(rows)
