@@ -28,6 +28,9 @@ def write_run(
     for step in range(1, steps + 1):
         row = {"step": step, "loss": 2.0 / step, "nll": 2.0 / step + 0.1 * (step % 2), "lr": 1e-3, "tokens_per_s": 5e3}
         row |= {"step_time_s": 0.5, "trained_tokens": 100, f"nll/source {source}": 1.0, "nll/source web": 2.0}
+        row |= {"data_s": 0.1, "forward_backward_s": 0.3, "optimizer_s": 0.1}
+        if step % 40 == 0:
+            row |= {"eval/web/nll": 1.0 / step, "eval/web/nll/source a/b": 1.0, "eval/web/nll/source c": 2.0}
         if weighted:
             shares = [1.0 / (len(WEIGHT_BINS) + 1)] * (len(WEIGHT_BINS) + 1)
             row |= {"weight_mean": 1.5, "weight_ess": 0.4, "clip_fraction": 0.0, "weight_histogram": shares}
@@ -96,7 +99,7 @@ def test_a_difference_that_may_be_chance_is_called_so(two_runs: list[Path], tmp_
 
 
 def test_what_is_not_there_is_left_out(tmp_path: Path) -> None:
-    summary = write_report([write_run(tmp_path / "sft")], tmp_path / "report.html")
+    summary = write_report([write_run(tmp_path / "sft", steps=30)], tmp_path / "report.html")
     assert "No held-out comparison yet" in summary
     text = Main(tmp_path / "report.html").text
     for heading in (
@@ -107,6 +110,16 @@ def test_what_is_not_there_is_left_out(tmp_path: Path) -> None:
         "Trajectories",
     ):
         assert heading not in text
+
+
+def test_curves_by_topic(two_runs: list[Path], tmp_path: Path) -> None:
+    write_report(two_runs, tmp_path / "report.html")
+    text = Main(tmp_path / "report.html").text
+    nll = "negative log-likelihood per trained token"
+    for run in ("sft", "iw-sft"):
+        for title in (f"{nll}, by source", f"web: {nll}, by source", "where the time of a step goes"):
+            assert f"\n{title}, {run}\n" in text
+    assert f"\nweb: {nll}\n" in text and "a/b" in text and "web 0.0083" in text
 
 
 def test_text_from_files_is_escaped(two_runs: list[Path], tmp_path: Path) -> None:
