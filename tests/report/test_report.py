@@ -88,7 +88,9 @@ def test_the_verdict_is_of_held_out_answers(two_runs: list[Path], tmp_path: Path
     assert text.index("iw-sft answers 75.0 % right") < text.index("Loss") and "base" in text
     assert "share of 40 held-out problems" in text and "share of right answers, sums" in text
     assert "Settings that differ" in text and "model.dtype" in text and "optimizer.lr" not in text.split("Config of")[0]
-    assert "resumed 1 time" in text and "distribution of the weights, iw-sft" in text
+    assert (
+        "2026-01-02 03:04:05sft" in text and "resumed 1 time" in text and "distribution of the weights, iw-sft" in text
+    )
 
 
 def test_a_difference_that_may_be_chance_is_called_so(two_runs: list[Path], tmp_path: Path) -> None:
