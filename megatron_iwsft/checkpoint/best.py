@@ -83,13 +83,14 @@ def best_checkpoint(directory: str | Path) -> Path:
             try:
                 name = read_regular(parent / BEST).decode("utf-8").partition("\n")[0].strip()
             except (OSError, UnicodeDecodeError) as error:
-                raise CheckpointError(f"{parent / BEST} cannot be read: {error}. Check its permissions.") from None
+                raise CheckpointError(
+                    f"{parent / BEST} cannot be read: {error}. Name one of {parent}/step-… instead."
+                ) from None
             if not is_checkpoint_name(name) or not (parent / name / INFO).exists():
                 raise CheckpointError(
                     f"{parent / BEST} names {name!r:.80}, which is no complete checkpoint there. Name one of {parent}/step-… instead."
                 )
             return parent / name
     raise CheckpointError(
-        f"{given} has no best checkpoint: there is no file {BEST}. A run with checkpoint.best keeps one from its first "
-        "evaluation on. Use another checkpoint."
+        f"{given} has no best checkpoint: there is no file {BEST}, which a run with checkpoint.best writes. Use its latest checkpoint."
     )

@@ -25,12 +25,14 @@ ACCEPTS_UNKNOWN = True  # with --tasks they go to lm_eval
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--model", nargs="+", required=True, metavar="DIR", help="Hugging Face, run or checkpoint directory")
+    add("--model", nargs="+", default=[], metavar="DIR", help="Hugging Face, run or checkpoint directory")
     add(
         "--best",
         action="store_true",
         help="of runs with checkpoint.best: their best checkpoints instead of their latest",
     )
+    add("--run", type=Path, metavar="RUN_DIR", help="instead of --model: what evaluation.answers of this run asks for")
+    add("--step", type=int, metavar="N", help="with --run: at this step; its results belong to the run's report")
     add("--output", type=Path, default=Path("evaluation"), metavar="DIR", help="directory for answers and summaries")
     add("--limit", type=positive_int, metavar="N", help="use only the first N problems of each benchmark or task")
     add("--batch-size", type=positive_int, default=16, metavar="N", help="answers generated at once by transformers")
@@ -62,6 +64,12 @@ def run(args: argparse.Namespace) -> None:
     from megatron_iwsft.distributed.mcore_compat import quiet_megatron
 
     quiet_megatron()
+    if args.run:
+        from megatron_iwsft.evaluate.in_run import answer_for
+
+        found = answer_for(args.run, args.step)
+        say("\n".join(f"step {args.step}: {name} {value:.4f}" for name, value in found.items()))
+        return
     from megatron_iwsft.evaluate.run import find_models
 
     models = find_models(args.model, best=args.best)
@@ -97,7 +105,13 @@ def _check(args: argparse.Namespace) -> None:
             f"unknown arguments: {' '.join(args.unknown)} (only with --tasks are they passed on, to lm_eval). "
             "Remove them, or see `iwsft evaluate --help`."
         )
-    if not (args.benchmark or args.corpus or args.tasks):
+    if bool(args.run) == bool(args.model):
+        raise ConfigError("give either --model, or --run and --step.")
+    if (args.run is None) != (args.step is None):
+        raise ConfigError("give --run and --step together: the answers are those of one step of a run.")
+    if args.run and (args.benchmark or args.corpus or args.tasks):
+        raise ConfigError("the run's config says what --run answers. Leave out --benchmark, --corpus and --tasks.")
+    if not args.run and not (args.benchmark or args.corpus or args.tasks):
         raise ConfigError("nothing to evaluate on: give --benchmark, --corpus or --tasks.")
     if args.temperature is None:
         args.temperature = 0.0 if args.samples == 1 else 0.6

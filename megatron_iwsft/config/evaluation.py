@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -25,6 +26,70 @@ class EvaluationSet(Section):
     """Evaluate so many of its trajectories, drawn once: the same in every evaluation and every run. null: all of them."""
 
 
+class Answers(Section):
+    """Answers that the policy generates: pass@k on benchmarks, and samples. At the same points of a run as sets, at steps of its own."""
+
+    every: NonNegativeInt = 0
+    """Steps between them. 0: only before the first step and after the last."""
+    benchmarks: list[str] = []
+    """Files of problems with verifiable answers, as for `iwsft evaluate --benchmark`. FILE.jsonl gives the metrics eval/FILE/pass@K."""
+    prompts: str | None = None
+    """JSONL file of a few fixed prompts, each with an answer or without. What the policy answers, its verdict and the weight that it would
+    have in training are written to the run directory (samples/) and shown by `iwsft report`."""
+    where: Literal["in_process", "slurm"] = "in_process"
+    """in_process: the first rank answers with `transformers` while the others wait, within run.hang_timeout_s; for small models.
+    slurm: a job of slurm/evaluate.sbatch does, while training continues; its results are joined to their steps in the report."""
+    sbatch: list[str] = []
+    """With where slurm: options for sbatch, such as --gpus-per-node=1."""
+    limit: PositiveInt | None = None
+    """Only the first so many problems of each benchmark. null: all of them."""
+    samples: PositiveInt = 1
+    """Answers per problem and prompt."""
+    temperature: NonNegativeFloat = 0.0
+    """Of sampling; 0 is greedy, for one answer."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
+    """Nucleus sampling, with a temperature."""
+    max_new_tokens: PositiveInt = 256
+    """Tokens per answer at most."""
+    batch_size: PositiveInt = 16
+    """Answers generated at once by `transformers`."""
+    prompt_format: str = "{prompt}"
+    """Text around the question, such as an instruction."""
+    raw: bool = False
+    """No chat template."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Answers:
+        names = [Path(file).stem for file in self.benchmarks]
+        if len(set(names)) < len(names):
+            raise ValueError("benchmarks: two have the same file name, under which results are stored")
+        if (self.samples == 1) != (self.temperature == 0):
+            raise ValueError(
+                f"samples {self.samples} do not go with temperature {self.temperature:g}: one is greedy, several are not"
+            )
+        if "{prompt}" not in self.prompt_format:
+            raise ValueError(f"prompt_format {self.prompt_format!r} has no {{prompt}} for the question")
+        if (self.every or self.sbatch) and not self.wanted:
+            raise ValueError("there is nothing to answer: add benchmarks or prompts")
+        return self
+
+    @property
+    def wanted(self) -> bool:
+        return bool(self.benchmarks) or self.prompts is not None
+
+    @property
+    def ks(self) -> list[int]:
+        """Of pass@k: 1, 2, 4, … up to `samples`."""
+        return [2**i for i in range(self.samples.bit_length())]
+
+    @property
+    def metrics(self) -> list[str]:
+        """Those in the step's own line of metrics: a job beside the run is finished later."""
+        if self.where == "slurm":
+            return []
+        return [f"eval/{Path(file).stem}/pass@{k}" for file in self.benchmarks for k in self.ks]
+
+
 class Evaluation(Section):
     """Metrics of held-out trajectories, before the first step, every few steps, and after the last."""
 
@@ -34,6 +99,7 @@ class Evaluation(Section):
     """Held-out corpora: a list of mappings with the keys name, corpus (a directory) and max_trajectories.
     name: of the set in metrics: eval/NAME/nll, and eval/NAME/nll/source … for each source.
     max_trajectories: evaluate so many, drawn once, the same in every evaluation. By default all."""
+    answers: Answers = Answers()
 
     @model_validator(mode="after")
     def _consistent(self) -> Evaluation:
@@ -43,6 +109,9 @@ class Evaluation(Section):
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
             raise ValueError(f"sets: two have the name {twice}")
+        shared = {Path(file).stem for file in self.answers.benchmarks} & set(names)
+        if shared:
+            raise ValueError(f"a set and a benchmark have the name {min(shared)}")
         return self
 
 
@@ -80,7 +149,7 @@ def metric_problem(choice: MetricChoice, evaluation: Evaluation, objective: str)
     """Why a metric cannot be chosen, in one sentence; None if it can. An objective from a file can have any metric."""
     known = evaluated_metrics(evaluation, objective)
     if not known:
-        return f"metric {choice.metric} needs evaluation.sets, which is empty"
+        return f"metric {choice.metric} needs evaluation.sets or benchmarks in process, and there are none"
     if choice.metric not in known and not (objective not in OBJECTIVES and _of_a_set(choice.metric, evaluation)):
         near = difflib.get_close_matches(choice.metric, known, n=1)
         hint = f"Did you mean {near[0]}?" if near else f"Metrics of this run: {', '.join(known)}."
@@ -94,7 +163,8 @@ def evaluated_metrics(evaluation: Evaluation, objective: str) -> list[str]:
     """The metrics of every evaluation of a run, apart from those of groups. Of a custom objective those that all can have."""
     known = OBJECTIVES.get(objective)
     metrics = known.evaluated if known else [m for m in METRICS if m.evaluated and not m.measured]
-    return [f"eval/{entry.name}/{metric.name}" for entry in evaluation.sets for metric in metrics]
+    of_sets = [f"eval/{entry.name}/{metric.name}" for entry in evaluation.sets for metric in metrics]
+    return of_sets + evaluation.answers.metrics
 
 
 def _of_a_set(metric: str, evaluation: Evaluation) -> bool:

@@ -354,6 +354,14 @@ class Config(Section):
                 raise ValueError(f"{key}: {problem}")
         return self
 
+    @model_validator(mode="after")
+    def _answers_come_from_a_model(self) -> Config:
+        if self.evaluation.answers.wanted and self.adapter.rank:
+            raise ValueError(
+                "evaluation.answers needs all weights of the policy, but with adapter.rank only adapters are exported. Use evaluation.sets"
+            )
+        return self
+
     @property
     def metric_choices(self) -> dict[str, MetricChoice]:
         """Key → the choice there, of all that decide something by a metric."""

@@ -33,7 +33,17 @@ def read_benchmark(
     path: str | Path, *, prompt_field: str | None = None, answer_field: str | None = None, limit: int | None = None
 ) -> list[Problem]:
     """Read the first `limit` problems of a JSONL file. Raises DataError with the line number and the reason."""
-    path = Path(path)
+    return _read(Path(path), prompt_field, answer_field, limit)
+
+
+def read_prompts(path: str | Path) -> list[Problem]:
+    """Like `read_benchmark`, but a line may have no answer; that of its problem is then empty."""
+    return _read(Path(path), None, None, None, answers=False)
+
+
+def _read(
+    path: Path, prompt_field: str | None, answer_field: str | None, limit: int | None, *, answers: bool = True
+) -> list[Problem]:
     if not path.is_file():
         raise DataError(f"the benchmark {path} does not exist. Check the path.")
     problems: list[Problem] = []
@@ -51,6 +61,9 @@ def read_benchmark(
             if not isinstance(row, dict):
                 raise DataError(f"{where} must be a JSON object; found {type(row).__name__}.")
             prompt = _field(row, prompt_field, _PROMPT_FIELDS, "prompt", where)
+            if not answers and not any(name.lower() in _ANSWER_FIELDS for name in row):
+                problems.append(Problem(number, prompt, ""))
+                continue
             answer = expected_answer(_field(row, answer_field, _ANSWER_FIELDS, "answer", where))
             if not read_answer(answer):
                 raise DataError(

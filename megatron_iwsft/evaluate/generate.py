@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -36,11 +36,12 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Answer:
-    """tokens: number of generated tokens; cut_off: generation reached max_new_tokens without a stop token."""
+    """tokens: number of generated tokens; cut_off: generation reached max_new_tokens without a stop token; ids: with the stop token."""
 
     text: str
     tokens: int
     cut_off: bool
+    ids: tuple[int, ...] = field(default=(), compare=False, repr=False)
 
 
 class Generator(Protocol):
@@ -157,7 +158,8 @@ class TransformersGenerator:
     def _cut(self, ids: list[int]) -> Answer:
         end = next((i for i, token in enumerate(ids) if token in self._stops), None)
         kept = ids if end is None else ids[:end]
-        return Answer(self._tokenizer.decode(kept, skip_special_tokens=True), len(kept), end is None)
+        text = self._tokenizer.decode(kept, skip_special_tokens=True)
+        return Answer(text, len(kept), end is None, tuple(ids if end is None else ids[: end + 1]))
 
 
 class _GumbelNoise:
@@ -229,7 +231,9 @@ class VllmGenerator:
                     )
                 )
         outputs = [request.outputs[0] for request in self._engine.generate(inputs, params, use_tqdm=False)]
-        flat = [Answer(out.text, len(out.token_ids), out.finish_reason == "length") for out in outputs]
+        flat = [
+            Answer(out.text, len(out.token_ids), out.finish_reason == "length", tuple(out.token_ids)) for out in outputs
+        ]
         return [flat[i : i + one.samples] for i in range(0, len(flat), one.samples)]
 
 

@@ -23,7 +23,7 @@ from megatron_iwsft.convert.export import export_checkpoint
 from megatron_iwsft.errors import CheckpointError, ConfigError, DataError
 from megatron_iwsft.evaluate.answers import FORMAT_VERSION, is_answers_line, read_answers
 from megatron_iwsft.evaluate.benchmark import Problem, is_correct
-from megatron_iwsft.evaluate.generate import Generator
+from megatron_iwsft.evaluate.generate import Answer, Generator
 from megatron_iwsft.evaluate.statistics import Comparison, Estimate, compare, mean_pass_at_k
 from megatron_iwsft.utils.files import atomic_write, sampled_fingerprint, write_json
 from megatron_iwsft.utils.hub import missing_directory
@@ -160,10 +160,16 @@ def _answer(
         answers = generator.answer([(problem.number, problem.prompt) for problem in batch])
         done = {}
         for problem, own in zip(batch, answers, strict=True):
-            judged = [asdict(a) | {"correct": is_correct(problem.answer, a.text)} for a in own]
+            judged = [judged_answer(problem, answer) for answer in own]
             done[problem.number] = asdict(problem) | {"answers": judged}
         results.append(*done.values(), durable=True)
         yield done
+
+
+def judged_answer(problem: Problem, answer: Answer) -> dict[str, Any]:
+    """An answer as it is stored. correct: None for a prompt without an expected answer."""
+    row = {"text": answer.text, "tokens": answer.tokens, "cut_off": answer.cut_off}
+    return row | {"correct": is_correct(problem.answer, answer.text) if problem.answer else None}
 
 
 def _earlier_results(results: JsonLines, header: dict[str, Any]) -> dict[int, dict[str, Any]]:

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from megatron_iwsft.errors import DataError
+from megatron_iwsft.evaluate.results import results_by_step, samples_of
 from megatron_iwsft.train.callbacks.metrics_file import METRICS_FILE, read_metrics_file
 from megatron_iwsft.utils.json_files import is_regular_file
 from megatron_iwsft.utils.jsonl import read_json_lines
@@ -29,6 +30,7 @@ class RunRecord:
     settings  the config, flattened: "optimizer.lr" → value; empty if config.yaml is missing or damaged
     config    the text of config.yaml
     events    the lines of logs/events.jsonl
+    samples   the policy's answers to fixed prompts, step by step
     """
 
     name: str
@@ -37,6 +39,7 @@ class RunRecord:
     settings: dict[str, Any] = field(default_factory=dict)
     config: str = ""
     events: list[Line] = field(default_factory=list)
+    samples: list[Line] = field(default_factory=list)
 
     def values(self, metric: str) -> list[tuple[int, float]]:
         """(step, value) wherever the metric is a finite number."""
@@ -84,10 +87,11 @@ def _names(directories: list[Path]) -> list[str]:
 
 
 def _read_run(directory: Path, name: str) -> RunRecord:
-    metrics = read_metrics(directory)
+    results = results_by_step(directory)  # a job beside the run may have written them after the step's line
+    metrics = [results.get(line["step"], {}) | line for line in read_metrics(directory)]
     config = directory / "config.yaml"
     text = printable(config.read_bytes().decode("utf-8", "replace")) if is_regular_file(config) else ""
-    return RunRecord(name, directory, metrics, _settings(text), text, _read_events(directory))
+    return RunRecord(name, directory, metrics, _settings(text), text, _read_events(directory), samples_of(directory))
 
 
 def read_metrics(run: Path) -> list[Line]:

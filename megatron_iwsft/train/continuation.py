@@ -156,7 +156,7 @@ def _check_steps_ahead(run: CheckedRun, info: CheckpointInfo) -> None:
         key = "normalize" if data.quality.normalize else "thresholds in per cent"
         raise ConfigError(
             f"data.corpora: {appended[0]} was appended, but with data.quality.{key} it would change which trajectories of the earlier "
-            "corpora are used, and how. Append it to a run with scores or thresholds that do not depend on the other corpora."
+            "corpora are used, and how. Use another run.dir for a new run on all of them."
         )
     ahead = [step for step in info.host.get("divergence", {}).get("passed_over", []) if step > info.step]
     if ahead and (appended or data.global_batch_size != earlier["global_batch_size"]):
@@ -167,7 +167,7 @@ def _check_steps_ahead(run: CheckedRun, info: CheckpointInfo) -> None:
         )
         raise ConfigError(
             f"{what}, but a rewind has set aside the batches of steps {ahead[0]} to {ahead[-1]}, which would then hold other trajectories. "
-            f"Continue {info.directory} past step {ahead[-1]} with the earlier setting first."
+            f"Set it back until step {ahead[-1]} is done."
         )
 
 

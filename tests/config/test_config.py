@@ -106,7 +106,10 @@ MISTAKES = [
     (["evaluation.every=5"], "every is 5, but there is nothing to evaluate: add sets, or leave out every"),
     (["evaluation.sets=[{name: a, corpus: c}, {name: a, corpus: d}]"], "evaluation: sets: two have the name a"),
     (["evaluation.sets=[{name: a/b, corpus: c}]"], "evaluation.sets.0.name: string should match pattern"),
-    (["checkpoint.best.metric=eval/a/nll"], "checkpoint.best: metric eval/a/nll needs evaluation.sets, which is empty"),
+    (
+        ["checkpoint.best.metric=eval/a/nll"],
+        "checkpoint.best: metric eval/a/nll needs evaluation.sets or benchmarks in process, and there are none",
+    ),
     (
         [SETS, "checkpoint.best.metric=eval/tset/nll"],
         "checkpoint.best: metric eval/tset/nll is none that this run evaluates. Did you mean eval/test/nll?",
@@ -119,6 +122,18 @@ MISTAKES = [
     ([SETS, "run.stop_early={metric: eval/test/nll}"], "run.stop_early.patience is missing; it has no default"),
     ([SETS, "run.stop_early={patience: 3}"], "run.stop_early.metric is missing; it has no default"),
     ([SETS, "run.stop_early={metric: nll, patience: 3, min: 1}"], "run.stop_early.min is not a known key"),
+    (["evaluation.answers.every=5"], "evaluation.answers: there is nothing to answer: add benchmarks or prompts"),
+    (["evaluation.answers={prompts: p, samples: 4}"], "samples 4 do not go with temperature 0"),
+    (["evaluation.answers.benchmarks=[a/x.jsonl, b/x.jsonl]"], "benchmarks: two have the same file name"),
+    ([SETS, "evaluation.answers.benchmarks=[test.jsonl]"], "evaluation: a set and a benchmark have the name test"),
+    (
+        [
+            "evaluation.answers={benchmarks: [b.jsonl], where: slurm}",
+            "run.stop_early={metric: eval/b/pass@1, patience: 2}",
+        ],
+        "eval/b/pass@1 needs evaluation.sets or benchmarks in process, and there are none",
+    ),
+    (["evaluation.answers.prompts=p", "adapter.rank=4"], "evaluation.answers needs all weights of the policy"),
     (["evaluation.sets=[{corpus: c}]"], "evaluation.sets.0.name is missing; it has no default"),
     (["parallel.sequence=true"], "sequence: true needs tensor ≥ 2; it is 1"),
     (

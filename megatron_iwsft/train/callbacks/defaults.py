@@ -9,6 +9,7 @@ import numpy as np
 
 from megatron_iwsft.checkpoint.names import CHECKPOINTS
 from megatron_iwsft.checkpoint.writer import CheckpointWriter
+from megatron_iwsft.train.callbacks.answers import answers
 from megatron_iwsft.train.callbacks.console import console
 from megatron_iwsft.train.callbacks.custom import custom_callback
 from megatron_iwsft.train.callbacks.evaluation import evaluation
@@ -36,6 +37,15 @@ def add_configured_callbacks(trainer: Trainer, writer: CheckpointWriter, at_exit
             at_end=True,
             collective=True,
             phase="evaluation",
+        )
+    if config.evaluation.answers.wanted:
+        trainer.add_callback(
+            answers(trainer, writer),
+            every=config.evaluation.answers.every,
+            at_start=True,
+            at_end=True,
+            collective=True,
+            phase="answers",
         )
     for name, function in run.callbacks.items():
         trainer.insert_callback(custom_callback(name, function, trainer.events))

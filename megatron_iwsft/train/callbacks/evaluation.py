@@ -75,6 +75,7 @@ def evaluation(trainer: Trainer) -> Callable[[StepResult], dict[str, Any]]:
 def _check_choices(config: Config, sets: list[SetEvaluation]) -> None:
     """What could not be checked with the config alone: sidecars, and a custom objective's metrics."""
     available = [f"eval/{held.name}/{metric}" for held in sets for metric in sorted(held.metrics)]
+    available += config.evaluation.answers.metrics
     for key, choice in config.metric_choices.items():
         if choice.metric not in available:
             raise ConfigError(
