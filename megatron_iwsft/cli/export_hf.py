@@ -42,5 +42,5 @@ def run(args: argparse.Namespace) -> None:
         earlier = earlier_checkpoint(args.checkpoint)
         if earlier is None:
             raise
-        raise CheckpointError(f"{error} The one before it is intact: --checkpoint {earlier}") from None
+        raise CheckpointError(f"{error} The one before it is intact: use --checkpoint {earlier}") from None
     say(f"wrote {written}")

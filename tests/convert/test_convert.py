@@ -219,7 +219,7 @@ def test_export_offers_the_checkpoint_before_a_damaged_one(tmp_path: Path) -> No
     newest = tmp_path / "run" / "checkpoints" / "step-00000005"
     damaged = max(newest.glob("*.distcp"), key=lambda path: path.stat().st_size)
     damaged.write_bytes(damaged.read_bytes()[: damaged.stat().st_size // 3])
-    with pytest.raises(CheckpointError, match=r"The one before it is intact: --checkpoint \S+/step-00000004$"):
+    with pytest.raises(CheckpointError, match=r"The one before it is intact: use --checkpoint \S+/step-00000004$"):
         cli.run(arguments)
     cli.run([*arguments[:2], str(newest.with_name("step-00000004")), *arguments[3:]])
     assert (tmp_path / "hf" / "config.json").exists()
