@@ -5,7 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -76,6 +77,18 @@ class LaunchedRun:
         """torchrun, the job's processes, and those that they have started."""
         top = psutil.Process(self.process.pid)
         return [top, *top.children(recursive=True)]
+
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Within it, the job's processes do not run. They keep their locks and their memory."""
+        workers = self.workers
+        for process in workers:
+            process.suspend()
+        try:
+            yield
+        finally:
+            for process in workers:
+                process.resume()
 
     def finish(self) -> int:
         """Wait for the end; returns the exit status."""

@@ -66,39 +66,43 @@ def test_a_failed_export_costs_nothing_but_the_export(config: Path, tmp_path: Pa
 def test_a_removed_lock_file_lets_no_second_job_in(config: Path, tmp_path: Path) -> None:
     first = LaunchedRun(config, tmp_path / "run", "data.max_steps=100000").wait_for_steps(1)
     (tmp_path / "run" / ".lock").unlink()
-    second = LaunchedRun(config, tmp_path / "run")
-    assert second.finish() == EXIT_USER_ERROR
+    with first.suspended():  # it has the lock, and leaves the cores to the second
+        second = LaunchedRun(config, tmp_path / "run")
+        assert second.finish() == EXIT_USER_ERROR
     assert "is in use by another job" in second.output
     first.process.send_signal(signal.SIGTERM)
     assert first.finish() == EXIT_REQUEUE, first.output
 
 
-def test_links_in_the_run_directory_are_not_followed(config: Path, tmp_path: Path) -> None:
-    (tmp_path / "precious").write_text("somebody else's file")
-    (tmp_path / "run").mkdir()
+@pytest.fixture(scope="module")
+def finished(config: Path, tmp_path_factory: pytest.TempPathFactory) -> LaunchedRun:
+    """A run whose directory held links to a file outside, and whose temporary directory has a long name."""
+    directory = tmp_path_factory.mktemp("finished")
+    (directory / "precious").write_text("somebody else's file")
+    (directory / "run").mkdir()
     for name in (".lock", "metrics.jsonl", "config.yaml"):
-        (tmp_path / "run" / name).symlink_to(tmp_path / "precious")
-    run = LaunchedRun(config, tmp_path / "run")
+        (directory / "run" / name).symlink_to(directory / "precious")
+    long = directory / ("t" * 100)
+    long.mkdir()
+    run = LaunchedRun(config, directory / "run", TMPDIR=str(long))
     assert run.finish() == 0, run.output
-    assert (tmp_path / "precious").read_text() == "somebody else's file"
+    return run
 
 
-def test_fewer_steps_than_are_done(config: Path, tmp_path: Path) -> None:
-    assert LaunchedRun(config, tmp_path / "run").finish() == 0
-    again = LaunchedRun(config, tmp_path / "run", "data.max_steps=2")
+def test_links_in_the_run_directory_are_not_followed(finished: LaunchedRun) -> None:
+    assert (finished.directory.parent / "precious").read_text() == "somebody else's file"
+
+
+def test_sockets_have_short_names_in_a_long_temporary_directory(finished: LaunchedRun) -> None:
+    assert events(finished.directory, "save failed") == []
+
+
+def test_fewer_steps_than_are_done(config: Path, finished: LaunchedRun) -> None:
+    again = LaunchedRun(config, finished.directory, "data.max_steps=2")
     assert again.finish() == 0, again.output
     assert "Nothing to train: the run's end is step 2." in again.output
     (named,) = [line.split("Checkpoint: ")[1] for line in again.output.splitlines() if "Checkpoint: " in line]
     assert Path(named).is_dir()
-
-
-def test_a_long_temporary_directory(config: Path, tmp_path: Path) -> None:
-    """Sockets have short names."""
-    long = tmp_path / ("t" * 100)
-    long.mkdir()
-    run = LaunchedRun(config, tmp_path / "run", TMPDIR=str(long))
-    assert run.finish() == 0, run.output
-    assert events(tmp_path / "run", "save failed") == []
 
 
 def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
