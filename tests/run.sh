@@ -12,6 +12,9 @@
 #     --te          the tests that need Transformer Engine, but no GPU: with the one that is installed, or one in the directory
 #                   $IWSFT_TE (default .transformer-engine), a site directory or archives of one (*.tar.xz); skipped if there is none
 #
+#   With pytest-xdist two tests run at a time (IWSFT_TEST_WORKERS), except for --slurm and --gpu. -n0 runs one at a time, and -s and --pdb
+#   need it.
+#
 #   --python 3.12   another interpreter, in a separate environment: for newer Megatron-Core versions (a large download)
 #   --megatron V    another Megatron-Core version, installed beside that environment
 set -euo pipefail
@@ -29,11 +32,12 @@ fi
 megatron=
 [ "${1:-}" != --megatron ] || { megatron=$2; shift 2; }
 source launch/environment.sh
+workers=(-n "${IWSFT_TEST_WORKERS:-2}")
 if [ "${1:-}" = --gpu ]; then
   make_environment "[test,gpu]"
   [ "${IWSFT_DEVICE:-}" = cpu ] || "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { echo "torch sees no GPU here." >&2; exit 2; }
   "$python" tools/doctor.py || true
-  set -- -m gpu -s -rs --continue-on-collection-errors "${@:2}"
+  set -- -m gpu -s -rs --continue-on-collection-errors "${@:2}" && workers=()
 else
   make_environment "[test]"
 fi
@@ -54,10 +58,11 @@ if [ "${1:-}" = --te ] && ! "$python" -c 'import importlib.util as u, sys; sys.e
   export PYTHONPATH=$bundle${PYTHONPATH:+:$PYTHONPATH}
 fi
 export OMP_NUM_THREADS=1
+"$python" -c 'import xdist' 2>/dev/null || workers=()
 case ${1:-} in
   --fast) set -- -m "not parallel and not command and not slow and not slurm and not gpu" "${@:2}" ;;
   --all) set -- -m "not slurm and not gpu" "${@:2}" ;;
   --te) set -- -m te "${@:2}" ;;
-  --slurm) set -- tests/slurm -m "slurm and not long" "${@:2}" ;;
+  --slurm) set -- tests/slurm -m "slurm and not long" "${@:2}" && workers=() ;;
 esac
-exec "$python" -m pytest "$@"
+exec "$python" -m pytest ${workers[@]+"${workers[@]}"} "$@"

@@ -1,6 +1,6 @@
 """Loss and gradients at every layout, against an independent model in plain torch and float64.
 
-`bash tests/run.sh -s tests/train/test_layouts.py` prints for each layout and objective the relative errors of the loss and of the
+`bash tests/run.sh -n0 -s tests/train/test_layouts.py` prints for each layout and objective the relative errors of the loss and of the
 worst gradient.
 """
 
