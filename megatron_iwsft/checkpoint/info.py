@@ -111,6 +111,11 @@ class CheckpointInfo:
         """
         given, directory = Path(directory), _newest(Path(directory))
         path = directory / INFO
+        if not is_regular_file(path) and _is_of_megatron(directory):
+            raise CheckpointError(
+                f"{given} is a checkpoint of another Megatron-Core program: it has no {INFO}, which says what model it is. Export it to a "
+                "Hugging Face directory with that program (docs/handover.md), then name that directory as model.hf."
+            )
         if not is_regular_file(path):
             raise CheckpointError(
                 f"{given} holds no complete checkpoint: it has no {INFO}. "
@@ -175,6 +180,14 @@ class CheckpointInfo:
     def damage(self, *, contents: bool = True) -> list[str]:
         """One complaint per file that is missing, truncated or (with `contents`, which reads all of it) changed."""
         return integrity.damage(self.directory, self.files, sorted(self.files), contents=contents)
+
+
+def _is_of_megatron(directory: Path) -> bool:
+    """Whether a directory looks as Megatron-LM and Megatron-Bridge write checkpoints (torch_dist), or a directory of them."""
+    one = (directory / ".metadata").exists() and (directory / "metadata.json").exists()
+    return (one and _NAME.fullmatch(directory.name) is None) or any(
+        (directory / name).exists() for name in ("latest_checkpointed_iteration.txt", "latest_train_state.pt")
+    )
 
 
 def _newest(directory: Path) -> Path:

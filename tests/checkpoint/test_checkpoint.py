@@ -166,3 +166,14 @@ def test_inspection_reports_damaged_checkpoints(written, tmp_path: Path) -> None
     assert "step-00000005: 0.000 GB, DAMAGED, 1 files" in text
     done = run_python("tools/inspect_checkpoint.py", copy, "--verify")
     assert done.returncode == 1 and done.stdout.strip() == text.strip()
+
+
+@pytest.mark.parametrize(
+    "files",
+    [(".metadata", "metadata.json", "common.pt"), ("latest_checkpointed_iteration.txt",), ("latest_train_state.pt",)],
+)
+def test_a_checkpoint_of_another_megatron_program_is_refused_by_name(files: tuple[str, ...], tmp_path: Path) -> None:
+    for name in files:
+        (tmp_path / name).write_text("10")
+    with pytest.raises(CheckpointError, match=r"is a checkpoint of another Megatron-Core program.*model\.hf"):
+        CheckpointInfo.read(tmp_path)
