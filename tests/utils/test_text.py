@@ -15,7 +15,9 @@ HOSTILE = "\x1b[2J\x07\r\x00\x7f\x9b\u2028\u202e\udc80"
 # Modules that print by themselves, and why.
 PRINTS = {
     "utils/text.py": "it is what the others use",
+    "cli/completion.py": "a script for the shell",
     "cli/config.py": "its output is read by scripts: values as they are",
+    "cli/generate.py": "parts of lines as they are generated, escaped",
     "cli/inspect.py": "colours; its text is escaped before they are added",
 }
 
