@@ -89,3 +89,8 @@ def test_paths_are_found_in_text() -> None:
     found = set(named_paths(text))
     assert found == {"tests/none.py", "data/", "data/corpus", "data/none", "launch/none.sh", "tools/none.py"}
     assert [path for path in sorted(found) if exists(path, ROOT / "README.md")] == ["data/", "data/corpus"]
+
+
+def test_the_map_of_the_folders_has_them_all() -> None:
+    drawn = re.findall(r'class="name"[^>]*>(\w+)/<', (ROOT / "docs" / "architecture.svg").read_text(encoding="utf-8"))
+    assert sorted(drawn) == sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py"))
