@@ -4,6 +4,8 @@
   --corpus DIR             negative log-likelihood of a corpus
   --tasks NAME,…           lm-evaluation-harness tasks (needs lm-eval; unknown options are passed on to lm_eval)
 
+  --run DIR --step N       what evaluation.answers of a run asks for, at one of its steps (docs/evaluation.md)
+
 A run or checkpoint directory is exported to Hugging Face format first. Answers are kept in OUTPUT: repeat an interrupted command to
 continue it.
 
@@ -105,8 +107,12 @@ def _check(args: argparse.Namespace) -> None:
             f"unknown arguments: {' '.join(args.unknown)} (only with --tasks are they passed on, to lm_eval). "
             "Remove them, or see `iwsft evaluate --help`."
         )
-    if bool(args.run) == bool(args.model):
-        raise ConfigError("give either --model, or --run and --step.")
+    if not args.run and not args.model:
+        raise ConfigError(
+            "iwsft evaluate: the following arguments are required: --model. Give it, or --run and --step; see `iwsft evaluate --help`."
+        )
+    if args.run and args.model:
+        raise ConfigError("--run takes the model from the run. Leave out --model.")
     if (args.run is None) != (args.step is None):
         raise ConfigError("give --run and --step together: the answers are those of one step of a run.")
     if args.run and (args.benchmark or args.corpus or args.tasks):
