@@ -58,6 +58,7 @@ def _details(info: CheckpointInfo, *, verify: bool, config: bool) -> tuple[str, 
         f"step          {info.step}",
         f"saved at      {info.layout.describe()}",
         f"model         {_model(info)}",
+        *_adapters(info),
         f"objective     {info.config.get('objective', {}).get('name', '–')}, {info.config.get('precision', {}).get('dtype', '–')}",
         *_corpora(info),
         f"skipped       {divergence.get('skipped', 0)} steps not finite; after rewinds: {divergence.get('passed_over') or 'none'}",
@@ -74,6 +75,15 @@ def _corpora(info: CheckpointInfo) -> list[str]:
     if len(info.corpora) < 2:
         return [f"corpus        {next(iter(info.corpora.values()), '–')}"]
     return [f"{'' if k else 'corpora':13} {name}: {sha}" for k, (name, sha) in enumerate(info.corpora.items())]
+
+
+def _adapters(info: CheckpointInfo) -> list[str]:
+    """What a checkpoint of adapters holds, and of which base; no line for one of weights."""
+    if info.adapter is None:
+        return []
+    held = info.adapter
+    on = ", ".join(held["targets"])
+    return [f"adapters      rank {held['rank']}, alpha {held['alpha']:g}, on {on}; base {held['base'][:12]}"]
 
 
 def _model(info: CheckpointInfo) -> str:
