@@ -85,6 +85,9 @@ class Data(Section):
     """Deal the sequences of each step to the data-parallel ranks by their cost (matmuls and attention), so that ranks have equally much
     to compute. A step's sequences stay the same, and so does its gradient, up to the order of summation.
     False: deal them as they come."""
+    group_by_cost: bool = False
+    """Make each step of sequences with similarly much attention, so that ranks wait even less; steps come in random order. Unlike balance,
+    this changes training: the trajectories of a step are alike in length, and the gradients of successive steps differ more."""
     quality: QualityConfig = QualityConfig()
     drawn_from: Origin = "other"
     """What the trajectories were sampled from, at temperature 1; decides which metrics are defined.

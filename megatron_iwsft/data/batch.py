@@ -33,6 +33,7 @@ class Batch:
     lengths       float32 [S]      |M_i|, number of trained tokens of the full trajectory
     quality       float32 [S]      trajectory weight s_i
     trajectory    int64   [S]      index in the corpus, −1 for filler
+    groups        int64   [·, S]   in each grouping of the corpus's trajectories, the segment's group; 0 for filler. None without groupings
     trained       int64   [n]      positions on this rank whose label is trained on. Found on the host, because finding them on a GPU
                                    would make the host wait for it; None leaves it to the GPU
     """
@@ -48,6 +49,7 @@ class Batch:
     quality: Tensor
     trajectory: Tensor
     turn_weights: Tensor | None = None
+    groups: Tensor | None = None
     trained: Tensor | None = None
 
     @property

@@ -100,6 +100,8 @@ class BatchesAhead:
 class BatchBuilder:
     """Builds this rank's micro-batches of a global step.
 
+    groups: int [groupings, n], the group of each of the corpus's trajectories in each grouping (`Batch.groups`).
+
     The global batch and its packs are the same for every parallel layout; only their assignment to ranks differs. Micro-batch m
     of data-parallel rank d holds packs (m·dp + d)·b … (m·dp + d + 1)·b − 1 of the global batch, with b the micro-batch size. With
     `costs`, of segments, and several data-parallel ranks, packs are dealt first so that ranks have equally much to compute.
@@ -118,12 +120,13 @@ class BatchBuilder:
         context_size: int = 1,
         reference: ReferenceLogprobs | None = None,
         costs: SegmentCosts | None = None,
+        groups: np.ndarray | None = None,
     ) -> None:
         self.corpus, self.sampler, self.shape = corpus, sampler, shape
         self.micro_batch_size, self.reference = micro_batch_size, reference
         self.data_rank, self.data_size = data_rank, data_size
         self.context_rank, self.context_size = context_rank, context_size
-        self.costs = costs
+        self.costs, self.groups = costs, groups
 
     def at_step(self, step: int) -> list[Batch]:
         """This rank's micro-batches of global step `step`, all with the same row length unless rows are trimmed."""
@@ -154,6 +157,10 @@ class BatchBuilder:
         dealt = deal(costs_of_packs, ranks=self.data_size)
         by_micro_batch = dealt.reshape(self.data_size, -1, self.micro_batch_size).swapaxes(0, 1)
         return [packs[p] for p in by_micro_batch.ravel().tolist()]
+
+    def _groups_of(self, ids: np.ndarray, pad: int) -> np.ndarray:
+        assert self.groups is not None
+        return np.pad(self.groups[:, ids].astype(np.int64), ((0, 0), (0, pad)))
 
     def _row(self, ids: np.ndarray, length: int) -> Batch:
         sizes = self.shape.padded(self.corpus.lengths[ids]).astype(np.int64)
@@ -190,4 +197,5 @@ class BatchBuilder:
             quality=torch.from_numpy(np.append(self.sampler.trajectory_weights(ids), np.zeros(pad, np.float32))),
             turn_weights=None if weights is None else torch.from_numpy(weights),
             trajectory=torch.from_numpy(np.append(ids, [-1] * pad).astype(np.int64)),
+            groups=None if self.groups is None else torch.from_numpy(self._groups_of(ids, pad)),
         )

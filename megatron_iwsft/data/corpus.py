@@ -12,6 +12,7 @@ reference-<fingerprint>/                 sidecars of reference log-probs (`refer
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +23,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megatron_iwsft.data.checksums import Checksums, Piece, checksum_file, damaged_files, pieces_of
-from megatron_iwsft.data.indexed import IndexedReader, IndexedWriter, check_own_file
+from megatron_iwsft.data.corpus_index import CorpusIndex
+from megatron_iwsft.data.indexed import IndexedReader, IndexedWriter, SequenceIndex, check_own_file
 from megatron_iwsft.data.manifest import read_manifest, shard_files
+from megatron_iwsft.data.metadata import META, Sources, meta_path, read_meta
 from megatron_iwsft.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_iwsft.errors import DataError
 from megatron_iwsft.utils.files import partial_path, publish
@@ -36,23 +39,8 @@ _SAMPLED_PIECES = 64  # of at most 64 MiB each
 _AGAIN = "Shard the records again."
 _CHANGED = "has changed since the manifest was written"
 
-TURN_WEIGHTS = pa.list_(pa.float32())  # of each run of trained tokens; null where all are 1
-_META = pa.schema(
-    [
-        ("id", pa.string()),
-        ("score", pa.float64()),
-        ("num_tokens", pa.int32()),
-        ("num_trained", pa.int32()),
-        ("turn_weights", TURN_WEIGHTS),
-        ("source", pa.string()),
-        ("file", pa.string()),
-        ("line", pa.int64()),
-        ("content_hash", pa.binary(32)),
-    ]
-)
-
 # Hashes do not compress.
-_COMPRESSION = {name: "none" if name == "content_hash" else "zstd" for name in _META.names}
+_COMPRESSION = {name: "none" if name == "content_hash" else "zstd" for name in META.names}
 
 
 def shard_name(index: int) -> str:
@@ -66,9 +54,9 @@ class ShardWriter:
         self.name, self._directory = shard_name(index), directory
         self._tokens = IndexedWriter(directory / self.name, token_dtype)
         self._masks = IndexedWriter(directory / f"{self.name}.mask", np.dtype(np.uint8))
-        self._meta_path = directory / f"{self.name}.meta.parquet"
+        self._meta_path = meta_path(directory, self.name)
         self._meta_file = pq.ParquetWriter(
-            partial_path(self._meta_path), _META, compression=_COMPRESSION, use_dictionary=["source", "file"]
+            partial_path(self._meta_path), META, compression=_COMPRESSION, use_dictionary=["source", "file"]
         )
         self._meta: list[pa.RecordBatch] = []
         self.num_tokens = 0
@@ -84,7 +72,7 @@ class ShardWriter:
         }
         columns["num_tokens"] = pa.array(lengths.astype(np.int32))
         columns["file"] = pa.repeat(pa.scalar(file, pa.string()), rows.num_rows)
-        self._meta.append(pa.record_batch([columns[name] for name in _META.names], schema=_META))
+        self._meta.append(pa.record_batch([columns[name] for name in META.names], schema=META))
         self._write_meta(_ROW_GROUP)
         self.num_tokens += int(lengths.sum())
 
@@ -93,7 +81,7 @@ class ShardWriter:
         buffered = sum(batch.num_rows for batch in self._meta)
         if buffered < group:
             return
-        table = pa.Table.from_batches(self._meta, _META).combine_chunks()
+        table = pa.Table.from_batches(self._meta, META).combine_chunks()
         for start in range(0, buffered - group + 1, group):
             self._meta_file.write_table(table.slice(start, group))
         self._meta = table.slice(buffered - buffered % group).to_batches()
@@ -126,17 +114,13 @@ class Corpus:
     lengths      int32   [n]  tokens per trajectory
     num_trained  int32   [n]  |M_i|, trained tokens per trajectory
     scores       float64 [n]  NaN where a trajectory has no score
-    turn_weights trajectory → float32, the weight of each run of its trained tokens; none for trajectories whose weights are all 1
     fingerprint  SHA-256 of the manifest, which contains that of every file
     """
 
     directory: Path
     manifest: dict[str, Any]
     fingerprint: str
-    lengths: np.ndarray
-    num_trained: np.ndarray
-    scores: np.ndarray
-    turn_weights: dict[int, np.ndarray]
+    index: CorpusIndex
     _tokens: list[IndexedReader]
     _masks: list[IndexedReader]
     _starts: np.ndarray
@@ -145,59 +129,47 @@ class Corpus:
     def open(directory: str | Path) -> Corpus:
         """Open a corpus directory. Raises DataError if it is missing, unfinished, damaged or of an unsupported format version.
 
-        Reads the manifest, the indices and the metadata; `damage` reads the rest.
+        Reads the manifest, the indices and the metadata, those two once per node; `damage` reads the rest.
         """
         directory = Path(directory)
         manifest, fingerprint = read_manifest(directory)
         names = [shard["name"] for shard in manifest["shards"]]
-        tokens = [IndexedReader(directory / name, (np.uint16, np.int32)) for name in names]
-        masks = [IndexedReader(directory / f"{name}.mask", (np.uint8,)) for name in names]
-        meta = read_meta(directory, names, ["score", "num_tokens", "num_trained"])
-        for name, t, m in zip(names, tokens, masks, strict=True):
-            if not np.array_equal(t.lengths, m.lengths):
-                raise DataError(f"{directory / name}: tokens and masks differ in length. {_AGAIN}")
-        sizes = [len(t) for t in tokens]
-        if sum(sizes) != meta.num_rows:
-            raise DataError(f"{directory}: {sum(sizes)} sequences but {meta.num_rows} rows of metadata. {_AGAIN}")
-        corpus = Corpus(
+        index = CorpusIndex.open(directory, names, fingerprint=fingerprint)
+        starts = np.cumsum([0, *index.sizes])
+        parts = [
+            SequenceIndex(index.lengths[first:end], index.starts[first:end])
+            for first, end in itertools.pairwise(starts.tolist())
+        ]
+        by_name = dict(zip(names, parts, strict=True))
+        return Corpus(
             directory=directory,
             manifest=manifest,
             fingerprint=fingerprint,
-            lengths=meta["num_tokens"].to_numpy(),
-            num_trained=meta["num_trained"].to_numpy(),
-            scores=meta["score"].fill_null(float("nan")).to_numpy(),
-            turn_weights=_read_turn_weights(directory, names),
-            _tokens=tokens,
-            _masks=masks,
-            _starts=np.cumsum([0, *sizes]),
+            index=index,
+            _tokens=[IndexedReader(directory / n, (np.uint16, np.int32), index=i) for n, i in by_name.items()],
+            _masks=[IndexedReader(directory / f"{n}.mask", (np.uint8,), index=i) for n, i in by_name.items()],
+            _starts=starts,
         )
-        corpus._check_meta()
-        return corpus
 
-    def _check_meta(self) -> None:
-        """Raise DataError if the metadata contradicts the indices, or contains what sharding never writes."""
-        indexed = np.concatenate([np.zeros(0, np.int32), *(t.lengths for t in self._tokens)])
-        wrong = [
-            (indexed != self.lengths, "differs in length from its metadata"),
-            ((self.num_trained < 1) | (self.num_trained > self.lengths), "has an impossible number of trained tokens"),
-            (np.isinf(self.scores), "has an infinite score"),
-            (self._impossible_weights(), "has an impossible weight of a turn"),
-        ]
-        for where, what in wrong:
-            if where.any():
-                shard, k = self.locate(int(np.argmax(where)))
-                raise DataError(f"{self.directory / self.shards[shard]} is damaged: trajectory {k} {what}. {_AGAIN}")
+    @property
+    def lengths(self) -> np.ndarray:
+        return self.index.lengths
+
+    @property
+    def num_trained(self) -> np.ndarray:
+        return self.index.num_trained
+
+    @property
+    def scores(self) -> np.ndarray:
+        return self.index.scores
 
     @property
     def has_turn_weights(self) -> bool:
         """Whether any trajectory has turns of different weights."""
-        return bool(self.turn_weights)
+        return bool(len(self.index.weighted))
 
-    def _impossible_weights(self) -> np.ndarray:
-        out = np.zeros(len(self), bool)
-        for i, weights in self.turn_weights.items():
-            out[i] = not (len(weights) and np.isfinite(weights).all() and weights.min() >= 0)
-        return out
+    def sources(self) -> Sources:
+        return Sources.joined([Sources.of(self.shard_meta(name, ["source"])["source"]) for name in self.shards])
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -223,7 +195,7 @@ class Corpus:
 
     def token_weights(self, i: int) -> np.ndarray | None:
         """How much each token of trajectory i is trained on, as its record's messages say, float32 [lengths[i]]; None if all alike."""
-        weights = self.turn_weights.get(i)
+        weights = self.index.turn_weights(i)
         if weights is None:
             return None
         mask = self.mask(i)
@@ -248,9 +220,9 @@ class Corpus:
             return f"is damaged: ids go from {values.min()} to {values.max()}, but its tokenizer has {size} tokens"
         return None
 
-    def shard_lengths(self, shard: int) -> np.ndarray:
-        """Tokens per trajectory of a shard, int32 [sequences in the shard]."""
-        return self._tokens[shard].lengths
+    def shard_index(self, shard: int) -> SequenceIndex:
+        """Where the tokens of each trajectory of a shard are."""
+        return SequenceIndex(self._tokens[shard].lengths, self._tokens[shard].starts)
 
     def meta(self, columns: list[str] | None = None) -> pa.Table:
         return read_meta(self.directory, self.shards, columns)
@@ -342,36 +314,3 @@ def verify_directory(directory: Path, *, show_progress: bool = False) -> list[st
         if not complaints:
             raise
         return complaints
-
-
-def read_meta(directory: Path, names: list[str], columns: list[str] | None) -> pa.Table:
-    """The metadata of shards `names`, concatenated. Raises DataError if a file is missing or damaged."""
-    schema = pa.schema([_META.field(name) for name in columns or _META.names])
-    tables = []
-    for name in names:
-        path = directory / f"{name}.meta.parquet"
-        check_own_file(path)
-        try:
-            table = pq.read_table(path, columns=columns)
-            table.validate(full=True)
-        except (pa.ArrowException, OSError, ValueError) as error:
-            raise DataError(f"{path} is damaged: {error}. {_AGAIN}") from None
-        if not table.schema.equals(schema):
-            raise DataError(f"{path} is damaged: it does not have the columns of a corpus. {_AGAIN}")
-        tables.append(table)
-    return pa.concat_tables(tables) if tables else schema.empty_table()
-
-
-def _read_turn_weights(directory: Path, names: list[str]) -> dict[int, np.ndarray]:
-    """`Corpus.turn_weights`. Corpora that were made before messages could have weights have no such column."""
-    out: dict[int, np.ndarray] = {}
-    first = 0
-    for name in names:
-        path = directory / f"{name}.meta.parquet"
-        file = pq.ParquetFile(path)
-        if "turn_weights" in file.schema_arrow.names:
-            column = read_meta(directory, [name], ["turn_weights"])["turn_weights"]
-            for row in np.flatnonzero(column.is_valid().to_numpy()).tolist():
-                out[first + row] = np.asarray(column[row].as_py(), np.float32)
-        first += file.metadata.num_rows
-    return out

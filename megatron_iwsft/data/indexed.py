@@ -11,6 +11,7 @@ import contextlib
 import os
 import struct
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,7 @@ _CODES: dict[int, type[np.generic]] = {
 }
 _CODE_OF = {np.dtype(t): code for code, t in _CODES.items()}
 _HEADER = struct.Struct("<9sQBQQ")
+_BLOCK = 1 << 20  # sequences whose index is compared at once
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -104,25 +106,46 @@ def check_own_file(path: Path) -> None:
         raise DataError(f"{path} is {kind}. A corpus consists of regular files: replace it by a copy of the file.")
 
 
+@dataclass(frozen=True)
+class SequenceIndex:
+    """Where each of n sequences is, in elements: lengths int32 [n], starts int64 [n]."""
+
+    lengths: np.ndarray
+    starts: np.ndarray
+
+    @staticmethod
+    def of(lengths: np.ndarray) -> SequenceIndex:
+        """Of sequences laid end to end."""
+        return SequenceIndex(lengths, np.cumsum(lengths, dtype=np.int64) - lengths)
+
+    @property
+    def end(self) -> int:
+        return int(self.starts[-1] + self.lengths[-1]) if len(self.lengths) else 0
+
+
 class IndexedReader:
     """Sequences read from disk one at a time: `reader[i]` is a read-only array; `lengths`, int32 [n], and `starts`, int64 [n].
 
-    Lengths and starts are counted in elements. Raises DataError if a file is missing, truncated, not an IndexedDataset, of none of
-    `dtypes`, or if its sequences do not lie end to end. The files are not mapped into memory: if one is truncated later, reading it
-    raises DataError, whereas access to a mapping would end the process with SIGBUS.
+    Lengths and starts are counted in elements. index: what PREFIX.idx says, where it has been read already; several readers can share it.
+    Raises DataError if a file is missing, truncated, not an IndexedDataset, of none of `dtypes`, or if its sequences do not lie end to
+    end. PREFIX.bin is not mapped into memory: if it is truncated later, reading it raises DataError, whereas access to a mapping would
+    end the process with SIGBUS.
     """
 
-    def __init__(self, prefix: Path, dtypes: Sequence[type[np.generic]] = ()) -> None:
-        index, self.path = _with_suffix(prefix, ".idx"), _with_suffix(prefix, ".bin")
+    def __init__(
+        self, prefix: Path, dtypes: Sequence[type[np.generic]] = (), *, index: SequenceIndex | None = None
+    ) -> None:
+        path, self.path = _with_suffix(prefix, ".idx"), _with_suffix(prefix, ".bin")
         try:
-            check_own_file(index)
+            check_own_file(path)
             check_own_file(self.path)
-            self.lengths, self.dtype = _read_index(index)
+            self.dtype, n = _read_header(path)
             if dtypes and self.dtype not in [np.dtype(d) for d in dtypes]:
                 names = " or ".join(np.dtype(d).name for d in dtypes)
-                raise DataError(f"{index} is damaged: it says {self.dtype.name} where {names} is expected.")
-            self.starts = np.cumsum(self.lengths, dtype=np.int64) - self.lengths
-            expected = int(self.lengths.sum(dtype=np.int64)) * self.dtype.itemsize
+                raise DataError(f"{path} is damaged: it says {self.dtype.name} where {names} is expected.")
+            index = index or SequenceIndex.of(_read_lengths(path, self.dtype, n))
+            self.lengths, self.starts = index.lengths, index.starts
+            expected = index.end * self.dtype.itemsize
             self._file = open(self.path, "rb", buffering=0)  # noqa: SIM115 - stays open for the lifetime of this object
             found = os.fstat(self._file.fileno()).st_size
             if found != expected:
@@ -149,23 +172,51 @@ class IndexedReader:
         return np.frombuffer(content, self.dtype)
 
 
-def _read_index(path: Path) -> tuple[np.ndarray, np.dtype]:
-    """Lengths and dtype of the sequences. Raises DataError unless the index describes sequences laid end to end."""
-    raw = path.read_bytes()
-    if len(raw) < _HEADER.size:
-        raise DataError(f"{path} is truncated: it has only {len(raw)} bytes. Create it again.")
-    magic, version, code, n, _ = _HEADER.unpack_from(raw)
+def index_differs(prefix: Path, lengths: np.ndarray) -> bool:
+    """Whether PREFIX.idx is of other sequences than those of `lengths`. Reads a part at a time. Raises as `IndexedReader`."""
+    path = _with_suffix(prefix, ".idx")
+    check_own_file(path)
+    dtype, n = _read_header(path)
+    return n != len(lengths) or not _describes(path, dtype, lengths)
+
+
+def _read_header(path: Path) -> tuple[np.dtype, int]:
+    """Dtype and number of the sequences. Raises DataError unless the file has as many as its header says."""
+    with open(path, "rb") as file:
+        raw, size = file.read(_HEADER.size), os.fstat(file.fileno()).st_size
+    if size < _HEADER.size:
+        raise DataError(f"{path} is truncated: it has only {size} bytes. Create it again.")
+    magic, version, code, n, _ = _HEADER.unpack(raw)
     if magic != _MAGIC or version != _VERSION or code not in _CODES:
         raise DataError(f"{path} is not a Megatron index file of version {_VERSION}. Copy or create it again.")
-    if len(raw) < _HEADER.size + 12 * n:
+    if size < _HEADER.size + 12 * n:
         raise DataError(f"{path} is truncated: its header says {n} sequences. Create it again.")
-    lengths, dtype = np.frombuffer(raw, np.int32, n, _HEADER.size), np.dtype(_CODES[code])
-    offsets = np.frombuffer(raw, np.int64, n, _HEADER.size + 4 * n)
-    if (lengths < 0).any() or not np.array_equal(
-        offsets, (np.cumsum(lengths, dtype=np.int64) - lengths) * dtype.itemsize
-    ):
+    return np.dtype(_CODES[code]), n
+
+
+def _read_lengths(path: Path, dtype: np.dtype, n: int) -> np.ndarray:
+    """Lengths of n sequences, int32. Raises DataError unless the index describes sequences laid end to end."""
+    lengths = np.fromfile(path, np.int32, n, offset=_HEADER.size)
+    if (lengths < 0).any() or not _describes(path, dtype, lengths):
         raise DataError(f"{path} is damaged: its sequences do not lie end to end. Create it again.")
-    return lengths, dtype
+    return lengths
+
+
+def _describes(path: Path, dtype: np.dtype, lengths: np.ndarray) -> bool:
+    """Whether an index with a valid header has these lengths, and the offsets of such sequences laid end to end."""
+    n, end = len(lengths), 0
+    with open(path, "rb") as file:
+        for first in range(0, n, _BLOCK):
+            known = lengths[first : first + _BLOCK]
+            file.seek(_HEADER.size + 4 * first)
+            found = np.fromfile(file, np.int32, len(known))
+            file.seek(_HEADER.size + 4 * n + 8 * first)
+            offsets = np.fromfile(file, np.int64, len(known))
+            ends = end + np.cumsum(known, dtype=np.int64)
+            if not (np.array_equal(found, known) and np.array_equal(offsets, (ends - known) * dtype.itemsize)):
+                return False
+            end = int(ends[-1])
+    return True
 
 
 def _with_suffix(prefix: Path, suffix: str) -> Path:

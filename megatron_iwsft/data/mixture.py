@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 
 from megatron_iwsft.data.corpus import Corpus
+from megatron_iwsft.data.metadata import Sources
 from megatron_iwsft.errors import DataError
+from megatron_iwsft.utils.node_arrays import node_arrays
 
 
 @dataclass(frozen=True)
@@ -44,13 +46,17 @@ class Mixture:
     def of(corpora: Mapping[str, Corpus]) -> Mixture:
         """Of open corpora, unchecked."""
         opened = list(corpora.values())
-        return Mixture(
-            names=list(corpora),
-            corpora=opened,
-            starts=np.cumsum([0, *map(len, opened)]),
-            lengths=_joined([c.lengths for c in opened]),
-            scores=_joined([c.scores for c in opened]),
-        )
+        if len(opened) == 1:
+            joined = {"lengths": opened[0].lengths, "scores": opened[0].scores}
+        else:
+            joined = node_arrays(
+                f"mixture of {[corpus.fingerprint for corpus in opened]}",
+                lambda: {
+                    "lengths": np.concatenate([corpus.lengths for corpus in opened]),
+                    "scores": np.concatenate([corpus.scores for corpus in opened]),
+                },
+            )
+        return Mixture(names=list(corpora), corpora=opened, starts=np.cumsum([0, *map(len, opened)]), **joined)
 
     def _check_corpora(self) -> None:
         first, seen = self.corpora[0], dict[str, Path]()
@@ -110,9 +116,8 @@ class Mixture:
         """Whether any trajectory has turns of different weights."""
         return any(corpus.has_turn_weights for corpus in self.corpora)
 
-    def sources(self) -> list[str]:
-        """The source of each trajectory."""
-        return [source for corpus in self.corpora for source in corpus.meta(["source"])["source"].to_pylist()]
+    def sources(self) -> Sources:
+        return Sources.joined([corpus.sources() for corpus in self.corpora])
 
     def ids(self, trajectories: Sequence[int]) -> list[str]:
         """The ids of some trajectories; in a mixture of several corpora, CORPUS/ID. Reads the metadata of their shards."""
@@ -132,6 +137,11 @@ class Mixture:
     def fingerprints(self) -> dict[str, str]:
         """Name → fingerprint of each corpus."""
         return {name: corpus.fingerprint for name, corpus in zip(self.names, self.corpora, strict=True)}
+
+    @property
+    def identity(self) -> str:
+        """What its arrays depend on."""
+        return " ".join(corpus.fingerprint for corpus in self.corpora)
 
     @property
     def counts(self) -> dict[str, int]:
@@ -161,8 +171,3 @@ class Mixture:
     def described(self) -> str:
         """The directories, for messages."""
         return ", ".join(str(corpus.directory) for corpus in self.corpora)
-
-
-def _joined(arrays: list[np.ndarray]) -> np.ndarray:
-    """The arrays end to end; a single one is not copied."""
-    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)

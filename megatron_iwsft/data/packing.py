@@ -7,6 +7,7 @@ together: the cost grows with the number of distinct (length, free space) pairs,
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +19,7 @@ from megatron_iwsft.errors import DataError
 class Packs:
     """Pack p holds items[offsets[p]:offsets[p+1]]; items are indices into the `lengths` that were packed.
 
-    offsets int64 [P+1], items int64 [n].
+    offsets int64 [P+1], items int32 or int64 [n].
     """
 
     offsets: np.ndarray
@@ -51,62 +52,93 @@ def one_per_pack(n: int) -> Packs:
     return Packs(offsets=np.arange(n + 1, dtype=np.int64), items=np.arange(n, dtype=np.int64))
 
 
-def best_fit(lengths: np.ndarray, capacity: int) -> Packs:
+def best_fit(lengths: np.ndarray, capacity: int, *, order: np.random.Generator | None = None) -> Packs:
     """Pack items of `lengths` (int [n], in tokens, each ≤ capacity) into sequences of `capacity` by best-fit decreasing.
 
     Deterministic. Items of equal length are placed in the order given, so shuffling before packing changes which
-    trajectories share a sequence. Raises DataError if an item is longer than the capacity.
+    trajectories share a sequence. With `order`, the packs come in a random order; else those with the longest items come first.
+    Raises DataError if an item is longer than the capacity.
     """
     n = len(lengths)
     if n == 0:
         return Packs(np.zeros(1, np.int64), np.zeros(0, np.int64))
-    if int(lengths.max()) > capacity:
+    placements = list(_placements(length_counts(lengths, capacity), capacity))
+    num_packs = max(first + count for first, count in placements)
+    sizes = np.zeros(num_packs, np.int64)
+    for first, count in placements:
+        sizes[first : first + count] += 1
+    packs = np.arange(num_packs) if order is None else order.permutation(num_packs)
+    offsets = np.concatenate([[0], np.cumsum(sizes[packs])])
+    free = np.empty(num_packs, np.int64)  # where the next item of each pack goes
+    free[packs] = offsets[:-1]
+    # Sorting 16-bit numbers is several times as fast.
+    by_length = np.argsort((capacity - lengths).astype(np.uint16 if capacity < 1 << 16 else np.int64), kind="stable")
+    items, at = np.empty(n, index_dtype(n)), 0
+    for first, count in placements:
+        where = free[first : first + count]
+        items[where] = by_length[at : at + count]
+        where += 1
+        at += count
+    return Packs(offsets, items)
+
+
+def packs_needed(counts: np.ndarray, capacity: int) -> int:
+    """How many packs `best_fit` makes of items of which counts[l] have length l."""
+    return max((first + count for first, count in _placements(counts, capacity)), default=0)
+
+
+def length_counts(lengths: np.ndarray, capacity: int) -> np.ndarray:
+    """How many items have each length, int64 [capacity + 1]. Raises DataError if one is longer than `capacity`."""
+    longest = int(lengths.max(initial=0))
+    if longest > capacity:
         raise DataError(
-            f"a trajectory of {int(lengths.max())} tokens does not fit in a sequence of {capacity}. "
+            f"a trajectory of {longest} tokens does not fit in a sequence of {capacity}. "
             "Raise data.seq_length, or shard with --max-tokens."
         )
-    order = np.argsort(-lengths, kind="stable").astype(np.int64)
-    distinct, counts = np.unique(-lengths, return_counts=True)
+    return np.bincount(lengths, minlength=capacity + 1)
 
-    pack_of = np.empty(n, dtype=np.int64)  # for each item of `order`
-    open_packs: dict[int, list[np.ndarray]] = {}  # free space → packs with exactly that much left
+
+def index_dtype(n: int) -> np.dtype:
+    """Of indices below n."""
+    return np.dtype(np.int32 if n <= np.iinfo(np.int32).max else np.int64)
+
+
+def _placements(counts: np.ndarray, capacity: int) -> Iterator[tuple[int, int]]:
+    """Best-fit decreasing for items of which counts[l] have length l: (first, n), the next n items go to packs first … first + n − 1.
+
+    Items come in the order of their lengths, the longest first.
+    """
+    open_packs: dict[
+        int, list[tuple[int, int]]
+    ] = {}  # free space → runs of packs with exactly that much left, as (first, n)
     free_spaces: list[int] = []  # sorted keys of open_packs
 
-    def put(packs: np.ndarray, free: int) -> None:
+    def put(first: int, n: int, free: int) -> None:
         if free not in open_packs:
             open_packs[free] = []
             insort(free_spaces, free)
-        open_packs[free].append(packs)
+        open_packs[free].append((first, n))
 
     num_packs = 0
-    at = 0
-    for length, count in zip((-distinct).tolist(), counts.tolist(), strict=True):
-        left = count
+    for length in np.flatnonzero(counts)[::-1].tolist():
+        left = int(counts[length])
         while left:
             where = bisect_left(free_spaces, length)
             if where < len(free_spaces):
                 free = free_spaces[where]
-                groups = open_packs[free]
-                packs = groups.pop()
-                if not groups:
+                first, n = open_packs[free].pop()
+                if not open_packs[free]:
                     del open_packs[free], free_spaces[where]
-                if len(packs) > left:
-                    put(packs[left:], free)
-                    packs = packs[:left]
+                if n > left:
+                    put(first + left, n - left, free)
+                    n = left
             else:
-                free = capacity
-                packs = np.arange(num_packs, num_packs + max(1, -(-left // max(1, capacity // length))))
-                num_packs += len(packs)
-            placed = len(packs)
-            pack_of[at : at + placed] = packs
-            at += placed
-            left -= placed
-            put(packs, free - length)
-
-    by_pack = np.argsort(pack_of, kind="stable")
-    offsets = np.zeros(num_packs + 1, dtype=np.int64)
-    np.cumsum(np.bincount(pack_of, minlength=num_packs), out=offsets[1:])
-    return Packs(offsets=offsets, items=order[by_pack])
+                free, first = capacity, num_packs
+                n = max(1, -(-left // max(1, capacity // max(1, length))))
+                num_packs += n
+            yield first, n
+            left -= n
+            put(first, n, free - length)
 
 
 def efficiency(lengths: np.ndarray, packs: Packs, capacity: int) -> float:

@@ -1,6 +1,6 @@
 """Sampling: which trajectories an epoch contains, their order and their packing.
 
-A pure function (lengths, scores, settings, seed, epoch) → index arrays. Every rank computes the same plan, so nothing is
+A pure function (lengths, scores, settings, seed, epoch) → index arrays. Every node computes the same plan, once, so nothing is
 broadcast and a resumed run needs only its position (`Position`).
 """
 
@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
 
-from megatron_iwsft.data.packing import Packs, best_fit, one_per_pack
+from megatron_iwsft.data.packing import Packs, best_fit, index_dtype, length_counts, one_per_pack, packs_needed
 from megatron_iwsft.errors import ConfigError, DataError
+from megatron_iwsft.utils.node_arrays import Arrays, node_arrays
 
 QualityMode = Literal["none", "sample", "weight", "thresholds"]
 
@@ -88,11 +90,16 @@ class EpochPlan:
 class Sampler:
     """Plans the epochs over a corpus or a mixture of several.
 
-    lengths int [n] in tokens; scores float [n] (NaN where a trajectory has none); seq_length in tokens; parts: of a mixture, in
-    order, all with weights or none. Raises ConfigError if a trajectory is longer than seq_length, DataError if the scores do not suit
-    the quality mode.
+    lengths        int [n] in tokens
+    scores         float [n], NaN where a trajectory has none
+    seq_length     in tokens
+    pad_to         trajectories are packed as if padded to a multiple of it
+    group_by_cost  the packs of a step have similarly much attention
+    parts          of a mixture, in order, all with weights or none
+    identity       of lengths and scores, by which the ranks of a node share plans; without one, each makes its own
+    start          where these settings begin to apply, in a run that was continued with other ones
 
-    start  where these settings begin to apply, in a run that was continued with other ones
+    Raises ConfigError if a trajectory is longer than seq_length, DataError if the scores do not suit the quality mode.
     """
 
     def __init__(
@@ -105,19 +112,24 @@ class Sampler:
         global_batch_size: int,
         quality: Quality,
         seed: int,
+        pad_to: int = 1,
+        group_by_cost: bool = False,
         parts: Sequence[Part] = (),
+        identity: str = "",
     ) -> None:
         if len(lengths) == 0:
             raise DataError("the corpus contains no trajectories. Check data.corpus with `iwsft inspect`.")
-        longest = int(lengths.max())
+        longest = _padded(int(lengths.max()), pad_to)
         if longest > seq_length:
+            too_long = int((_padded(lengths, pad_to) > seq_length).sum())
             raise ConfigError(
-                f"data.seq_length is {seq_length}, but {int((lengths > seq_length).sum())} of {len(lengths)} trajectories are "
+                f"data.seq_length is {seq_length}, but {too_long} of {len(lengths)} trajectories are "
                 f"longer (up to {longest} tokens). Raise data.seq_length, or shard the corpus with --max-tokens {seq_length}."
             )
         self.lengths, self.scores = lengths, scores
-        self.seq_length, self.packing = seq_length, packing
+        self.seq_length, self.packing, self.pad_to, self.identity = seq_length, packing, pad_to, identity
         self.global_batch_size, self.quality, self.seed = global_batch_size, quality, seed
+        self.group_by_cost, self._dtype = group_by_cost, index_dtype(len(lengths))
         self.parts = list(parts) or [Part("", len(lengths))]
         self._starts = np.cumsum([0, *(part.size for part in self.parts)]).tolist()
         assert self._starts[-1] == len(lengths)
@@ -125,7 +137,8 @@ class Sampler:
             self._check_scores(number)
         self._pass_sizes = [self._one_pass_size(number) for number in range(len(self.parts))]
         self.start = Position()
-        self.epoch = lru_cache(maxsize=2)(self._epoch)
+        self._plans = lru_cache(maxsize=2)(self._epoch)
+        self._one_at_a_time = threading.Lock()
         self._packs: dict[int, int] = {}
 
     def _check_scores(self, number: int) -> None:
@@ -154,35 +167,79 @@ class Sampler:
     def _scores_of(self, number: int) -> np.ndarray:
         return self.scores[self._starts[number] : self._starts[number + 1]]
 
+    def epoch(self, epoch: int) -> EpochPlan:
+        """The plan of an epoch, counted from 0."""
+        with self._one_at_a_time:  # batches are built in a thread
+            return self._plans(epoch)
+
     def _epoch(self, epoch: int) -> EpochPlan:
-        rng = np.random.default_rng(np.random.SeedSequence([self.seed, epoch]))
-        parts = [self._starts[k] + self._population(k, epoch, rng) for k in self._active(epoch)]
-        ids = rng.permutation(parts[0] if len(parts) == 1 else np.concatenate(parts))
-        return EpochPlan(self._packed(ids, rng), self.global_batch_size)
+        def compute() -> Packs:
+            rng = self._rng(epoch)
+            packs = self._packed(rng.permutation(self._trajectories(epoch, rng)), rng)
+            return self._grouped(packs, rng) if self.group_by_cost else packs
+
+        return self._shared(f"plan of epoch {epoch}", compute)
+
+    def _shared(self, what: str, compute: Callable[[], Packs]) -> EpochPlan:
+        """A plan that the ranks of a node share."""
+        arrays = self._arrays(what, lambda: vars(compute()).copy())
+        return EpochPlan(Packs(**arrays), self.global_batch_size)
+
+    def _arrays(self, what: str, compute: Callable[[], Arrays]) -> Arrays:
+        if not self.identity:
+            return compute()
+        grouped_by = self.global_batch_size if self.group_by_cost else None
+        settings = (self.seed, self.seq_length, self.packing, self.pad_to, self.quality, self.parts, grouped_by)
+        return node_arrays(f"{what}: {settings} {self.identity}", compute)
+
+    def _rng(self, epoch: int) -> np.random.Generator:
+        return np.random.default_rng(np.random.SeedSequence([self.seed, epoch]))
+
+    def _trajectories(self, epoch: int, rng: np.random.Generator) -> np.ndarray:
+        """An epoch's trajectories in the order of the corpora, each as often as it is trained on."""
+        parts = []
+        for number in self._active(epoch):
+            parts.append(self._population(number, epoch, rng))
+            parts[-1] += self._starts[number]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def appearances(self, epoch: int) -> np.ndarray:
+        """How often each trajectory is in an epoch, int64 [n]. Does not plan the epoch."""
+        return np.bincount(self._trajectories(epoch, self._rng(epoch)), minlength=len(self.lengths))
 
     def _packed(self, ids: np.ndarray, rng: np.random.Generator) -> Packs:
         """Trajectories `ids` in packs, whose order is random."""
         if self.packing == "none":
-            packs = one_per_pack(len(ids))
-        else:
-            packed = best_fit(self.lengths[ids], self.seq_length)
-            packs = packed.take(rng.permutation(len(packed)))  # best fit places the longest first
+            return Packs(one_per_pack(len(ids)).offsets, ids)
+        packs = best_fit(_padded(self.lengths[ids], self.pad_to), self.seq_length, order=rng)
         return Packs(packs.offsets, ids[packs.items])
+
+    def _grouped(self, packs: Packs, rng: np.random.Generator) -> Packs:
+        """The packs in steps of similar Σ n² over their trajectories of n tokens. Steps come in random order; what is left over, a random
+        choice, is the last.
+
+        Of packs with equally many tokens, only the attention differs, which grows with this sum whatever the model.
+        """
+        squares = np.add.reduceat(np.square(self.lengths[packs.items], dtype=np.int64), packs.offsets[:-1])
+        full = len(packs) // self.global_batch_size * self.global_batch_size
+        by_cost = np.argsort(squares[:full], kind="stable")  # of packs in random order
+        steps = rng.permutation(by_cost.reshape(-1, self.global_batch_size))
+        return packs.take(np.concatenate([steps.ravel(), np.arange(full, len(packs))]))
 
     def _population(self, number: int, epoch: int, rng: np.random.Generator) -> np.ndarray:
         """The trajectories of part `number` in an epoch, as indices within the part, each as often as it is trained on."""
         first, end = self._drawn_before(number, epoch), self._drawn_before(number, epoch + 1)
         if self.quality.mode == "sample":
             scores = self._scores_of(number)
-            return rng.choice(len(scores), size=end - first, p=scores / scores.sum())
+            return rng.choice(len(scores), size=end - first, p=scores / scores.sum()).astype(self._dtype)
         once = self._one_pass(number)
         passes, more = divmod(end - first, len(once))
         whole = once if passes == 1 else np.tile(once, passes)
         if not more:
-            return whole
+            return whole.astype(self._dtype, copy=False)
         # The same order in every epoch, and each takes up where the one before ended: no trajectory is ahead of another by two.
         order = np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=(number,))).permutation(once)
-        return np.concatenate([whole, order[(first + np.arange(more)) % len(once)]])
+        return np.concatenate([whole, order[(first + np.arange(more)) % len(once)]]).astype(self._dtype, copy=False)
 
     def _drawn_before(self, number: int, epoch: int) -> int:
         """How many trajectories of a part all epochs before `epoch` have."""
@@ -215,9 +272,10 @@ class Sampler:
         """The trajectories of one pass over a part, as indices within it."""
         n = self.parts[number].size
         if self.quality.mode != "thresholds":
-            return np.arange(n)
+            return np.arange(n, dtype=self._dtype)
         scores = self._scores_of(number)
-        return np.repeat(np.arange(n), sum((scores >= c).astype(np.int64) for c in self.quality.thresholds))
+        times = sum((scores >= c).astype(np.int64) for c in self.quality.thresholds)
+        return np.repeat(np.arange(n, dtype=self._dtype), times)
 
     def _one_pass_size(self, number: int) -> int:
         if self.quality.mode != "thresholds":
@@ -226,15 +284,17 @@ class Sampler:
 
     def covering(self) -> EpochPlan:
         """Every trajectory of the corpus at least once: the packs of epoch 0 that hold a further one, in order, then the rest."""
-        plan = self.epoch(0)
+        plan = self.epoch(0)  # by every rank of the node: files are kept until all have mapped them
+        return self._shared("covering plan", lambda: self._covering(plan))
+
+    def _covering(self, plan: EpochPlan) -> Packs:
         items = plan.packs.items
         place = np.full(len(self.lengths), len(items))
         np.minimum.at(place, items, np.arange(len(items)))  # where each trajectory comes first
         rest = np.flatnonzero(place == len(items))
         pack_of = np.repeat(np.arange(len(plan.packs)), np.diff(plan.packs.offsets))
         first = plan.packs.take(np.unique(pack_of[place[place < len(items)]]))
-        last = self._packed(rest, np.random.default_rng(np.random.SeedSequence([self.seed, 0])))
-        return EpochPlan(first.followed_by(last), self.global_batch_size)
+        return first.followed_by(self._packed(rest, self._rng(0)))
 
     def plan_of(self, ids: np.ndarray) -> EpochPlan:
         """Trajectories `ids`, once each."""
@@ -251,12 +311,19 @@ class Sampler:
         return -(-self._packs_in(epoch) // self.global_batch_size)
 
     def _packs_in(self, epoch: int) -> int:
-        # Best fit needs the same number of packs for the same lengths in any order.
+        """Does not plan the epoch: best fit needs the same number of packs for the same lengths in any order."""
         era = self._eras(epoch + 1)[-1]
-        planned = era if self._every_epoch_has_the_same(era) else epoch
-        if planned not in self._packs:
-            self._packs[planned] = len(self.epoch(planned).packs)
-        return self._packs[planned]
+        counted = era if self._every_epoch_has_the_same(era) else epoch
+        if counted not in self._packs:
+            found = self._arrays(f"packs of epoch {counted}", lambda: {"count": np.array([self._count_packs(counted)])})
+            self._packs[counted] = int(found["count"][0])
+        return self._packs[counted]
+
+    def _count_packs(self, epoch: int) -> int:
+        ids = self._trajectories(epoch, self._rng(epoch))
+        if self.packing == "none":
+            return len(ids)
+        return packs_needed(length_counts(_padded(self.lengths[ids], self.pad_to), self.seq_length), self.seq_length)
 
     def _every_epoch_has_the_same(self, era: int) -> bool:
         """Whether all epochs with the parts of epoch `era` contain the same trajectories equally often."""
@@ -316,4 +383,9 @@ class Sampler:
         self.start, self.global_batch_size = start, global_batch_size
         self.parts = [replace(part, first_epoch=first) for part, first in zip(self.parts, first_epochs, strict=True)]
         self._packs.clear()
-        self.epoch.cache_clear()
+        self._plans.cache_clear()
+
+
+def _padded(lengths: Any, multiple: int) -> Any:
+    """Lengths, an array or one, padded to a multiple."""
+    return lengths if multiple == 1 else -(-lengths // multiple) * multiple

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from megatron_iwsft.data.batch import Batch
+from megatron_iwsft.data.metadata import Sources
 from megatron_iwsft.objectives.metrics import METRICS, Metric
 
 _BUCKETS = 4
@@ -23,16 +24,13 @@ class Breakdown:
     """Groups of trajectories, and the metrics that are reported of each.
 
     names    of all G groups, such as "source math"
-    of       int64 [groupings, trajectories], each trajectory's group in each grouping
+    of       int16 [groupings, trajectories], each trajectory's group in each grouping
     metrics  M ratios of two sums over tokens
     """
 
     names: list[str]
-    of: Tensor
+    of: np.ndarray
     metrics: tuple[Metric, ...] = (_NLL,)
-
-    def to(self, device: torch.device) -> Breakdown:
-        return replace(self, of=self.of.to(device))
 
     def zero_sums(self, device: torch.device) -> Tensor:
         return torch.zeros(len(self.names), 2 * len(self.metrics), dtype=torch.float64, device=device)
@@ -40,14 +38,14 @@ class Breakdown:
     def sums(self, batch: Batch, terms: Mapping[str, Tensor]) -> Tensor:
         """float64 [G, 2M]: each metric's numerator and denominator, for each group, over this rank's part of a micro-batch.
 
-        terms  name → per-token terms [T], as in `LossSums.terms`
+        terms  name → per-token terms [T], as in `LossSums.terms`; the batch's `groups` are those of `of`
         """
+        assert batch.groups is not None
         wanted = [name for metric in self.metrics for name in (metric.numerator, metric.denominator) if name]
         values = torch.stack([terms[name].double() for name in wanted], dim=1)
         out = self.zero_sums(values.device)
-        trajectory = batch.trajectory[batch.segment]  # filler, −1, has no trained tokens
-        for kind in self.of:
-            out.index_add_(0, kind[trajectory], values)
+        for groups in batch.groups:  # filler has no trained tokens
+            out.index_add_(0, groups[batch.segment], values)
         return out
 
     def values(self, sums: Tensor) -> dict[str, float]:
@@ -62,7 +60,7 @@ class Breakdown:
 
 def break_down(
     scores: np.ndarray,
-    sources: Sequence[str],
+    sources: Sources,
     corpora: Mapping[str, int] | None = None,
     metrics: tuple[Metric, ...] = (_NLL,),
 ) -> Breakdown | None:
@@ -74,9 +72,9 @@ def break_down(
     kinds = []
     for labels, numbers in (_by_score(scores), _by_source(sources), _by_corpus(corpora or {})):
         if len(labels) > 1:
-            kinds.append(torch.from_numpy(numbers.astype(np.int64) + len(names)))
+            kinds.append((numbers + len(names)).astype(np.int16))
             names += labels
-    return Breakdown(names, torch.stack(kinds), metrics) if kinds else None
+    return Breakdown(names, np.stack(kinds), metrics) if kinds else None
 
 
 def _by_corpus(sizes: Mapping[str, int]) -> tuple[list[str], np.ndarray]:
@@ -100,8 +98,9 @@ def _shortest(values: np.ndarray) -> list[str]:
     return next(found for found in texts if len(set(found)) == len(values))
 
 
-def _by_source(sources: Sequence[str]) -> tuple[list[str], np.ndarray]:
-    values, numbers, counts = np.unique(np.asarray(sources), return_inverse=True, return_counts=True)
+def _by_source(sources: Sources) -> tuple[list[str], np.ndarray]:
+    values, numbers = sources.names, sources.numbers
+    counts = np.bincount(numbers, minlength=len(values))
     largest = np.argsort(-counts, kind="stable")[:_MOST_SOURCES]
     labels = [f"source {values[i]}" for i in largest]
     place = np.full(len(values), len(labels))

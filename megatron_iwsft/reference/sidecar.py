@@ -26,7 +26,7 @@ from typing_extensions import TypedDict
 from megatron_iwsft.data.batch import Batch
 from megatron_iwsft.data.checksums import Checksums, checksum_file, damaged_files, pieces_of
 from megatron_iwsft.data.corpus import Corpus
-from megatron_iwsft.data.indexed import IndexedReader, write_index
+from megatron_iwsft.data.indexed import IndexedReader, index_differs, write_index
 from megatron_iwsft.data.manifest import MANIFEST, BlockSums, Sha256, write_manifest
 from megatron_iwsft.errors import DataError
 from megatron_iwsft.utils.files import foreign_entry, open_regular, other_kind, partial_path, publish
@@ -134,13 +134,20 @@ class Sidecar:
         unlisted = {f"{name}{s}" for name in corpus.shards for s in (".bin", ".idx")} - set(manifest["files"])
         if unlisted:
             raise DataError(f"{path} is damaged: it has no checksum of {min(unlisted)}. {advice}")
-        self._shards = [IndexedReader(self.directory / name, (np.float32,)) for name in corpus.shards]
-        for k, reader in enumerate(self._shards):
-            if not np.array_equal(reader.lengths, corpus.shard_lengths(k)):
-                raise DataError(
-                    f"{self.directory / corpus.shards[k]} does not match its corpus shard. Remove {self.directory}. {again}"
-                )
+        self._shards = [self._open_shard(corpus, k, again) for k in range(len(corpus.shards))]
         self._corpus, self._pieces = corpus, pieces_of(manifest["files"], manifest.get("blocks", {}))
+
+    def _open_shard(self, corpus: Corpus, number: int, again: str) -> IndexedReader:
+        prefix, index = self.directory / corpus.shards[number], corpus.shard_index(number)
+        try:
+            if not index_differs(prefix, index.lengths):
+                return IndexedReader(prefix, (np.float32,), index=index)
+        except OSError as error:
+            raise DataError(
+                f"{error.filename or prefix} cannot be read: {error.strerror}. Remove {self.directory}. {again}"
+            ) from None
+        IndexedReader(prefix, (np.float32,))  # it may be damaged
+        raise DataError(f"{prefix} does not match its corpus shard. Remove {self.directory}. {again}")
 
     def damage(self, rank: int, size: int) -> list[str]:
         """One complaint per damaged file, from rank `rank` of `size`'s share of the files' blocks. Reads all of them."""
@@ -183,9 +190,7 @@ class SidecarWriter:
         self.directory = sidecar_directory(corpus, identity)
         self._maps: list[np.memmap] = []
         self._files: list[int] = []
-        self._starts = [
-            np.concatenate([[0], np.cumsum(corpus.shard_lengths(k), dtype=np.int64)]) for k in range(len(corpus.shards))
-        ]
+        self._shards = [corpus.shard_index(k) for k in range(len(corpus.shards))]
 
     @property
     def complete(self) -> bool:
@@ -206,7 +211,7 @@ class SidecarWriter:
         fresh = self.directory / "fresh.partial"
         for index, name in enumerate(self.corpus.shards):
             path = self._partial(name)
-            size = 4 * int(self._starts[index][-1])
+            size = 4 * self._shards[index].end
             if path.exists() and path.stat().st_size == size:
                 continue
             try:
@@ -231,7 +236,7 @@ class SidecarWriter:
                 file.write(np.where(trained, np.float32(np.nan), np.float32(0)).tobytes())
         # Nothing predicts a first token: its log-prob is 0 by definition, even if the mask includes it.
         values = np.memmap(path, np.float32, mode="r+")
-        values[self._starts[shard][:-1]] = 0
+        values[self._shards[shard].starts] = 0
         values.flush()
 
     def open(self) -> None:
@@ -247,8 +252,8 @@ class SidecarWriter:
 
     def _view(self, i: int) -> np.ndarray:
         shard, k = self.corpus.locate(i)
-        starts = self._starts[shard]
-        return self._maps[shard][starts[k] : starts[k + 1]]
+        start = int(self._shards[shard].starts[k])
+        return self._maps[shard][start : start + int(self._shards[shard].lengths[k])]
 
     def write(self, i: int, positions: np.ndarray, values: np.ndarray) -> None:
         """Store log-probs, float32 [k], of trajectory i at `positions`, int64 [k], ascending."""
@@ -258,7 +263,9 @@ class SidecarWriter:
         # stale values.
         with self._writing():
             for where, run in zip(np.split(positions, runs), np.split(values, runs), strict=True):
-                os.pwrite(self._files[shard], run.tobytes(), run.itemsize * int(self._starts[shard][k] + where[0]))
+                os.pwrite(
+                    self._files[shard], run.tobytes(), run.itemsize * int(self._shards[shard].starts[k] + where[0])
+                )
 
     def flush(self) -> None:
         with self._writing():
@@ -290,7 +297,7 @@ class SidecarWriter:
         checksums = Checksums()
         for k, name in enumerate(self.corpus.shards):
             publish(self._partial(name), self.directory / f"{name}.bin")
-            write_index(self.directory / name, self.corpus.shard_lengths(k), np.dtype(np.float32))
+            write_index(self.directory / name, self._shards[k].lengths, np.dtype(np.float32))
             for file_name in (f"{name}.bin", f"{name}.idx"):
                 checksums.add(file_name, checksum_file(self.directory / file_name))
         write_manifest(

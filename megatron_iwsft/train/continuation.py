@@ -158,6 +158,11 @@ def _check_steps_ahead(run: CheckedRun, info: CheckpointInfo) -> None:
             f"data.corpora: {appended[0]} was appended, but with data.quality.{key} it would change which trajectories of the earlier "
             "corpora are used, and how. Use another run.dir for a new run on all of them."
         )
+    if data.group_by_cost and data.global_batch_size != earlier["global_batch_size"]:
+        raise ConfigError(
+            f"data.global_batch_size is {data.global_batch_size}, but with data.group_by_cost an epoch's order depends on it: set it to "
+            f"{earlier['global_batch_size']}, as in {info.directory}, or choose another run.dir for a new run."
+        )
     ahead = [step for step in info.host.get("divergence", {}).get("passed_over", []) if step > info.step]
     if ahead and (appended or data.global_batch_size != earlier["global_batch_size"]):
         what = (

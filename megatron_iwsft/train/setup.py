@@ -30,6 +30,7 @@ from megatron_iwsft.model.flops import multiply_adds
 from megatron_iwsft.model.gpt import ModelSettings, PolicyModel, build_model
 from megatron_iwsft.model.memory import local_mask_bytes
 from megatron_iwsft.model.parameters import load_adapters
+from megatron_iwsft.objectives.breakdown import Breakdown
 from megatron_iwsft.reference.sidecar import ReferenceIdentity
 from megatron_iwsft.train.check import CheckedRun
 from megatron_iwsft.utils.files import gibibytes
@@ -133,7 +134,11 @@ class StartedRun(CheckedRun):
         )
 
     def batches(
-        self, corpus: Corpus | Mixture, sampler: Sampler, reference: ReferenceLogprobs | None = None
+        self,
+        corpus: Corpus | Mixture,
+        sampler: Sampler,
+        reference: ReferenceLogprobs | None = None,
+        breakdown: Breakdown | None = None,
     ) -> BatchBuilder:
         """The builder of this rank's micro-batches."""
         data, layout = self.config.data, self.layout
@@ -148,6 +153,7 @@ class StartedRun(CheckedRun):
             context_size=layout.context,
             reference=reference,
             costs=partial(multiply_adds, self.policy.architecture) if data.balance else None,
+            groups=None if breakdown is None else breakdown.of,
         )
 
 

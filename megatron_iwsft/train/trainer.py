@@ -26,7 +26,6 @@ from megatron_iwsft.distributed.watchdog import Watchdog
 from megatron_iwsft.errors import CheckpointError, ConfigError, DataError, DivergenceError, RequeueError
 from megatron_iwsft.model.flops import peak_tflops, training_flops
 from megatron_iwsft.model.gpt import PolicyModel
-from megatron_iwsft.objectives.breakdown import Breakdown, break_down
 from megatron_iwsft.reference.frozen_stage import WithoutAdapters
 from megatron_iwsft.reference.lagged_copy import LaggedCopy
 from megatron_iwsft.reference.mixture import MixtureSidecars
@@ -47,6 +46,7 @@ from megatron_iwsft.train.early_stop import EarlyStop
 from megatron_iwsft.train.optim import build_optimizer, wrap_for_gradients
 from megatron_iwsft.train.phases import PhaseTimes
 from megatron_iwsft.train.profiling import StepProfiler, range_of
+from megatron_iwsft.train.sampling import loss_groups
 from megatron_iwsft.train.schedule import Schedule
 from megatron_iwsft.train.setup import (
     StartedRun,
@@ -124,6 +124,7 @@ class Trainer:
             host={name: part for name, part in host.items() if part is not None},
             gather_parameters=self._gather_parameters,
         )
+        breakdown = loss_groups(run.mixture)
         self.step = TrainStep(
             self.chunks,
             run.parallel,
@@ -134,9 +135,9 @@ class Trainer:
             proposal=proposal,
             offload=config.reference.offload,
             router_balance=config.objective.router_balance,
-            breakdown=_breakdown(run),
+            breakdown=breakdown,
         )
-        builder = run.batches(run.mixture, run.sampler, reference)
+        builder = run.batches(run.mixture, run.sampler, reference, breakdown)
         self.batches = BatchesAhead(builder.at_step, pinned=run.platform.is_cuda)
         at_exit.callback(self.batches.close)
         self.peak_tflops = peak_tflops(run.platform.device_name)
@@ -515,10 +516,3 @@ def _scaled_by_history(
         return {}
     own = {"reference": None if run.config.reference.source == "base" else live, "proposal": proposal}
     return {name: chunks for name, chunks in own.items() if chunks is not None}
-
-
-def _breakdown(run: StartedRun) -> Breakdown | None:
-    mixture = run.mixture
-    corpora = dict(zip(mixture.names, map(len, mixture.corpora), strict=True))
-    found = break_down(mixture.scores, mixture.sources(), corpora)
-    return None if found is None else found.to(run.platform.device)

@@ -166,7 +166,7 @@ def open_for_writing(path: Path, flags: int) -> IO[str]:
 
 
 def _unique_partial(path: Path) -> Path:
-    return path.with_name(f"{_stem(path)}{_machine()}-{os.getpid()}-{uuid.uuid4().hex[:8]}{PARTIAL}")
+    return path.with_name(f"{_stem(path)}{this_machine()}-{os.getpid()}-{uuid.uuid4().hex[:8]}{PARTIAL}")
 
 
 def _stem(path: Path) -> str:
@@ -174,7 +174,7 @@ def _stem(path: Path) -> str:
 
 
 @cache
-def _machine() -> str:
+def this_machine() -> str:
     """Identifies where process ids mean the same: this boot of this machine, and the PID namespace."""
     parts = []
     with suppress(OSError):
@@ -199,7 +199,7 @@ def _is_stale(entry: os.DirEntry[str], machine: str, process: int) -> bool:
     status = entry.stat(follow_symlinks=False)
     if status.st_uid != os.geteuid():
         return False
-    if machine == _machine() and not _runs(process):
+    if machine == this_machine() and not process_runs(process):
         return True
     written = status.st_mtime
     if stat.S_ISDIR(status.st_mode):
@@ -208,7 +208,8 @@ def _is_stale(entry: os.DirEntry[str], machine: str, process: int) -> bool:
     return time.time() - written > _STALE_S
 
 
-def _runs(process: int) -> bool:
+def process_runs(process: int) -> bool:
+    """Whether there is a process of this number on this machine."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:

@@ -69,6 +69,36 @@ def test_each_epoch_contains_every_trajectory_once_in_a_new_order(packing: str) 
     )
 
 
+@pytest.mark.parametrize("packing", ["best_fit", "none"])
+def test_grouped_steps_hold_the_same_packs_each_step_of_similar_ones(packing: str) -> None:
+    """Without grouping, the packs of a step differ as much as those of the epoch."""
+    sizes = np.random.default_rng(0).lognormal(4, 0.7, 1000).astype(int).clip(2, 200)
+
+    def epoch(number: int, *, grouped: bool) -> list[list[np.ndarray]]:
+        s = Sampler(
+            sizes,
+            np.ones(1000),
+            seq_length=200,
+            packing=packing,
+            global_batch_size=8,
+            quality=NO_QUALITY,
+            seed=1,
+            group_by_cost=grouped,
+        )
+        return [s.epoch(number).step(k) for k in range(s.steps_in(number))]
+
+    def spread(steps: list[list[np.ndarray]]) -> float:
+        costs = np.array([[float((sizes[pack] ** 2).sum()) for pack in step] for step in steps[:-1]])
+        return float(costs.std(1).mean() / costs.std())
+
+    grouped, plain = epoch(2, grouped=True), epoch(2, grouped=False)
+    packs = [sorted(tuple(pack.tolist()) for step in steps for pack in step) for steps in (grouped, plain)]
+    assert packs[0] == packs[1]
+    assert spread(grouped) < 0.15 < 0.7 < spread(plain)
+    of_steps = [float((sizes[np.concatenate(step)] ** 2).sum()) for step in grouped[:-1]]
+    assert abs(np.corrcoef(of_steps, np.arange(len(of_steps)))[0, 1]) < 0.5, "steps come in random order"
+
+
 def test_the_last_batch_is_filled_up_with_empty_packs() -> None:
     s = sampler(packing="none", batch=8)
     last = s.epoch(0).step(s.epoch(0).num_steps - 1)
@@ -103,6 +133,25 @@ def test_quality_sample_draws_in_proportion_to_score() -> None:
     drawn = np.concatenate([s.epoch(e).packs.items for e in range(20)])
     assert set(drawn.tolist()) == set(range(10))
     assert np.bincount(drawn).min() > 60  # of 100 expected
+
+
+@pytest.mark.parametrize("packing", ["best_fit", "none"])
+def test_steps_are_counted_without_planning_an_epoch(packing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that resumes in its fifth epoch makes the plan of that epoch only, in the quality mode sample too."""
+    scores = np.linspace(0, 1, 50)
+    planned = sampler(scores, quality=Quality("sample"), packing=packing)
+    steps = [planned.epoch(epoch).num_steps for epoch in range(6)]
+    counts = [np.bincount(planned.epoch(epoch).packs.items, minlength=50) for epoch in range(6)]
+
+    resumed, plans = sampler(scores, quality=Quality("sample"), packing=packing), []
+    make_plan = resumed._plans
+    monkeypatch.setattr(resumed, "_plans", lambda epoch: (plans.append(epoch), make_plan(epoch))[1])
+    assert [resumed.steps_in(epoch) for epoch in range(6)] == steps
+    assert resumed.total_steps(6, None) == sum(steps)
+    assert np.array_equal(resumed.appearances(3), counts[3])
+    assert plans == []
+    packs = resumed.packs_at(sum(steps[:4]))
+    assert plans == [4] and all(map(np.array_equal, packs, planned.epoch(4).step(0)))
 
 
 def test_quality_weight_uses_the_score_as_weight() -> None:

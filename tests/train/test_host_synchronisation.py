@@ -76,14 +76,16 @@ def waits(platform: Any, corpus_dir: str, objective: str, on_gpu: bool = False) 
     load_weights(policy, RandomInit(arch, 5), parallel)
     chunks = wrap_for_gradients(policy, Optimizer(distributed=False))
     options = dict(seq_length=128, packing="best_fit", global_batch_size=1, quality=Quality("weight"), seed=3)
+    groups = break_down(corpus.scores, corpus.sources())
+    assert groups is not None
     builder = BatchBuilder(
         corpus,
         Sampler(corpus.lengths, corpus.scores, **options),
         RowShape.of(tensor=1, context=1, row_length=128),
         micro_batch_size=1,
         reference=lambda i: (corpus.mask(i) * -5.0).astype("float32"),
+        groups=groups.of,
     )
-    groups = break_down(corpus.scores, ["a"] * len(corpus))
     step = TrainStep(chunks, parallel, platform.device, OBJECTIVES[objective], Settings(), breakdown=groups)
     (batch,) = builder.at_step(0)
     assert batch.num_segments > 2

@@ -1,7 +1,8 @@
 """FLOPs lost because data-parallel ranks wait for the one with most to compute: tools/bench/balance.py [--ranks 64 --micro-batches 4]
 
 The project's sampler packs trajectories of three kinds; the packs of each step are given to ranks as they come, as `data.balance` deals
-them, and by Karmarkar and Karp's method with the cost formula of verl (24,576 n + n² per trajectory of n tokens, for every model).
+them, and by Karmarkar and Karp's method with the cost formula of verl (24,576 n + n² per trajectory of n tokens, for every model). The
+last column is `data.balance` again, in steps of similar packs (`data.group_by_cost`).
 Rows cost what a model computes on them: the layers' matmuls on every position, attention within each trajectory and within the filler.
 
 `at the end` is the share of the FLOPs of all ranks that is lost where ranks wait once per step (pure data parallelism), `in lockstep`
@@ -63,12 +64,16 @@ def main() -> None:
 
     print(f"{args.ranks} data-parallel ranks, {args.micro_batches} micro-batches each, {args.steps} steps")
     print("lost at the end / in lockstep")
-    columns = ("as they come", "data.balance", "Karmarkar-Karp, verl's formula")
+    columns = ("as they come", "data.balance", "Karmarkar-Karp, verl's formula", "with data.group_by_cost")
     print(f"{'mix':26} {'model':16} " + " ".join(f"{column:>30}" for column in columns))
     for mix, (lengths, seq_length) in mixes(args.ranks * args.micro_batches * args.steps).items():
-        steps = packed(lengths, seq_length, args.ranks * args.micro_batches, args.steps)
+        size = args.ranks * args.micro_batches
+        steps = packed(lengths, seq_length, size, args.steps)
+        grouped = packed(lengths, seq_length, size, args.steps, group_by_cost=True)
         for name, config in MODELS.items():
-            found = losses(steps, seq_length, Architecture.from_hf(config, where=name), args.ranks)
+            arch = Architecture.from_hf(config, where=name)
+            found = losses(steps, seq_length, arch, args.ranks)
+            found.append(losses(grouped, seq_length, arch, args.ranks)[1])
             print(f"{mix:26} {name:16} " + " ".join(f"{f'{end:.2%} / {lockstep:.2%}':>30}" for end, lockstep in found))
 
 
@@ -82,13 +87,22 @@ def mixes(packs: int) -> dict[str, tuple[np.ndarray, int]]:
     }
 
 
-def packed(lengths: np.ndarray, seq_length: int, packs: int, steps: int) -> list[list[np.ndarray]]:
+def packed(
+    lengths: np.ndarray, seq_length: int, packs: int, steps: int, *, group_by_cost: bool = False
+) -> list[list[np.ndarray]]:
     """The lengths in each of `packs` packs of each step."""
     from megatron_iwsft.data.sampler import Quality, Sampler
 
     scores = np.ones(len(lengths))
     sampler = Sampler(
-        lengths, scores, seq_length=seq_length, packing="best_fit", global_batch_size=packs, quality=Quality(), seed=1
+        lengths,
+        scores,
+        seq_length=seq_length,
+        packing="best_fit",
+        global_batch_size=packs,
+        quality=Quality(),
+        seed=1,
+        group_by_cost=group_by_cost,
     )
     plan = sampler.epoch(0)
     assert len(plan.packs) >= packs * steps, "too few trajectories"

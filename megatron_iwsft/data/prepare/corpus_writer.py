@@ -25,9 +25,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from typing_extensions import TypedDict
 
-from megatron_iwsft.data.corpus import DROPPED, TOKENIZER, ShardWriter, read_meta, shard_name
+from megatron_iwsft.data.corpus import DROPPED, TOKENIZER, ShardWriter, shard_name
 from megatron_iwsft.data.indexed import check_own_file
 from megatron_iwsft.data.manifest import BlockSums, Count, Sha256, shard_files
+from megatron_iwsft.data.metadata import read_meta
 from megatron_iwsft.data.prepare.dedup import HashSet, NearDuplicates
 from megatron_iwsft.data.prepare.filters import Curation
 from megatron_iwsft.errors import DataError

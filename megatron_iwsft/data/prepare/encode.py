@@ -16,8 +16,8 @@ import pyarrow as pa
 
 from megatron_iwsft.data.chat_template import ChatTemplate
 from megatron_iwsft.data.conversation import Conversation
-from megatron_iwsft.data.corpus import TURN_WEIGHTS
 from megatron_iwsft.data.indexed import token_dtype
+from megatron_iwsft.data.metadata import TURN_WEIGHTS
 from megatron_iwsft.data.prepare.fast_encoding import CheckedEncoder, Encoder, gigatoken_encoder
 from megatron_iwsft.data.prepare.filters import AnswerCheck, Benchmarks, Curation, Signatures
 from megatron_iwsft.data.prepare.messages import Dropped

@@ -30,9 +30,10 @@ from tqdm import tqdm
 
 from megatron_iwsft.data.chat_template import ChatTemplate
 from megatron_iwsft.data.checksums import Checksums, checksum_file
-from megatron_iwsft.data.corpus import DROPPED, TOKENIZER, read_meta
+from megatron_iwsft.data.corpus import DROPPED, TOKENIZER
 from megatron_iwsft.data.indexed import token_dtype
 from megatron_iwsft.data.manifest import FORMAT_VERSION, MANIFEST, check_manifest, distribution, write_manifest
+from megatron_iwsft.data.metadata import read_meta
 from megatron_iwsft.data.prepare.corpus_writer import (
     CorpusWriter,
     Progress,

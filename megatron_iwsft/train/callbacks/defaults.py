@@ -100,10 +100,10 @@ def _start_run_directory(run: StartedRun) -> None:
 
 def _shares(run: StartedRun) -> list[str]:
     """One line per corpus of a mixture: what it contributes to the first epoch."""
-    mixture, plan = run.mixture, run.sampler.epoch(0)
+    mixture = run.mixture
     if len(mixture.corpora) < 2:
         return []
-    times = np.bincount(plan.packs.items, minlength=len(mixture))
+    times = run.sampler.appearances(0)
     trajectories = np.add.reduceat(times, mixture.starts[:-1])
     tokens = np.add.reduceat(times * mixture.lengths, mixture.starts[:-1])
     return [

@@ -13,14 +13,13 @@ from megatron_iwsft.data.batch_builder import BatchBuilder
 from megatron_iwsft.distributed.agreement import on_first_rank
 from megatron_iwsft.errors import ConfigError
 from megatron_iwsft.objectives.breakdown import break_down
-from megatron_iwsft.objectives.functions import Objective, sft
+from megatron_iwsft.objectives.functions import sft
 from megatron_iwsft.objectives.metrics import BY_GROUP
 from megatron_iwsft.reference.mixture import MixtureSidecars
 from megatron_iwsft.reference.sidecar import has_sidecar
 from megatron_iwsft.train.callbacks import StepResult
 from megatron_iwsft.train.held_out import HeldOutSet
 from megatron_iwsft.train.setup import raise_together
-from megatron_iwsft.train.step import TrainStep
 
 if TYPE_CHECKING:
     from megatron_iwsft.train.trainer import Trainer
@@ -40,8 +39,10 @@ class SetEvaluation:
         reference = _sidecars(trainer, held) if cached else None
         objective = sft if cached and reference is None else run.objective
         self.metrics = {metric.name for metric in objective.evaluated}
-        self._step = _step_for(trainer, held, objective)
-        self._builder: BatchBuilder = run.batches(held.mixture, held.sampler, reference)
+        by_group = tuple(metric for metric in objective.evaluated if metric.name in BY_GROUP)
+        groups = break_down(np.full(len(held.corpus), np.nan), held.mixture.sources(), metrics=by_group)
+        self._step = trainer.step.evaluating(objective, groups)
+        self._builder: BatchBuilder = run.batches(held.mixture, held.sampler, reference, groups)
 
     def __call__(self, result: StepResult) -> dict[str, Any]:
         """The set's metrics, as eval/NAME/METRIC, and those of its groups."""
@@ -82,13 +83,6 @@ def _check_choices(config: Config, sets: list[SetEvaluation]) -> None:
                 f"{key}.metric is {choice.metric}, which cannot be computed: its set has no log-probs of the reference, or the objective "
                 f"has no such metric. Choose one of {', '.join(available)}."
             )
-
-
-def _step_for(trainer: Trainer, held: HeldOutSet, objective: Objective) -> TrainStep:
-    corpus = held.corpus
-    by_group = tuple(metric for metric in objective.evaluated if metric.name in BY_GROUP)
-    groups = break_down(np.full(len(corpus), np.nan), held.mixture.sources(), metrics=by_group)
-    return trainer.step.evaluating(objective, None if groups is None else groups.to(trainer.run.platform.device))
 
 
 def _sidecars(trainer: Trainer, held: HeldOutSet) -> MixtureSidecars | None:
