@@ -7,6 +7,7 @@ Nothing else in the package asks Megatron-Core's `parallel_state` or decides on 
 from __future__ import annotations
 
 import datetime
+import gc
 import os
 import sys
 import time
@@ -119,7 +120,9 @@ class Platform:
         broken = layout.broken_rule()
         if broken:
             raise ConfigError(f"parallel: {broken}.")
-        destroy_model_parallel()
+        if parallel_state.model_parallel_is_initialized():
+            destroy_model_parallel()
+            gc.collect()  # models of the former layout are reference cycles and keep its groups, of which gloo's have threads that poll
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=layout.tensor,
             pipeline_model_parallel_size=layout.pipeline,

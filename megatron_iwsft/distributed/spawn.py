@@ -5,6 +5,7 @@ Megatron-Core runs on CPU only with process-wide stand-ins for `torch.cuda` (cpu
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import tempfile
@@ -96,6 +97,7 @@ def _rank(rank: int, job: _Job, work: bytes, directory: str) -> None:
         "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store exists already: connect to it
     }
     torch.set_num_threads(job.threads)
+    gc.freeze()  # what a server has imported is never garbage: no collection needs to look at it
     try:
         platform = start(job.device, timeout_s=job.timeout_s)
         function, args = pickle.loads(work)  # which imports Megatron-Core: after `start`
