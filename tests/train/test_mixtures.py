@@ -90,7 +90,7 @@ def test_weights_start_at_one_with_a_sidecar_per_corpus(uninterrupted: Path) -> 
 
 
 def test_a_killed_run_continues_bit_for_bit(config: Path, uninterrupted: Path, tmp_path: Path) -> None:
-    run = LaunchedRun(config, tmp_path / "run").wait_for_steps(4)
+    run = LaunchedRun(config, tmp_path / "run").wait_for_steps(5)
     for process in run.all_processes:
         process.send_signal(signal.SIGKILL)
     assert run.finish() != 0
