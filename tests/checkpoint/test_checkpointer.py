@@ -287,7 +287,8 @@ def test_failures_in_a_row_end_the_run(tmp_path: Path) -> None:
         assert attempts == [10, 13]
         assert reports == [("save failed", 10)]
         assert error == (
-            "the disk is on fire. This is failure 2 in a row (checkpoint.max_failures), so the run ends. There is no checkpoint yet."
+            "the disk is on fire. This is failure 2 in a row (checkpoint.max_failures), so the run ends. There is no checkpoint yet. "
+            "Fix what the message names, then start the run again."
         )
 
 

@@ -185,7 +185,7 @@ def test_what_killed_processes_left_is_removed(tmp_path: Path) -> None:
     process.wait()
 
     # Of another machine, and of another directory: not known to be left behind.
-    elsewhere = left.replace(files._machine(), "0" * 8)
+    elsewhere = left.replace(files.this_machine(), "0" * 8)
     others = [elsewhere, left.replace(".hf.", ".hf2."), ".hf.partial", "hf.partial", ".hf.x-1-y.partial"]
     for name in others:
         (tmp_path / name).mkdir()
@@ -208,7 +208,7 @@ def test_a_link_under_a_left_behind_name_is_not_followed(tmp_path: Path) -> None
     precious = tmp_path / "precious"
     precious.mkdir()
     (precious / "a").touch()
-    name = f".hf.{files._machine()}-{2**22 + 1}-00000000{PARTIAL}"  # above the largest process id
+    name = f".hf.{files.this_machine()}-{2**22 + 1}-00000000{PARTIAL}"  # above the largest process id
     (tmp_path / name).symlink_to(precious)
     with atomic_directory(tmp_path / "hf"):
         pass

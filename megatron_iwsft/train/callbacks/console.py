@@ -78,7 +78,9 @@ def console(
 
 def _is_terminal() -> bool:
     """Whether a table can be redrawn: not in a batch job's log, a pipe, or a terminal without cursor movement."""
-    return sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb" and "SLURM_JOB_ID" not in os.environ
+    if sys.stdout is None or not sys.stdout.isatty():  # None: closed when the process started
+        return False
+    return os.environ.get("TERM", "dumb") != "dumb" and "SLURM_JOB_ID" not in os.environ
 
 
 def _values(result: StepResult, pace: Pace, world_size: int, peak_tflops: float | None) -> dict[str, str]:
