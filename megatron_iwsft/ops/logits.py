@@ -90,7 +90,9 @@ def logits_gradient(logits: Tensor, target: Tensor, lse: Tensor, grad: Tensor) -
 def logits_buffer(like: Tensor, rows: int, columns: int) -> Tensor:
     """Uninitialised logits [rows, columns] of like's dtype and device, whose rows start at multiples of 16 bytes for any vocabulary."""
     padded = -(-columns // ROW_ALIGNMENT) * ROW_ALIGNMENT
-    return like.new_empty(rows, padded)[:, :columns]
+    buffer = like.new_empty(rows, padded)
+    buffer[:, columns:] = 0  # some CPUs' bfloat16 matmuls read the padding, and 0 times what was in memory can be NaN
+    return buffer[:, :columns]
 
 
 def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
