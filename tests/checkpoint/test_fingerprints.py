@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +21,7 @@ from megatron_iwsft.model.gpt import ModelSettings, build_model
 from megatron_iwsft.model.parameters import load_weights
 from megatron_iwsft.reference.sidecar import sidecar_directory
 from megatron_iwsft.testing import run_distributed
+from megatron_iwsft.train.check import CheckedRun
 from megatron_iwsft.train.setup import reference_identities
 from megatron_iwsft.utils.files import sampled_fingerprint
 from tests.support import tiny
@@ -51,6 +53,8 @@ def fingerprints(platform: Any, tmp: Path) -> dict[str, Any]:
         reference=weights[0],
         config=SimpleNamespace(precision=SimpleNamespace(described="fp32")),
     )
+    run.reference_identity = partial(CheckedRun.reference_identity, run)
+    run.reference_identities = partial(CheckedRun.reference_identities, run)
     (first,) = reference_identities(run)
     found["without a sidecar"] = first.weights == weights[0].fingerprint
     if platform.rank == 0:
