@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_iwsft.data.batch import IGNORE
+from megatron_iwsft.ops.logits import logits_buffer
 from megatron_iwsft.testing import run_distributed
 
 H, PADDED, T = 24, 384, 16
@@ -202,3 +203,15 @@ def test_one_collective_for_statistics_and_one_for_the_gradient() -> None:
     plain, sequence_parallel = run_distributed(run_counting, 2)[0]
     assert plain == ({"all_gather": 1}, {"all_reduce": 1})
     assert sequence_parallel == ({"all_gather_into_tensor": 1, "all_gather": 1}, {"reduce_scatter_tensor": 1})
+
+
+def test_the_padding_of_the_logits_buffer_is_zero() -> None:
+    """bfloat16 matmuls of some CPUs read it. In deterministic mode torch fills new memory with NaN."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        buffer = logits_buffer(torch.zeros(1, dtype=torch.bfloat16), 3, 108)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    padded = buffer.as_strided((3, buffer.stride(0)), buffer.stride())
+    assert buffer.stride(0) > 108 and buffer.isnan().all()
+    assert (padded[:, 108:] == 0).all()
