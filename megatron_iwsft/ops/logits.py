@@ -91,7 +91,8 @@ def logits_buffer(like: Tensor, rows: int, columns: int) -> Tensor:
     """Uninitialised logits [rows, columns] of like's dtype and device, whose rows start at multiples of 16 bytes for any vocabulary."""
     padded = -(-columns // ROW_ALIGNMENT) * ROW_ALIGNMENT
     buffer = like.new_empty(rows, padded)
-    buffer[:, columns:].zero_()  # some CPUs' bfloat16 matmuls read the padding, and 0 times what was in memory can be NaN
+    # Some CPUs' bfloat16 matmuls read the padding, and 0 times what was in memory can be NaN.
+    buffer[:, columns:].zero_()
     return buffer[:, :columns]
 
 
