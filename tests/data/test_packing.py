@@ -143,13 +143,14 @@ def test_steps_are_counted_without_planning_an_epoch(packing: str, monkeypatch: 
     steps = [planned.epoch(epoch).num_steps for epoch in range(6)]
     counts = [np.bincount(planned.epoch(epoch).packs.items, minlength=50) for epoch in range(6)]
 
-    resumed, plans = sampler(scores, quality=Quality("sample"), packing=packing), []
-    make_plan = resumed._plans
-    monkeypatch.setattr(resumed, "_plans", lambda epoch: (plans.append(epoch), make_plan(epoch))[1])
+    plans, make_plan = [], Sampler._epoch
+    monkeypatch.setattr(Sampler, "_epoch", lambda self, epoch: (plans.append(epoch), make_plan(self, epoch))[1])
+    resumed = sampler(scores, quality=Quality("sample"), packing=packing)
     assert [resumed.steps_in(epoch) for epoch in range(6)] == steps
     assert resumed.total_steps(6, None) == sum(steps)
     assert np.array_equal(resumed.appearances(3), counts[3])
     assert plans == []
+    resumed.continue_with(planned.state(), sum(steps[:4]))
     packs = resumed.packs_at(sum(steps[:4]))
     assert plans == [4] and all(map(np.array_equal, packs, planned.epoch(4).step(0)))
 

@@ -6,6 +6,8 @@ A failure says what changed; adapt `distributed/mcore_compat.py`, or the module 
 from __future__ import annotations
 
 import inspect
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -182,3 +184,42 @@ def random_states_repeat(platform: Any) -> bool:
 
 def test_random_states_can_be_saved_and_set() -> None:
     assert run_distributed(random_states_repeat, 1) == [True]
+
+
+def events_of_a_save(platform: Any, directory: Path) -> list[str]:
+    """What an asynchronous save does, in order: copying tensors to the host, waiting for the device, forking."""
+    from megatron.core.dist_checkpointing import ShardedTensor, save
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync as Writer
+
+    from megatron_iwsft.distributed.mcore_compat import (
+        async_calls_queue,
+        async_save_options,
+        save_strategy,
+        write_results,
+    )
+
+    platform.parallel()
+    write_results()
+    events: list[str] = []
+    copy = Writer.preload_tensors
+
+    def copying(buckets: Any, non_blocking: bool) -> Any:
+        events.append("copy to pinned memory" if non_blocking else "copy")
+        return copy(buckets, non_blocking)
+
+    Writer.preload_tensors = staticmethod(copying)
+    torch.cuda.synchronize = lambda *args: events.append("wait")
+    os.register_at_fork(before=lambda: events.append("fork"))
+    state = {"weight": ShardedTensor.from_rank_offsets("weight", torch.ones(8))}
+    request = save(state, str(directory), save_strategy(), validate_access_integrity=False, **async_save_options())
+    queue = async_calls_queue()
+    queue.schedule_async_request(request)
+    queue.maybe_finalize_async_calls(blocking=True)
+    return events
+
+
+def test_a_save_forks_after_its_tensors_are_on_the_host(tmp_path: Path) -> None:
+    """A fork of a process that uses CUDA must not touch the device. `.to("cpu", non_blocking=True)` allocates pinned memory itself."""
+    (events,) = run_distributed(events_of_a_save, 1, tmp_path)
+    assert events[0] == "copy to pinned memory" and events.count("fork") == 1, events
+    assert "wait" in events[: events.index("fork")], events

@@ -124,6 +124,10 @@ REFUSED = {
     "an end before it joins": (("data.max_steps=9",), "data.corpora: second joins with epoch 2"),
     "a corpus before the others": ((), "is not the corpus that"),
     "batches set aside": (("data.global_batch_size=8",), "a rewind has set aside the batches of steps 8 to 9"),
+    "another batch in steps of similar cost": (
+        ("data.global_batch_size=8", "data.group_by_cost=true"),
+        "data.global_batch_size is 8, but with data.group_by_cost an epoch's order depends on it: set it to 4",
+    ),
     "scores that depend on all corpora": ((), "data.corpora: second was appended, but with data.quality.normalize"),
 }
 
@@ -138,6 +142,8 @@ def test_what_cannot_be_continued_is_refused_by_name(mistake: str, directory: Pa
         settings = config_of(directory, "first", appended(directory, f"data.corpora={json.dumps(turned)}"))
     if mistake == "batches set aside":
         info = dataclasses.replace(info, host=info.host | {"divergence": {"passed_over": [3, 8, 9]}})
+    if mistake == "another batch in steps of similar cost":
+        info.config["data"]["group_by_cost"] = True
     run = check(settings, world_size=2)
     if (
         mistake == "scores that depend on all corpora"
