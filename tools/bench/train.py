@@ -10,6 +10,8 @@ On a CPU: tools/bench/train.py --device cpu --hf SMALL_MODEL --dtype fp32 --seq-
 Model FLOPs count matmuls only, 3 × forward: causal attention within each trajectory, the vocabulary projection of trained positions,
 nothing for padding, recomputation or a reference. MFU divides them by the device's dense bf16 peak if it is known, otherwise by the
 rate of a large matmul in the dtype of the run, measured here. Both are printed.
+
+On a machine that other programs share, compare tokens per second of CPU time (of all threads).
 """
 
 from __future__ import annotations
@@ -186,7 +188,10 @@ def _compare(found: dict[Case, Measured], processes: int) -> None:
             )
         peer = found.get(replace(case, program="peer", objective=case.objective.replace("cached", "live")))
         if case.program == "ours" and case.fp8 == "none" and peer and processes == 1:
-            print(f"  {case.objective}, ours / peer: {result.tokens_per_s / peer.tokens_per_s:.2f} × the tokens/s")
+            print(
+                f"  {case.objective}, ours / peer: {result.tokens_per_s / peer.tokens_per_s:.2f} × the tokens/s, "
+                f"{result.tokens_per_cpu_s / peer.tokens_per_cpu_s:.2f} × the tokens per second of CPU time"
+            )
 
 
 def _product_rate(cuda: bool, dtype: str) -> float:

@@ -36,10 +36,13 @@ class Case:
 
 @dataclass(frozen=True)
 class Measured:
-    """Over the measured steps: median step time, tokens per second, model FLOPs per process and second, peak bytes; all losses."""
+    """Over the measured steps: median step time, tokens per second and per CPU second, model FLOPs per process and second, peak bytes;
+    all losses.
+    """
 
     step_s: float
     tokens_per_s: float
+    tokens_per_cpu_s: float
     flops: float
     memory: int
     losses: list[float]
@@ -156,12 +159,16 @@ def _measured(args: argparse.Namespace, case: Case, directory: Path) -> Measured
         from megatron_iwsft.train.precompute import precompute_reference
 
         precompute_reference(config)
-    lines = list((trainer_steps if case.program == "ours" else peer_steps)(config, args.warmup + args.steps))
+    lines, cpu_s = [], [time.process_time()]
+    for line in (trainer_steps if case.program == "ours" else peer_steps)(config, args.warmup + args.steps):
+        lines.append(line)
+        cpu_s.append(time.process_time())
     measured = lines[args.warmup :]
     seconds = sum(line["step_time_s"] for line in measured)
     return Measured(
         step_s=statistics.median(line["step_time_s"] for line in measured),
         tokens_per_s=sum(line["tokens"] for line in measured) / seconds,
+        tokens_per_cpu_s=sum(line["tokens"] for line in measured) / (cpu_s[-1] - cpu_s[args.warmup]),
         flops=sum(line["tflops_per_gpu"] * line["step_time_s"] for line in measured) * 1e12 / seconds,
         memory=max(line["peak_memory_bytes"] for line in measured),
         losses=[line["loss"] for line in lines],
@@ -221,7 +228,10 @@ def peer_steps(config: Any, steps: int) -> Iterator[dict[str, Any]]:
     arch = SafetensorsDirectory(config.model.hf).architecture
     model, reference = _peer_models(config, device)
     half = config.precision.dtype == "bf16"
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.optimizer.lr, fused=True)
+    ours = config.optimizer
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=ours.lr, betas=ours.betas, eps=ours.eps, weight_decay=ours.weight_decay, fused=True
+    )
 
     def logprobs(of: Any, ids: Any) -> Any:
         logits = of(ids[None], use_cache=False).logits[0, :-1].float()
