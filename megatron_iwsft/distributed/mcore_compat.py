@@ -71,13 +71,17 @@ def checked(settings: type[T], *, more: Mapping[str, Any], **ours: Any) -> T:
         ) from None
 
 
-def unknown_settings(names: Iterable[str]) -> list[str]:
-    """Those of `names` that the installed Megatron-Core has no setting for."""
+def check_settings(names: Iterable[str]) -> None:
+    """Raise ConfigError if one of `names`, of the section `megatron`, is no setting of the installed Megatron-Core."""
     from megatron.core.distributed import DistributedDataParallelConfig
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     known = {f.name for cls in (DistributedDataParallelConfig, TransformerConfig) for f in dataclasses.fields(cls)}
-    return [name for name in names if name not in known]
+    for name in names:
+        if name not in known:
+            raise ConfigError(
+                f"megatron.{name} is no setting of the installed Megatron-Core {_version()}. Leave it out, or install another version."
+            )
 
 
 def _version() -> str:

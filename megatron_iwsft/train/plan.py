@@ -15,7 +15,7 @@ from megatron_iwsft.checkpoint.names import CHECKPOINTS
 from megatron_iwsft.config.schema import Config, Model
 from megatron_iwsft.data.mixture import Mixture
 from megatron_iwsft.data.sampler import Sampler
-from megatron_iwsft.distributed.mcore_compat import unknown_settings
+from megatron_iwsft.distributed.mcore_compat import check_settings
 from megatron_iwsft.distributed.parallel_layout import ParallelLayout
 from megatron_iwsft.errors import CheckpointError, ConfigError, DataError
 from megatron_iwsft.hf.adapters import num_parameters as num_adapter_parameters
@@ -73,9 +73,7 @@ def plan(
     """
     if model_config is not None:
         config = _with_model(config, model_config)
-    unknown = unknown_settings(config.megatron.given())
-    if unknown:
-        raise ConfigError(f"megatron.{unknown[0]} is no setting of the installed Megatron-Core. Leave it out.")
+    check_settings(config.megatron.given())
     if command == "reference":
         check_cacheable(config)
     layout, out = config.layout(world_size), Plan()

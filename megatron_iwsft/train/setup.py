@@ -21,7 +21,7 @@ from megatron_iwsft.distributed.agreement import complaints_of_all, on_first_ran
 from megatron_iwsft.distributed.capabilities import fp8_refusal, variable_length_attention
 from megatron_iwsft.distributed.context import ParallelContext, Platform
 from megatron_iwsft.distributed.fp8_recipes import FP8_RECIPES
-from megatron_iwsft.distributed.mcore_compat import unknown_settings
+from megatron_iwsft.distributed.mcore_compat import check_settings
 from megatron_iwsft.distributed.userbuffers import start_userbuffers
 from megatron_iwsft.distributed.watchdog import Watchdog
 from megatron_iwsft.errors import ConfigError, DataError
@@ -172,9 +172,7 @@ def start(checked: CheckedRun) -> StartedRun:
     platform = context.start(
         config.run.device, timeout_s=2 * config.run.hang_timeout_s, bind_device=config.run.bind_device
     )
-    unknown = unknown_settings(config.megatron.given())
-    if unknown:
-        raise ConfigError(f"megatron.{unknown[0]} is no setting of the installed Megatron-Core. Leave it out.")
+    check_settings(config.megatron.given())
     needs_no_masks = checked.layout.context == 1 and platform.is_cuda and variable_length_attention()[0]
     if not platform.has_transformer_engine and not needs_no_masks:
         _refuse_dense_masks(checked)

@@ -125,7 +125,14 @@ def names(platform: Any) -> dict[str, Any]:
     from megatron.core.transformer.moe import moe_utils
     from megatron.core.transformer.moe.router import TopKRouter
 
-    from megatron_iwsft.distributed.mcore_compat import async_calls_queue, async_save_options, write_results
+    from megatron_iwsft.config.megatron import Megatron
+    from megatron_iwsft.distributed.mcore_compat import (
+        async_calls_queue,
+        async_save_options,
+        check_settings,
+        write_results,
+    )
+    from megatron_iwsft.errors import ConfigError
     from megatron_iwsft.model.moe import BalancedRouter
 
     policy, chunks, _ = built(platform)
@@ -158,6 +165,9 @@ def names(platform: Any) -> dict[str, Any]:
         "DistributedDataParallel.scale_gradients": callable(chunks[0].scale_gradients),
         "main_grad": all(p.main_grad.dtype == torch.float32 for p in policy[0].parameters()),
     }
+    check_settings(Megatron.model_fields)
+    with pytest.raises(ConfigError, match=r"megatron\.another is no setting of the installed Megatron-Core"):
+        check_settings(["another"])
     queue = async_calls_queue()
     found["AsyncCallsQueue"] = all(hasattr(queue, n) for n in ("schedule_async_request", "maybe_finalize_async_calls"))
     found["async_save_options"] = set(async_save_options()) <= set(inspect.signature(save).parameters)
