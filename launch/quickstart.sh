@@ -50,7 +50,7 @@ if [ $# -eq 0 ]; then
   step "2/6  A base model" "Trained from random weights on demonstrations, two thirds of which forget to carry: it will be wrong by conviction."
   problems demonstrations --count 12000 --seed 1 --wrong 0.667 --leave-out "$out/held-out.jsonl"
   [ -f "$out/tokenizer/tokenizer.json" ] ||
-    iwsft train-tokenizer "$out/demonstrations.jsonl" --output "$out/tokenizer" --field prompt --field response --vocab-size 300
+    iwsft train-tokenizer "$out/demonstrations.jsonl" --output "$out/tokenizer" --text-field prompt --text-field response --vocab-size 300
   iwsft shard "$out/demonstrations.jsonl" --output "$out/demonstrations" --tokenizer "$out/tokenizer" --encoder own
   exported "$out/base" || on_two_processes train --config configs/quickstart.yaml run.dir="$out/base" data.corpus="$out/demonstrations"
   base=$out/base tokenizer=$out/tokenizer tuning+=(model.checkpoint="$out/base")

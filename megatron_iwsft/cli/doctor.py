@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--gpu", action="store_true", help="run short checks on the GPU, or where there is none, on the CPU"
     )
     parser.add_argument(
-        "--limit", type=float, default=120.0, metavar="S", help="with --gpu: seconds that each check may take"
+        "--time-limit", type=float, default=120.0, metavar="SECONDS", help="with --gpu: time that each check may take"
     )
 
     of_run = parser.add_argument_group("does a run fit this machine?")
@@ -94,7 +94,7 @@ def _examine(args: argparse.Namespace) -> int:
     show(examine())
     say("\nImplementations used on this machine")
     show(paths())
-    return _check(args.limit) if args.gpu else 0
+    return _check(args.time_limit) if args.gpu else 0
 
 
 def _check(limit_s: float) -> int:

@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-new-tokens", type=positive_int, default=1024, metavar="N", help="tokens per answer at most")
     add("--seed", type=int, default=0, help="of sampling")
     add("--backend", choices=("auto", "vllm", "transformers"), default="auto", help="auto: vLLM on a GPU if installed")
-    add("--tensor", "--tensor-parallel", type=positive_int, default=1, metavar="N", help="GPUs per model, with vLLM")
+    add("--tensor", type=positive_int, default=1, metavar="N", help="GPUs per model, with vLLM")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -3,7 +3,7 @@
 A config can also load the directory itself (model.hf); a checkpoint is worth it when many runs start from it.
 
 example:
-  iwsft import --hf /models/Qwen2.5-7B --output checkpoints/qwen2.5-7b --dtype bf16
+  iwsft import --model /models/Qwen2.5-7B --output checkpoints/qwen2.5-7b --dtype bf16
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from megatron_iwsft.utils.text import say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--hf", required=True, metavar="DIR", help="directory with config.json and safetensors files")
+    parser.add_argument(
+        "--model", required=True, metavar="DIR", help="Hugging Face directory: config.json and safetensors files"
+    )
     parser.add_argument("--output", required=True, metavar="DIR", help="directory to write the checkpoint under")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the parameters in the checkpoint")
     add_degrees(parser, "tensor", "pipeline", "expert")
@@ -29,8 +31,8 @@ def run(args: argparse.Namespace) -> None:
     from megatron_iwsft.hf.architecture import Architecture
 
     degrees = dict(tensor=args.tensor, pipeline=args.pipeline, expert=args.expert)
-    written = import_directory(args.hf, args.output, dtype=args.dtype, **degrees)
-    ignored = Architecture.from_directory(args.hf).ignored_keys
+    written = import_directory(args.model, args.output, dtype=args.dtype, **degrees)
+    ignored = Architecture.from_directory(args.model).ignored_keys
     if ignored:
         say(ignored)
     say(f"wrote {written}")

@@ -23,7 +23,7 @@ from megatron_iwsft.utils.text import say
 
 _CORPUS_FILES = ("manifest.json", "shard-*")
 _CHECKPOINT_FILES = (INFO, LATEST, CHECKPOINTS, "step-*")
-_CORPUS_OPTIONS = ("seq_length", "samples", "seed", "html", "to_jsonl")
+_CORPUS_OPTIONS = ("seq_length", "trajectories", "seed", "html", "to_jsonl")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     corpus.add_argument(
         "--seq-length", type=positive_int, action="append", metavar="N", help="show packing; repeatable"
     )
-    corpus.add_argument("--samples", type=int, metavar="N", help="random trajectories to print (default: 2)")
+    corpus.add_argument("--trajectories", type=int, metavar="N", help="random trajectories to print (default: 2)")
     corpus.add_argument("--seed", type=int, help="of the random choice (default: 0)")
     corpus.add_argument("--html", type=Path, metavar="FILE", help="write the same as one self-contained page")
     corpus.add_argument("--to-jsonl", type=Path, metavar="FILE", help="convert the shards back to records")
@@ -81,7 +81,7 @@ def _inspect_corpus(args: argparse.Namespace) -> int:
             raise DataError("\n  ".join([f"{args.path} does not match its manifest:", *complaints]))
         say(f"{args.path}: every file matches the manifest, and {DROPPED} adds up")
     corpus = Corpus.open(args.path)
-    samples = 2 if args.samples is None else args.samples
+    samples = 2 if args.trajectories is None else args.trajectories
     inspection = Inspection(
         corpus,
         seq_lengths=args.seq_length or [],

@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="train adapters of this rank on all projections but experts'",
     )
     add("--recompute", choices=("none", "full"), default="none", help="activation recomputation")
-    add("--most", type=positive_int, default=20, metavar="N", help="rows to print at most")
+    add("--limit", type=positive_int, default=20, metavar="N", help="rows to print at most")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> None:
         )
     # The least model parallelism first: it communicates least.
     rows.sort(key=lambda row: (row[2].bubble, row[0].tensor * row[0].context * row[0].pipeline))
-    shown = rows[: args.most]
+    shown = rows[: args.limit]
     width = max(len(layout.describe()) for layout, _, _ in shown)
     say(
         f"{'layout':{width}} {'micro-batches':>13} {'weights':>9} {'gradients':>9} {'optimizer':>9} {'activations':>11} {'GB':>7} "

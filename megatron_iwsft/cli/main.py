@@ -44,6 +44,18 @@ COMMANDS = {
     "control": ("control", "the paper's continuous-control experiment"),
 }
 
+# Former names of options, which still work: command → {former: present}.
+FORMER_OPTIONS = {
+    "shard": {"--task": "--share"},
+    "inspect": {"--samples": "--trajectories"},
+    "import": {"--hf": "--model"},
+    "verify": {"--limit": "--time-limit"},
+    "evaluate": {"--tensor-parallel": "--tensor"},
+    "doctor": {"--limit": "--time-limit"},
+    "layouts": {"--most": "--limit"},
+    "train-tokenizer": {"--field": "--text-field"},
+}
+
 
 def main(arguments: list[str] | None = None, *, commands: Iterable[str] = COMMANDS) -> NoReturn:
     """Run `iwsft` with `arguments` (default: the command line's), restricted to `commands`, and exit with its status."""
@@ -68,7 +80,7 @@ def run(arguments: list[str], *, commands: Iterable[str] = COMMANDS) -> int | No
         raise ConfigError(f"unknown command {name!r}. {hint}")
     module = command_module(name)
     parser = command_parser(name)
-    args, unknown = parser.parse_known_args(rest)
+    args, unknown = parser.parse_known_args(_present_names(name, rest))
     if "overrides" in args:  # argparse takes positionals only up to the next option
         args.overrides = [*args.overrides, *(word for word in unknown if not word.startswith("-"))]
         unknown = [word for word in unknown if word.startswith("-")]
@@ -76,6 +88,13 @@ def run(arguments: list[str], *, commands: Iterable[str] = COMMANDS) -> int | No
         parser.error(f"unknown arguments: {' '.join(unknown)}")
     args.unknown = unknown
     return module.run(args)
+
+
+def _present_names(command: str, arguments: list[str]) -> list[str]:
+    """`arguments` with the present names of options that are given by former ones."""
+    present = FORMER_OPTIONS.get(command, {})
+    options = (argument.partition("=") for argument in arguments)
+    return [present.get(option, option) + equals + value for option, equals, value in options]
 
 
 def command_parser(name: str) -> argparse.ArgumentParser:

@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("job arrays (slurm/shard_corpus.sbatch)")
     add = group.add_mutually_exclusive_group().add_argument
     add("--array", action="store_true", help="process this Slurm array task's share of the input files")
-    add("--task", metavar="I/N", help="process share I (from 0) of N of the input files")
+    add("--share", metavar="I/N", help="process share I (from 0) of N of the input files")
     add("--merge", action="store_true", help="merge the shares into the corpus; other arguments as for the shares")
 
 
@@ -158,8 +158,8 @@ def run(args: argparse.Namespace) -> None:
     settings = _settings(args)
     if args.merge:
         manifest = merge_parts(args.inputs, args.output, settings, restart=args.restart)
-    elif args.array or args.task:
-        task, tasks = _array_task(args.task)
+    elif args.array or args.share:
+        task, tasks = _array_task(args.share)
         names = make_parts(
             args.inputs,
             args.output,
@@ -257,13 +257,13 @@ def _array_task(given: str | None) -> tuple[int, int]:
     if given is not None:
         task, _, tasks = given.partition("/")
         if not (task.isdigit() and tasks.isdigit()):
-            raise DataError(f"--task {given!r} is not of the form I/N, as in 0/8.")
+            raise DataError(f"--share {given!r} is not of the form I/N, as in 0/8.")
         return int(task), int(tasks)
     names = ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_MIN", "SLURM_ARRAY_TASK_COUNT")
     missing = [name for name in names if not os.environ.get(name, "").isdigit()]
     if missing:
         raise DataError(
-            f"--array needs {', '.join(missing)} in the environment. Submit with sbatch --array=0-7, or use --task I/N."
+            f"--array needs {', '.join(missing)} in the environment. Submit with sbatch --array=0-7, or use --share I/N."
         )
     number, first, count = (int(os.environ[name]) for name in names)
     return number - first, count

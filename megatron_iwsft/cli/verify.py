@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tolerance", type=float, default=1e-4, help="largest absolute log-prob difference allowed, in nats"
     )
     parser.add_argument(
-        "--limit",
+        "--time-limit",
         type=positive_int,
         metavar="SECONDS",
         help="begin no further length after this time; report those that were compared. default: none",
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
     from megatron_iwsft.convert.parity import verify
 
     text = args.text.read_text(encoding="utf-8") if args.text else _TEXT
-    parities = verify(args.hf, args.checkpoint, text, lengths=args.length, limit_s=args.limit, report=say)
+    parities = verify(args.hf, args.checkpoint, text, lengths=args.length, limit_s=args.time_limit, report=say)
     for parity in parities:
         say(
             f"{parity.tokens:,} tokens: log-probs differ by at most {parity.max_difference:.2e} (mean {parity.mean_difference:.2e}), "

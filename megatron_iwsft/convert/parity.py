@@ -84,11 +84,11 @@ def verify(
     compared = list(zip(encoded, expected, found, strict=False))
     if not compared:
         raise CheckpointError(
-            f"no text was compared within {limit_s:g} s; the shortest has {len(encoded[0])} tokens. Raise --limit."
+            f"no text was compared within {limit_s:g} s; the shortest has {len(encoded[0])} tokens. Raise --time-limit."
         )
     if len(compared) < len(encoded):
         left_out = ", ".join(f"{len(ids):,}" for ids in encoded[len(compared) :])
-        report(f"not compared within {limit_s:g} s: {left_out} tokens. Raise --limit, or choose --length")
+        report(f"not compared within {limit_s:g} s: {left_out} tokens. Raise --time-limit, or choose --length")
     return [_compare(ids, a, b, tokenizer) for ids, a, b in compared]
 
 

@@ -90,7 +90,7 @@ def test_the_c_locale(run_directory: Path, tmp_path: Path) -> None:
     assert "→ é" in shell(f"{IWSFT} config {config}", **C_LOCALE).stdout
     assert shell(f"{IWSFT} report {run_directory}", **C_LOCALE).returncode == 0
     # torch reads files of its own in the locale's encoding.
-    done = shell(f"{IWSFT} import --hf {tmp_path} --output {tmp_path}/imported", **C_LOCALE)
+    done = shell(f"{IWSFT} import --model {tmp_path} --output {tmp_path}/imported", **C_LOCALE)
     assert done.returncode == 2
     assert "the locale's text encoding is ASCII" in done.stderr and "Set PYTHONUTF8=1" in done.stderr, done.stderr
 

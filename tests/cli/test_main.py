@@ -65,6 +65,26 @@ def test_a_command_documents_purpose_example_and_options(name: str, capsys: pyte
     assert all(action.help for action in parser._actions)
 
 
+def test_an_option_of_one_name_takes_the_same_thing_in_every_command() -> None:
+    taken: dict[str, set[str]] = {}
+    for name in cli.COMMANDS:
+        for action in cli.command_parser(name)._actions:
+            kind = "a flag" if action.nargs == 0 else str(action.metavar or action.dest).partition(".")[0]
+            for option in action.option_strings:
+                taken.setdefault(option, set()).add(kind)
+    several = {option: kinds for option, kinds in taken.items() if len(kinds) > 1}
+    assert several.pop("--output") == {"DIR", "FILE"}
+    assert several == {}
+
+
+@pytest.mark.parametrize("name", cli.FORMER_OPTIONS)
+def test_former_names_of_options_still_work(name: str) -> None:
+    present = {option for action in cli.command_parser(name)._actions for option in action.option_strings}
+    for former, option in cli.FORMER_OPTIONS[name].items():
+        assert former not in present and option in present
+        assert cli._present_names(name, [former, "a=b", f"{former}=c"]) == [option, "a=b", f"{option}=c"]
+
+
 @pytest.mark.command
 @pytest.mark.parametrize(
     ("script", "usage"),
@@ -187,7 +207,7 @@ def test_config_prints_single_values(
 
 def test_inspect_recognizes_a_corpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     corpus = tiny.token_corpus(tmp_path, [20, 30])
-    assert cli.run(["inspect", str(corpus.directory), "--verify", "--seq-length", "64", "--samples", "0"]) == 0
+    assert cli.run(["inspect", str(corpus.directory), "--verify", "--seq-length", "64", "--trajectories", "0"]) == 0
     shown = capsys.readouterr().out
     assert "packed to 64" in shown and "trained tokens T" in shown and "exponent T/(T−τ), τ = 1 " in shown
     (corpus.directory / "manifest.json").unlink()

@@ -83,7 +83,7 @@ def cases(directory: Path) -> dict[str, tuple[list[str], str]]:
         "convert with another command": (["tools/convert_hf.py", "train"], "unknown command 'train'"),
         "shards of nothing": (["tools/shard_corpus.py"], "INPUT"),
         "an unknown dtype": (
-            ["tools/convert_hf.py", "import", "--hf", "a", "--output", "b", "--dtype", "int4"],
+            ["tools/convert_hf.py", "import", "--model", "a", "--output", "b", "--dtype", "int4"],
             "int4",
         ),
         "sharding with a word for a number": (
@@ -102,7 +102,7 @@ def cases(directory: Path) -> dict[str, tuple[list[str], str]]:
             [*SHARD, "--wrong-answers", "score"],
             "needs the field of the reference answer",
         ),
-        "a share that merges": ([*SHARD, "--task", "0/2", "--merge"], "not allowed with"),
+        "a share that merges": ([*SHARD, "--share", "0/2", "--merge"], "not allowed with"),
         "no workers": ([*SHARD, "--workers", "0"], "must be an integer above 0; found '0'"),
         "costs of no tokens": (
             ["tools/reference_costs.py", "--model", "m", "--tokens", "0", "--epochs", "1"],
@@ -128,14 +128,14 @@ def iwsft_cases(directory: Path) -> dict[str, tuple[list[str], str]]:
         "reference": "--config",
         "train": "--config",
         "report": "RUN_DIR",
-        "import": "--hf, --output",
+        "import": "--model, --output",
         "export": "--checkpoint, --output",
         "verify": "HF_DIR, CHECKPOINT",
         "evaluate": "--model",
         "generate": "--model",
         "layouts": "--model, --gpus, --seq-length, --global-batch-size",
         "reference-costs": "--model, --tokens, --epochs",
-        "train-tokenizer": "INPUT, --output, --field",
+        "train-tokenizer": "INPUT, --output, --text-field",
         "make-arithmetic": "--output",
         "control": "--config",
     }
@@ -189,7 +189,7 @@ def iwsft_cases(directory: Path) -> dict[str, tuple[list[str], str]]:
             ["shard", *SHARD[1:], "--preset", "s2k"],
             "unknown preset 's2k'; known: s1k-1.1, openthoughts, openr1, preference.",
         ),
-        "a share of what": (["shard", *SHARD[1:], "--task", "0"], "--task '0' is not of the form I/N"),
+        "a share of what": (["shard", *SHARD[1:], "--share", "0"], "--share '0' is not of the form I/N"),
     }
     return out | {name: ([*iwsft, *arguments], message) for name, (arguments, message) in mistakes.items()}
 

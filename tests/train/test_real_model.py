@@ -35,7 +35,7 @@ def trained(tmp_path_factory) -> tuple[Path, Path, list[dict]]:
     hf, home = real.smollm2(), tmp_path_factory.mktemp("real")
     run("-m", "megatron_iwsft", "make-arithmetic", "--output", home / "sums.jsonl", "--count", "48", "--wrong", "0.2")
     run("-m", "megatron_iwsft", "shard", home / "sums.jsonl", "--output", home / "corpus", "--tokenizer", hf)
-    run("-m", "megatron_iwsft", "import", "--hf", hf, "--output", home / "imported")
+    run("-m", "megatron_iwsft", "import", "--model", hf, "--output", home / "imported")
     config = {
         "run": {"name": "real", "dir": str(home / "run"), "seed": 1, "device": "cpu"},
         "model": {"checkpoint": str(home / "imported")},

@@ -97,7 +97,7 @@ train() {
   part "train-$name" "$limit" "$python" tools/bench/train.py --no-peer --share-process --model "$model" --keep "$kept/$model" "${sizes[@]}" "$@"
 }
 
-part doctor 100 "$python" tools/doctor.py --gpu --limit 45
+part doctor 100 "$python" tools/doctor.py --gpu --time-limit 45
 part operator 60 "$python" tools/bench/logprob.py "${operator[@]}"
 train 1.5b-bf16 120 "$small"
 train 7b-bf16 120 "$large"

@@ -205,10 +205,10 @@ def write_inputs(
         for copy in range(copies):
             for record in base:
                 prompt, response = f"Case {copy}. {record['prompt']}", record["response"]
-                pieces, _, _ = chat.pieces(Conversation(("user", "assistant"), [prompt, response]))
+                (trajectory,) = chat.trajectories(Conversation(("user", "assistant"), [prompt, response]))
                 score = len(response) % 10 / 10
                 ours.write(json.dumps({"prompt": prompt, "response": response, "score": score}) + "\n")
-                theirs.write(json.dumps({"text": "".join(pieces)}) + "\n")
+                theirs.write(json.dumps({"text": "".join(trajectory.texts)}) + "\n")
 
 
 def timed(command: list[str], **options: Any) -> tuple[float, float]:

@@ -119,7 +119,7 @@ def test_corpus_to_jsonl_and_back_is_identical(corpus: Corpus, tmp_path: Path) -
 def test_the_command_verifies_file_hashes(corpus: Corpus, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(corpus.directory, copy)
-    command = [sys.executable, str(TOOL), str(copy), "--verify", "--samples", "1", "--seq-length", "256"]
+    command = [sys.executable, str(TOOL), str(copy), "--verify", "--trajectories", "1", "--seq-length", "256"]
     command += ["--html", str(tmp_path / "page.html")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
