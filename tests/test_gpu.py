@@ -26,7 +26,7 @@ from megatron_iwsft.hf.directory import RandomInit, SafetensorsDirectory
 from megatron_iwsft.objectives.functions import Settings, iw_sft
 from megatron_iwsft.ops import logits as rows
 from megatron_iwsft.testing import comparable_metrics, run_distributed, whole_gradients
-from megatron_iwsft.train.trainer import START_TOLERANCE
+from megatron_iwsft.train.frozen_models import START_TOLERANCE
 from tests.support import events, tiny
 
 pytestmark = [

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
 import torch.distributed as dist
 
 from megatron_iwsft.checkpoint.best import BestCheckpoints
@@ -25,10 +23,6 @@ from megatron_iwsft.distributed.stop_signals import StopSignals
 from megatron_iwsft.distributed.watchdog import Watchdog
 from megatron_iwsft.errors import CheckpointError, ConfigError, DataError, DivergenceError, RequeueError
 from megatron_iwsft.model.flops import peak_tflops, training_flops
-from megatron_iwsft.model.gpt import PolicyModel
-from megatron_iwsft.reference.frozen_stage import WithoutAdapters
-from megatron_iwsft.reference.lagged_copy import LaggedCopy
-from megatron_iwsft.reference.mixture import MixtureSidecars
 from megatron_iwsft.train.callbacks import Callback, CallbackFunction, StepResult
 from megatron_iwsft.train.callbacks.defaults import add_configured_callbacks
 from megatron_iwsft.train.callbacks.events import Events
@@ -43,26 +37,22 @@ from megatron_iwsft.train.continuation import (
 )
 from megatron_iwsft.train.divergence import DivergenceMonitor, Verdict
 from megatron_iwsft.train.early_stop import EarlyStop
+from megatron_iwsft.train.frozen_models import (
+    check_start,
+    lagged_copies,
+    live_reference,
+    scaled_by_history,
+    verified_sidecars,
+)
 from megatron_iwsft.train.optim import build_optimizer, wrap_for_gradients
 from megatron_iwsft.train.phases import PhaseTimes
 from megatron_iwsft.train.profiling import StepProfiler, range_of
 from megatron_iwsft.train.sampling import loss_groups
 from megatron_iwsft.train.schedule import Schedule
-from megatron_iwsft.train.setup import (
-    StartedRun,
-    checkpoint_writer,
-    raise_together,
-    reference_identities,
-    start,
-    starts_as_reference,
-)
+from megatron_iwsft.train.setup import StartedRun, checkpoint_writer, start
 from megatron_iwsft.train.step import TrainStep
 from megatron_iwsft.utils.locks import exclusive
 from megatron_iwsft.utils.text import say
-
-# Mean |log-ratio| per token allowed before the first update, where policy and reference are the same model. A cached reference may
-# have been computed at another layout, which changes the last bits; in FP8 the scales, too: 5e-3 for other rows, emulated (docs/gpu.md).
-START_TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2, "fp8": 1e-1}
 
 # A killed run's lock is released with the last of its processes.
 _LOCK_PATIENCE_S = 15.0
@@ -96,11 +86,11 @@ class Trainer:
             at_exit.enter_context(exclusive(run.run_directory, ConfigError, patience_s=_LOCK_PATIENCE_S))
         self.events = Events(run.run_directory / "logs" / "events.jsonl" if run.is_main else None)
         cached = run.objective.needs_reference and config.reference.source == "cached"
-        reference = _verified_sidecars(run) if cached else None
+        reference = verified_sidecars(run) if cached else None
 
         watch.at(0, "building the model")
         policy = run.build_policy(trained=True)
-        live = _live_reference(run, policy) if run.objective.needs_reference and not cached else None
+        live = live_reference(run, policy) if run.objective.needs_reference and not cached else None
         proposal = run.build_policy() if config.objective.proposal.kind != "current" else None
         self.chunks = wrap_for_gradients(policy, run.optimizer, config.megatron.given())
         self.optimizer = build_optimizer(self.chunks, run.optimizer, run.dtype)
@@ -119,8 +109,8 @@ class Trainer:
             policy,
             self.optimizer,
             self.schedule,
-            lagged=_lagged_copies(run, live, proposal),
-            frozen=_scaled_by_history(run, live, proposal),
+            lagged=lagged_copies(run, live, proposal),
+            frozen=scaled_by_history(run, live, proposal),
             host={name: part for name, part in host.items() if part is not None},
             gather_parameters=self._gather_parameters,
         )
@@ -300,7 +290,7 @@ class Trainer:
                 f"Check the corpus with `iwsft inspect`: {run.mixture.described}."
             )
         if number == 1 and run.objective.needs_reference:
-            self._check_start(metrics)
+            check_start(self.run, metrics)
         with phases.of("optimizer"):
             norm = prepare_gradients(self.optimizer)
             metrics["grad_norm"] = float(norm)
@@ -461,58 +451,3 @@ class Trainer:
         if total != self.total_steps:
             self.total_steps = total
             self.schedule.set_total_steps(total)
-
-    def _check_start(self, metrics: dict[str, Any]) -> None:
-        """Before the first update, a reference that is the initial policy must give the policy's own log-probs."""
-        if not starts_as_reference(self.run):
-            return
-        precision = self.run.config.precision
-        found, allowed = metrics["abs_log_ratio"], START_TOLERANCE["fp8" if precision.fp8 else precision.dtype]
-        if not found <= allowed:  # also for nan
-            raise DataError(
-                f"policy and reference are the same model, yet their log-probs differ by {found:.3g} per token on the first batch "
-                f"(allowed in {precision.described}: {allowed:g}). Model, tokenizer and template match by fingerprint, so the "
-                "cached log-probs are damaged or were computed by another version: remove the corpus's reference-* directory and run "
-                "`iwsft reference` again, or use reference.source: live."
-            )
-
-
-def _verified_sidecars(run: StartedRun) -> MixtureSidecars:
-    """The cached reference, each rank having verified some of its files. Collective; raises DataError on all ranks."""
-    sidecars = MixtureSidecars(run.mixture, reference_identities(run))
-    raise_together(sidecars.damage(run.platform.rank, run.platform.world_size))
-    return sidecars
-
-
-def _live_reference(run: StartedRun, policy: list[PolicyModel]) -> Sequence[torch.nn.Module]:
-    """This rank's chunks of the reference: a model of its own, or the policy without its adapters. Collective over all ranks."""
-    if run.config.reference.source == "base":
-        return [WithoutAdapters(chunk) for chunk in policy]
-    return run.build(run.reference)
-
-
-def _lagged_copies(run: StartedRun, live: Sequence[Any] | None, proposal: list[PolicyModel] | None) -> list[LaggedCopy]:
-    """The frozen models that are updated from the policy."""
-    out, settings, refresh = [], run.config.objective.proposal, run.config.reference.refresh
-    if proposal is not None:
-        every = settings.update_every
-        assert every is not None
-        out.append(LaggedCopy("proposal", proposal, lambda step: step % every == 0, settings.decay or 0.0))
-    if refresh and live is not None:
-
-        def due(step: int) -> bool:
-            return run.sampler.position_at(step).pack == 0 if refresh == "epoch" else step % refresh == 0
-
-        out.append(LaggedCopy("reference", list(live), due))
-    return out
-
-
-def _scaled_by_history(
-    run: StartedRun, live: Sequence[Any] | None, proposal: list[PolicyModel] | None
-) -> dict[str, Sequence[Any]]:
-    """The frozen models with weights of their own, if their FP8 scales follow the steps. Emulation keeps its histories to itself."""
-    precision = run.config.precision
-    if precision.fp8 != "delayed" or precision.fp8_emulation:
-        return {}
-    own = {"reference": None if run.config.reference.source == "base" else live, "proposal": proposal}
-    return {name: chunks for name, chunks in own.items() if chunks is not None}
