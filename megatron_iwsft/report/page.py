@@ -147,7 +147,8 @@ def _objective(run: RunRecord) -> str | None:
         return None
     if not run.values("weight_mean"):
         return str(s["objective.name"])
-    return f"{s['objective.name']}, level {s.get('objective.level')}, τ = {s.get('objective.temperature')}, clip {s.get('objective.clip')}"
+    text = f"{s['objective.name']}, level {s.get('objective.level')}, τ = {s.get('objective.temperature')}"
+    return f"{text}, clip {s['objective.clip']}" if s.get("objective.clip") else text
 
 
 def _state(run: RunRecord) -> str | None:

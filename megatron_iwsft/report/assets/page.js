@@ -42,9 +42,16 @@ function traces(chart, colours) {
   });
 }
 
+// Plotly gives curves that are one constant the range ±1, whatever the constant.
+function rangeOfConstant(chart) {
+  const values = chart.series.flatMap((series) => series.y).filter((y) => y !== null);
+  const value = values[0];
+  return value && values.every((y) => y === value) ? { range: [Math.min(0, 2 * value), Math.max(0, 2 * value)] } : {};
+}
+
 function layout(chart) {
   const fixedrange = matchMedia("(pointer: coarse)").matches; // a finger that scrolls must not zoom
-  const y = chart.kind === "shares" ? { range: [0, 1], tickformat: ".0%" } : chart.log ? { type: "log", dtick: 1, exponentformat: "power" } : { exponentformat: "power" };
+  const y = chart.kind === "shares" ? { range: [0, 1], tickformat: ".0%" } : chart.log ? { type: "log", dtick: 1, exponentformat: "power" } : { exponentformat: "power", ...rangeOfConstant(chart) };
   return {
     margin: { l: 52, r: 10, t: 8, b: 40 }, showlegend: false, hovermode: "x unified",
     hoverlabel: { namelength: 24, font: { size: 12 } },
