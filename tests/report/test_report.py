@@ -172,3 +172,5 @@ def test_the_page_in_a_browser(two_runs: list[Path], tmp_path: Path) -> None:
             light = browser.evaluate("return getComputedStyle(document.body).backgroundColor") == "rgb(246, 247, 249)"
             assert light == (scheme == "light")
         assert browser.evaluate("return document.title") == "sft · iw-sft"
+        ranges = browser.evaluate("return [...document.querySelectorAll('.plot')].map((p) => p.layout.yaxis.range)")
+        assert [0, 2e-3] in ranges, "around the constant learning rate"

@@ -51,7 +51,7 @@ function rangeOfConstant(chart) {
 
 function layout(chart) {
   const fixedrange = matchMedia("(pointer: coarse)").matches; // a finger that scrolls must not zoom
-  const y = chart.kind === "shares" ? { range: [0, 1], tickformat: ".0%" } : chart.log ? { type: "log", dtick: 1, exponentformat: "power" } : { exponentformat: "power", ...rangeOfConstant(chart) };
+  const y = chart.kind === "shares" ? { range: [0, 1], tickformat: ".0%" } : chart.log ? { type: "log", dtick: 1, exponentformat: "power" } : { exponentformat: "power", minexponent: 4, ...rangeOfConstant(chart) };
   return {
     margin: { l: 52, r: 10, t: 8, b: 40 }, showlegend: false, hovermode: "x unified",
     hoverlabel: { namelength: 24, font: { size: 12 } },
