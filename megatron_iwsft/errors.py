@@ -19,6 +19,10 @@ class CheckpointError(UserError):
     """A checkpoint or Hugging Face directory is missing, damaged or of another model."""
 
 
+class DamageError(CheckpointError):
+    """A checkpoint's file is not as it was written. An earlier checkpoint of the run may be intact."""
+
+
 class DivergenceError(UserError):
     """Training gave a loss or gradient that is not a finite number."""
 

@@ -33,7 +33,7 @@ from typing_extensions import TypedDict  # pydantic asks for this one before Pyt
 from megatron_iwsft.checkpoint import integrity
 from megatron_iwsft.checkpoint.names import CHECKPOINTS, INFO, LATEST
 from megatron_iwsft.distributed.parallel_layout import ParallelLayout
-from megatron_iwsft.errors import CheckpointError
+from megatron_iwsft.errors import CheckpointError, DamageError
 from megatron_iwsft.hf.adapters import AdapterSettings, Target
 from megatron_iwsft.hf.architecture import Architecture
 from megatron_iwsft.utils.files import PARTIAL
@@ -122,7 +122,7 @@ class CheckpointInfo:
                 "Give a run directory, or a checkpoint that is complete."
             )
         advice = "Use another checkpoint."
-        found = read_json(path, dict[str, Any], CheckpointError, advice=advice)
+        found = read_json(path, dict[str, Any], DamageError, advice=advice)
         version = found.get("format_version")
         if version != FORMAT_VERSION:
             raise CheckpointError(
@@ -130,7 +130,7 @@ class CheckpointInfo:
                 "wrote it."
             )
         if found.pop("checksum", None) != info_checksum(found):
-            raise CheckpointError(f"{path} is damaged: its checksum does not match. {advice}")
+            raise DamageError(f"{path} is damaged: its checksum does not match. {advice}")
         info = check_json(found, _Info, CheckpointError, where=str(path), advice=advice)
         earlier = info.get("corpus")
         return CheckpointInfo(

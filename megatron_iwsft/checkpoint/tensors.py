@@ -16,7 +16,7 @@ from megatron_iwsft.checkpoint import integrity
 from megatron_iwsft.checkpoint.info import CheckpointInfo, one_line
 from megatron_iwsft.checkpoint.names import INFO
 from megatron_iwsft.checkpoint.pickles import METADATA, read_metadata
-from megatron_iwsft.errors import CheckpointError
+from megatron_iwsft.errors import CheckpointError, DamageError
 from megatron_iwsft.hf.adapter_mapping import adapter_rows
 from megatron_iwsft.hf.adapters import AdapterSettings
 from megatron_iwsft.hf.architecture import Architecture
@@ -47,7 +47,7 @@ class CheckpointTensors:
                 )
             complaints = integrity.damage(self.directory, self._files, [file])
             if complaints:
-                raise CheckpointError(f"{complaints[0]}.")
+                raise DamageError(f"{complaints[0]}.")
             self._checked.add(file)
 
     def read(self, name: str) -> Tensor:

@@ -32,15 +32,15 @@ def run(args: argparse.Namespace) -> None:
 
     quiet_megatron()
     from megatron_iwsft.convert.export import earlier_checkpoint, export_checkpoint
-    from megatron_iwsft.errors import CheckpointError
+    from megatron_iwsft.errors import DamageError
 
     try:
         written = export_checkpoint(
             args.checkpoint, args.output, dtype=args.dtype, best=args.best, merge=args.merge, base=args.base
         )
-    except CheckpointError as error:
-        earlier = earlier_checkpoint(args.checkpoint)
+    except DamageError as error:
+        earlier = None if args.best else earlier_checkpoint(args.checkpoint)
         if earlier is None:
             raise
-        raise CheckpointError(f"{error} The one before it is intact: use --checkpoint {earlier}") from None
+        raise DamageError(f"{error} The one before it is intact: use --checkpoint {earlier}") from None
     say(f"wrote {written}")

@@ -33,20 +33,17 @@ from megatron_iwsft.model.gpt import PolicyModel
 
 
 def earlier_checkpoint(source: str | Path) -> Path | None:
-    """Of a run, or a directory of checkpoints, whose newest checkpoint lacks files or parts of them: the newest undamaged one before it.
+    """Of a run, or a directory of checkpoints, whose newest checkpoint is damaged: the newest undamaged one before it, if there is one.
 
-    None if the newest is complete, or none before it is undamaged.
+    Hashes all files of those that it looks at.
     """
-    for root in (Path(source), Path(source) / CHECKPOINTS):
-        found = complete_checkpoints(root)
-        if found and _is_damaged(found[0], contents=False):
-            return next((path for path in found[1:] if not _is_damaged(path, contents=True)), None)
-    return None
+    earlier = [path for root in (Path(source), Path(source) / CHECKPOINTS) for path in complete_checkpoints(root)[1:]]
+    return next((path for path in earlier if not _is_damaged(path)), None)
 
 
-def _is_damaged(checkpoint: Path, *, contents: bool) -> bool:
+def _is_damaged(checkpoint: Path) -> bool:
     try:
-        return bool(CheckpointInfo.read(checkpoint).damage(contents=contents))
+        return bool(CheckpointInfo.read(checkpoint).damage())
     except CheckpointError:
         return True
 

@@ -218,9 +218,12 @@ def test_export_offers_the_checkpoint_before_a_damaged_one(tmp_path: Path) -> No
     arguments = ["export", "--checkpoint", str(tmp_path / "run"), "--output", str(tmp_path / "hf")]
     newest = tmp_path / "run" / "checkpoints" / "step-00000005"
     damaged = max(newest.glob("*.distcp"), key=lambda path: path.stat().st_size)
-    damaged.write_bytes(damaged.read_bytes()[: damaged.stat().st_size // 3])
-    with pytest.raises(CheckpointError, match=r"The one before it is intact: use --checkpoint \S+/step-00000004$"):
-        cli.run(arguments)
+    content = damaged.read_bytes()
+    flipped = content[:2000] + bytes([content[2000] ^ 1]) + content[2001:]
+    for damage in (flipped, content[: len(content) // 3]):
+        damaged.write_bytes(damage)
+        with pytest.raises(CheckpointError, match=r"The one before it is intact: use --checkpoint \S+/step-00000004$"):
+            cli.run(arguments)
     cli.run([*arguments[:2], str(newest.with_name("step-00000004")), *arguments[3:]])
     assert (tmp_path / "hf" / "config.json").exists()
     with pytest.raises(CheckpointError, match=r"exists[^-]*$"):  # another mistake offers nothing

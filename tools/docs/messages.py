@@ -11,6 +11,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "megatron_iwsft"
 KINDS = ("ConfigError", "DataError", "CheckpointError", "DivergenceError", "UserError")
+OF_KIND = {"DamageError": "CheckpointError"} | {
+    kind: kind for kind in KINDS
+}  # class → under which its messages are listed
 HOLE = "…"  # what is filled in when it is raised
 
 
@@ -34,14 +37,14 @@ def messages() -> Iterator[Message]:
         for function, node in _raises(tree):
             call = node.exc
             if not (
-                isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id in KINDS and call.args
+                isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id in OF_KIND and call.args
             ):
                 continue
             holes: list[str] = []
             text = _text(call.args[0], constants | _locals(function), holes)
             name = function.name if function else ""
             yield Message(
-                call.func.id,
+                OF_KIND[call.func.id],
                 re.sub(r"\s+", " ", text).strip(),
                 str(path.relative_to(ROOT)),
                 node.lineno,
