@@ -113,8 +113,8 @@ class CheckpointInfo:
         path = directory / INFO
         if not is_regular_file(path) and _is_of_megatron(directory):
             raise CheckpointError(
-                f"{given} is a checkpoint of another Megatron-Core program: it has no {INFO}, which says what model it is. Export it to a "
-                "Hugging Face directory with that program (docs/handover.md), then name that directory as model.hf."
+                f"{given} is a checkpoint of another Megatron-Core program: it has no {INFO}, which says what model it is. Read its "
+                "weights with `iwsft import --megatron`, then name the result as model.checkpoint."
             )
         if not is_regular_file(path):
             raise CheckpointError(

@@ -23,7 +23,7 @@ from megatron_iwsft.config.schema import Model
 from megatron_iwsft.distributed.context import ParallelContext
 from megatron_iwsft.errors import CheckpointError, DataError
 from megatron_iwsft.hf.architecture import Architecture
-from megatron_iwsft.hf.directory import RandomInit, ReadingProgress, SafetensorsDirectory, tokenizer_files
+from megatron_iwsft.hf.directory import RandomInit, ReadingProgress, SafetensorsDirectory, TensorSource, tokenizer_files
 from megatron_iwsft.hf.mapping import shapes
 from megatron_iwsft.model.gpt import PolicyModel
 from megatron_iwsft.model.parameters import load_weights
@@ -102,12 +102,22 @@ class InitialWeights:
     def load(self, chunks: list[PolicyModel], parallel: ParallelContext) -> None:
         """Fill this rank's chunks. Collective over all ranks for a checkpoint. Raises DataError for weights that are not finite."""
         if self._source is not None:
-            total = sum(p.numel() for chunk in chunks for p in chunk.parameters())
-            with closing(ReadingProgress(self._source, total, shown=dist.get_rank() == 0)) as source:
-                load_weights(chunks, source, parallel)
+            load_from(self._source, chunks, parallel, described=self.described)
         else:
             load(self._info, TrainState(chunks))
-        for chunk in chunks:
-            for name, parameter in chunk.named_parameters():
-                if not is_float8tensor(parameter) and not bool(torch.isfinite(parameter).all()):
-                    raise DataError(f"{self.described}: {name} contains values that are not finite. Use other weights.")
+            _check_finite(chunks, self.described)
+
+
+def load_from(source: TensorSource, chunks: list[PolicyModel], parallel: ParallelContext, *, described: str) -> None:
+    """Fill this rank's chunks, with a progress bar on the first rank. Raises DataError for weights that are not finite."""
+    total = sum(p.numel() for chunk in chunks for p in chunk.parameters())
+    with closing(ReadingProgress(source, total, shown=dist.get_rank() == 0)) as progress:
+        load_weights(chunks, progress, parallel)
+    _check_finite(chunks, described)
+
+
+def _check_finite(chunks: list[PolicyModel], described: str) -> None:
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            if not is_float8tensor(parameter) and not bool(torch.isfinite(parameter).all()):
+                raise DataError(f"{described}: {name} contains values that are not finite. Use other weights.")

@@ -13,6 +13,7 @@ import importlib
 import io
 import os
 import pickle
+import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,6 +50,7 @@ _ALLOWED = {
         "TensorWriteData",
         "BytesIOWriteData",
     ),
+    "megatron.core.dist_checkpointing.strategies.torch": ("MCoreSavePlan",),  # of earlier lines, empty
     "torch.serialization": ("_get_layout",),
     "torch": ("Size", *(name for name, value in vars(torch).items() if isinstance(value, torch.dtype))),
     "collections": ("OrderedDict",),
@@ -124,6 +126,45 @@ def read_metadata(directory: Path) -> Metadata:
             "Use another checkpoint of the run."
         )
     return found
+
+
+class _Inert:
+    """Takes the place of any object: it keeps attributes, if they come as a dict, and does nothing."""
+
+    def __init__(self, *arguments: Any) -> None: ...
+
+    def __setstate__(self, state: Any) -> None:
+        if isinstance(state, dict):
+            self.__dict__.update(state)
+
+    def append(self, item: Any) -> None: ...
+
+    def __setitem__(self, key: Any, value: Any) -> None: ...
+
+
+class _PlainValues(pickle.Unpickler):
+    """Reads numbers, strings and containers; every object, whatever its class, is an inert one."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        return _Inert
+
+    def persistent_load(self, pid: Any) -> Any:
+        return None  # tensors
+
+
+def read_arguments(directory: Path) -> dict[str, Any]:
+    """The arguments that Megatron-LM saves in `common.pt`: those that are numbers, strings or None. Empty if there are none.
+
+    They are an argparse.Namespace among objects of any class. No class is imported and no code runs.
+    """
+    try:
+        with zipfile.ZipFile(directory / COMMON) as archive:
+            (name,) = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+            found = _PlainValues(io.BytesIO(archive.read(name))).load()
+        arguments = vars(found["args"])
+    except Exception:  # not there, or not written by Megatron-LM
+        return {}
+    return {name: value for name, value in arguments.items() if isinstance(value, str | int | float | None)}
 
 
 def check_pickles(directory: Path, metadata: Metadata, files: Iterable[str]) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException  # a BaseException
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from megatron_iwsft.checkpoint import integrity
 from megatron_iwsft.checkpoint.info import CheckpointInfo, one_line
@@ -23,8 +23,65 @@ from megatron_iwsft.hf.architecture import Architecture
 from megatron_iwsft.hf.mapping import named_rows
 
 
-class CheckpointTensors:
-    """Reads single model tensors, unsharded, without Megatron-Core or a process group."""
+class StoredTensors:
+    """Single tensors of a torch_dist directory, unsharded, read without Megatron-Core or a process group.
+
+    metadata: what is stored where (pickles.py). The directory's files are trusted.
+    """
+
+    def __init__(self, directory: Path, metadata: Metadata) -> None:
+        self.directory = directory
+        self._metadata = metadata
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of every tensor stored, by name."""
+        entries = self._metadata.state_dict_metadata.items()
+        return {name: tuple(entry.size) for name, entry in entries if isinstance(entry, TensorStorageMetadata)}
+
+    def read(self, name: str, index: int | None = None) -> Tensor:
+        """The full tensor `name`, or one index of its first dimension. Raises CheckpointError if there is none or its file is damaged.
+
+        Peak memory: the tensor, and one rank's shard of it if there are several.
+        """
+        entry = self._metadata.state_dict_metadata.get(name)
+        if not isinstance(entry, TensorStorageMetadata):
+            raise CheckpointError(f"{self.directory} has no tensor {name}. Use a checkpoint of this model.")
+        out = None
+        size = entry.size if index is None else entry.size[1:]
+        for chunk in entry.chunks:
+            offsets, sizes = chunk.offsets, chunk.sizes
+            if index is not None and not offsets[0] <= index < offsets[0] + sizes[0]:
+                continue
+            try:
+                shard = self._shard(name, chunk.offsets).view(chunk.sizes)
+            except (Exception, CheckpointException) as error:
+                raise CheckpointError(
+                    f"{self.directory}: tensor {name} cannot be read: {one_line(error)}. "
+                    "Use another checkpoint of the run."
+                ) from None
+            if index is not None:
+                shard, offsets, sizes = shard[index - offsets[0]], offsets[1:], sizes[1:]
+            if shard.shape == size:
+                return shard
+            if out is None:
+                out = torch.empty(size, dtype=entry.properties.dtype)
+            place = tuple(slice(at, at + n) for at, n in zip(offsets, sizes, strict=True))
+            out[place] = shard
+        assert out is not None
+        return out
+
+    def _shard(self, name: str, offsets: torch.Size) -> Tensor:
+        """One stored shard. `torch.distributed.checkpoint.load` would need a second tensor of its size."""
+        from torch.distributed.checkpoint.metadata import MetadataIndex
+
+        place = self._metadata.storage_data[MetadataIndex(name, offsets)]
+        with open(self.directory / place.relative_path, "rb") as file:
+            part: Any = _Part(file, place.offset, place.length)
+            return torch.load(part, map_location="cpu", weights_only=True)
+
+
+class CheckpointTensors(StoredTensors):
+    """Single tensors of a checkpoint. Each of its files is hashed before its first use."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -32,10 +89,15 @@ class CheckpointTensors:
         self._checked: set[str] = set()
         integrity.check_trust(directory, [*self._files, INFO])
         self._check(METADATA)
-        self._metadata = read_metadata(directory)
+        super().__init__(directory, read_metadata(directory))
         self._where: dict[str, set[str]] = {}
         for index, stored in self._metadata.storage_data.items():
             self._where.setdefault(index.fqn, set()).add(stored.relative_path)
+
+    def read(self, name: str, index: int | None = None) -> Tensor:
+        for file in sorted(self._where.get(name, ())):
+            self._check(file)
+        return super().read(name, index)
 
     def _check(self, file: str) -> None:
         """Hash a file before its first use."""
@@ -49,43 +111,6 @@ class CheckpointTensors:
             if complaints:
                 raise DamageError(f"{complaints[0]}.")
             self._checked.add(file)
-
-    def read(self, name: str) -> Tensor:
-        """The full tensor `name`. Raises CheckpointError if the checkpoint has none or its file is damaged.
-
-        Peak memory: the tensor, and one rank's shard of it if there are several.
-        """
-        entry = self._metadata.state_dict_metadata.get(name)
-        if not isinstance(entry, TensorStorageMetadata):
-            raise CheckpointError(f"{self.directory} has no tensor {name}. Use a checkpoint of this model.")
-        out = None
-        for file in sorted(self._where.get(name, ())):
-            self._check(file)
-        for chunk in entry.chunks:
-            try:
-                shard = self._shard(name, chunk.offsets).view(chunk.sizes)
-            except (Exception, CheckpointException) as error:
-                raise CheckpointError(
-                    f"{self.directory}: tensor {name} cannot be read: {one_line(error)}. "
-                    "Use another checkpoint of the run."
-                ) from None
-            if shard.shape == entry.size:
-                return shard
-            if out is None:
-                out = torch.empty(entry.size, dtype=entry.properties.dtype)
-            place = tuple(slice(at, at + n) for at, n in zip(chunk.offsets, chunk.sizes, strict=True))
-            out[place] = shard
-        assert out is not None
-        return out
-
-    def _shard(self, name: str, offsets: torch.Size) -> Tensor:
-        """One stored shard. `torch.distributed.checkpoint.load` would need a second tensor of its size."""
-        from torch.distributed.checkpoint.metadata import MetadataIndex
-
-        place = self._metadata.storage_data[MetadataIndex(name, offsets)]
-        with open(self.directory / place.relative_path, "rb") as file:
-            part: Any = _Part(file, place.offset, place.length)
-            return torch.load(part, map_location="cpu", weights_only=True)
 
 
 class _Part(io.RawIOBase):

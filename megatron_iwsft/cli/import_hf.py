@@ -1,9 +1,11 @@
 """Convert a Hugging Face directory (safetensors) to a checkpoint, with pipeline × lcm(tensor, expert) processes.
 
 A config can also load the directory itself (model.hf); a checkpoint is worth it when many runs start from it.
+With --megatron, the weights are those of a checkpoint of Megatron-LM or Megatron-Bridge (torch_dist).
 
-example:
+examples:
   iwsft import --model /models/Qwen2.5-7B --output checkpoints/qwen2.5-7b --dtype bf16
+  iwsft import --megatron runs/mlm/iter_0001000 --model /models/Qwen2.5-7B --output checkpoints/start
 """
 
 from __future__ import annotations
@@ -18,6 +20,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", required=True, metavar="DIR", help="Hugging Face directory: config.json and safetensors files"
     )
+    parser.add_argument(
+        "--megatron",
+        metavar="DIR",
+        help="take the weights from this iteration's directory of Megatron-LM or Megatron-Bridge; --model then needs only config.json and "
+        "the tokenizer",
+    )
     parser.add_argument("--output", required=True, metavar="DIR", help="directory to write the checkpoint under")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the parameters in the checkpoint")
     add_degrees(parser, "tensor", "pipeline", "expert")
@@ -31,7 +39,7 @@ def run(args: argparse.Namespace) -> None:
     from megatron_iwsft.hf.architecture import Architecture
 
     degrees = dict(tensor=args.tensor, pipeline=args.pipeline, expert=args.expert)
-    written = import_directory(args.model, args.output, dtype=args.dtype, **degrees)
+    written = import_directory(args.model, args.output, dtype=args.dtype, megatron=args.megatron, **degrees)
     ignored = Architecture.from_directory(args.model).ignored_keys
     if ignored:
         say(ignored)

@@ -1,4 +1,4 @@
-"""Import: a Hugging Face directory as a checkpoint."""
+"""Import: a Hugging Face directory, or the weights of a Megatron-LM checkpoint, as a checkpoint."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from typing import Any
 
 import torch
 
-from megatron_iwsft.checkpoint.initial_weights import InitialWeights
+from megatron_iwsft.checkpoint.initial_weights import load_from
+from megatron_iwsft.checkpoint.megatron import MegatronCheckpoint
 from megatron_iwsft.checkpoint.names import LATEST
 from megatron_iwsft.checkpoint.state import TrainState
 from megatron_iwsft.checkpoint.writer import CheckpointWriter
-from megatron_iwsft.config.schema import Model
 from megatron_iwsft.distributed.context import Platform
 from megatron_iwsft.distributed.spawn import run_job
 from megatron_iwsft.errors import CheckpointError, ConfigError
-from megatron_iwsft.hf.directory import DTYPES, SafetensorsDirectory
+from megatron_iwsft.hf.architecture import Architecture
+from megatron_iwsft.hf.directory import DTYPES, SafetensorsDirectory, TensorSource, tokenizer_files
 from megatron_iwsft.model.gpt import ModelSettings, PolicyModel, build_model
 
 
@@ -29,36 +30,52 @@ def import_directory(
     tensor: int = 1,
     pipeline: int = 1,
     expert: int = 1,
+    megatron: str | Path | None = None,
 ) -> Path:
     """Write a Hugging Face directory as a checkpoint (step 0, weights only) under `output`; returns the checkpoint.
+
+    megatron: a torch_dist checkpoint of Megatron-LM or Megatron-Bridge, which has the weights; `source` then needs none.
 
     Starts pipeline × lcm(tensor, expert) processes, each of which reads, holds and writes its own part of the model; the calling
     process is not changed. Raises CheckpointError or ConfigError, and then leaves nothing.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         raise ConfigError("`iwsft import` starts its own processes. Run it without torchrun.")
-    SafetensorsDirectory(source)  # before processes are started, which takes seconds
+    _open(source, megatron)  # before processes are started, which takes seconds
     _refuse_existing(Path(output))
     degrees = {"tensor": tensor, "pipeline": pipeline, "expert": expert, "sequence": tensor > 1}
     world_size = pipeline * math.lcm(tensor, expert)
-    return Path(run_job(_import, world_size, str(source), str(output), dtype, degrees)[0])
+    return Path(run_job(_import, world_size, source, output, megatron, dtype, degrees)[0])
 
 
-def _import(platform: Platform, source: str, output: str, dtype: str, degrees: dict[str, Any]) -> str:
+def _import(
+    platform: Platform,
+    source: str | Path,
+    output: str | Path,
+    megatron: str | Path | None,
+    dtype: str,
+    degrees: dict[str, Any],
+) -> str:
     """On every rank."""
     _refuse_existing(Path(output))
-    weights = InitialWeights(Model(hf=source), seed=0)
+    weights, described = _open(source, megatron), str(megatron or source)
     parallel = platform.parallel(**degrees)
     chunks = build_model(weights.architecture, parallel, platform, ModelSettings(dtype=DTYPES[dtype]))
-    weights.load(chunks, parallel)
+    load_from(weights, chunks, parallel, described=described)
     writer = CheckpointWriter(
         Path(output),
         architecture=weights.architecture,
-        config={"model": {"hf": source}, "precision": {"dtype": dtype}},
+        config={"model": {"hf": described}, "precision": {"dtype": dtype}},
         layout=parallel.layout,
-        tokenizer_files=weights.tokenizer_files,
+        tokenizer_files=tokenizer_files(Path(source)),
     )
     return str(writer.save(TrainState([_SavedOnce(chunk) for chunk in chunks])))
+
+
+def _open(source: str | Path, megatron: str | Path | None) -> TensorSource:
+    if megatron is None:
+        return SafetensorsDirectory(source)
+    return MegatronCheckpoint(megatron, Architecture.from_directory(source))
 
 
 def _refuse_existing(output: Path) -> None:

@@ -175,5 +175,7 @@ def test_inspection_reports_damaged_checkpoints(written, tmp_path: Path) -> None
 def test_a_checkpoint_of_another_megatron_program_is_refused_by_name(files: tuple[str, ...], tmp_path: Path) -> None:
     for name in files:
         (tmp_path / name).write_text("10")
-    with pytest.raises(CheckpointError, match=r"is a checkpoint of another Megatron-Core program.*model\.hf"):
+    with pytest.raises(
+        CheckpointError, match=r"is a checkpoint of another Megatron-Core program.*iwsft import --megatron"
+    ):
         CheckpointInfo.read(tmp_path)
