@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 
 from megatron_iwsft.checkpoint.best import best_checkpoint
 from megatron_iwsft.checkpoint.info import CheckpointInfo
+from megatron_iwsft.cli import main as cli
 from megatron_iwsft.config.schema import Config
 from megatron_iwsft.convert.export import export_checkpoint
 from megatron_iwsft.data.corpus import Corpus
@@ -21,9 +23,10 @@ from megatron_iwsft.errors import CheckpointError
 from megatron_iwsft.hf.transformers_models import hugging_face_logprobs, load_in_transformers
 from megatron_iwsft.testing import comparable_metrics, run_distributed
 from megatron_iwsft.train.check import check
-from tests.support import events, tiny
+from tests.support import events, run_python, tiny
 from tests.support.iw_sft_runs import LIVE, SFT, config
 from tests.support.shared_runs import SharedRuns, assert_same_checkpoints, train_job, train_on
+from tests.support.small_runs import small_run
 
 pytestmark = pytest.mark.parallel
 
@@ -100,7 +103,9 @@ def test_the_values_are_those_of_transformers(directory: Path, unbroken: Path, t
             assert last[f"eval/both/{name}{suffix}"] == pytest.approx(value, rel=1e-3, abs=1e-5), (name, source)
 
 
-def test_the_best_checkpoint_is_kept_beside_the_newest_and_exported(unbroken: Path, tmp_path: Path) -> None:
+def test_the_best_checkpoint_is_kept_beside_the_newest_evaluated_and_exported(
+    directory: Path, unbroken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     of_step = {line["step"]: line["eval/both/nll"] for line in comparable_metrics(unbroken) if "eval/both/nll" in line}
     best, second = sorted((step for step in of_step if step), key=lambda step: -of_step[step])[:2]
     assert {best, second} == {3, 6}
@@ -108,6 +113,10 @@ def test_the_best_checkpoint_is_kept_beside_the_newest_and_exported(unbroken: Pa
     assert {p.name for p in (unbroken / "checkpoints").iterdir()} == {"best", "latest", *names, f"step-{STEPS:08d}"}
     assert (unbroken / "checkpoints" / "best").read_text().split() == names
     assert best_checkpoint(unbroken).name == names[0]
+    cli.run(["evaluate", "--best", "--model", str(unbroken), "--corpus", str(directory / "corpus")])
+    judged = re.search(rf"unbroken-{names[0]}: nll (\S+) per", capsys.readouterr().out)
+    of_corpus = next(line["eval/trained/nll"] for line in comparable_metrics(unbroken) if line["step"] == best)
+    assert judged and float(judged[1]) == pytest.approx(of_corpus, abs=1e-4)
     card = (export_checkpoint(unbroken, tmp_path / "hf", best=True) / "README.md").read_text()
     assert f"step: `{best}`" in card
     with pytest.raises(CheckpointError, match="has no best checkpoint"):
@@ -177,6 +186,19 @@ def test_a_run_that_no_longer_improves_ends_early(directory: Path) -> None:
     assert (run / "hf" / "step-00000004" / "config.json").exists(), "callbacks of the end are called"
     train_on(2, evaluated(directory, "early", *settings, "run.stop_early.patience=3"))
     assert comparable_metrics(run)[-1]["step"] == 6
+
+
+@pytest.mark.command
+def test_an_early_stop_is_a_success_for_whoever_started_the_run(tmp_path: Path) -> None:
+    overrides = ["optimizer.lr=0", "evaluation.every=1", "run.stop_early={metric: eval/held-out/nll, patience: 2}"]
+    settings = small_run(
+        tmp_path, "run", *overrides, f"evaluation.sets=[{{name: held-out, corpus: {tmp_path}/corpus}}]"
+    )
+    (tmp_path / "config.yaml").write_text(settings.to_yaml())
+    done = run_python("-m", "megatron_iwsft", "train", "--config", tmp_path / "config.yaml")
+    assert done.returncode == 0, done.stderr
+    assert comparable_metrics(tmp_path / "run")[-1]["step"] == CheckpointInfo.read(tmp_path / "run").step == 2
+    assert "after step 2: eval/held-out/nll is not better than" in done.stdout
 
 
 def test_a_set_without_reference_is_named_and_its_weights_cannot_decide(directory: Path) -> None:

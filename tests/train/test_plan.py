@@ -10,8 +10,10 @@ import pytest
 from megatron_iwsft.cli import main as cli
 from megatron_iwsft.config.schema import Config
 from megatron_iwsft.errors import CheckpointError, ConfigError, DataError
+from megatron_iwsft.hf.adapters import AdapterSettings, num_parameters
+from megatron_iwsft.hf.architecture import Architecture
 from megatron_iwsft.train.check import check
-from megatron_iwsft.train.plan import plan
+from megatron_iwsft.train.plan import _size, plan
 from tests.support import run_python, tiny
 from tests.support.small_runs import small_run
 
@@ -53,6 +55,24 @@ def test_memory_follows_precision_and_copies(run: Config) -> None:
     assert 3 * by_dtype["fp32"].optimizer == 2 * by_dtype["bf16"].optimizer  # no master weights
     live = changed(changed(run, "objective", name="iw_sft"), "reference", source="live")
     assert "reference and proposal" in lines(live)["memory"] and "reference and proposal" not in lines(run)["memory"]
+
+
+def test_memory_and_checkpoints_of_adapters_are_theirs_alone(run: Config) -> None:
+    arch = Architecture.from_hf(MODEL, where="test")
+    trained = num_parameters(arch, AdapterSettings.of(arch, rank=4, alpha=8.0, targets=None))
+    adapted = changed(run, "adapter", rank=4)
+    full, own = (plan("train", config, world_size=1).memory for config in (run, adapted))
+    assert full is not None and own is not None
+    assert own.parameters == full.parameters + 4 * trained, "in fp32, beside the base"
+    assert own.gradients == 4 * trained and own.optimizer == 8 * trained, (
+        "of adapters, where full training has those of weights"
+    )
+    assert full.gradients > 10 * own.gradients
+    assert f"checkpoints of {_size(12 * trained)} " in lines(adapted)["writes"]
+    weighted = changed(adapted, "objective", name="iw_sft")
+    assert "reference and proposal" in lines(changed(weighted, "reference", source="live"))["memory"]
+    based = lines(changed(weighted, "reference", source="base"))
+    assert "reference and proposal" not in based["memory"] and based["reference"] == "base"
 
 
 def test_a_reference_that_is_missing_is_an_error_or_reported(run: Config) -> None:

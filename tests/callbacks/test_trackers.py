@@ -1,0 +1,88 @@
+"""What trackers are given: TensorBoard's steps once after a resume, checkpoints as artifacts that refer to their directory."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from megatron_iwsft.config.loader import parse_config
+from megatron_iwsft.train.callbacks import StepResult
+from megatron_iwsft.train.callbacks.events import Events
+from megatron_iwsft.train.callbacks.trackers import tensorboard_logger, wandb_logger
+from tests.callbacks.test_damaged_logs import CONFIG, result
+from tests.train.test_profile import wandb_records
+
+
+class Board:
+    """What TensorBoard shows of the writers of one directory: a `purge_step` hides that step and later ones of the writers before."""
+
+    def __init__(self) -> None:
+        self.shown: list[tuple[str, float, int]] = []
+
+    def writer(self, directory: str, purge_step: int | None = None) -> Board:
+        if purge_step is not None:
+            self.shown = [point for point in self.shown if point[2] < purge_step]
+        return self
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        self.shown.append((name, value, step))
+
+    def flush(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+@pytest.fixture
+def board(monkeypatch: pytest.MonkeyPatch) -> Board:
+    found, module = Board(), ModuleType("torch.utils.tensorboard")
+    module.SummaryWriter = found.writer  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    return found
+
+
+def test_tensorboard_shows_each_step_of_a_resumed_run_once(board: Board, tmp_path: Path) -> None:
+    def run(resumed_at: int, steps: range) -> None:
+        with ExitStack() as at_exit:
+            log: Callable[[StepResult], None] = tensorboard_logger(tmp_path, resumed_at, at_exit)
+            for step in steps:
+                log(result(step, loss=float(step), data_s=0.5))
+
+    run(0, range(1, 6))
+    run(3, range(4, 8))  # killed after step 5, with a checkpoint of step 3
+    for name in ("train/loss", "perf/data_s"):
+        assert [step for found, _, step in board.shown if found == name] == list(range(1, 8))
+    assert {name for name, *_ in board.shown} == {"train/loss", "perf/data_s"}, "a step has no point of its own"
+
+
+def test_an_artifact_refers_to_the_newest_checkpoint(tmp_path: Path) -> None:
+    pytest.importorskip("wandb")
+    from wandb.proto import wandb_internal_pb2
+
+    for step in (2, 4):
+        directory = tmp_path / "checkpoints" / f"step-{step:08d}"
+        directory.mkdir(parents=True)
+        (directory / "iwsft.json").write_text("{}")
+        (directory / "weights").write_bytes(bytes(100_000))
+    overrides = [f"run.dir={tmp_path}", "logging.wandb={mode: offline, artifacts: true}"]
+    with ExitStack() as at_exit:
+        wandb_logger(parse_config(CONFIG, overrides, where="test"), Events(tmp_path / "events.jsonl"), at_exit)
+    found = []
+    (path,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    for content in wandb_records(path):
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(content)
+        if record.WhichOneof("record_type") == "artifact":
+            found.append(record.artifact)
+    (artifact,) = found
+    assert artifact.type == "checkpoint" and json.loads(artifact.metadata) == {"step": 4}
+    newest = tmp_path / "checkpoints" / "step-00000004"
+    assert [entry.ref for entry in artifact.manifest.contents] == [
+        (newest / name).as_uri() for name in ("iwsft.json", "weights")
+    ]
+    assert sum(file.stat().st_size for file in tmp_path.glob("wandb/**/*") if file.is_file()) < 100_000, "no copy"
