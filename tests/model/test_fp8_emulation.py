@@ -12,6 +12,7 @@ from megatron_iwsft.distributed.fp8_recipes import FP8_RECIPES
 from megatron_iwsft.errors import ConfigError
 from megatron_iwsft.testing import comparable_metrics, run_distributed
 from tests.support import tiny
+from tests.support.adapters import TrainedAdapters
 
 pytestmark = pytest.mark.numerics
 
@@ -128,12 +129,51 @@ def test_emulated_runs(tmp_path) -> None:
     configs += [config(corpus, tmp_path, recipe, f"precision.fp8={recipe}", emulated) for recipe in FP8_RECIPES]
     edges = ("precision.bf16_first_layers=3", "precision.bf16_last_layers=1")
     configs.append(config(corpus, tmp_path, "edges", "precision.fp8=tensorwise", emulated, *edges))
+    on_base = ("adapter.rank=4", "reference.source=base", "optimizer.lr=1e-2")
+    configs.append(config(corpus, tmp_path, "adapters", "precision.fp8=tensorwise", emulated, *on_base))
     (found,) = run_distributed(losses, 1, configs)
+    assert found.pop("adapters") == (found["tensorwise"][0], 0.0), "B is zero: the base in FP8, and its own reference"
+    first, *_, last = comparable_metrics(tmp_path / "adapters")
+    assert last["abs_log_ratio"] > 0 and last["nll"] != first["nll"], "adapters move the policy alone"
     bf16, _ = found.pop("bf16")
     assert found.pop("edges")[0] == bf16
     for recipe, (loss, ratio) in found.items():
         assert 0 < abs(loss - bf16) / bf16 < 0.05, recipe
         assert ratio == 0 or recipe == "delayed", recipe  # policy and reference: the same arithmetic
+
+
+def adapted_layer(platform) -> None:
+    from megatron_iwsft.hf.adapters import AdapterSettings
+    from megatron_iwsft.hf.architecture import Architecture
+    from megatron_iwsft.hf.directory import RandomInit
+    from megatron_iwsft.model.adapters import add_adapters
+    from megatron_iwsft.model.gpt import ModelSettings, build_model
+    from megatron_iwsft.model.parameters import load_adapters, load_weights
+
+    arch = Architecture.from_hf(tiny.model_config(), where="test")
+    settings, parallel = AdapterSettings.of(arch, rank=4, alpha=8.0, targets=["fc2"]), platform.parallel()
+    numbers = ModelSettings(dtype=torch.bfloat16, fp8="tensorwise", fp8_emulation=True)
+    (model,) = build_model(arch, parallel, platform, numbers)
+    load_weights([model], RandomInit(arch, 0), parallel)
+    add_adapters([model], settings, parallel)
+    load_adapters([model], settings, TrainedAdapters(arch, settings, 5), parallel)
+    layer = model.decoder.layers[0].mlp.linear_fc2
+    x = torch.randn(16, 1, layer.weight.shape[1], generator=torch.Generator().manual_seed(2)).bfloat16()
+    with model.adapters.off():
+        base, _ = layer(x)
+    assert not torch.equal(base, torch.nn.functional.linear(x, layer.weight)), "the base is rounded to FP8"
+    out, _ = layer(x)
+    a, b = layer.adapter.a, layer.adapter.b
+    assert torch.equal(out[:, 0], torch.addmm(base[:, 0], x[:, 0] @ a.t() * 2.0, b.t())), "the adapter is not"
+    out.float().square().sum().backward()
+    assert layer.weight.grad is None and a.grad.dtype == b.grad.dtype == torch.bfloat16
+    grad = 2 * out.detach()[:, 0].float()
+    torch.testing.assert_close(b.grad.float(), grad.t() @ (x[:, 0] @ a.t() * 2.0).float(), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parallel
+def test_adapters_of_an_fp8_base_are_in_bf16() -> None:
+    run_distributed(adapted_layer, 1)
 
 
 @pytest.mark.parallel
