@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_iwsft.checkpoint.megatron import MegatronCheckpoint
+from megatron_iwsft.checkpoint.pickles import read_metadata
 from megatron_iwsft.convert.export import export_checkpoint
 from megatron_iwsft.convert.import_hf import import_directory
 from megatron_iwsft.errors import CheckpointError
@@ -162,6 +163,17 @@ def test_what_is_no_such_checkpoint_is_refused(written: Path, tmp_path: Path) ->
     (copy / "common.pt").chmod(0o666)
     with pytest.raises(CheckpointError, match="can be written by every user"):
         MegatronCheckpoint(copy, arch)
+
+
+def test_metadata_of_earlier_lines_of_megatron_core_is_read(written: Path, tmp_path: Path) -> None:
+    """They kept the plans of all ranks in it, of a class that newer lines have for this purpose only."""
+    from megatron.core.dist_checkpointing.strategies.torch import MCoreSavePlan
+
+    copy = Path(shutil.copytree(iteration(written, "qwen2"), tmp_path / "copy"))
+    metadata = read_metadata(copy)
+    metadata.all_local_plans = [MCoreSavePlan()]  # type: ignore[attr-defined]
+    (copy / ".metadata").write_bytes(pickle.dumps(metadata))
+    MegatronCheckpoint(copy, Architecture.from_directory(written / "qwen2"))
 
 
 def test_no_pickle_of_it_runs_code(written: Path, tmp_path: Path) -> None:
