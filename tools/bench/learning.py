@@ -43,6 +43,8 @@ _SUM = {"level": "trajectory", "normalize": "sequence_weights", "clip": [0.2, 5.
 # What experiments 0 and 1 chose on their development seeds; other experiments with these references use it.
 TUNED = {SFT: 1e-3, MEAN_T: 5e-4, NARROW: 5e-4, WIDE: 5e-4, TOKEN: 2e-4, DFT: 2e-4}
 TUNED_RANDOM = dict.fromkeys(CLIPS, 1e-3)
+RANKS = (4, 16, 64)
+ADAPTER_RATES = (1e-3, 3e-3, 1e-2)  # of adapters, whose alpha is 32
 
 
 def objectives(tokens: float) -> dict[str, dict[str, Any]]:
@@ -58,6 +60,20 @@ def objectives(tokens: float) -> dict[str, dict[str, Any]]:
         DFT: {"objective": {"name": "dft"}},
         PSFT: {"objective": {"name": "psft"}},
     }
+
+
+def with_adapters(sections: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The same objectives, adapters of each rank trained in place of the weights, and their base as the reference."""
+    common = {"reference": {"source": "base"}, "export": {"at_end": False}}  # they are merged instead
+    return {
+        adapted(name, rank): {**common, **section, "adapter": {"rank": rank}}
+        for name, section in sections.items()
+        for rank in RANKS
+    }
+
+
+def adapted(name: str, rank: int) -> str:
+    return f"{name}, rank {rank}"
 
 
 CONTROLS: dict[str, dict[str, Any]] = {
@@ -77,6 +93,7 @@ class Experiment:
     seeds   besides the development seed, at most
     tensor  tensor-parallel processes of the fine-tuning
     tuned   learning rates that were chosen in another experiment
+    ranks   of adapters, which every objective trains as well
     """
 
     reference: str
@@ -89,6 +106,12 @@ class Experiment:
     seeds: int = 4
     tensor: int = 1
     tuned: Mapping[str, float] | None = None
+    ranks: tuple[int, ...] = ()
+
+    @property
+    def rows(self) -> list[str]:
+        """Of its table: the objectives, and each with adapters."""
+        return [row for o in self.objectives for row in (o, *(adapted(o, rank) for rank in self.ranks))]
 
     @property
     def name(self) -> str:
@@ -99,6 +122,7 @@ class Experiment:
         return (
             f"{self.task}, reference {self.reference}, {self.let_through:.0%} of its wrong answers let through, "
             f"{self.curated:,} answers × {self.epochs} epoch{'s' * (self.epochs > 1)}, TP {self.tensor}"
+            + (f", adapters of rank {', '.join(map(str, self.ranks))}" if self.ranks else "")
         )
 
 
@@ -112,8 +136,9 @@ EXPERIMENTS = [
     Experiment(WRONG_BY_CONVICTION, 0.5, 5000, 1, objectives=CLIPS, tuned=TUNED),
     Experiment(ERRS_AT_RANDOM, 0.5, 5000, 1, objectives=CLIPS, tuned=TUNED_RANDOM),
     Experiment(WRONG_BY_CONVICTION, 0.5, 300, 2, task="SmolLM2", objectives=(SFT, MEAN_T, TOKEN), seeds=2),
+    Experiment(WRONG_BY_CONVICTION, 0.5, 5000, 1, objectives=(SFT, MEAN_T), seeds=2, ranks=RANKS),
 ]
-DEFAULT = range(len(EXPERIMENTS) - 1)  # the last one needs a package registry
+DEFAULT = [i for i, e in enumerate(EXPERIMENTS) if e.task != "SmolLM2"]  # which needs a package registry
 SIZES = {
     "sums": Size(Sums()),
     "chains": Size(Chains(), random_errors=0.2, reference_steps=1000, problems=200, processes=1),
@@ -150,7 +175,6 @@ def main() -> None:
         type=int,
         nargs="+",
         choices=range(len(EXPERIMENTS)),
-        default=list(DEFAULT),
         metavar="N",
         help="; ".join(f"{i}: {experiment}" for i, experiment in enumerate(EXPERIMENTS)).replace("%", "%%"),
     )
@@ -159,9 +183,11 @@ def main() -> None:
     args = parser.parse_args()
     if args.seeds < 1 or not all(0 < lr < 1 for lr in args.lr or ()):
         parser.error("--seeds must be at least 1, --lr between 0 and 1")
-    experiments, sizes = [EXPERIMENTS[i] for i in args.experiments], SIZES
+    experiments, sizes = [EXPERIMENTS[i] for i in args.experiments or DEFAULT], SIZES
     if args.quick:
-        args.seeds, experiments, sizes = 1, QUICK_EXPERIMENTS, {"sums": replace(QUICK, rates=QUICK.rates[:2])}
+        args.seeds, sizes = 1, {"sums": replace(QUICK, rates=QUICK.rates[:2])}
+        small = [replace(e, task="sums", curated=16, epochs=1, ranks=e.ranks[:1]) for e in experiments]
+        experiments = small if args.experiments else QUICK_EXPERIMENTS
     if args.objectives:
         wanted = {SFT, *args.objectives}
         unknown = wanted - {name for e in experiments for name in e.objectives}
@@ -171,7 +197,7 @@ def main() -> None:
             replace(e, objectives=tuple(o for o in e.objectives if o in wanted), controls=False) for e in experiments
         ]
     if args.lr and len(args.lr) == 1:
-        experiments = [replace(e, tuned=dict.fromkeys(e.objectives, args.lr[0])) for e in experiments]
+        experiments = [replace(e, tuned=dict.fromkeys(e.rows, args.lr[0])) for e in experiments]
     if args.lr:
         sizes = {task: replace(size, rates=tuple(args.lr)) for task, size in sizes.items()}
     run_all(experiments, sizes, args.output, args.seeds)
@@ -223,11 +249,13 @@ class Bench:
 
     def try_rates(self, experiment: Experiment) -> list[dict[str, Any]]:
         """Train every objective at every learning rate on the development seed. Returns one dict per evaluated model."""
-        return self._train(experiment, 0, [(name, lr) for name in experiment.objectives for lr in self._size.rates])
+        of_weights, count = self._size.rates, len(self._size.rates)
+        rates = {row: of_weights if row in experiment.objectives else ADAPTER_RATES[:count] for row in experiment.rows}
+        return self._train(experiment, 0, [(row, lr) for row in experiment.rows for lr in rates[row]])
 
     def run(self, experiment: Experiment, rates: Mapping[str, float], seeds: Sequence[int]) -> list[dict[str, Any]]:
         """Train every objective at its learning rate on each seed. Returns one dict per evaluated model."""
-        wanted = [(name, rates[name]) for name in experiment.objectives]
+        wanted = [(row, rates[row]) for row in experiment.rows]
         if experiment.controls:
             wanted += [(name, rates[NARROW]) for name in CONTROLS]
         return [result for seed in seeds for result in self._train(experiment, seed, wanted)]
@@ -248,7 +276,8 @@ class Bench:
             seed=seed,
             held_out=self._held_out,
         )
-        sections = objectives(float(statistics.median(Corpus.open(corpus).num_trained.tolist()))) | CONTROLS
+        sections = objectives(float(statistics.median(Corpus.open(corpus).num_trained.tolist())))
+        sections |= with_adapters(sections) | CONTROLS
         data = {"epochs": experiment.epochs, "drawn_from": "reference_filtered"}
         runs = {
             (name, lr): run_config(

@@ -140,7 +140,17 @@ def _train_all(platform: Any, runs: Sequence[dict[str, Any]]) -> float:
         if find_objective(config.objective.name).needs_reference and config.reference.source == "cached":
             precompute_reference(config)
         train(config)
+        if config.adapter.rank and platform.rank == 0:
+            _merge(Path(config.run.dir))
     return time.process_time()
+
+
+def _merge(run: Path) -> None:
+    """Export the model that a run's adapters make of their base."""
+    from megatron_iwsft.checkpoint.info import CheckpointInfo
+    from megatron_iwsft.convert.export import export_checkpoint
+
+    export_checkpoint(run, run / "hf" / CheckpointInfo.read(run).directory.name, merge=True)
 
 
 def controls() -> dict[str, Any]:
