@@ -15,7 +15,8 @@ from megatron_iwsft.reference.mixture import MixtureSidecars
 from megatron_iwsft.train.setup import StartedRun, raise_together, reference_identities, starts_as_reference
 
 # Mean |log-ratio| per token allowed before the first update, where policy and reference are the same model. A cached reference may
-# have been computed at another layout, which changes the last bits; in FP8 the scales, too: 5e-3 for other rows, emulated (docs/gpu.md).
+# have been computed at another layout, which changes the last bits; in FP8 the scales, too: emulated, 5e-3 for other rows of a random
+# model, and 0.2 of a trained one with one scale per tensor (docs/gpu.md).
 START_TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2, "fp8": 1e-1}
 
 
