@@ -22,7 +22,7 @@ SOURCE = (".py", ".sh", ".sbatch", ".yaml", ".md", ".toml")
 # `folder/`: `module`, `module`
 MODULES = re.compile(r"`([\w/]+/)`:((?: `\w+/?`,?)+)")
 # Placeholders, files of a run, and files of other repositories.
-FOREIGN = {"CONFIG.yaml", "config.yaml", "preprocess_data.py"}
+FOREIGN = {"CONFIG.yaml", "config.yaml", "preprocess_data.py", "preprocess_data_fast.py"}
 
 
 def is_folder(part: str) -> bool:
