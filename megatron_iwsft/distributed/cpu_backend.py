@@ -16,6 +16,7 @@ import torch
 import torch._dynamo
 from torch.overrides import TorchFunctionMode
 
+from megatron_iwsft.distributed.gloo import share_device
 from megatron_iwsft.distributed.mcore_compat import use_torch_in_place_of_fused_kernels
 from megatron_iwsft.errors import ConfigError
 
@@ -130,6 +131,7 @@ def install() -> None:
     cuda.set_rng_state = set_rng_state
     cuda.manual_seed = torch.random.default_generator.manual_seed
 
+    share_device()
     use_torch_in_place_of_fused_kernels(_l2_norm, get_rng_state, set_rng_state)
 
     # Megatron-Core's fused functions run as they are written: compiling them takes a C++ compiler and seconds per shape.
