@@ -8,13 +8,13 @@ It changes process-wide state, so only `context.start` calls it, once, in a proc
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch._dynamo
-from torch.overrides import TorchFunctionMode
 
 from megatron_iwsft.distributed.gloo import share_device
 from megatron_iwsft.distributed.mcore_compat import use_torch_in_place_of_fused_kernels
@@ -62,20 +62,43 @@ def _is_cuda(value: Any) -> bool:
     return isinstance(value, torch.device) and value.type == "cuda"
 
 
-class _CudaToCpu(TorchFunctionMode):
-    """Places on CPU what asks for a CUDA device, and names tensor types the way the optimizer asserts on them."""
+_FACTORIES = (
+    "arange as_tensor empty empty_like empty_strided eye full full_like linspace logspace ones ones_like rand rand_like "
+    "randint randint_like randn randn_like randperm tensor zeros zeros_like"
+).split()
+_METHODS = "new_empty new_empty_strided new_full new_ones new_tensor new_zeros".split()
+_TYPE_NAMES = {torch.float32: "Float", torch.bfloat16: "BFloat16", torch.float16: "Half", torch.float64: "Double"}
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if _is_cuda(kwargs.get("device")):
-            kwargs = {**kwargs, "device": _CPU}
-        if func is torch.Tensor.cuda:
-            return args[0]
-        if func is torch.Tensor.to:
-            args = tuple(_CPU if _is_cuda(a) else a for a in args)
-        elif func is torch.Tensor.type and len(args) == 1 and not kwargs:
-            return func(*args).replace("torch.", "torch.cuda.", 1)
-        return func(*args, **kwargs)
+
+def _on_cpu(create: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that creates tensors, on CPU where it is asked for CUDA."""
+
+    @functools.wraps(create)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        if "device" in kwargs and _is_cuda(kwargs["device"]):
+            kwargs["device"] = _CPU
+        return create(*args, **kwargs)
+
+    return wrapped
+
+
+def _stay_on_cpu() -> None:
+    """Tensors that are created on or moved to CUDA are on CPU, and floating-point ones have the type names that the optimizer
+    asserts on. A TorchFunctionMode would do the same in fewer lines, for 4 µs per operation: a tenth of a small model's step.
+    """
+    for name in _FACTORIES:
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
+    tensor: Any = torch.Tensor
+    for name in _METHODS:
+        setattr(tensor, name, _on_cpu(getattr(tensor, name)))
+    to, type_ = _on_cpu(tensor.to), tensor.type
+    tensor.to = lambda self, *args, **kwargs: to(self, *(_CPU if _is_cuda(a) else a for a in args), **kwargs)
+    tensor.cuda = lambda self, *args, **kwargs: self
+    tensor.type = lambda self, *args, **kwargs: (
+        type_(self, *args, **kwargs)
+        if args or kwargs or self.dtype not in _TYPE_NAMES
+        else f"torch.cuda.{_TYPE_NAMES[self.dtype]}Tensor"
+    )
 
 
 def _l2_norm(
@@ -139,5 +162,4 @@ def install() -> None:
 
     torch.distributed.all_to_all_single = _with_sizes_as_lists(torch.distributed.all_to_all_single)
 
-    # Entered for the life of the process: Megatron-Core builds tensors in every phase of a run.
-    _CudaToCpu().__enter__()
+    _stay_on_cpu()

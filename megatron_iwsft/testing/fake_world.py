@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
-from torch.overrides import TorchFunctionMode
 
 from megatron_iwsft.checkpoint.optimizer_state import boxes_of
 from megatron_iwsft.checkpoint.spread import spread_over_replicas
@@ -71,15 +70,6 @@ class GroupCalls:
     sizes: list[int] = field(default_factory=list)
 
 
-class _TypesOnMeta(TorchFunctionMode):
-    """Answers with the names of CUDA's tensor types: the optimizer asserts on them."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.Tensor.type and len(args) == 1 and not kwargs and args[0].is_meta:
-            return {torch.bfloat16: "torch.cuda.BFloat16Tensor", torch.float32: "torch.cuda.FloatTensor"}[args[0].dtype]
-        return func(*args, **(kwargs or {}))
-
-
 def become(rank: int, world_size: int) -> tuple[Platform, GroupCalls]:
     """Make this process rank `rank` of `world_size`; its groups are counted from here on."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -89,7 +79,6 @@ def become(rank: int, world_size: int) -> tuple[Platform, GroupCalls]:
     if cpu_backend._CPU != META:
         cpu_backend._CPU = META
         torch.cuda.current_device = lambda: META  # type: ignore[assignment, return-value]
-        _TypesOnMeta().__enter__()
     stop()
     dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
     return Platform(META, rank, world_size), _count_groups(rank)
