@@ -8,13 +8,13 @@ rank, so one worker each is enough.
 from __future__ import annotations
 
 import datetime
-from typing import Any
+from typing import Any, ClassVar
 
 import torch.distributed.distributed_c10d as c10d
 
 
 class _OnSharedDevice(c10d.ProcessGroupGloo):
-    _devices: list[Any] = []  # the first group's: on the interfaces that the environment names
+    _devices: ClassVar[list[Any]] = []  # the first group's: on the interfaces that the environment names
 
     def __init__(self, store: c10d.Store, rank: int, size: int, timeout: datetime.timedelta) -> None:
         if not self._devices:
