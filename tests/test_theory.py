@@ -31,8 +31,6 @@ from megatron_iwsft.objectives.functions import (
 from megatron_iwsft.objectives.loss import micro_batch_loss, reported_metrics, sum_names
 from megatron_iwsft.objectives.metrics import summarize
 
-pytestmark = pytest.mark.numerics
-
 UNCLIPPED = (0.0, 1e9)
 # (π, r) of each arm.
 PAPER = ((0.5, 0.5), (0.5, 1.0))  # pulling left succeeds half of the time, pulling right always

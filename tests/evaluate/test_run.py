@@ -37,7 +37,6 @@ def model(tmp_path_factory) -> Path:
     return path
 
 
-@pytest.mark.numerics
 def test_greedy_answers_do_not_depend_on_the_batch(model: Path) -> None:
     """Compared with one forward pass per token, without a cache, one prompt at a time."""
     theirs, tokenizer = load_in_transformers(model)
@@ -87,7 +86,6 @@ def test_generate_takes_a_conversation_from_standard_input(
         cli.run(["generate", "--model", str(model)])
 
 
-@pytest.mark.numerics
 def test_sampling_follows_the_models_distribution(model: Path) -> None:
     """First tokens of 3,000 answers, compared with the top-p softmax at that temperature."""
     theirs, tokenizer = load_in_transformers(model)

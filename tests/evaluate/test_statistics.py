@@ -10,8 +10,6 @@ import pytest
 
 from megatron_iwsft.evaluate.statistics import compare, mean_pass_at_k, pass_at_k, student_interval
 
-pytestmark = pytest.mark.numerics
-
 
 def test_pass_at_k_is_the_fraction_of_subsets_with_a_correct_answer() -> None:
     for n in range(1, 7):

@@ -12,8 +12,6 @@ from megatron_iwsft.hf.architecture import Architecture
 from megatron_iwsft.model.flops import _pairs, forward_flops, multiply_adds, training_flops
 from tests.support import tiny
 
-pytestmark = pytest.mark.numerics
-
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "phi3", "gemma3_text"])
 def test_forward_and_training_flops_match_torchs_count(family: str) -> None:

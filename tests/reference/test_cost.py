@@ -11,7 +11,6 @@ from megatron_iwsft.reference.cost import reference_costs
 from tests.support import tiny
 
 
-@pytest.mark.numerics
 def test_costs_follow_from_the_number_of_parameters() -> None:
     arch = Architecture.from_hf(tiny.model_config(vocab_size=384), where="test")
     parameters = 0

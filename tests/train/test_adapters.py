@@ -135,7 +135,6 @@ def in_order(cases: dict[int, Sequence[Case]]) -> list:
 
 
 @pytest.mark.parallel
-@pytest.mark.numerics
 @pytest.mark.parametrize(("world_size", "case"), in_order(CASES))
 def test_a_layout_agrees_with_plain_torch(world_size: int, case: Case, corpus: Corpus, outcomes) -> None:
     loss, gradients = result(outcomes(world_size), str(case))

@@ -76,7 +76,6 @@ def outcomes(corpus: Corpus) -> dict:
 
 
 @pytest.mark.parallel
-@pytest.mark.numerics
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_mistake_is_detected(name: str, corpus: Corpus, outcomes: dict) -> None:
     _, want = expected(str(corpus.directory), "best_fit", False, False, "qwen", LOSS)

@@ -15,7 +15,7 @@ from tests.support import plain_model
 from tests.support.shared_runs import SharedRuns
 from tests.support.small_runs import small_run
 
-pytestmark = [pytest.mark.parallel, pytest.mark.numerics]
+pytestmark = pytest.mark.parallel
 
 OBJECTIVE = """
 import torch

@@ -130,7 +130,6 @@ def expected_losses(runs: SharedRuns, run: str) -> list[float]:
     return out
 
 
-@pytest.mark.numerics
 @pytest.mark.parametrize("run", PROPOSALS)
 def test_proposals_and_refreshed_references_follow_the_formula(run: str, lagged_runs: SharedRuns) -> None:
     found, expected = losses(lagged_runs(run)), expected_losses(lagged_runs, run)

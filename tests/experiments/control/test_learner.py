@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 import torch
 
 from megatron_iwsft.experiments.control.config import Learner, Task
@@ -13,7 +12,6 @@ from megatron_iwsft.experiments.control.learner import RunningMoments, advantage
 TASK = Task(name="InvertedPendulum-v5", episode_steps=200)
 
 
-@pytest.mark.numerics
 def test_advantages_are_discounted_sums_of_td_errors_within_an_episode() -> None:
     rng = np.random.default_rng(0)
     n, discount, trace = 12, 0.9, 0.7
@@ -34,7 +32,6 @@ def test_advantages_are_discounted_sums_of_td_errors_within_an_episode() -> None
     np.testing.assert_allclose(result[:, 0].numpy(), expected, rtol=1e-12)
 
 
-@pytest.mark.numerics
 def test_running_moments_equal_those_of_all_values() -> None:
     values = np.random.default_rng(0).normal(5.0, 3.0, (100, 2))
     moments = RunningMoments(2)

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import math
 
-import pytest
 import torch
 from torch.distributions import Independent, Normal
 
 from megatron_iwsft.experiments.control.policy import AveragedPolicy, GaussianPolicy
-
-pytestmark = pytest.mark.numerics
 
 
 def policy(actions: int, seed: int = 0, log_std: float = -0.5) -> GaussianPolicy:

@@ -61,7 +61,6 @@ def test_a_batch_has_all_steps_of_its_episodes(replay: Replay) -> None:
     assert segment.tolist() == [0] * 25 + [1] * 7 + [2] * 25
 
 
-@pytest.mark.numerics
 @pytest.mark.parametrize("normalize", ["weights", "sequence_weights"])
 @pytest.mark.parametrize("level", ["sequence", "token"])
 @pytest.mark.parametrize("spread", [0.05, 3.0])
