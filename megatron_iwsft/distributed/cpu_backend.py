@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-import torch._dynamo
 
 from megatron_iwsft.distributed.gloo import share_device
 from megatron_iwsft.distributed.mcore_compat import use_torch_in_place_of_fused_kernels
@@ -121,6 +121,26 @@ def _with_sizes_as_lists(all_to_all_single: Callable[..., Any]) -> Callable[...,
     return wrapped
 
 
+def _as_written(function: Any = None, **options: Any) -> Any:
+    """In place of `torch.compile`, which is a decorator too."""
+    return function if function is not None else lambda f: f
+
+
+def _compile_nothing() -> None:
+    """Run Megatron-Core's fused functions as they are written. Compiling them takes a C++ compiler and seconds per shape, and importing
+    the compiler takes 3 s of each process's start, so torch's optimizer does not ask it either whether it is being compiled.
+    """
+    torch.compile = _as_written
+    if "torch._dynamo" in sys.modules:  # Megatron-Core may have been imported, too
+        torch._dynamo.config.disable = True
+    optimizer: Any = torch.optim.Optimizer
+    for method in vars(optimizer).values():
+        if hasattr(method, "__wrapped__"):
+            setattr(method.__wrapped__, "__dynamo_disable", method.__wrapped__)
+    adam: Any = torch.optim.Adam
+    adam.step = torch.no_grad()(adam.step.__wrapped__)
+
+
 def install() -> None:
     """Make Megatron-Core run on CPU in this process, permanently. Call before any Megatron-Core module is built. Idempotent.
 
@@ -154,11 +174,9 @@ def install() -> None:
     cuda.set_rng_state = set_rng_state
     cuda.manual_seed = torch.random.default_generator.manual_seed
 
+    _compile_nothing()
     share_device()
     use_torch_in_place_of_fused_kernels(_l2_norm, get_rng_state, set_rng_state)
-
-    # Megatron-Core's fused functions run as they are written: compiling them takes a C++ compiler and seconds per shape.
-    torch._dynamo.config.disable = True
 
     torch.distributed.all_to_all_single = _with_sizes_as_lists(torch.distributed.all_to_all_single)
 
