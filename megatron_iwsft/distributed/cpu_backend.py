@@ -130,7 +130,7 @@ def _compile_nothing() -> None:
     """Run Megatron-Core's fused functions as they are written. Compiling them takes a C++ compiler and seconds per shape, and importing
     the compiler takes 3 s of each process's start, so torch's optimizer does not ask it either whether it is being compiled.
     """
-    torch.compile = _as_written
+    torch.compile = _as_written  # type: ignore[assignment]
     if "torch._dynamo" in sys.modules:  # Megatron-Core may have been imported, too
         torch._dynamo.config.disable = True
     optimizer: Any = torch.optim.Optimizer

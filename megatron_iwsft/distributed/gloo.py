@@ -10,13 +10,15 @@ from __future__ import annotations
 import datetime
 from typing import Any, ClassVar
 
-import torch.distributed.distributed_c10d as c10d
+import torch.distributed.distributed_c10d
+
+c10d: Any = torch.distributed.distributed_c10d
 
 
 class _OnSharedDevice(c10d.ProcessGroupGloo):
     _devices: ClassVar[list[Any]] = []  # the first group's: on the interfaces that the environment names
 
-    def __init__(self, store: c10d.Store, rank: int, size: int, timeout: datetime.timedelta) -> None:
+    def __init__(self, store: torch.distributed.Store, rank: int, size: int, timeout: datetime.timedelta) -> None:
         if not self._devices:
             super().__init__(store, rank, size, timeout)
             self._devices.extend(self.options._devices)
