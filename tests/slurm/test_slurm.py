@@ -14,9 +14,10 @@ import yaml
 
 from megatron_iwsft.data.corpus import Corpus
 from megatron_iwsft.data.prepare.arithmetic import ArithmeticSettings, arithmetic_records
+from megatron_iwsft.evaluate.results import results_by_step
 from megatron_iwsft.testing import comparable_metrics as metrics
 from tests.slurm.lab import ROOT, Lab, running_lab
-from tests.support import tiny
+from tests.support import events, tiny
 
 pytestmark = pytest.mark.slurm
 
@@ -131,6 +132,29 @@ def test_a_job_array_shards_a_corpus(lab: Lab, tmp_path: Path) -> None:
     found, expected = ((tmp_path / name / "manifest.json").read_text() for name in ("array", "whole"))
     assert found == expected  # it holds every file's hash
     assert not Corpus.open(tmp_path / "array").damage()
+
+
+def test_jobs_beside_a_run_answer_for_its_steps(lab: Lab, tmp_path: Path) -> None:
+    config, run = config_at(tmp_path, max_steps=4), tmp_path / "run"
+    problems = tiny.write_jsonl(
+        tmp_path / "sums.jsonl", [{"question": f"{a} + 7?", "answer": str(a + 7)} for a in (1, 2)]
+    )
+    answers = {
+        "every": 2,
+        "benchmarks": [str(problems)],
+        "max_new_tokens": 4,
+        "where": "slurm",
+        "sbatch": ["--time=10"],
+    }
+    job = lab.submit("--nodes=2", TRAIN, config, f"evaluation.answers={json.dumps(answers)}")
+    assert lab.wait(job) == "COMPLETED", lab.log(job)
+    submitted = {event["step"]: event["job"] for event in events(run, "answers submitted")}
+    assert list(submitted) == [0, 2, 4], lab.log(job)
+    for step, beside in submitted.items():
+        assert lab.wait(beside) == "COMPLETED", (run / "logs" / f"answers-{step}-{beside}.log").read_text()
+    found = results_by_step(run)
+    assert list(found) == [0, 2, 4] and all(list(values) == ["eval/sums/pass@1"] for values in found.values())
+    assert not list((run / "evaluation" / "models").iterdir()), "exports are removed"
 
 
 def test_a_killed_rank_requeues_the_job(lab: Lab, config: Path, unbroken: list[dict], tmp_path: Path) -> None:

@@ -116,8 +116,9 @@ def _submit(trainer: Trainer, step: int) -> None:
     log = run / "logs" / f"answers-{step}-%j.log"
     command = ["sbatch", "--parsable", f"--output={log}", *options, str(_script())]
     command += ["--run", str(run), "--step", str(step)]
-    # What this job's own allocation is must not decide the other's.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_"))}
+    # What this job's own allocation is must not decide the other's. Where Slurm's configuration is, is the same for both.
+    own = [name for name in os.environ if name.startswith(("SLURM_", "SBATCH_")) and name != "SLURM_CONF"]
+    environment = {name: value for name, value in os.environ.items() if name not in own}
     try:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=_SUBMITTING_S)
     except subprocess.TimeoutExpired:
