@@ -5,6 +5,8 @@ trainer's steps (without saving) on the same generated, packed trajectories. `pe
 trajectory per forward pass and the loss of the paper's released script: log-softmax of the full logits, then a gather, and for iw-SFT
 a second model as the reference.
 
+With --adapter-rank, low-rank adapters are trained instead of the weights, and `iw_sft base` has the frozen weights as its reference.
+
 On a CPU: tools/bench/train.py --device cpu --hf SMALL_MODEL --dtype fp32 --seq-length 512 --batch 2 --rounds 3
 
 Model FLOPs count matmuls only, 3 × forward: causal attention within each trajectory, the vocabulary projection of trained positions,
@@ -48,6 +50,7 @@ _PEAKS = {
 }
 
 OBJECTIVES = ("sft", "iw_sft cached", "iw_sft live")
+ON_ADAPTERS = ("sft", "iw_sft cached", "iw_sft base", "iw_sft live")
 
 
 def main() -> None:
@@ -67,7 +70,14 @@ def main() -> None:
     add("--batch", type=int, default=8, help="packed sequences per global batch, one per micro-batch (default: 8)")
     add("--steps", type=int, default=10, help="measured steps (default: 10)")
     add("--warmup", type=int, default=3, help="warm-up steps before them (default: 3)")
-    add("--objective", nargs="+", choices=OBJECTIVES, default=list(OBJECTIVES))
+    add("--objective", nargs="+", choices=ON_ADAPTERS, help="default: all")
+    add(
+        "--adapter-rank",
+        type=int,
+        default=0,
+        metavar="N",
+        help="train adapters of this rank, without the peer (default: all weights)",
+    )
     add("--dtype", choices=("bf16", "fp32"), default="bf16")
     add(
         "--fp8",
@@ -86,6 +96,10 @@ def main() -> None:
     )
     add("--case", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    args.objective = args.objective or list(ON_ADAPTERS if args.adapter_rank else OBJECTIVES)
+    if "iw_sft base" in args.objective and not args.adapter_rank:
+        parser.error("iw_sft base needs --adapter-rank")
+    args.no_peer |= args.adapter_rank > 0
     if args.device == "cpu":
         os.environ["IWSFT_DEVICE"] = "cpu"
     if args.case:
@@ -112,7 +126,8 @@ def bench(args: argparse.Namespace, directory: Path) -> None:
     print(
         f"{args.hf or args.model}, {args.batch} sequences per step, {args.processes} process(es), recompute {args.recompute}, "
         f"{args.dtype}; large matmul in {args.dtype}: {rate / 1e12:.2f} TFLOP/s measured, "
-        + (f"{peak / 1e12:.0f} in the data sheet (the denominator of MFU)" if peak else "the denominator of MFU"),
+        + (f"{peak / 1e12:.0f} in the data sheet (the denominator of MFU)" if peak else "the denominator of MFU")
+        + (f"; adapters of rank {args.adapter_rank}" if args.adapter_rank else ""),
         flush=True,
     )
     print(f"{'':10} {'':14} {'':12} {'seq':>6} {'step':>9} {'tokens/s':>9} {'TFLOP/s':>8} {'MFU':>6} {'memory':>9}")
@@ -178,7 +193,8 @@ def _compare(found: dict[Case, Measured], processes: int) -> None:
         sft, bf16 = found.get(replace(case, objective="sft")), found.get(replace(case, fp8="none"))
         if case.objective != "sft" and sft:
             print(
-                f"  {case.program}, {case.objective} / sft, {case.fp8}: {result.step_s / sft.step_s:.3f} × the step time"
+                f"  {case.program}, {case.objective} / sft, {case.fp8}: {result.step_s / sft.step_s:.3f} × the step time, "
+                f"{sft.tokens_per_cpu_s / result.tokens_per_cpu_s:.3f} × the CPU time per token"
             )
         if case.fp8 != "none" and bf16:
             apart = [abs(a - b) / abs(b) for a, b in zip(result.losses, bf16.losses, strict=True)]
