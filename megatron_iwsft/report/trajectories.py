@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -56,10 +56,11 @@ class WeighedTrajectory:
 
 @dataclass(frozen=True)
 class Extremes:
-    """Of one run: `looked_at` of its corpus's trajectories were scored at export `step`."""
+    """Of one run: `looked_at` of its corpus's trajectories were scored at export `step`, by the mean or the sum of their log-ratios."""
 
     run: str
     step: str
+    by: Literal["mean", "sum"]
     looked_at: int
     trajectories: int
     largest: list[WeighedTrajectory]
@@ -67,7 +68,8 @@ class Extremes:
 
 
 def extreme_trajectories(run: RunRecord, count: int, *, shown: int = 4) -> Extremes:
-    """Score `count` trajectories of the run's corpus, evenly spread, and take those with the extreme mean log-ratios.
+    """Score `count` trajectories of the run's corpus, evenly spread, and take those with the extreme log-ratios: sums
+    if the run's objective is of level trajectory, else means.
 
     Raises DataError if the run has no export, or its corpus no reference log-probs; CheckpointError if transformers cannot load the export.
     """
@@ -79,6 +81,7 @@ def extreme_trajectories(run: RunRecord, count: int, *, shown: int = 4) -> Extre
     corpus = _corpus(run)
     reference = _reference(run, corpus)
     model, _ = load_in_transformers(export)
+    by: Literal["mean", "sum"] = "sum" if run.settings.get("objective.level") == "trajectory" else "mean"
     scored: list[tuple[float, int, np.ndarray]] = []
     chosen = np.unique(np.linspace(0, len(corpus) - 1, min(count, len(corpus))).astype(int)).tolist()
     with torch.inference_mode():
@@ -90,23 +93,29 @@ def extreme_trajectories(run: RunRecord, count: int, *, shown: int = 4) -> Extre
             policy = np.concatenate([[0.0], hugging_face_logprobs(model, ids.tolist()).numpy()])
             ratios = np.where(trained, policy - reference(i)[: len(ids)], np.nan)
             ratios[0] = np.nan
-            scored.append((float(np.nanmean(ratios)), i, ratios))
+            scored.append((float(np.nansum(ratios) if by == "sum" else np.nanmean(ratios)), i, ratios))
     scored.sort(key=lambda row: row[0])
     meta = corpus.meta(["id", "source", "score"] if "source" in corpus.meta().column_names else ["id", "score"])
     decode = corpus.tokenizer().decode
 
     def weighed(row: tuple[float, int, np.ndarray]) -> WeighedTrajectory:
-        mean, i, ratios = row
-        return _weighed(mean, corpus.tokens(i), ratios, meta.slice(i, 1).to_pylist()[0], decode)
+        _, i, ratios = row
+        return _weighed(corpus.tokens(i), ratios, meta.slice(i, 1).to_pylist()[0], decode)
 
     half = min(shown, len(scored) // 2)
     largest, smallest = scored[::-1][:half], scored[:half]
     return Extremes(
-        run.name, export.name, len(scored), len(corpus), [weighed(r) for r in largest], [weighed(r) for r in smallest]
+        run.name,
+        export.name,
+        by,
+        len(scored),
+        len(corpus),
+        [weighed(r) for r in largest],
+        [weighed(r) for r in smallest],
     )
 
 
-def _weighed(mean: float, ids: np.ndarray, ratios: np.ndarray, meta: dict[str, Any], decode: Any) -> WeighedTrajectory:
+def _weighed(ids: np.ndarray, ratios: np.ndarray, meta: dict[str, Any], decode: Any) -> WeighedTrajectory:
     # Long prompts are cut at the front: the trained tokens matter.
     first = max(0, min(int(np.flatnonzero(~np.isnan(ratios))[0]) - _SHOWN // 4, len(ratios) - _SHOWN))
     last = min(len(ratios), first + _SHOWN)
@@ -118,7 +127,7 @@ def _weighed(mean: float, ids: np.ndarray, ratios: np.ndarray, meta: dict[str, A
         identifier=str(meta.get("id", "")),
         source=str(meta.get("source") or ""),
         score=meta.get("score"),
-        mean=mean,
+        mean=float(np.nanmean(ratios)),
         total=float(np.nansum(ratios)),
         tokens=tokens,
         cut=len(ids) - len(tokens),

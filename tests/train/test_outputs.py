@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -59,3 +60,16 @@ def test_exports_during_training_equal_exports_of_its_checkpoints(runs: SharedRu
     card = (offline / "README.md").read_text()
     assert Corpus.open(runs.directory / "corpus").fingerprint in card
     assert "run: `overlap`" in card
+
+
+def test_the_report_ranks_trajectories_by_what_the_level_makes_weights_of(runs: SharedRuns) -> None:
+    from megatron_iwsft.report.run_record import read_runs
+    from megatron_iwsft.report.trajectories import extreme_trajectories
+
+    (run,) = read_runs([runs("overlap")])
+    for level, of in {"sequence": lambda t: t.mean, "trajectory": lambda t: t.total}.items():
+        found = extreme_trajectories(replace(run, settings=run.settings | {"objective.level": level}), 8, shown=3)
+        largest, smallest = ([of(t) for t in side] for side in (found.largest, found.smallest))
+        assert found.looked_at == 8 and len(largest) == len(smallest) == 3
+        assert largest == sorted(largest, reverse=True) and smallest == sorted(smallest)
+        assert largest[-1] >= smallest[-1]
