@@ -48,6 +48,8 @@ def devices_and_modules(platform: Any) -> tuple[set[str], list[str], list[str]]:
         x.cuda(),
         torch.nn.Linear(2, 2).cuda().weight,
     ]
+    with torch.device("meta"):
+        assert torch.empty(2).is_meta and torch.nn.Linear(2, 2).weight.is_meta
     parameter = torch.nn.Parameter(x.clone())
     parameter.grad = torch.ones_like(parameter)
     optimizer = torch.optim.AdamW([parameter], lr=0.5, weight_decay=0.0)
