@@ -51,8 +51,9 @@ class MegatronCheckpoint:
             )
         names = integrity.names_below(self.directory)
         integrity.check_entries(self.directory, names, names)
-        self._tensors = StoredTensors(self.directory, read_metadata(self.directory))
-        self._check_arguments()
+        metadata = read_metadata(self.directory)
+        self._tensors = StoredTensors(self.directory, metadata)
+        self._check_arguments(read_arguments(self.directory, metadata, names))
         self._rows = named_rows(architecture)
         self._owner = {hf: (name, row) for name, row in self._rows for hf in row.hf}
         self._place = self._find()
@@ -119,9 +120,8 @@ class MegatronCheckpoint:
         ]
         return tuple(row.layout.join(parts, 0, 1).shape)
 
-    def _check_arguments(self) -> None:
+    def _check_arguments(self, given: dict[str, Any]) -> None:
         """Raise CheckpointError if Megatron-LM's arguments contradict the architecture where no shape would."""
-        given = read_arguments(self.directory)
         for name, expected in _arguments(self.architecture).items():
             found = given.get(name)
             if found is not None and found != expected:

@@ -152,19 +152,31 @@ class _PlainValues(pickle.Unpickler):
         return None  # tensors
 
 
-def read_arguments(directory: Path) -> dict[str, Any]:
-    """The arguments that Megatron-LM saves in `common.pt`: those that are numbers, strings or None. Empty if there are none.
+def read_arguments(directory: Path, metadata: Metadata, files: Iterable[str]) -> dict[str, Any]:
+    """The arguments that Megatron-LM saves: those that are numbers, strings or None. Empty if there are none.
 
-    They are an argparse.Namespace among objects of any class. No class is imported and no code runs.
+    They are an argparse.Namespace among objects of any class, in `common.pt`, or since Megatron-Core 0.19 in an object beside the tensors
+    in one of `files`. No class is imported and no code runs.
     """
     try:
-        with zipfile.ZipFile(directory / COMMON) as archive:
+        with zipfile.ZipFile(io.BytesIO(_common_state(directory, metadata, set(files)))) as archive:
             (name,) = [name for name in archive.namelist() if name.endswith("/data.pkl")]
             found = _PlainValues(io.BytesIO(archive.read(name))).load()
-        arguments = vars(found["args"])
+        arguments = vars((found[0] if isinstance(found, list) else found)["args"])
     except Exception:  # not there, or not written by Megatron-LM
         return {}
     return {name: value for name, value in arguments.items() if isinstance(value, str | int | float | None)}
+
+
+def _common_state(directory: Path, metadata: Metadata, files: set[str]) -> bytes:
+    if COMMON in files:
+        return (directory / COMMON).read_bytes()
+    (place,) = [place for index, place in metadata.storage_data.items() if index.fqn.startswith("common_state/")]
+    if place.relative_path not in files:
+        return b""
+    with open(directory / place.relative_path, "rb") as file:
+        file.seek(place.offset)
+        return file.read(place.length)
 
 
 def check_pickles(directory: Path, metadata: Metadata, files: Iterable[str]) -> list[str]:

@@ -160,7 +160,7 @@ def test_what_is_no_such_checkpoint_is_refused(written: Path, tmp_path: Path) ->
     with pytest.raises(CheckpointError, match=r"has no \.metadata\. Name the directory of one iteration"):
         MegatronCheckpoint(written / "megatron" / "qwen2", arch)
     copy = Path(shutil.copytree(iteration(written, "qwen2"), tmp_path / "copy"))
-    (copy / "common.pt").chmod(0o666)
+    (copy / ".metadata").chmod(0o666)
     with pytest.raises(CheckpointError, match="can be written by every user"):
         MegatronCheckpoint(copy, arch)
 
