@@ -85,7 +85,8 @@ def _on_cpu(create: Callable[..., Any]) -> Callable[..., Any]:
 
 def _stay_on_cpu() -> None:
     """Tensors that are created on or moved to CUDA are on CPU, and floating-point ones have the type names that the optimizer
-    asserts on. A TorchFunctionMode would do the same in fewer lines, for 4 µs per operation: a tenth of a small model's step.
+    asserts on. A TorchFunctionMode would do the same in fewer lines, but it sees every operation: a small model's step would take half
+    as much time again.
     """
     _device_constructors()  # caches what `with torch.device(…)` applies to: torch's own functions, not these
     for name in _FACTORIES:
@@ -130,7 +131,7 @@ def _as_written(function: Any = None, **options: Any) -> Any:
 
 def _compile_nothing() -> None:
     """Run Megatron-Core's fused functions as they are written. Compiling them takes a C++ compiler and seconds per shape, and importing
-    the compiler takes 3 s of each process's start, so torch's optimizer does not ask it either whether it is being compiled.
+    torch's compiler takes seconds of each process's start, so the optimizer does not ask it either whether it is being compiled.
     """
     torch.compile = _as_written  # type: ignore[assignment]
     if "torch._dynamo" in sys.modules:  # Megatron-Core may have been imported, too
