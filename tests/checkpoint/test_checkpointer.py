@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -323,3 +324,21 @@ def test_the_last_save_is_retried(outcomes: list[bool], attempts: int, message: 
     for found, error in run_distributed(finish_with_failures, 2, tmp_path / "checkpoints", outcomes):
         assert found == [7] * attempts
         assert message in error and bool(message) == bool(error)
+
+
+def write_without_space(platform: Any, filename: str | None) -> str:
+    """What is reported of a write that finds no space: in a file, or in shared memory, whose error names none."""
+    from megatron_iwsft.checkpoint.writer import _write_and_hash
+    from megatron_iwsft.distributed.mcore_compat import write_results
+
+    def write() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", filename)
+
+    _write_and_hash(write, Path("never-read"), 0)
+    return str(write_results().get_nowait())
+
+
+@pytest.mark.parametrize(("filename", "named"), [(None, "device in /dev/shm"), ("/scratch/a", "device: '/scratch/a'")])
+def test_a_write_without_space_names_the_place(filename: str | None, named: str) -> None:
+    (message,) = run_distributed(write_without_space, 1, filename)
+    assert message.endswith(named)
