@@ -18,10 +18,15 @@ c10d: Any = torch.distributed.distributed_c10d
 class _OnSharedDevice(c10d.ProcessGroupGloo):
     _devices: ClassVar[list[Any]] = []  # the first group's: on the interfaces that the environment names
 
-    def __init__(self, store: torch.distributed.Store, rank: int, size: int, timeout: datetime.timedelta) -> None:
-        if not self._devices:
-            super().__init__(store, rank, size, timeout)
-            self._devices.extend(self.options._devices)
+    def __init__(
+        self, store: torch.distributed.Store, rank: int, size: int, timeout: datetime.timedelta, **others: Any
+    ) -> None:
+        """others: of newer versions of torch; a group that asks for any of them gets a device of its own."""
+        is_first = not self._devices
+        if is_first or any(others.values()):
+            super().__init__(store, rank, size, timeout, **others)
+            if is_first:
+                self._devices.extend(self.options._devices)
             return
         options = c10d.ProcessGroupGloo._Options()
         options._timeout, options._devices, options._threads = timeout, self._devices, len(self._devices)
