@@ -66,6 +66,7 @@ def wandb_logger(
             if settings.artifacts and connected:
                 _log_checkpoint(wandb, handle, config)
             handle.finish()
+            wandb.teardown()  # its service may still have the last rows in memory, and a stopped run ends without its exit handlers
 
     def log(result: StepResult) -> None:
         nonlocal connected
