@@ -63,7 +63,7 @@ def worked_sums(directory: Path, count: int) -> Path:
 
 
 def whole_gradients(chunks: list[Any], parallel: ParallelContext) -> dict[str, Tensor]:
-    """The gradient of every trained parameter in Hugging Face's names and shapes (adapters: PEFT's), on every rank.
+    """The gradient of every trained parameter in Hugging Face's names and shapes (adapters: PEFT's) on the first rank; {} on others.
 
     Reads `main_grad` after reduction, so the data-parallel sharding of a distributed optimizer must be off. Collective.
     """
@@ -81,8 +81,10 @@ def whole_gradients(chunks: list[Any], parallel: ParallelContext) -> dict[str, T
         for name, parameter in model.trained_parameters():
             local[checkpoint_name(model, name)] = parameter.main_grad.detach().cpu().clone()
     assert architecture is not None
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, (parallel.tp.rank(), local))
+    gathered: list[Any] = [None] * (dist.get_world_size() if dist.get_rank() == 0 else 0)
+    dist.gather_object((parallel.tp.rank(), local), gathered or None)
+    if not gathered:
+        return {}
     shards: dict[tuple[str, int | None], dict[int, Tensor]] = {}
     for rank, part in gathered:
         for (name, expert), tensor in part.items():

@@ -78,7 +78,7 @@ def outcomes(corpus: Corpus) -> dict:
 @pytest.mark.parallel
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_mistake_is_detected(name: str, corpus: Corpus, outcomes: dict) -> None:
-    _, want = expected(str(corpus.directory), "best_fit", False, False, "qwen", LOSS)
+    _, want = expected(str(corpus.directory), Case(), (LOSS,))[LOSS]
     broken, fixed = (max(relative_error(g[n], want[n]) for n in want) for _, g in result(outcomes, name))
     print(f"\n{name}: worst gradient off by {broken:.1e}, without the mistake {fixed:.1e}", end="")
     assert broken > 100 * TOLERANCE

@@ -36,13 +36,9 @@ OBJECTIVES = {
 # On two processes: name → (objective, degrees).
 LAYOUTS: dict[str, tuple[str, dict]] = {
     "sft-vp2": ("sft", dict(pipeline=2, virtual_pipeline=2)),
-    "iw_sft-tp2": ("iw_sft", dict(tensor=2, sequence=True)),
     "iw_sft-cp2": ("iw_sft", dict(context=2)),
     "iw_sft_weights-dp2": ("iw_sft_weights", dict()),
-    "iw_sft_weights-pp2": ("iw_sft_weights", dict(pipeline=2)),
-    "iw_sft_token-tp2": ("iw_sft_token", dict(tensor=2)),
-    "dft-tp2": ("dft", dict(tensor=2)),
-    "psft-pp2": ("psft", dict(pipeline=2)),
+    "iw_sft_token-tp2": ("iw_sft_token", dict(tensor=2, sequence=True)),
 }
 Curve = list[list[float]]
 

@@ -33,7 +33,7 @@ SEQ_LENGTH = 64
 
 @dataclass(frozen=True)
 class Case:
-    """Parallel degrees and other settings that must not change a number, and the model's family. expert None: a dense model."""
+    """Parallel degrees and other settings that must not change a number, and the model. expert None: a dense model."""
 
     tensor: int = 1
     pipeline: int = 1
@@ -48,6 +48,13 @@ class Case:
     recompute: str = "none"
     overlap: bool = False
     family: str = "qwen"
+    layers: int = 2
+
+    @property
+    def alone(self) -> Case:
+        """The same model and batches on one process, without what must not change a number."""
+        expert = self.expert and 1
+        return Case(expert=expert, packing=self.packing, tied=self.tied, family=self.family, layers=self.layers)
 
     @property
     def degrees(self) -> dict:
@@ -86,29 +93,29 @@ CASES = {
         Case(tensor=2),
         Case(tensor=2, sequence=True, tied=True, recompute="full"),
         Case(pipeline=2, tied=True),
-        Case(pipeline=2, virtual_pipeline=2, tied=True),
-        Case(pipeline=2, layers_per_stage=(5, 3)),
-        Case(pipeline=2, virtual_pipeline=2, layers_per_stage=(1, 2, 4, 1), recompute="selective"),
+        Case(pipeline=2, virtual_pipeline=2, tied=True, layers=4),
+        Case(pipeline=2, layers_per_stage=(3, 1), layers=4),
+        Case(pipeline=2, virtual_pipeline=2, layers_per_stage=(1, 2, 4, 1), recompute="selective", layers=8),
         Case(context=2),
         Case(context=2, packing="none", micro_batch_size=2, recompute="full"),
         Case(),  # data parallel 2
         Case(packing="none", overlap=True),
         Case(expert=2),
         Case(expert=1, tensor=2, sequence=True, packing="none"),
-        Case(expert=1, pipeline=2, virtual_pipeline=2, recompute="full"),
+        Case(expert=1, pipeline=2, virtual_pipeline=2, recompute="full", layers=4),
         Case(family="gemma3_text", tensor=2, sequence=True, tied=True, recompute="full"),
-        Case(family="gemma3_text", pipeline=2, virtual_pipeline=2),
+        Case(family="gemma3_text", pipeline=2, virtual_pipeline=2, layers=4),
         Case(family="smollm3", context=2, packing="none"),
     ],
     4: [
         Case(tensor=4),  # two key-value heads over four ranks
         Case(tensor=4, sequence=True, tied=True),
         Case(tensor=2, sequence=True, pipeline=2),
-        Case(tensor=2, pipeline=2, virtual_pipeline=2, tied=True),
+        Case(tensor=2, pipeline=2, virtual_pipeline=2, tied=True, layers=4),
         Case(tensor=2, sequence=True, context=2),
         Case(tensor=2, overlap=True),  # data parallel 2
-        Case(pipeline=4, tied=True),
-        Case(pipeline=4, virtual_pipeline=2),
+        Case(pipeline=4, tied=True, layers=4),
+        Case(pipeline=4, virtual_pipeline=2, layers=8),
         Case(pipeline=2, context=2, tied=True),
         Case(pipeline=2, micro_batch_size=2),  # data parallel 2
         Case(context=4),
@@ -121,24 +128,23 @@ CASES = {
         Case(family="smollm3", tensor=2, sequence=True, context=2, recompute="selective"),
     ],
     8: [
-        Case(tensor=4, sequence=True, pipeline=2, virtual_pipeline=2, tied=True),
+        Case(tensor=4, sequence=True, pipeline=2, virtual_pipeline=2, tied=True, layers=4),
         Case(tensor=2, sequence=True, pipeline=2, context=2, packing="none"),
         Case(expert=4, tensor=2, sequence=True, pipeline=2, micro_batch_size=2),  # data parallel 2
     ],
 }
 CLIP = (0.2, 3.0)
-LOSSES = [
+LOSSES = (
     Loss("sft", Settings(clip=CLIP)),
     Loss("iw_sft", Settings(clip=CLIP, normalize="weights")),
     Loss("iw_sft", Settings("token", clip=CLIP, normalize="sequences")),
     Loss("iw_sft", Settings("trajectory", temperature=0.1, clip=CLIP, normalize="sequence_weights")),
     Loss("dft", Settings(clip=CLIP)),
     Loss("psft", Settings("token", clip=(0.8, 1.28))),
-]
+)
 FAMILIES = {
     "gemma3_text": dict(
         model_type="gemma3_text",
-        num_hidden_layers=4,
         head_dim=8,
         hidden_activation="gelu_pytorch_tanh",
         query_pre_attn_scalar=6,
@@ -146,18 +152,18 @@ FAMILIES = {
         sliding_window_pattern=2,
         rope_local_base_freq=500.0,
     ),
-    "smollm3": dict(model_type="smollm3", num_hidden_layers=4, no_rope_layers=[1, 0, 1, 0]),
+    "smollm3": dict(model_type="smollm3", no_rope_layers=[1, 0]),
 }
 ROUTER_BALANCE = 0.1  # for experts, where the denominator is known before the forward pass
 
 
 def model(case: Case) -> dict:
-    changes = dict(num_hidden_layers=8, hidden_size=32, num_attention_heads=8, num_key_value_heads=2)
+    changes = dict(num_hidden_layers=case.layers, hidden_size=32, num_attention_heads=8, num_key_value_heads=2)
     if case.expert is None:
         family = FAMILIES.get(case.family, {})
         return tiny.model_config(**changes, intermediate_size=64, tie_word_embeddings=case.tied) | family
     moe = dict(moe_intermediate_size=24, num_experts=4, num_experts_per_tok=2, norm_topk_prob=True, head_dim=8)
-    return tiny.model_config("qwen3_moe", **changes | dict(num_hidden_layers=4) | moe, tie_word_embeddings=case.tied)
+    return tiny.model_config("qwen3_moe", **changes, **moe, tie_word_embeddings=case.tied)
 
 
 def router_balance(case: Case, loss: Loss) -> float:
@@ -237,28 +243,33 @@ def run_case(platform, corpus_dir: str, case: Case, losses: Sequence[Loss] = LOS
 
 
 @lru_cache
-def expected(corpus_dir: str, packing: str, tied: bool, has_experts: bool, family: str, loss: Loss):
-    """Loss, routers' balance loss and gradients of the same global batch from the plain model, in float64."""
-    case = Case(packing=packing, tied=tied, expert=1 if has_experts else None, family=family)
+def expected(corpus_dir: str, case: Case, losses: Sequence[Loss] = LOSSES) -> dict[Loss, tuple]:
+    """What `run_case` returns, from the plain model in float64: one forward pass for all objectives. case: one that is `alone`."""
     corpus, config = Corpus.open(corpus_dir), model(case)
     arch = Architecture.from_hf(config, where="test")
     source = RandomInit(arch, 5)
     weights = {n: source.read(n, (0, 0, s[0])).double().requires_grad_() for n, s in shapes(arch).items()}
     reference = reference_logprobs(corpus)
-    batch, balance, units = [], torch.zeros((), dtype=torch.float64), 0
-    for i in np.concatenate(sampler(corpus, packing).packs_at(compared_step(packing))).tolist():
+    batch, balances = [], []
+    for i in np.concatenate(sampler(corpus, case.packing).packs_at(compared_step(case.packing))).tolist():
         tokens = torch.from_numpy(corpus.tokens(i).astype(np.int64))
         mask = torch.from_numpy(corpus.mask(i)[1:].astype(np.int64))
         routed: list = []
         logprobs = plain_model.logprobs(weights, config, tokens, routed)
         batch.append((logprobs, torch.from_numpy(reference(i)[1:]), mask, float(np.float32(corpus.scores[i]))))
-        unit = int(mask.sum()) if loss.settings.normalize == "tokens" else 1
-        balance = balance + unit * plain_model.router_balance(routed, config, torch.cat([mask, mask.new_zeros(1)]))
-        units += unit
-    value, coefficient = plain_model.loss(batch, {"name": loss.name, **vars(loss.settings)}), router_balance(case, loss)
-    gradients = torch.autograd.grad(value + coefficient * balance / units, list(weights.values()))
-    balance = balance / (units * config["num_hidden_layers"]) if coefficient else 0.0
-    return (value.item(), float(balance)), dict(zip(weights, gradients, strict=True))
+        balances.append(plain_model.router_balance(routed, config, torch.cat([mask, mask.new_zeros(1)])))
+    out = {}
+    for loss in losses:
+        units = [int(mask.sum()) if loss.settings.normalize == "tokens" else 1 for _, _, mask, _ in batch]
+        balance = sum(unit * of_one for unit, of_one in zip(units, balances, strict=True)) / sum(units)
+        value, coefficient = (
+            plain_model.loss(batch, {"name": loss.name, **vars(loss.settings)}),
+            router_balance(case, loss),
+        )
+        gradients = torch.autograd.grad(value + coefficient * balance, list(weights.values()), retain_graph=True)
+        per_layer = float(balance) / config["num_hidden_layers"] if coefficient else 0.0
+        out[loss] = (value.item(), per_layer), dict(zip(weights, gradients, strict=True))
+    return out
 
 
 @pytest.fixture(scope="module")
@@ -295,13 +306,12 @@ ALL_CASES = [
 @pytest.mark.numerics
 @pytest.mark.parametrize(("world_size", "case"), ALL_CASES)
 def test_a_layout_agrees_with_plain_torch(world_size: int, case: Case, sweep: Sweep) -> None:
-    complaints = []
+    complaints, wanted = [], expected(sweep.directory, case.alone)
     for loss, (losses, gradients) in sweep(world_size, case).items():
-        has_experts = case.expert is not None
-        want_losses, want = expected(sweep.directory, case.packing, case.tied, has_experts, case.family, loss)
+        want_losses, want = wanted[loss]
         loss_error = max(abs(x - y) / abs(y) if y else abs(x) for x, y in zip(losses, want_losses, strict=True))
         errors = {name: relative_error(gradients[name], gradient) for name, gradient in want.items()}
-        print(f"\n{world_size} {case!s:62} {loss!s:26} {loss_error:8.1e} {max(errors.values()):8.1e}", end="")
+        print(f"\n{world_size} {case!s:70} {loss!s:26} {loss_error:8.1e} {max(errors.values()):8.1e}", end="")
         if not loss_error <= TOLERANCE:
             complaints.append(f"{loss}: loss, router balance {losses}, expected {want_losses}")
         complaints += [
