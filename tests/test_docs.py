@@ -23,10 +23,11 @@ SOURCE = (".py", ".sh", ".sbatch", ".yaml", ".md", ".toml")
 MODULES = re.compile(r"`([\w/]+/)`:((?: `\w+/?`,?)+)")
 # Placeholders, files of a run, and files of other repositories.
 FOREIGN = {"CONFIG.yaml", "config.yaml", "preprocess_data.py", "preprocess_data_fast.py"}
+USERS = {"runs", "models", "corpora", "build", "evaluation"}  # folders that commands of the documents make
 
 
 def is_folder(part: str) -> bool:
-    return (ROOT / part).is_dir() or (PACKAGE / part).is_dir()
+    return ((ROOT / part).is_dir() and part not in USERS) or (PACKAGE / part).is_dir()
 
 
 def named_paths(text: str) -> Iterator[str]:

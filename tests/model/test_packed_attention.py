@@ -55,4 +55,6 @@ def test_one_variable_length_call_equals_one_call_per_segment(
     at_once = run(lambda *x: _attend_at_once(*x, row, 0.2, window), dtype)
     exact = run(lambda *x: _attend(*x, row.boundaries, 0.2, window), torch.float64)
     for found, expected in zip(at_once, exact, strict=True):
-        assert (found - expected).norm() / expected.norm().clamp(min=1e-3) < (1e-2 if dtype == torch.bfloat16 else 1e-6)
+        # Gradients of queries and keys that see one key are zero: rounding errors are those of the gradient that comes in.
+        scale = expected.norm() if expected.norm() > 1e-9 else grad.double().norm()
+        assert (found - expected).norm() / scale < (1e-2 if dtype == torch.bfloat16 else 1e-6)
