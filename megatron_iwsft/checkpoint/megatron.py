@@ -52,7 +52,7 @@ class MegatronCheckpoint:
         names = integrity.names_below(self.directory)
         integrity.check_entries(self.directory, names, names)
         metadata = read_metadata(self.directory)
-        self._tensors = StoredTensors(self.directory, metadata)
+        self._tensors = StoredTensors(self.directory, metadata, names)
         self._check_arguments(read_arguments(self.directory, metadata, names))
         self._rows = named_rows(architecture)
         self._owner = {hf: (name, row) for name, row in self._rows for hf in row.hf}
@@ -97,9 +97,10 @@ class MegatronCheckpoint:
             tensor, index, found = prefix + theirs, None, stored[prefix + theirs]
         elif layer and stacked in stored:
             tensor, index, found = stacked, int(layer[1]), stored[stacked][1:]
-            if stored[stacked][0] != self.architecture.num_layers:
+            if stored[stacked][:1] != (self.architecture.num_layers,):
+                layers = stored[stacked][0] if stored[stacked] else "no"
                 raise CheckpointError(
-                    f"{self.directory}: {tensor} has {stored[stacked][0]} layers, but config.json has {self.architecture.num_layers}. "
+                    f"{self.directory}: {tensor} has {layers} layers, but config.json has {self.architecture.num_layers}. "
                     f"{_ADVICE}"
                 )
         else:

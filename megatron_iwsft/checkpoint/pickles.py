@@ -18,10 +18,18 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeGuard
 
 import torch
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 
 from megatron_iwsft.errors import CheckpointError
 
@@ -125,7 +133,57 @@ def read_metadata(directory: Path) -> Metadata:
             f"{path} is damaged: it contains {type(found).__name__}, not a checkpoint's metadata. "
             "Use another checkpoint of the run."
         )
+    for name, entry in _entries(found):
+        if not _is_well_formed(name, entry):
+            raise CheckpointError(
+                f"{path} is damaged: its entry {name!r:.200} is of no checkpoint. Use another checkpoint of the run."
+            )
     return found
+
+
+def _entries(metadata: Metadata) -> Iterator[tuple[Any, Any]]:
+    for name in ("state_dict_metadata", "storage_data"):
+        entries = vars(metadata).get(name)
+        yield from entries.items() if isinstance(entries, dict) else [(name, entries)]
+
+
+def _is_well_formed(name: Any, entry: Any) -> bool:
+    """Whether an entry of the metadata has the attributes of its class: an unpickler sets any, of any type."""
+    given = getattr(entry, "__dict__", {})
+    if isinstance(name, MetadataIndex):
+        numbers = given.get("offset"), given.get("length")
+        return (
+            isinstance(entry, _StorageInfo)
+            and isinstance(vars(name).get("fqn"), str)
+            and isinstance(given.get("relative_path"), str)
+            and all(type(number) is int and 0 <= number < 2**63 for number in numbers)
+        )
+    if isinstance(entry, BytesStorageMetadata):
+        return isinstance(name, str)
+    size, chunks, properties = (given.get(key) for key in ("size", "chunks", "properties"))
+    return (
+        isinstance(name, str)
+        and isinstance(entry, TensorStorageMetadata)
+        and isinstance(properties, TensorProperties)
+        and isinstance(vars(properties).get("dtype"), torch.dtype)
+        and _is_size(size)
+        and isinstance(chunks, list)
+        and all(isinstance(chunk, ChunkStorageMetadata) and _lies_in(vars(chunk), size) for chunk in chunks)
+    )
+
+
+def _lies_in(chunk: dict[str, Any], size: torch.Size) -> bool:
+    offsets, sizes = chunk.get("offsets"), chunk.get("sizes")
+    return (
+        _is_size(offsets)
+        and _is_size(sizes)
+        and len(offsets) == len(sizes) == len(size)
+        and all(at + count <= of for at, count, of in zip(offsets, sizes, size, strict=True))
+    )
+
+
+def _is_size(value: Any) -> TypeGuard[torch.Size]:
+    return isinstance(value, torch.Size) and all(count >= 0 for count in value)
 
 
 class _Inert:
@@ -161,11 +219,19 @@ def read_arguments(directory: Path, metadata: Metadata, files: Iterable[str]) ->
     try:
         with zipfile.ZipFile(io.BytesIO(_common_state(directory, metadata, set(files)))) as archive:
             (name,) = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+            if archive.getinfo(name).compress_type != zipfile.ZIP_STORED:  # torch compresses nothing
+                return {}
             found = _PlainValues(io.BytesIO(archive.read(name))).load()
         arguments = vars((found[0] if isinstance(found, list) else found)["args"])
     except Exception:  # not there, or not written by Megatron-LM
         return {}
-    return {name: value for name, value in arguments.items() if isinstance(value, str | int | float | None)}
+    return {name: value for name, value in arguments.items() if _is_argument(value)}
+
+
+def _is_argument(value: Any) -> bool:
+    if isinstance(value, int):
+        return value.bit_length() <= 64
+    return value is None or isinstance(value, float) or (isinstance(value, str) and len(value) <= 200)
 
 
 def _common_state(directory: Path, metadata: Metadata, files: set[str]) -> bytes:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -26,12 +27,12 @@ from megatron_iwsft.hf.mapping import named_rows
 class StoredTensors:
     """Single tensors of a torch_dist directory, unsharded, read without Megatron-Core or a process group.
 
-    metadata: what is stored where (pickles.py). The directory's files are trusted.
+    metadata: what is stored where (pickles.py). files: the directory's, which are trusted; the metadata may lead to no others.
     """
 
-    def __init__(self, directory: Path, metadata: Metadata) -> None:
+    def __init__(self, directory: Path, metadata: Metadata, files: Collection[str]) -> None:
         self.directory = directory
-        self._metadata = metadata
+        self._metadata, self._allowed = metadata, frozenset(files)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Of every tensor stored, by name."""
@@ -43,11 +44,12 @@ class StoredTensors:
 
         Peak memory: the tensor, and one rank's shard of it if there are several.
         """
+        another = "Use another checkpoint of the run."
         entry = self._metadata.state_dict_metadata.get(name)
         if not isinstance(entry, TensorStorageMetadata):
             raise CheckpointError(f"{self.directory} has no tensor {name}. Use a checkpoint of this model.")
-        out = None
         size = entry.size if index is None else entry.size[1:]
+        out, missing = None, math.prod(size)
         for chunk in entry.chunks:
             offsets, sizes = chunk.offsets, chunk.sizes
             if index is not None and not offsets[0] <= index < offsets[0] + sizes[0]:
@@ -56,8 +58,7 @@ class StoredTensors:
                 shard = self._shard(name, chunk.offsets).view(chunk.sizes)
             except (Exception, CheckpointException) as error:
                 raise CheckpointError(
-                    f"{self.directory}: tensor {name} cannot be read: {one_line(error)}. "
-                    "Use another checkpoint of the run."
+                    f"{self.directory}: tensor {name} cannot be read: {one_line(error)}. {another}"
                 ) from None
             if index is not None:
                 shard, offsets, sizes = shard[index - offsets[0]], offsets[1:], sizes[1:]
@@ -67,7 +68,9 @@ class StoredTensors:
                 out = torch.empty(size, dtype=entry.properties.dtype)
             place = tuple(slice(at, at + n) for at, n in zip(offsets, sizes, strict=True))
             out[place] = shard
-        assert out is not None
+            missing -= shard.numel()
+        if out is None or missing:  # else parts would be what the memory held before
+            raise CheckpointError(f"{self.directory}: parts of tensor {name} are missing. {another}")
         return out
 
     def _shard(self, name: str, offsets: torch.Size) -> Tensor:
@@ -75,6 +78,8 @@ class StoredTensors:
         from torch.distributed.checkpoint.metadata import MetadataIndex
 
         place = self._metadata.storage_data[MetadataIndex(name, offsets)]
+        if place.relative_path not in self._allowed:
+            raise ValueError(f"it is in {place.relative_path!r:.200}, which is not a file of the checkpoint")
         with open(self.directory / place.relative_path, "rb") as file:
             part: Any = _Part(file, place.offset, place.length)
             return torch.load(part, map_location="cpu", weights_only=True)
@@ -89,7 +94,7 @@ class CheckpointTensors(StoredTensors):
         self._checked: set[str] = set()
         integrity.check_trust(directory, [*self._files, INFO])
         self._check(METADATA)
-        super().__init__(directory, read_metadata(directory))
+        super().__init__(directory, read_metadata(directory), self._files)
         self._where: dict[str, set[str]] = {}
         for index, stored in self._metadata.storage_data.items():
             self._where.setdefault(index.fqn, set()).add(stored.relative_path)

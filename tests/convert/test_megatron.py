@@ -6,6 +6,8 @@ import argparse
 import json
 import pickle
 import shutil
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from megatron_iwsft.convert.import_hf import import_directory
 from megatron_iwsft.errors import CheckpointError
 from megatron_iwsft.hf.architecture import Architecture
 from megatron_iwsft.hf.directory import SafetensorsDirectory
+from megatron_iwsft.hf.mapping import shapes
 from megatron_iwsft.testing import run_distributed
 from tests.checkpoint.test_trust import Attack
 from tests.convert.test_round_trip import MODELS, hf_directory
@@ -188,3 +191,80 @@ def test_no_pickle_of_it_runs_code(written: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="which no checkpoint needs"):
         MegatronCheckpoint(copy, arch)
     assert not ran.exists()
+
+
+def edited(checkpoint: Path, copy: Path, edit: Callable[[Any], Any]) -> Path:
+    """A copy with other metadata."""
+    shutil.copytree(checkpoint, copy)
+    metadata = pickle.loads((copy / ".metadata").read_bytes())
+    edit(metadata)
+    (copy / ".metadata").write_bytes(pickle.dumps(metadata))
+    return copy
+
+
+def read_all(directory: Path, architecture: Architecture) -> None:
+    source = MegatronCheckpoint(directory, architecture)
+    for name, shape in shapes(architecture).items():
+        source.read(name, (0, 0, shape[0]))
+
+
+def set_everywhere(entries: str, **values: Any) -> Callable[[Any], Any]:
+    return lambda metadata: [vars(entry).update(values) for entry in vars(metadata)[entries].values()]
+
+
+def without_a_part(metadata: Any) -> None:
+    entries = metadata.state_dict_metadata.values()
+    entry = next(entry for entry in entries if len(getattr(entry, "chunks", ())) > 1)
+    del entry.chunks[-1]
+
+
+METADATA_ATTACKS: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "a file elsewhere": (
+        set_everywhere("storage_data", relative_path="../../pipe"),
+        r"cannot be read: .*it is in '\.\./\.\./pipe', which is not a file of the checkpoint",
+    ),
+    "a FIFO": (set_everywhere("storage_data", relative_path="/dev/stdin"), "which is not a file of the checkpoint"),
+    "a place of no type": (set_everywhere("storage_data", offset="a"), "damaged: its entry .* is of no checkpoint"),
+    "a negative place": (set_everywhere("storage_data", length=-1), "damaged: its entry .* is of no checkpoint"),
+    "a name of no type": (set_everywhere("storage_data", relative_path=b"a"), "is of no checkpoint"),
+    "a part is missing": (without_a_part, "parts of tensor .* are missing"),
+    "no parts": (set_everywhere("state_dict_metadata", chunks=[]), "parts of tensor .* are missing"),
+    "parts of no type": (set_everywhere("state_dict_metadata", chunks=None), "is of no checkpoint"),
+    "a huge size": (set_everywhere("state_dict_metadata", size=torch.Size((2**40, 2**40))), "is of no checkpoint"),
+    "no size": (set_everywhere("state_dict_metadata", size=None), "is of no checkpoint"),
+    "a negative size": (set_everywhere("state_dict_metadata", size=torch.Size((-1, -1))), "is of no checkpoint"),
+    "no properties": (set_everywhere("state_dict_metadata", properties=3), "is of no checkpoint"),
+    "no entries": (lambda metadata: vars(metadata).update(state_dict_metadata=None), "is of no checkpoint"),
+    "no places": (lambda metadata: vars(metadata).update(storage_data=[1]), "is of no checkpoint"),
+    "a terminal sequence": (
+        lambda metadata: metadata.storage_data.update({"\x1b[2J": None}),
+        r"its entry '\\x1b\[2J' is of no checkpoint",
+    ),
+}
+
+
+@pytest.mark.parametrize("attack", METADATA_ATTACKS)
+def test_malicious_metadata_is_refused(attack: str, written: Path, tmp_path: Path) -> None:
+    edit, message = METADATA_ATTACKS[attack]
+    architecture = Architecture.from_directory(written / "qwen2")
+    copy = edited(iteration(written, "qwen2"), tmp_path / "copy", edit)
+    with pytest.raises(CheckpointError, match=message):
+        read_all(copy, architecture)
+
+
+def test_arguments_of_any_size_are_compared(written: Path, tmp_path: Path) -> None:
+    architecture = Architecture.from_directory(written / "qwen2")
+    copy = Path(shutil.copytree(iteration(written, "qwen2"), tmp_path / "copy"))
+    for value in (10**5000, "x" * 10**6, [1], float("nan")):
+        torch.save({"args": argparse.Namespace(num_attention_heads=value)}, copy / "common.pt")
+        try:
+            MegatronCheckpoint(copy, architecture)
+        except CheckpointError as error:
+            assert len(str(error)) < 500
+    archive = copy / "common.pt"
+    with zipfile.ZipFile(archive) as source:
+        parts = {name: source.read(name) for name in source.namelist()}
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as bomb:
+        for name, content in parts.items():
+            bomb.writestr(name, content)
+    MegatronCheckpoint(copy, architecture)
