@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from megatron_iwsft.errors import ConfigError
 from megatron_iwsft.utils.cli import positive_int
-from megatron_iwsft.utils.text import printable, say
+from megatron_iwsft.utils.text import printable, say, without_surrogates
 
 if TYPE_CHECKING:
     from megatron_iwsft.evaluate.chat import Chat
@@ -45,6 +45,8 @@ def run(args: argparse.Namespace) -> None:
         raise ConfigError("iwsft generate needs a PROMPT, or --chat.")
     if args.batch and (args.chat or args.system):
         raise ConfigError("--batch goes with prompts alone. Leave out --chat and --system.")
+    args.prompts = [without_surrogates(prompt) for prompt in args.prompts]
+    args.system = args.system and without_surrogates(args.system)
 
     from megatron_iwsft.distributed.mcore_compat import quiet_megatron
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from megatron_iwsft.errors import DataError
 from megatron_iwsft.utils.files import open_regular
+from megatron_iwsft.utils.text import without_surrogates
 
 _PROMPT_FIELDS = ("question", "problem", "prompt")
 _ANSWER_FIELDS = ("answer", "expected_answer", "solution")
@@ -81,7 +82,7 @@ def _field(row: dict[str, Any], given: str | None, known: tuple[str, ...], kind:
     for name in (given.lower(),) if given else known:
         value = by_name.get(name)
         if isinstance(value, str | int | float) and not isinstance(value, bool) and str(value).strip():
-            return str(value)
+            return without_surrogates(str(value))
     raise DataError(
         f"{where} has no {kind} field (looked for {given or ', '.join(known)}; found {', '.join(row)}). Set --{kind}-field."
     )

@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 
-from megatron_iwsft.errors import CheckpointError
 from megatron_iwsft.evaluate.generate import stop_tokens
-from megatron_iwsft.hf.transformers_models import load_in_transformers
+from megatron_iwsft.hf.transformers_models import ChatPrompts, load_in_transformers
 
 
 class Chat:
@@ -25,11 +24,9 @@ class Chat:
         on_cuda = torch.cuda.is_available()
         self._model, self._tokenizer = load_in_transformers(directory, dtype="auto" if on_cuda else torch.float32)
         self._model.to("cuda" if on_cuda else "cpu")
-        if self._tokenizer.chat_template is None:
-            raise CheckpointError(
-                f"{directory} has no chat template, so it cannot chat. Use an instruction-tuned model."
-            )
-        stops = stop_tokens(self._model.generation_config, self._tokenizer)
+        self._prompts = ChatPrompts(self._tokenizer)
+        vocabulary = self._model.config.get_text_config().vocab_size
+        stops = stop_tokens(self._model.generation_config, self._tokenizer, vocabulary)
         self._model.generation_config = transformers.GenerationConfig()  # without the model's own sampling settings
         self._options = transformers.GenerationConfig(
             max_new_tokens=max_new_tokens,
@@ -42,7 +39,7 @@ class Chat:
     def say(self, text: str, on_text: Callable[[str], None]) -> str:
         """The answer to a user's message; both are added to `messages`. on_text: receives the answer in pieces, as it is generated."""
         self.messages.append({"role": "user", "content": text})
-        rendered = self._tokenizer.apply_chat_template(self.messages, tokenize=False, add_generation_prompt=True)
+        rendered = self._prompts(self.messages)
         ids = self._tokenizer(rendered, add_special_tokens=False, return_tensors="pt")["input_ids"]
         streamer = _streamer(self._tokenizer, on_text)
         with torch.inference_mode():

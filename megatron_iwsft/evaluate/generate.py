@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_iwsft.errors import CheckpointError, ConfigError
-from megatron_iwsft.hf.transformers_models import load_in_transformers, load_tokenizer_in_transformers
+from megatron_iwsft.hf.transformers_models import ChatPrompts, load_in_transformers, load_tokenizer_in_transformers
 
 Backend = Literal["auto", "vllm", "transformers"]
 
@@ -67,18 +67,14 @@ class PromptFormat:
                 f"the prompt format {wrapper!r} has no {{prompt}} placeholder for the question. "
                 "Add {prompt} to --prompt-format."
             )
-        if not raw and tokenizer.chat_template is None:
-            raise CheckpointError(
-                f"{tokenizer.name_or_path} has no chat template. For a base model, use --raw and set the prompt with --prompt-format."
-            )
-        self._tokenizer, self._wrapper, self._raw = tokenizer, wrapper, raw
+        self._tokenizer, self._wrapper = tokenizer, wrapper
+        self._chat = None if raw else ChatPrompts(tokenizer)
 
     def __call__(self, question: str) -> list[int]:
         text = self._wrapper.replace("{prompt}", question)
-        if self._raw:
+        if self._chat is None:
             return self._tokenizer(text)["input_ids"]
-        turns = [{"role": "user", "content": text}]
-        text = self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        text = self._chat([{"role": "user", "content": text}])
         return self._tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
@@ -103,8 +99,10 @@ class TransformersGenerator:
         self._model.to("cuda" if on_cuda else "cpu")
         self._tokenizer, self._sampling, self._batch_size = tokenizer, sampling, batch_size
         self._format = PromptFormat(tokenizer, wrapper=wrapper, raw=raw)
-        self._stops = stop_tokens(self._model.generation_config, tokenizer)
-        self._pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (self._stops or [0])[0]
+        self._stops = stop_tokens(
+            self._model.generation_config, tokenizer, self._model.config.get_text_config().vocab_size
+        )
+        self._pad = (self._stops or [0])[0]  # masked; a tokenizer's padding token may be beyond the model's embedding
         self.problems_at_once = max(1, batch_size // sampling.samples)
         # Ignore the model's own penalties and sampling settings: the evaluation sets them.
         self._model.generation_config = transformers.GenerationConfig()
@@ -237,11 +235,20 @@ class VllmGenerator:
         return [flat[i : i + one.samples] for i in range(0, len(flat), one.samples)]
 
 
-def stop_tokens(generation_config: Any, tokenizer: Any) -> list[int]:
-    """Token ids that end an answer: those of the model's generation config, and the tokenizer's end-of-sequence token."""
+def stop_tokens(generation_config: Any, tokenizer: Any, vocab_size: int | None = None) -> list[int]:
+    """Token ids that end an answer: those of the model's generation config, and the tokenizer's end-of-sequence token.
+
+    Without those that the model cannot write. Raises CheckpointError if one is no id.
+    """
     own = generation_config.eos_token_id
     own = [] if own is None else own if isinstance(own, list) else [own]
-    return list(dict.fromkeys([*own, *([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else [])]))
+    found = [*own, *([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else [])]
+    if not all(type(token) is int for token in found):
+        raise CheckpointError(
+            f"the generation config of {tokenizer.name_or_path} has eos_token_id {generation_config.eos_token_id!r:.80}, which is not "
+            "a token id or a list of them. Correct it."
+        )
+    return [token for token in dict.fromkeys(found) if 0 <= token < (vocab_size or 2**31)]
 
 
 def make_generator(

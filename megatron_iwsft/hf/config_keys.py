@@ -30,6 +30,20 @@ _LIMITS = {"num_hidden_layers": 2048, "num_experts": 2048, "num_local_experts": 
 _LIMITS |= {"max_position_embeddings": 1 << 31}
 
 
+def limit_sizes(config: dict[str, Any], where: str) -> None:
+    """Raise CheckpointError for a size or number of layers that is beyond all limits, in a config of any family or in its parts."""
+    waiting = [config]
+    while waiting:
+        part = waiting.pop()
+        waiting += [value for value in part.values() if isinstance(value, dict)]
+        for key, value in part.items():
+            limit = (
+                _LIMITS.get(key, _LIMIT) if key in _LIMITS or key.startswith("num_") or key.endswith("_size") else None
+            )
+            if limit is not None and isinstance(value, int) and value > limit:
+                raise CheckpointError(f"{where}: {key} must be at most {limit:,}; found {value!r:.80}.")
+
+
 class Keys:
     """A config with its class's defaults filled in. Every error names the file and the key.
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron_iwsft.errors import CheckpointError
+from megatron_iwsft.data.conversation import Messages
+from megatron_iwsft.data.template_engine import Template, TemplateError, limited
+from megatron_iwsft.errors import CheckpointError, DataError
+from megatron_iwsft.hf.config_keys import limit_sizes
 from megatron_iwsft.utils.files import other_kind
 from megatron_iwsft.utils.hub import missing_directory
+from megatron_iwsft.utils.json_files import read_json
 
 
 def load_in_transformers(directory: str | Path, *, dtype: torch.dtype | str = torch.float32) -> tuple[Any, Any]:
@@ -49,12 +54,46 @@ def load_tokenizer_in_transformers(directory: str | Path) -> Any:
         kind = other_kind(path) if path.exists() else None
         if kind not in (None, "a directory"):
             raise CheckpointError(f"{path} is {kind}, not a file. Remove it.")
+    config = Path(directory) / "config.json"
+    limit_sizes(read_json(config, dict[str, Any], CheckpointError, advice="Download it again."), str(config))
     try:
         return transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    except Exception as error:
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # of any kind, or a panic of the tokenizers' Rust code, which is no Exception
         raise CheckpointError(
             f"{directory} has no tokenizer that transformers can load: {error}. Copy the tokenizer's files into it."
         ) from None
+
+
+class ChatPrompts:
+    """Turns the messages of a conversation into the text that asks for its next message, by the tokenizer's own chat template.
+
+    The template is run as `transformers` would run it, within the limits of `data.template_engine`: it may be malicious. Raises
+    CheckpointError if there is none, or if it cannot render a conversation.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._of = tokenizer.name_or_path
+        if tokenizer.chat_template is None:
+            raise CheckpointError(
+                f"{self._of} has no chat template. For a base model, use --raw and set the prompt with --prompt-format; "
+                "to chat, use an instruction-tuned model."
+            )
+        try:
+            source = tokenizer.get_chat_template()  # of several, the default one
+            self._template = Template(source, tokenizer.special_tokens_map, datetime.date.today())
+        except (DataError, ValueError, TypeError) as error:
+            raise CheckpointError(f"{self._of}: {error}") from None
+
+    def __call__(self, messages: Messages) -> str:
+        try:
+            with limited():
+                return self._template.render(messages, add_generation_prompt=True).text
+        except TemplateError as error:
+            raise CheckpointError(
+                f"the chat template of {self._of} cannot render the conversation: {error}. Change the conversation, or the template."
+            ) from None
 
 
 def hugging_face_logprobs(model: Any, ids: list[int]) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import unicodedata
 
 _KEPT = "\n\t"
@@ -13,8 +14,22 @@ _DIRECTION = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068
 
 
 def say(text: str, *, error: bool = False) -> None:
-    """Print `printable(text)`, on standard error if `error`. Everything that a command says goes through here."""
+    """Print `printable(text)`, on standard error if `error`. Everything that a command says goes through here, or through `tell`."""
     print(printable(text), file=sys.stderr if error else sys.stdout, flush=True)
+
+
+def tell(text: str, *, error: bool = False) -> None:
+    """`say`, in a job that continues where its log is on a full disk, or its terminal has gone: it has logs/events.jsonl.
+
+    A reader that has left the output ends the job, but none of its threads, which must do what they said.
+    """
+    try:
+        say(text, error=error)
+    except BrokenPipeError:
+        if threading.current_thread() is threading.main_thread():
+            raise
+    except OSError:
+        pass
 
 
 def printable(text: str) -> str:
@@ -34,6 +49,11 @@ def printable_json(text: str) -> str:
     if text.isascii() and text.isprintable():
         return text
     return "".join(_unicode_escape(c) if _is_escaped(c) else c for c in text)
+
+
+def without_surrogates(text: str) -> str:
+    """`text` with U+FFFD for surrogates: what stands for bytes that are no text, or came out of JSON alone. No tokenizer takes them."""
+    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _is_escaped(character: str) -> bool:

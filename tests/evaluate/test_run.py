@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,15 +12,17 @@ import pytest
 import torch
 
 from megatron_iwsft.cli import main as cli
+from megatron_iwsft.data import template_engine
 from megatron_iwsft.errors import CheckpointError, ConfigError, DataError
 from megatron_iwsft.evaluate.benchmark import read_benchmark
 from megatron_iwsft.evaluate.chat import Chat
 from megatron_iwsft.evaluate.generate import PromptFormat, Sampling, TransformersGenerator, make_generator
 from megatron_iwsft.evaluate.run import EvaluatedModel, Result, evaluate_model, find_models, table, write_summary
-from megatron_iwsft.hf.transformers_models import load_in_transformers
+from megatron_iwsft.hf.transformers_models import ChatPrompts, load_in_transformers
 from megatron_iwsft.utils.locks import exclusive
 from tests.convert.test_round_trip import hf_directory
 from tests.support import tiny
+from tests.support.damage import edit_json
 
 QUESTIONS = [
     (1, "What is 12 plus 30?"),
@@ -246,6 +249,79 @@ def test_a_directory_without_a_checkpoint_is_rejected(tmp_path: Path) -> None:
 def test_a_prompt_format_without_the_question_is_rejected(model: Path) -> None:
     with pytest.raises(ConfigError, match=r"has no \{prompt\}"):
         make_generator(model, SAMPLED, wrapper="Answer:")
+
+
+@pytest.fixture
+def copy(model: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(model, tmp_path / "copy"))
+
+
+LOOPS = "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}{% endfor %}{% endfor %}"
+TEMPLATES = {
+    "{{ raise_exception('no system role') }}": "no system role",
+    "{{ 1 / 0 }}": "ZeroDivisionError",
+    "{{ messages[99].role.x }}": "has no element 99",
+    "{{ 2 ** 99999999999 }}": "OverflowError",
+    "{{ 'a' * 10000000000000 }}": "OverflowError",
+    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}": "RecursionError",
+    "{{ " + "(" * 9000: "is not valid Jinja",
+    LOOPS: "took longer than 0.5 seconds",
+}
+
+
+@pytest.mark.parametrize("source", TEMPLATES)
+def test_a_malicious_chat_template_is_refused(source: str, copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(template_engine, "_SECONDS", 0.5)
+    edit_json(copy / "tokenizer_config.json", chat_template=source)
+    with pytest.raises(CheckpointError, match=TEMPLATES[source]):
+        cli.run(["generate", "--model", str(copy), "--system", "Be brief.", "7?"])
+    with pytest.raises(CheckpointError, match=TEMPLATES[source]):
+        make_generator(copy, SAMPLED, batch_size=4).answer(QUESTIONS)
+
+
+def test_prompts_are_rendered_as_transformers_does(model: Path) -> None:
+    tokenizer = load_in_transformers(model)[1]
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": " 7? "}]
+    expected = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert ChatPrompts(tokenizer)(messages) == expected
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"num_hidden_layers": 2**31}, "num_hidden_layers must be at most 2,048"),
+        ({"hidden_size": 2**40}, "hidden_size must be at most"),
+        ({"text_config": {"num_hidden_layers": 2**31}}, "num_hidden_layers must be at most 2,048"),
+        ({"vocab_size": 10**4000}, "vocab_size must be at most"),
+        ({"hidden_size": []}, "transformers can load: Validation error"),
+    ],
+)
+def test_an_absurd_model_is_refused(config: dict, message: str, copy: Path) -> None:
+    edit_json(copy / "config.json", **config)
+    with pytest.raises(CheckpointError, match=message):
+        cli.run(["generate", "--model", str(copy), "7?"])
+
+
+@pytest.mark.parametrize("stops", [10**9, [-1, 10**9], [2, 10**9]])
+def test_stop_tokens_that_the_model_cannot_write(stops: object, copy: Path) -> None:
+    """Nor does a padding token that it has no embedding for do harm."""
+    (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": stops}))
+    expected = TransformersGenerator(copy, Sampling(max_new_tokens=4), batch_size=1).answer(QUESTIONS)
+    assert TransformersGenerator(copy, Sampling(max_new_tokens=4), batch_size=4).answer(QUESTIONS) == expected
+
+
+@pytest.mark.parametrize("stops", ["2", [[2]], {"a": 1}, 2.5, True])
+def test_stop_tokens_of_no_type_are_refused(stops: object, copy: Path) -> None:
+    (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": stops}))
+    with pytest.raises(CheckpointError, match=r"eos_token_id|cannot be loaded by transformers"):
+        cli.run(["generate", "--model", str(copy), "7?"])
+
+
+def test_prompts_that_are_no_text_are_answered(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cli.run(["generate", "--model", str(model), "--max-new-tokens", "2", "a\udcff", "\ud800b \x1b[2J"])
+    assert "\x1b" not in capsys.readouterr().out
+    (tmp_path / "b.jsonl").write_text('{"question": "a\\ud800", "answer": "1"}\n')
+    assert evaluated(model, tmp_path / "b.jsonl", tmp_path)[0].samples == 3
 
 
 @pytest.fixture
