@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import types
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -17,17 +18,21 @@ from megatron_iwsft.errors import ConfigError
 from megatron_iwsft.utils.files import read_regular
 
 S = TypeVar("S", bound=Section)
+_MOST_VALUES = 100_000
 
 
 class _Loader(yaml.SafeLoader):
     """A safe loader that rejects duplicate keys and reads 1e-5 as a number."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [self.construct_object(k, deep=True) for k, _ in node.value]
-        for i, key in enumerate(keys):
-            if key in keys[:i]:
-                line = node.value[i][0].start_mark.line + 1
-                raise yaml.MarkedYAMLError(problem=f"duplicate key {key!r}, again in line {line}")
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, Hashable) and key in seen:  # what cannot be hashed is refused below
+                raise yaml.MarkedYAMLError(
+                    problem=f"duplicate key {key!r:.80}, again in line {key_node.start_mark.line + 1}"
+                )
+            seen |= {key} if isinstance(key, Hashable) else set()
         return super().construct_mapping(node, deep)
 
 
@@ -67,7 +72,7 @@ def read_config(schema: type[S], path: str | Path, overrides: list[str]) -> S:
 
 
 def _parse(schema: type[S], text: str, overrides: list[str], where: str) -> S:
-    raw = _yaml(text, where)
+    raw = read_yaml(text, where)
     if not isinstance(raw, dict):
         sections = ", ".join(list(schema.model_fields)[:3])
         raise ConfigError(f"{where} must be a mapping with sections ({sections}, …); found {type(raw).__name__}.")
@@ -79,9 +84,12 @@ def _parse(schema: type[S], text: str, overrides: list[str], where: str) -> S:
         raise ConfigError(_explain(schema, error, where)) from None
 
 
-def _yaml(text: str, where: str) -> Any:
+def read_yaml(text: str, where: str) -> Any:
+    """What a YAML text means. Raises ConfigError."""
     try:
-        return yaml.load(text, _Loader)
+        value = yaml.load(text, _Loader)
+        _check_size(value, where)
+        return value
     except RecursionError:
         raise ConfigError(f"{where} is nested too deeply. Remove levels; a config has sections and fields.") from None
     except yaml.YAMLError as error:
@@ -91,6 +99,28 @@ def _yaml(text: str, where: str) -> Any:
             f"{where}{line} is not valid YAML: {getattr(error, 'problem', error)}. "
             "Correct the line or the one before it."
         ) from None
+    except (ValueError, OverflowError) as error:  # a date such as 2026-13-45, or a number that Python does not read
+        raise ConfigError(
+            f"{where} has a value that cannot be read: {error}. Correct it, or put it in quotes."
+        ) from None
+
+
+def _check_size(value: Any, where: str) -> None:
+    """Raise ConfigError for what is huge once its aliases are followed: each may repeat what contains it, or a thousand others."""
+    waiting, count = [value], 0
+    while waiting:
+        found = waiting.pop()
+        count += 1
+        if isinstance(found, int) and found.bit_length() > 1024:  # in hexadecimal, in which Python reads any
+            raise ConfigError(f"{where} has a number of {found.bit_length():,} bits. Correct it.")
+        if count > _MOST_VALUES:
+            raise ConfigError(
+                f"{where} has more than {_MOST_VALUES:,} values, with aliases (*name) followed. Remove some of them."
+            )
+        if isinstance(found, dict):
+            waiting.extend(found.values())
+        elif isinstance(found, list | tuple | set):
+            waiting.extend(found)
 
 
 def _apply(raw: dict[str, Any], override: str) -> None:
@@ -108,7 +138,7 @@ def _apply(raw: dict[str, Any], override: str) -> None:
                 f"override {override!r}: {section} is a value, not a section. "
                 "Write section.key=value; `iwsft config` lists the keys."
             )
-    at[last] = _yaml(value, f"override {override!r}")
+    at[last] = read_yaml(value, f"override {override!r}")
 
 
 def _explain(schema: type[Section], error: ValidationError, where: str) -> str:

@@ -44,5 +44,13 @@ def is_answers_line(index: int, row: dict[str, Any], samples: int | None = None)
 
 def read_answers(path: Path) -> tuple[dict[str, Any], dict[int, dict[str, Any]]] | None:
     """(first line, problem number → its line) of the undamaged start of such a file. None for another file. Raises OSError."""
-    lines, _ = read_json_lines(path, valid=is_answers_line)
+    samples: list[int] = []  # of the first problem: all have as many
+
+    def valid(index: int, row: dict[str, Any]) -> bool:
+        if not is_answers_line(index, row, *samples[:1]):
+            return False
+        samples.extend([len(row["answers"])] if index else [])
+        return True
+
+    lines, _ = read_json_lines(path, valid=valid)
     return (lines[0], {line["number"]: line for line in lines[1:]}) if len(lines) > 1 else None

@@ -2,13 +2,42 @@
 
 from __future__ import annotations
 
-import json
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import (
+    Annotated,
+    Any,
+    NotRequired,  # pydantic asks for this one before Python 3.12
+)
 
+from pydantic import Field
+from typing_extensions import TypedDict
+
+from megatron_iwsft.errors import DataError
+from megatron_iwsft.utils.json_files import KEEP_UNKNOWN_KEYS, fits, read_json
 from megatron_iwsft.utils.jsonl import read_json_lines
 
 EVALUATION, SAMPLES = "evaluation", "samples"  # in a run directory; what they hold is in in_run.py
+_Count = Annotated[int, Field(ge=0, lt=2**53)]
+
+
+class _Mean(TypedDict):
+    __pydantic_config__ = KEEP_UNKNOWN_KEYS  # type: ignore[misc]
+    mean: float
+
+
+class _Result(TypedDict):
+    """With a `_Mean` for each pass@K."""
+
+    __pydantic_config__ = KEEP_UNKNOWN_KEYS  # type: ignore[misc]
+    step: _Count
+
+
+class _Sample(TypedDict):
+    __pydantic_config__ = KEEP_UNKNOWN_KEYS  # type: ignore[misc]
+    number: _Count
+    text: str
+    weight: NotRequired[float | None]
 
 
 def results_by_step(run: Path) -> dict[int, dict[str, float]]:
@@ -16,13 +45,14 @@ def results_by_step(run: Path) -> dict[int, dict[str, float]]:
     found: dict[int, dict[str, float]] = {}
     for path in sorted((run / EVALUATION).glob("*/step-*.json")):
         try:
-            result = json.loads(path.read_bytes())
-            values = {name: float(value["mean"]) for name, value in result.items() if name.startswith("pass@")}
-            step = int(result["step"])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            result: Any = read_json(path, _Result, DataError, advice="")
+        except (OSError, DataError):
             continue
-        of_step = found.setdefault(step, {})
-        of_step.update({f"eval/{path.parent.name}/{name}": value for name, value in values.items()})
+        means = {
+            name: value["mean"] for name, value in result.items() if name.startswith("pass@") and fits(value, _Mean)
+        }
+        of_step = found.setdefault(result["step"], {})
+        of_step.update({f"eval/{path.parent.name}/{name}": mean for name, mean in means.items()})
     return found
 
 
@@ -30,5 +60,6 @@ def samples_of(run: Path) -> list[dict[str, Any]]:
     """The samples of all steps, in order. Skips damaged lines."""
     rows: list[dict[str, Any]] = []
     for path in sorted((run / SAMPLES).glob("step-*.jsonl")):
-        rows += read_json_lines(path, valid=lambda i, row: isinstance(row.get("text"), str) and "number" in row)[0]
+        with suppress(OSError):
+            rows += read_json_lines(path, valid=lambda i, row: fits(row, _Sample))[0]
     return rows

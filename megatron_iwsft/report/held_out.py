@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_iwsft.evaluate.answers import read_answers
 from megatron_iwsft.evaluate.statistics import Comparison, Estimate, compare, mean_pass_at_k
-from megatron_iwsft.report.run_record import RunRecord
+from megatron_iwsft.report.run_record import RunRecord, finite
 from megatron_iwsft.utils.json_files import is_regular_file
 from megatron_iwsft.utils.text import printable_line
 
@@ -68,7 +68,7 @@ class BenchmarkResult:
     @property
     def settings(self) -> str:
         s = self.models[0].settings
-        temperature, samples = s.get("temperature", 0), self.models[0].samples
+        temperature, samples = finite(s.get("temperature")), self.models[0].samples
         how = f"sampled at temperature {temperature:g}" if temperature else "greedy"
         return f"{samples} answer{'s' * (samples > 1)} per problem, {how}"
 

@@ -8,9 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from megatron_iwsft.errors import DataError
+from megatron_iwsft.config.loader import read_yaml
+from megatron_iwsft.errors import ConfigError, DataError
 from megatron_iwsft.evaluate.results import results_by_step, samples_of
 from megatron_iwsft.train.callbacks.metrics_file import METRICS_FILE, read_metrics_file
 from megatron_iwsft.utils.json_files import is_regular_file
@@ -133,8 +132,8 @@ def _read_events(run: Path) -> list[Line]:
 
 def _settings(text: str) -> dict[str, Any]:
     try:
-        loaded = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError, ValueError):
+        loaded = read_yaml(text, "config.yaml")
+    except ConfigError:
         return {}
     return dict(_flat(loaded)) if isinstance(loaded, dict) else {}
 

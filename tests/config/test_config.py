@@ -184,6 +184,15 @@ def test_a_mistake_names_the_field(overrides: list[str], message: str) -> None:
         ("run: {name: r\n", "line 2 is not valid YAML"),
         (MINIMAL + "run: {name: again, dir: d}\n", "duplicate key 'run', again in line 4"),
         ("[" * 100_000, "c.yaml is nested too deeply"),
+        ("run: {name: 2026-13-45, dir: d}\n", "has a value that cannot be read: month must be in 1..12"),
+        (f"run: {{name: r, dir: 1{'0' * 5000}}}\n", "has a value that cannot be read"),
+        (f"run: {{name: r, dir: 0x1{'0' * 5000}}}\n", "has a number of 20,001 bits"),
+        ("run: &run {name: r, dir: d, again: *run}\n", "has more than 100,000 values, with aliases (*name) followed"),
+        (
+            "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 20)),
+            "has more than 100,000 values, with aliases (*name) followed",
+        ),
+        ("".join(f"k{i}: 1\n" for i in range(100_001)), "has more than 100,000 values"),
     ],
 )
 def test_a_malformed_file_is_reported(text: str, message: str) -> None:

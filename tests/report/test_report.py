@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -174,3 +175,49 @@ def test_the_page_in_a_browser(two_runs: list[Path], tmp_path: Path) -> None:
         assert browser.evaluate("return document.title") == "sft · iw-sft"
         ranges = browser.evaluate("return [...document.querySelectorAll('.plot')].map((p) => p.layout.yaxis.range)")
         assert [0, 2e-3] in ranges, "around the constant learning rate"
+
+
+def test_damaged_answers_are_left_out(tmp_path: Path) -> None:
+    run, folder = write_run(tmp_path / "run", steps=3), tmp_path / "run" / "evaluation" / "sums"
+    write_answers(folder, "step-00000002", run / "hf" / "step-00000002", [True])
+    (run / "samples").mkdir()
+    for number, content in enumerate(
+        [
+            '{"step": 1e999, "pass@1": {"mean": 1.0}}',
+            '{"step": 2, "pass@1": {"mean": 1' + "0" * 400 + "}}",
+            '{"step": 2, "pass@1": [1]}',
+            '{"step":' * 99_999,
+            "[]",
+        ]
+    ):
+        (folder / f"step-0000000{number}.json").write_text(content)
+    os.mkfifo(folder / "step-00000009.json")
+    os.mkfifo(run / "samples" / "step-00000009.jsonl")
+    sample = {"step": 1, "number": 1, "text": "seven", "weight": 1.5}
+    odd = ({"number": "a"}, {"number": 10**400}, {"weight": "heavy"}, {"weight": 10**400}, {"text": 3})
+    for number, change in enumerate(odd):
+        write_jsonl(run / "samples" / f"step-0000000{number}.jsonl", [sample, sample | change])
+    write_report([run], tmp_path / "report.html")
+    assert Main(tmp_path / "report.html").text.count("seven") == len(odd)
+
+
+@pytest.mark.parametrize("change", [{"temperature": "hot"}, {"temperature": [1]}, {"temperature": None}])
+def test_settings_of_no_type_are_shown(change: dict, tmp_path: Path) -> None:
+    run, folder = write_run(tmp_path / "run", steps=3), tmp_path / "run" / "evaluation" / "sums"
+    write_answers(folder, "step-00000002", run / "hf" / "step-00000002", [True, True])
+    header, first, second = [json.loads(line) for line in (folder / "step-00000002.jsonl").read_text().splitlines()]
+    # Nor do all problems have the same number of answers.
+    write_jsonl(
+        folder / "step-00000002.jsonl",
+        [header | {"settings": change}, first, second | {"answers": second["answers"] * 3}],
+    )
+    write_report([run], tmp_path / "report.html")
+    assert "1 answer per problem" in Main(tmp_path / "report.html").text
+
+
+def test_a_config_of_aliases_is_not_unfolded(tmp_path: Path) -> None:
+    run, other = write_run(tmp_path / "run", steps=3), write_run(tmp_path / "other", steps=3)
+    many = "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 20))
+    for text in ("a: &a {b: *a}\n", f"a0: &a0 [1]\n{many}", "a: 2026-13-45\n"):
+        (run / "config.yaml").write_text(text)
+        write_report([run, other], tmp_path / "report.html")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -23,6 +22,7 @@ from megatron_iwsft.evaluate.results import EVALUATION
 from megatron_iwsft.hf.directory import DTYPES
 from megatron_iwsft.train.callbacks import StepResult
 from megatron_iwsft.utils.files import sampled_fingerprint, write_json
+from megatron_iwsft.utils.json_files import read_json
 
 if TYPE_CHECKING:
     from megatron_iwsft.train.trainer import Trainer
@@ -94,8 +94,8 @@ def _check(trainer: Trainer) -> None:
 
 def _weights_in(submitted: Path) -> str | None:
     try:
-        return json.loads(submitted.read_bytes())["weights"]
-    except (OSError, ValueError, KeyError, TypeError):
+        return read_json(submitted, dict[str, str], CheckpointError, advice="").get("weights")
+    except (OSError, CheckpointError):
         return None
 
 
