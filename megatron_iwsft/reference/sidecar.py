@@ -210,8 +210,10 @@ class SidecarWriter:
         """Create missing files. On one rank, before `open` on all. Raises DataError if they cannot be written."""
         fresh = self.directory / "fresh.partial"
         for index, name in enumerate(self.corpus.shards):
-            path = self._partial(name)
+            path, final = self._partial(name), self.directory / f"{name}.bin"
             size = 4 * self._shards[index].end
+            if final.exists() and not path.exists():  # complete, but the disk had no room for the manifest
+                os.replace(final, path)
             if path.exists() and path.stat().st_size == size:
                 continue
             try:

@@ -7,7 +7,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from megatron_iwsft.errors import UserError
@@ -43,11 +43,10 @@ def exclusive(
             if path.exists() and os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
                 break  # else the holder removed it between the two calls
         held.callback(path.unlink, missing_ok=True)
-        file.truncate(0)
-        file.write(
-            f"process {os.getpid()} on {socket.gethostname()}, Slurm job {os.environ.get('SLURM_JOB_ID', 'none')}"
-        )
-        file.flush()
+        job = os.environ.get("SLURM_JOB_ID", "none")
+        with suppress(OSError):  # on a full disk there is a lock, but not who holds it
+            os.truncate(file.fileno(), 0)
+            os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}, Slurm job {job}".encode())
         yield
 
 

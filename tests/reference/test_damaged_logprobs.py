@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,9 +17,11 @@ import pytest
 
 from megatron_iwsft.data.corpus import Corpus
 from megatron_iwsft.errors import DataError
+from megatron_iwsft.reference import sidecar as module
 from megatron_iwsft.reference.sidecar import ReferenceIdentity, Sidecar, SidecarWriter
-from tests.support import tiny
+from tests.support import ROOT, command_environment, run_python, tiny
 from tests.support.damage import edit_array, edit_json
+from tests.support.launched_runs import write_config
 
 IDENTITY = ReferenceIdentity("weights", "tokenizer", "none", "fp32")
 LENGTHS = [20, 30, 25, 40]
@@ -88,3 +94,54 @@ def test_two_commands_do_not_write_the_same_reference_logprobs(corpus: Path) -> 
     with writer.lock(), pytest.raises(DataError, match="is in use by another job"), writer.lock():
         pass
     assert not list(writer.directory.iterdir())
+
+
+def test_logprobs_are_not_computed_again_for_want_of_a_manifest(corpus: Path, monkeypatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    opened = Corpus.open(corpus)
+    with monkeypatch.context() as patched, pytest.raises(DataError, match=r"No space left on device.*it continues"):
+        patched.setattr(module, "write_manifest", full)
+        write_sidecar(opened)
+    writer = SidecarWriter(opened, IDENTITY)
+    with writer.lock():
+        writer.prepare()
+        writer.open()
+        assert all(writer.done(i) for i in range(len(LENGTHS)))
+        writer.finish({})
+    assert Sidecar(opened, IDENTITY).damage(0, 1) == []
+
+
+@pytest.mark.slow
+@pytest.mark.command
+def test_a_full_disk_costs_no_logprobs(tmp_path: Path) -> None:
+    """On a small tmpfs in a mount namespace: full at first, then once computing has begun, then not."""
+    config = write_config(tmp_path, objective={"name": "iw_sft"}, data={"max_steps": 2})
+    assert run_python("-m", "megatron_iwsft", "reference", "--config", config).returncode == 0
+    (expected,) = (tmp_path / "corpus").glob("reference-*/shard-00000.bin")
+    values = expected.read_bytes()
+    (tmp_path / "small").mkdir()
+    program = f"{sys.executable} -m tests.support.full_disk_reference {config} {tmp_path}/corpus {tmp_path}/small"
+    script = f"rm -r {expected.parent} && mount -t tmpfs -o size=2m tmpfs {tmp_path}/small && exec {program}"
+    done = subprocess.run(
+        ["unshare", "--mount", "--map-root-user", "sh", "-c", script],
+        cwd=ROOT,
+        env=command_environment(),
+        text=True,
+        capture_output=True,
+        timeout=600,
+    )
+    if "unshare failed" in done.stderr or "permission denied" in done.stderr.lower():
+        pytest.skip(f"this machine allows no mount namespace: {done.stderr.strip()}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    first, second, third = found["calls"]
+    for call in (first, second):
+        assert call["status"] == 2 and "Traceback" not in call["output"], call["output"]
+        assert "cannot write the reference log-probs" in call["output"], call["output"]
+        assert "No space left on device" in call["output"] and "run the same command again" in call["output"]
+    assert first["files"] == []
+    assert not [name for name in second["files"] if name.startswith((".", "fresh")) or name == "manifest.json"]
+    assert third["status"] == 0, third["output"]
+    assert found["values"] == values.hex()
