@@ -13,7 +13,7 @@ import threading
 import time
 
 from megatron_iwsft.errors import EXIT_FAILURE, EXIT_REQUEUE
-from megatron_iwsft.utils.text import say
+from megatron_iwsft.utils.text import tell
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
@@ -69,10 +69,10 @@ class StopSignals:
         if not self.requested:
             self.requested, self._first = True, now
             if prints:
-                say(f"{name}: stopping after this step, with a checkpoint. Signal again to stop now.")
+                tell(f"{name}: stopping after this step, with a checkpoint. Signal again to stop now.")
         elif now - self._first > _ONE_REQUEST_S:
             if prints:
-                say(f"{name} again: stopping now; use the last complete checkpoint.", error=True)
+                tell(f"{name} again: stopping now; use the last complete checkpoint.", error=True)
             os._exit(EXIT_REQUEUE)
 
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from megatron_iwsft.distributed.stop_signals import STOP_SIGNALS
 from megatron_iwsft.errors import EXIT_REQUEUE, EXIT_USER_ERROR
 from megatron_iwsft.utils.cli import prepare_streams
-from megatron_iwsft.utils.text import say
+from megatron_iwsft.utils.text import tell
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -96,7 +96,7 @@ def main() -> int:
         return 128 + interruption.sigval
     except DistError as error:  # its port is taken, or the first node cannot be reached
         where, why = f"{parsed.master_addr}:{parsed.master_port}", str(error).strip().splitlines()[0]
-        say(f"the nodes cannot meet at {where} (--master-addr, --master-port): {why}", error=True)
+        tell(f"the nodes cannot meet at {where} (--master-addr, --master-port): {why}", error=True)
         return EXIT_USER_ERROR
     return 0
 
@@ -112,7 +112,7 @@ def _status(error: ChildFailedError, notice: StopNotice) -> int:
     if failure.exitcode >= 0:
         return failure.exitcode
     name = signal.Signals(-failure.exitcode).name
-    say(f"rank {rank} (process {failure.pid} on {socket.gethostname()}) was ended by {name}.", error=True)
+    tell(f"rank {rank} (process {failure.pid} on {socket.gethostname()}) was ended by {name}.", error=True)
     return 128 - failure.exitcode
 
 

@@ -17,6 +17,7 @@ import threading
 import time
 import traceback
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,8 @@ import torch.distributed as dist
 
 from megatron_iwsft.errors import EXIT_FAILURE, PeerError, RequeueError, UserError
 from megatron_iwsft.utils.files import open_for_writing
-from megatron_iwsft.utils.text import say
+from megatron_iwsft.utils.memory import out_of_memory
+from megatron_iwsft.utils.text import tell
 
 _BEAT_S = 1.0
 _FAILURE = "failure"
@@ -135,7 +137,7 @@ class Watchdog:
             while time.monotonic() < until and self._failure() is None:
                 time.sleep(0.1)
         text = "".join(traceback.format_exception_only(error)).strip()
-        if not self._claim(f"{self._peers[self.rank]}: {text}"):
+        if not self._claim(out_of_memory(error) or f"{self._peers[self.rank]}: {text}"):
             raise PeerError from None
 
     def _watch(self) -> None:
@@ -149,7 +151,7 @@ class Watchdog:
                 if lost < _LOST_BEATS or self._leaving.is_set():
                     continue
                 if os.environ.get("LOCAL_RANK", "0") == "0":
-                    say(
+                    tell(
                         f"{self._peers[self.rank]} lost the connection to the job's store at {os.environ['MASTER_ADDR']}: the machine "
                         "or process of rank 0 is gone.",
                         error=True,
@@ -168,7 +170,7 @@ class Watchdog:
             if peer.place == self._peers[self.rank].place and not peer.alive() and not self._has_left(peer):
                 text = f"{peer} exited unexpectedly (killed, or out of memory; check dmesg on {peer.host})."
                 if self._claim(text):
-                    say(text, error=True)
+                    tell(text, error=True)
                 return
         if stuck_s > self.timeout_s:
             self._report_hang()
@@ -209,7 +211,7 @@ class Watchdog:
         if before is not None:
             text = self._who_is_stuck(before, self._marks())
             if self._claim(text):
-                say(text, error=True)
+                tell(text, error=True)
         self._end()
 
     def _who_is_stuck(self, before: dict[int, dict[str, Any]], after: dict[int, dict[str, Any]]) -> str:
@@ -243,7 +245,8 @@ class Watchdog:
             pass  # a full disk must not keep the job from ending
 
     def _end(self) -> None:
-        sys.stdout.flush()
+        with suppress(OSError):
+            sys.stdout.flush()
         os._exit(EXIT_FAILURE)
 
 

@@ -19,7 +19,7 @@ from megatron_iwsft.reference.mixture import MixtureSidecarWriter
 from megatron_iwsft.train.check import check, check_cacheable
 from megatron_iwsft.train.setup import StartedRun, reference_identities, start
 from megatron_iwsft.train.step import run_schedule
-from megatron_iwsft.utils.text import say
+from megatron_iwsft.utils.text import tell
 
 
 def precompute_reference(config: Config) -> list[str]:
@@ -45,7 +45,7 @@ def _precompute(run: StartedRun, writer: MixtureSidecarWriter, watch: Watchdog, 
     if writer.skip_complete(run.platform):
         if run.is_main:
             for directory in writer.directories:
-                say(f"{directory} is already complete.")
+                tell(f"{directory} is already complete.")
         return writer.directories
     if run.is_main:
         writer.prepare()
@@ -81,7 +81,7 @@ def _precompute(run: StartedRun, writer: MixtureSidecarWriter, watch: Watchdog, 
         if told_to_stop:
             writer.flush()
             if run.is_main:
-                say(f"stopped after batch {number - 1} of {plan.num_steps}; start it again to continue.")
+                tell(f"stopped after batch {number - 1} of {plan.num_steps}; start it again to continue.")
             dist.barrier()
             raise RequeueError
         if not needed:
@@ -93,6 +93,6 @@ def _precompute(run: StartedRun, writer: MixtureSidecarWriter, watch: Watchdog, 
     dist.barrier()
     if run.is_main:
         for directory, count in writer.finish({"model": run.reference.described, "layout": run.layout.describe()}):
-            say(f"{directory}: log-probs of {count:,} trajectories by {run.reference.described}")
+            tell(f"{directory}: log-probs of {count:,} trajectories by {run.reference.described}")
     dist.barrier()
     return writer.directories

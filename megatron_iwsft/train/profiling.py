@@ -6,6 +6,7 @@ Ranges are marked in every step, profiled or not: an unused one costs about a mi
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 
 from megatron_iwsft.config.schema import Profile
-from megatron_iwsft.utils.files import atomic_write, write_text
+from megatron_iwsft.utils.files import atomic_write, publish, write_text
 
 _PREFIX = "iwsft: "
 # Row of the table → (what its events' names begin with, whether the row is part of the one above it).
@@ -75,17 +76,26 @@ class StepProfiler:
             return None
         profile, self._profile = self._profile, None
         profile.__exit__(None, None, None)
+        what = f"profiled steps {self._first} to {step} on rank {self._rank}"
+        try:
+            return f"{what}: {self._write(profile, step)}"
+        except (OSError, RuntimeError) as error:  # a full disk must not end the run; torch raises either
+            return f"{what}, but the profile could not be written to {self._directory}: {error}. Training continues."
+
+    def _write(self, profile: Any, step: int) -> str:
         self._directory.mkdir(parents=True, exist_ok=True)
         name = f"rank-{self._rank}-steps-{self._first}-{step}"
         trace = self._directory / f"{name}.json.gz"
-        profile.export_chrome_trace(str(trace))
+        with tempfile.TemporaryDirectory(dir=self._directory, prefix=f".{name}.") as partial:
+            profile.export_chrome_trace(f"{partial}/{trace.name}")  # which would follow a link
+            publish(Path(partial) / trace.name, trace)
         if self._is_cuda:
             torch.cuda.profiler.stop()
             with atomic_write(self._directory / f"{name}.memory.pickle", "wb") as file:
                 file.write(_memory_snapshot())
         table = _table(profile.key_averages(), steps=step - self._first + 1, on_device=self._is_cuda)
         write_text(self._directory / f"{name}.txt", table + "\n")
-        return f"profiled steps {self._first} to {step} on rank {self._rank}: {trace} (open it at ui.perfetto.dev)\n{table}"
+        return f"{trace} (open it at ui.perfetto.dev)\n{table}"
 
     def close(self) -> None:
         """When the run ends before the last profiled step: nothing is written."""

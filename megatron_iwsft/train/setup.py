@@ -34,7 +34,7 @@ from megatron_iwsft.objectives.breakdown import Breakdown
 from megatron_iwsft.reference.sidecar import ReferenceIdentity
 from megatron_iwsft.train.check import CheckedRun
 from megatron_iwsft.utils.files import gibibytes
-from megatron_iwsft.utils.text import say
+from megatron_iwsft.utils.text import tell
 
 _ANNOUNCED_BYTES = 4 << 30  # reading as much can take a minute
 # Of the local backend's attention: with 128k tokens at context parallel 8, in every layer.
@@ -205,7 +205,7 @@ def _check_contents(corpus: Corpus, config: Config, platform: Platform) -> None:
     size = bytes_of(corpus.directory, pieces)
     if is_main and size >= _ANNOUNCED_BYTES:
         less = "; `sample` reads less" if verify == "full" else ""
-        say(f"checking {corpus.directory}: each process reads {gibibytes(size)} (data.verify: {verify}{less}).")
+        tell(f"checking {corpus.directory}: each process reads {gibibytes(size)} (data.verify: {verify}{less}).")
     raise_together(corpus.damage(pieces, show_progress=is_main))
 
 

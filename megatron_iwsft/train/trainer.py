@@ -52,7 +52,7 @@ from megatron_iwsft.train.schedule import Schedule
 from megatron_iwsft.train.setup import StartedRun, checkpoint_writer, start
 from megatron_iwsft.train.step import TrainStep
 from megatron_iwsft.utils.locks import exclusive
-from megatron_iwsft.utils.text import say
+from megatron_iwsft.utils.text import tell
 
 # A killed run's lock is released with the last of its processes.
 _LOCK_PATIENCE_S = 15.0
@@ -204,7 +204,7 @@ class Trainer:
                 result = self._call_back(result)
             profiled = self.profiler.after(result.step)
             if profiled is not None:
-                say(profiled)
+                tell(profiled)
             if result.stopping and not result.is_last:
                 self._save_and_leave()
         self._finish()

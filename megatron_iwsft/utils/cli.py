@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import codecs
 import contextlib
+import errno
 import io
 import locale
 import os
@@ -26,7 +27,10 @@ from megatron_iwsft.errors import (
     RequeueError,
     UserError,
 )
+from megatron_iwsft.utils.memory import out_of_memory
 from megatron_iwsft.utils.text import say
+
+_HALF_MESSAGE = 10_000  # characters
 
 
 def run_command(main: Callable[[], int | None]) -> NoReturn:
@@ -69,6 +73,8 @@ def _run(main: Callable[[], int | None]) -> NoReturn:
             _leave(EXIT_FAILURE, traceback.format_exc())
         _leave(EXIT_UNREAD, "standard output was closed; stopping." if "RANK" in os.environ else None)
     except OSError as error:
+        if error.errno == errno.ENOMEM:
+            _leave(EXIT_FAILURE, out_of_memory(error))
         _leave(EXIT_USER_ERROR, f"{error.strerror}: {error.filename}" if error.filename else str(error))
     except UnicodeError as error:
         if not _is_ascii(locale.getpreferredencoding(False)):
@@ -78,8 +84,8 @@ def _run(main: Callable[[], int | None]) -> NoReturn:
             f"the locale's text encoding is ASCII, in which some names and files cannot be read or written ({error}). "
             "Set PYTHONUTF8=1, or LC_ALL to a UTF-8 locale such as C.UTF-8.",
         )
-    except Exception:
-        _leave(EXIT_FAILURE, traceback.format_exc())
+    except Exception as error:
+        _leave(EXIT_FAILURE, out_of_memory(error) or traceback.format_exc())
     sys.exit(status or 0)
 
 
@@ -87,7 +93,8 @@ def prepare_streams() -> None:
     """Make standard input, output and error usable, whatever state this process got them in.
 
     A closed descriptor is opened on the null device: otherwise the next file to be opened would take its number, and get what is
-    printed. Text that the output's encoding lacks is escaped; ASCII, of the locale C, is taken for UTF-8.
+    printed. Text that the output's encoding lacks is escaped, and bytes that are not text are read as U+FFFD; ASCII, of the locale C,
+    is taken for UTF-8.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
@@ -98,9 +105,10 @@ def prepare_streams() -> None:
         if stream is None:
             mode = "r" if number == 0 else "w"
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - stays open
-        elif number > 0 and isinstance(stream, io.TextIOWrapper):
+        elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(
-                encoding="utf-8" if _is_ascii(stream.encoding) else stream.encoding, errors="backslashreplace"
+                encoding="utf-8" if _is_ascii(stream.encoding) else stream.encoding,
+                errors="replace" if number == 0 else "backslashreplace",
             )
 
 
@@ -150,6 +158,8 @@ def _leave(status: int, message: str | None) -> NoReturn:
     """End the process at once: interpreter teardown would add tracebacks from peers that wait in a collective."""
     with contextlib.suppress(OSError, ValueError):  # the disk that output goes to may be full, or its reader gone
         if message is not None:
+            if len(message) > 2 * _HALF_MESSAGE:  # it may quote what a file says
+                message = f"{message[:_HALF_MESSAGE]} … {message[-_HALF_MESSAGE:]}"
             say(message, error=True)
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()

@@ -86,6 +86,19 @@ def test_the_table_has_a_bar_and_every_value(config: Config) -> None:
     assert all(word in text for word in ("step", "loss", "left", "5/10", "1.5", "[1]", "3 s", "1e-5"))
 
 
+def test_names_cannot_control_the_terminal(config: Config) -> None:
+    """Nor are they markup."""
+    from rich.console import Console
+
+    name = "[red]a[/] \x1b]0;owned\x07\x1b[2J"
+    named = config.model_copy(update={"run": config.run.model_copy(update={"name": name})})
+    screen = Console(record=True, width=100, force_terminal=True, color_system=None, file=open("/dev/null", "w"))  # noqa: SIM115
+    screen.print(live_table(result(named, 5), {f"{name} nll": "1.5", "skipped:": name}))
+    text = screen.export_text(styles=True)
+    assert "\x1b]" not in text and "\x07" not in text and "\x1b[2J" not in text
+    assert text.count("[red]a[/] \\x1b]0;owned\\x07") == 3
+
+
 def test_live_only_in_a_terminal_outside_of_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module.sys.stdout, "isatty", lambda: True, raising=False)
     monkeypatch.setenv("TERM", "xterm")

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
+import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -22,6 +25,7 @@ from megatron_iwsft.train.callbacks.events import Events
 from megatron_iwsft.train.callbacks.metrics_file import MetricsFile
 from megatron_iwsft.train.callbacks.trackers import wandb_logger
 from megatron_iwsft.utils.jsonl import JsonLines
+from megatron_iwsft.utils.text import tell
 
 CONFIG = "{run: {name: r, dir: d}, model: {hf: m}, data: {corpus: c, seq_length: 8, epochs: 1}}"
 
@@ -328,3 +332,20 @@ def test_a_report_shows_odd_metrics(tmp_path: Path) -> None:
 def test_live_metrics_can_be_compared_while_a_line_is_being_written(path: Path) -> None:
     path.write_bytes(path.read_bytes() + b'{"step": 6, "lo')
     assert [row["step"] for row in comparable_metrics(path.parent)] == [1, 2, 3, 4, 5]
+
+
+def test_a_full_disk_under_the_output_ends_neither_a_run_nor_its_threads(tmp_path: Path, monkeypatch) -> None:
+    class Output(io.StringIO):
+        number = errno.ENOSPC
+
+        def flush(self) -> None:
+            raise OSError(self.number, os.strerror(self.number))
+
+    monkeypatch.setattr(sys, "stdout", Output())
+    Events(tmp_path / "events.jsonl")("e", "text", step=1)
+    assert steps(tmp_path / "events.jsonl") == [1]
+    Output.number = errno.EPIPE  # whoever read it has gone
+    with pytest.raises(BrokenPipeError):
+        tell("text")
+    with ThreadPoolExecutor() as thread:
+        thread.submit(tell, "text").result()

@@ -219,7 +219,9 @@ def test_one_of_four_processes_does_not_wait_for_the_others(tmp_path: Path) -> N
 
 @pytest.mark.command
 def test_a_run_in_a_directory_full_of_planted_links(tmp_path: Path) -> None:
-    """World-writable, in the locale C, without assertions: training neither follows a link nor stores a secret."""
+    """World-writable, in the locale C, without assertions, on a full output: training neither follows a link nor stores a secret,
+    and goes on to its end.
+    """
     config, run, victim = write_config(tmp_path, data={"max_steps": 2}), tmp_path / "run", tmp_path / "victim"
     victim.write_text("precious")
     for name in ("metrics.jsonl", "config.yaml", "wandb.id", "logs/events.jsonl", "checkpoints/latest"):
@@ -228,8 +230,9 @@ def test_a_run_in_a_directory_full_of_planted_links(tmp_path: Path) -> None:
     run.chmod(0o777)
     secrets = {"WANDB_API_KEY": "a" * 40, "HF_TOKEN": "hf_" + "b" * 30}
     iwsft = f"{sys.executable} -O -m megatron_iwsft"
-    done = shell(f"{iwsft} train --config {config} logging.wandb.mode=offline", LC_ALL="C", **secrets)
+    done = shell(f"{iwsft} train --config {config} logging.wandb.mode=offline >/dev/full", LC_ALL="C", **secrets)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads((run / "logs" / "events.jsonl").read_text().splitlines()[-1])["event"] == "finished"
     assert victim.read_text() == "precious"
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 2
     assert not [p for p in run.rglob("*") if p.is_symlink() and "damaged" not in p.name and p.resolve() == victim]

@@ -100,6 +100,26 @@ def test_a_killed_rank_ends_the_others_with_one_message(config: Path, tmp_path: 
     assert "Traceback" not in run.output
 
 
+@pytest.mark.slow
+def test_a_rank_without_memory_is_named(config: Path, uninterrupted: list[dict], tmp_path: Path) -> None:
+    """Its address space may not grow any further, while it trains. No rank waits for it, and the run continues afterwards."""
+    directory = tmp_path / "run"
+    run = LaunchedRun(config, directory, "checkpoint.every=4", "logging.wandb.mode=disabled")
+    run.wait_until((directory / "checkpoints" / "latest").exists)
+    workers = run.workers
+    limit = workers[1].memory_info().vms
+    resource.prlimit(workers[1].pid, resource.RLIMIT_AS, (limit, limit))
+    assert run.finish() not in (0, EXIT_REQUEUE, EXIT_USER_ERROR), run.output
+    assert not any(w.is_running() for w in workers)
+    assert "Traceback" not in run.output
+    refused = rf"rank 1 \(process {workers[1].pid} on \S+\) is out of memory: .*of address space \(ulimit -v\)"
+    ended = rf"rank 1 \(process {workers[1].pid} on \S+\) exited unexpectedly \(killed, or out of memory"  # by C++ code
+    assert len(re.findall(f"{refused}|{ended}", run.output)) == 1, run.output
+    again = LaunchedRun(config, directory, "logging.wandb.mode=disabled")
+    assert again.finish() == 0, again.output
+    assert "resuming from" in again.output and comparable_metrics(directory) == uninterrupted
+
+
 def test_only_the_first_error_of_a_job_is_shown() -> None:
     """One rank of three fails. The others' collectives break too; those errors are not shown."""
     done = run_python(*torchrun(3), "-m", "tests.support.one_rank_fails")

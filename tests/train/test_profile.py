@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from megatron_iwsft.config.schema import Config
+from megatron_iwsft.config.schema import Config, Profile
 from megatron_iwsft.errors import ConfigError
 from megatron_iwsft.testing import comparable_metrics
 from megatron_iwsft.train.check import check
+from megatron_iwsft.train.profiling import StepProfiler
 from tests.support.shared_runs import assert_same_checkpoints, copy_without_checkpoints_after, train_on
 from tests.support.small_runs import small_run
 
@@ -81,6 +82,29 @@ def test_a_profiled_run_is_the_same_run_and_resumes_within_its_profile(tmp_path:
     lines = [json.loads(line) for line in (tmp_path / "plain" / "metrics.jsonl").read_text().splitlines()]
     assert all(0 < sum(line[name] for name in PHASES) <= line["step_time_s"] for line in lines)
     assert ["between_steps_s" in line for line in lines] == [False, True, True, True, True]
+
+
+def profiled(directory: Path) -> str | None:
+    profiler = StepProfiler(Profile(steps=[1, 1]), 0, directory, is_cuda=False)
+    profiler.before(1)
+    return profiler.after(1)
+
+
+def test_a_profile_that_cannot_be_written_does_not_end_the_run(tmp_path: Path) -> None:
+    (tmp_path / "profile").write_text("in the way")
+    said = profiled(tmp_path / "profile")
+    assert said is not None and "could not be written" in said and "Training continues." in said
+
+
+def test_a_profile_follows_no_planted_link(tmp_path: Path) -> None:
+    victim, directory = tmp_path / "victim", tmp_path / "profile"
+    victim.write_text("precious")
+    directory.mkdir()
+    for name in ("rank-0-steps-1-1.json.gz", "rank-0-steps-1-1.txt"):
+        (directory / name).symlink_to(victim)
+    profiled(directory)
+    assert victim.read_text() == "precious"
+    assert len(list(directory.iterdir())) == 2 and not [p for p in directory.iterdir() if p.is_symlink()]
 
 
 def test_a_profile_beyond_the_end_is_refused(tmp_path: Path) -> None:

@@ -6,12 +6,12 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 from megatron_iwsft.config.schema import Logging
 from megatron_iwsft.train.callbacks import StepResult
-from megatron_iwsft.utils.text import say
+from megatron_iwsft.utils.text import printable_line, tell
 
 
 class Pace:
@@ -69,7 +69,7 @@ def console(
         values = _values(result, pace, world_size, peak_tflops)
         pace.reset()
         if table is None:
-            say(" | ".join(f"{name} {value}" for name, value in values.items()))
+            tell(" | ".join(f"{name} {value}" for name, value in values.items()))
         else:
             table.show(result, values)
 
@@ -137,20 +137,27 @@ class _LiveTable:
         self._live = Live(console=Console(), auto_refresh=False, vertical_overflow="visible")
         self._live.start()
         self._live.console.show_cursor(True)  # a job can end without a chance to show it again
-        at_exit.callback(self._live.stop)
+        at_exit.callback(self._stop)
 
     def show(self, result: StepResult, values: Mapping[str, str]) -> None:
-        self._live.update(live_table(result, values), refresh=True)
+        with suppress(OSError):  # the terminal has gone; the run has not
+            self._live.update(live_table(result, values), refresh=True)
+
+    def _stop(self) -> None:
+        with suppress(OSError):
+            self._live.stop()
 
 
 def live_table(result: StepResult, values: Mapping[str, str]) -> Any:
     """The table, as something that rich can draw: a bar, then names over values, four in a row."""
-    from rich.markup import escape
     from rich.panel import Panel
     from rich.progress_bar import ProgressBar
     from rich.table import Table
+    from rich.text import Text
 
-    cells = [f"[dim]{escape(name)}[/]\n{escape(value)}" for name, value in values.items()]
+    cells = [
+        Text.assemble((printable_line(name), "dim"), "\n", printable_line(value)) for name, value in values.items()
+    ]
     grid = Table.grid(padding=(0, 3), expand=True)
     for _ in range(4):
         grid.add_column()
@@ -159,4 +166,4 @@ def live_table(result: StepResult, values: Mapping[str, str]) -> Any:
     whole = Table.grid(expand=True)
     whole.add_row(ProgressBar(total=result.total_steps, completed=result.step))
     whole.add_row(grid)
-    return Panel(whole, title=escape(result.config.run.name), width=100)
+    return Panel(whole, title=Text(printable_line(result.config.run.name)), width=100)

@@ -20,7 +20,7 @@ from megatron_iwsft.train.callbacks.trackers import tensorboard_logger, wandb_lo
 from megatron_iwsft.train.callbacks.weight_warnings import WeightWarnings, warn_about_settings
 from megatron_iwsft.train.setup import StartedRun
 from megatron_iwsft.utils.files import write_text
-from megatron_iwsft.utils.text import say
+from megatron_iwsft.utils.text import tell
 
 if TYPE_CHECKING:
     from megatron_iwsft.train.trainer import Trainer
@@ -95,7 +95,7 @@ def _start_run_directory(run: StartedRun) -> None:
         f"{run.platform.device.type}, {run.layout.describe()}",
         *(f"  {share}" for share in _shares(run)),
     ):
-        say(line)
+        tell(line)
 
 
 def _shares(run: StartedRun) -> list[str]:

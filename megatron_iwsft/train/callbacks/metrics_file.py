@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_iwsft.train.callbacks import StepResult
 from megatron_iwsft.utils.jsonl import JsonLines, read_json_lines
-from megatron_iwsft.utils.text import say
+from megatron_iwsft.utils.text import tell
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -27,7 +27,7 @@ class MetricsFile:
     logged: the last step that an interrupted run had written; -1 for none
     """
 
-    def __init__(self, path: Path, resumed_at: int, say: Callable[[str], None] = say) -> None:
+    def __init__(self, path: Path, resumed_at: int, say: Callable[[str], None] = tell) -> None:
         self._file, self._last, self._failing = JsonLines(path, say, valid=_is_of_a_step), resumed_at, False
         self.logged = -1
         self._cut(resumed_at)
@@ -41,7 +41,9 @@ class MetricsFile:
             self._failing = False
         except OSError as error:
             if not self._failing:
-                say(f"{self._file.path}: {error.strerror}; its lines are kept in memory and written later.", error=True)
+                tell(
+                    f"{self._file.path}: {error.strerror}; its lines are kept in memory and written later.", error=True
+                )
             self._failing = True
 
     def _cut(self, last: int) -> None:

@@ -20,7 +20,7 @@ from megatron_iwsft.train.callbacks import StepResult
 from megatron_iwsft.train.callbacks.events import Events
 from megatron_iwsft.utils.files import move_aside, write_text
 from megatron_iwsft.utils.json_files import is_regular_file
-from megatron_iwsft.utils.text import say
+from megatron_iwsft.utils.text import tell
 
 _ID = re.compile(rb"[A-Za-z0-9_-]{1,64}")
 
@@ -76,7 +76,7 @@ def wandb_logger(
                 handle.log(values, step=result.step)
             except OSError as error:  # its service also gets the SIGTERM that Slurm sends to all processes of a job
                 connected = False
-                say(f"lost connection to wandb ({error}); metrics.jsonl is complete.")
+                tell(f"lost connection to wandb ({error}); metrics.jsonl is complete.")
 
     at_exit.callback(finish)
     return log

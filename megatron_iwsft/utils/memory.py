@@ -1,0 +1,58 @@
+"""Errors that mean that memory ran out, as a sentence."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import socket
+from pathlib import Path
+
+# What torch, its allocators, glibc and Python's threads say.
+_SIGNS = (
+    "can't allocate memory",
+    "cannot allocate memory",
+    "not enough memory",
+    "out of memory",
+    "bad_alloc",
+    "can't start new thread",
+)
+
+
+def out_of_memory(error: BaseException) -> str | None:
+    """A sentence for people if `error`, or what it came from, is a refused allocation; None if it is not."""
+    cause: BaseException | None = error
+    while cause is not None and not _is_refused_allocation(cause):
+        cause = cause.__cause__ or cause.__context__
+    if cause is None:
+        return None
+    what = (str(cause).strip().splitlines() or ["an allocation was refused"])[0]
+    who = f"process {os.getpid()} on {socket.gethostname()}"
+    who = f"rank {os.environ['RANK']} ({who})" if "RANK" in os.environ else who
+    return (
+        f"{who} is out of memory: {what:.300}.{_limits()} Give it more memory, or make what it holds smaller: "
+        "`iwsft doctor --config` says what a run needs. A run that is started again continues from its last checkpoint."
+    )
+
+
+def _is_refused_allocation(error: BaseException) -> bool:
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, of a GPU
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in _SIGNS)
+
+
+def _limits() -> str:
+    """The limits that this process has, besides the machine's memory."""
+    found = []
+    address_space = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if address_space != resource.RLIM_INFINITY:
+        found.append(f"{address_space / 2**30:.2f} GiB of address space (ulimit -v)")
+    try:
+        group = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+    except OSError:
+        group = "max"
+    if group.isdigit():
+        found.append(f"{int(group) / 2**30:.2f} GiB in its control group")
+    return f" Its limit is {' and '.join(found)}." if found else ""
