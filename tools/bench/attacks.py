@@ -1,8 +1,9 @@
 """Damage files at random and check how commands take it: python tools/bench/attacks.py [--seconds 600] [--attacks N] [--seed S]
 
-Each attack takes a fresh copy of a small corpus, checkpoint, Hugging Face directory, run and config, changes one of their files (bytes
-flipped, cut, replaced, JSON values of other types, names that lead elsewhere, links, pipes, directories, pickles that run code) and
-starts a command that reads it. An attack is held if the command ends within its time with status 0, or with a message and status 1 or 2,
+Each attack takes a fresh copy of a small corpus, checkpoint (also one of Megatron-LM), Hugging Face directory, adapter of PEFT, run with
+answers, and config, changes one of their files (bytes flipped, cut, replaced, values of other types in JSON and in a checkpoint's
+metadata, names that lead elsewhere, links, pipes, directories, pickles that run code) and starts a command that reads it. An attack is
+held if the command ends within its time with status 0, or with a message and status 1 or 2, prints no escape sequence and not too much,
 runs no code of the attacker, and changes no file outside its output. Prints, per kind of file, how many were tried and held, and each
 failure with the seed that repeats it; exits with status 1 if there is one.
 """
@@ -30,6 +31,7 @@ from typing import Any
 from megatron_iwsft.utils.cli import positive_int, run_command
 
 LIMIT_S = 20  # for one command
+LONGEST_OUTPUT = 100_000  # characters
 CODE_RAN = "code-ran"
 CONFIG = """
 run: {{name: attacked, dir: {base}/new-run, seed: 3, device: cpu}}
@@ -39,6 +41,34 @@ objective: {{name: sft}}
 precision: {{dtype: fp32}}
 evaluation: {{sets: [{{name: held-out, corpus: {base}/corpus}}], every: 1}}
 """
+PROBLEM = {"number": 1, "prompt": "7?", "answer": "\\boxed{7}"}
+ANSWERS = [
+    {
+        "format_version": 1,
+        "model": "run/hf/step-00000002",
+        "weights": "a",
+        "settings": {"temperature": 1.0, "samples": 1},
+    },
+    PROBLEM | {"answers": [{"text": "7", "tokens": 1, "cut_off": False, "correct": True}]},
+]
+RESULT = {
+    "step": 2,
+    "weights": "a",
+    "problems": 1,
+    "samples": 1,
+    "cut_off": 0,
+    "pass@1": {"mean": 1.0, "low": 0.2, "high": 1.0},
+}
+SAMPLE = {
+    "step": 2,
+    "number": 1,
+    "prompt": "7?",
+    "expected": "7",
+    "text": "7",
+    "correct": True,
+    "log_ratio": 0.1,
+    "weight": 1.1,
+}
 MODEL = {
     "model_type": "qwen2",
     "architectures": ["Qwen2ForCausalLM"],
@@ -74,7 +104,9 @@ def main() -> int:
 
 
 def make_inputs(base: Path) -> None:
-    """What is attacked: config.yaml, records.jsonl, tokenizer/, corpus/, hf/, run/ (checkpoint and logs)."""
+    """What is attacked: config.yaml, records.jsonl, benchmark.jsonl, tokenizer/, corpus/, hf/, adapter/, megatron/ and run/, which
+    has a checkpoint, logs and answers.
+    """
     from megatron_iwsft.distributed.mcore_compat import quiet_megatron
 
     quiet_megatron()
@@ -86,7 +118,50 @@ def make_inputs(base: Path) -> None:
     assert corpus == base / "corpus"
     run_distributed(_train, 1, base)
     export_checkpoint(base / "run", base / "hf")
+    run_distributed(_write_as_megatron, 1, base)
+    _write_adapter(base)
+    answers = base / "run" / "evaluation" / "sums"
+    for directory in (answers, base / "run" / "samples"):
+        directory.mkdir(parents=True)
+    (answers / "step-00000002.jsonl").write_text("".join(json.dumps(line) + "\n" for line in ANSWERS))
+    (answers / "step-00000002.json").write_text(json.dumps(RESULT))
+    (base / "run" / "samples" / "step-00000002.jsonl").write_text(json.dumps(SAMPLE) + "\n")
+    (base / "benchmark.jsonl").write_text(json.dumps({"question": "7?", "answer": "#### 7"}) + "\n")
     (base / "config.yaml").write_text(CONFIG.format(base=base))
+
+
+def _write_as_megatron(platform: Any, base: Path) -> None:
+    """The exported model as Megatron-LM saves it."""
+    from megatron.core import dist_checkpointing
+
+    from megatron_iwsft.hf.directory import SafetensorsDirectory
+    from megatron_iwsft.model.gpt import ModelSettings, build_model
+    from megatron_iwsft.model.parameters import load_weights
+
+    parallel, weights = platform.parallel(), SafetensorsDirectory(base / "hf")
+    (chunk,) = build_model(weights.architecture, parallel, platform, ModelSettings())
+    load_weights([chunk], weights, parallel)
+    (base / "megatron").mkdir()
+    arguments = argparse.Namespace(num_attention_heads=2, rotary_base=10000, normalization="RMSNorm")
+    state = {"args": arguments, "iteration": 2, "model": chunk.sharded_state_dict(metadata=None)}
+    dist_checkpointing.save(state, str(base / "megatron"))
+
+
+def _write_adapter(base: Path) -> None:
+    import torch
+
+    from megatron_iwsft.hf.adapter_mapping import adapter_shapes
+    from megatron_iwsft.hf.adapters import AdapterSettings
+    from megatron_iwsft.hf.directory import SafetensorsDirectory
+    from megatron_iwsft.hf.peft import Description, write_adapter
+
+    architecture = SafetensorsDirectory(base / "hf").architecture
+    settings = AdapterSettings.of(architecture, rank=2, alpha=4.0, targets=None)
+    shapes = adapter_shapes(architecture, settings)
+    described = Description(settings, base="")
+    write_adapter(
+        base / "adapter", architecture, described, lambda name: torch.zeros(shapes[name]), dtype=torch.float32
+    )
 
 
 def _train(platform: Any, base: Path) -> None:
@@ -109,7 +184,10 @@ def sweep(home: Path, seconds: float, attacks: int, first_seed: int) -> int:
 
     torch.set_num_threads(1)
     context.prepare("cpu")  # what every attack needs, imported once
-    for module in ("train.trainer", "convert.export", "cli.inspect", "cli.report", "data.prepare.shard", "report.page"):
+    for module in (
+        *("train.trainer", "convert.export", "cli.inspect", "cli.report", "data.prepare.shard", "report.page"),
+        *("evaluate.run", "evaluate.chat", "checkpoint.megatron", "hf.peft"),
+    ):
         with contextlib.suppress(ImportError):
             __import__(f"megatron_iwsft.{module}")
 
@@ -172,6 +250,8 @@ def _run(home: Path, base: Path, sentinel: Path, command: Callable[[Path], int |
         return f"status {code}: {output.strip()[-400:]}"
     if code and not output.strip():
         return f"status {code} without a message"
+    if "\x1b" in output or len(output) > LONGEST_OUTPUT:
+        return f"an escape sequence, or too much, in {len(output):,} characters: {output[:400]!r}"
     if _state(sentinel) != before:
         return f"files outside changed: {sorted(p.name for p in sentinel.iterdir())}"
     if "OUTSIDE:" in output:
@@ -277,13 +357,48 @@ def shard(base: Path) -> int | None:
     return iwsft("shard", str(base / "records.jsonl"), "--output", str(base / "new-corpus"), "--tokenizer", tokenizer)
 
 
+def adapt(base: Path) -> None:
+    """Train, starting from the adapter."""
+    from megatron_iwsft.config.loader import load_config
+    from megatron_iwsft.train.trainer import train
+
+    adapter = json.dumps({"rank": 2, "alpha": 4.0, "init": str(base / "adapter")})
+    train(load_config(str(base / "config.yaml"), [f"adapter={adapter}"]))
+
+
+def read_megatron(base: Path) -> None:
+    """What `iwsft import --megatron` reads, without the processes that it starts."""
+    from megatron_iwsft.checkpoint.megatron import MegatronCheckpoint
+    from megatron_iwsft.hf.architecture import Architecture
+    from megatron_iwsft.hf.mapping import shapes
+
+    architecture = Architecture.from_directory(base / "hf")
+    source = MegatronCheckpoint(base / "megatron", architecture)
+    for name, shape in shapes(architecture).items():
+        assert source.read(name, (0, 0, shape[0])).shape == shape
+
+
+def generate(base: Path) -> int | None:
+    return iwsft("generate", "--model", str(base / "hf"), "--max-new-tokens", "2", "--system", "Be brief.", "7?")
+
+
+def evaluate(base: Path) -> int | None:
+    options = ("--benchmark", str(base / "benchmark.jsonl"), "--output", str(base / "answers"), "--max-new-tokens", "2")
+    return iwsft("evaluate", "--model", str(base / "hf"), *options)
+
+
 TARGETS: dict[str, tuple[list[str], list[Callable[[Path], Any]]]] = {
     "config": (["config.yaml"], [config, train]),
     "corpus": (["corpus/*", "corpus/tokenizer/*"], [train, inspect_corpus, reference]),
     "manifest": (["corpus/manifest.json"], [train, inspect_corpus, reference, shard]),
     "tokenizer": (["tokenizer/*", "hf/tokenizer*"], [shard, train]),
     "records": (["records.jsonl"], [shard]),
-    "Hugging Face": (["hf/config.json", "hf/*.safetensors", "hf/*.json"], [train]),
+    "Hugging Face": (["hf/config.json", "hf/*.safetensors", "hf/*.json"], [train, generate, evaluate]),
+    "chat template": (["hf/tokenizer_config.json", "hf/chat_template.jinja"], [generate, evaluate]),
+    "adapter": (["adapter/*.json", "adapter/*.safetensors"], [adapt]),
+    "Megatron-LM": (["megatron/*", "megatron/.metadata"], [read_megatron]),
+    "benchmark": (["benchmark.jsonl"], [evaluate]),
+    "answers": (["run/evaluation/sums/*", "run/samples/*"], [report]),
     "checkpoint": (["run/checkpoints/step-*/*", "run/checkpoints/step-*/.metadata"], [export, inspect_run, resume]),
     "checkpoint info": (["run/checkpoints/latest", "run/checkpoints/step-*/iwsft.json"], [export, inspect_run, resume]),
     "logs": (["run/*.jsonl", "run/logs/*.jsonl", "run/config.yaml"], [report, resume, inspect_run]),
@@ -374,7 +489,9 @@ VALUES: list[Any] = [
 
 
 def change_json(path: Path, rng: random.Random, sentinel: Path) -> str:
-    """Another value somewhere in a JSON document; in other files, bytes."""
+    """Another value somewhere in a JSON document or a checkpoint's metadata; in other files, bytes."""
+    if path.name == ".metadata":
+        return change_metadata(path, rng, sentinel)
     try:
         document = json.loads(path.read_text())
     except ValueError:
@@ -397,6 +514,26 @@ def change_json(path: Path, rng: random.Random, sentinel: Path) -> str:
     if rng.random() < 0.5:
         _relist(path)
     return f"{key!r:.40} {change}"
+
+
+def change_metadata(path: Path, rng: random.Random, sentinel: Path) -> str:
+    """Another value of an attribute of an object in a checkpoint's metadata, or of one of its entries."""
+    import torch
+
+    metadata = pickle.loads(path.read_bytes())  # our own
+    objects = [metadata, *metadata.state_dict_metadata.values(), *metadata.storage_data.values()]
+    objects += [chunk for entry in objects for chunk in getattr(entry, "chunks", [])]
+    entries = (metadata.state_dict_metadata, metadata.storage_data)
+    holder = rng.choice([*(vars(found) for found in objects), *entries])
+    key = rng.choice(list(holder))
+    value = rng.choice(
+        [*VALUES, str(sentinel / "precious.txt"), torch.Size((2**40, 2**40)), torch.Size((-1,)), *objects]
+    )
+    holder[key] = value
+    path.write_bytes(pickle.dumps(metadata))
+    if rng.random() < 0.7:
+        _relist(path)
+    return f"{key!r:.40} = {value!r:.40}"
 
 
 def _places(document: Any) -> Iterator[tuple[Any, Any]]:
