@@ -20,7 +20,7 @@ from torch import Tensor
 
 from megatron_iwsft.distributed.capabilities import broken_transformer_engine, transformer_engine
 from megatron_iwsft.distributed.descriptors import raise_descriptor_limit
-from megatron_iwsft.distributed.mcore_compat import define_missing_names, destroy_model_parallel, quiet_megatron
+from megatron_iwsft.distributed.mcore_compat import destroy_model_parallel, import_megatron_core, quiet_megatron
 from megatron_iwsft.distributed.parallel_layout import ParallelLayout
 from megatron_iwsft.distributed.stop_signals import die_with_parent, forks_die_with_their_parent
 from megatron_iwsft.errors import ConfigError
@@ -256,7 +256,7 @@ def start(device: DeviceChoice = "auto", *, timeout_s: float = 600.0, bind_devic
                 "GPUs. Start one process per GPU, or run on CPU with IWSFT_DEVICE=cpu."
             )
         torch.cuda.set_device(torch_device)
-    define_missing_names()
+    import_megatron_core()
     raise_descriptor_limit()
     if not dist.is_initialized():
         bind = use_cuda and (_is_one_node() if bind_device is None else bind_device)

@@ -13,6 +13,7 @@ import logging
 import os
 import pickle
 import queue
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -48,10 +49,20 @@ def quiet_megatron() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def define_missing_names() -> None:
-    """0.16 without Transformer Engine asks in the router whether its matrix product is None, but never defined the name."""
-    from megatron.core.transformer.moe import moe_utils
+def import_megatron_core() -> None:
+    """Import Megatron-Core, where a GPU is used after it was chosen: Transformer Engine asks for its capabilities.
 
+    Without wandb, which its inference alone uses: the import takes 0.6 s of CPU time in every process, and reads hundreds of files.
+    """
+    hidden = "wandb" not in sys.modules
+    if hidden:
+        sys.modules["wandb"] = None  # type: ignore[assignment] # an ImportError, which Megatron-Core expects
+    try:
+        from megatron.core.transformer.moe import moe_utils
+    finally:
+        if hidden:
+            del sys.modules["wandb"]
+    # 0.16 without Transformer Engine asks in the router whether its matrix product is None, but never defined the name.
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
 
@@ -357,6 +368,7 @@ def use_torch_in_place_of_fused_kernels(
     """Have Megatron-Core take torch's optimizer and kernels: where Transformer Engine or apex can be imported, it takes theirs,
     which need CUDA. Process-wide.
     """
+    import_megatron_core()
     from megatron.core import optimizer as optimizers
     from megatron.core.optimizer import clip_grads, distrib_optimizer, optimizer
     from megatron.core.tensor_parallel import random as megatron_random
