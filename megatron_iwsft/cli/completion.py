@@ -1,4 +1,4 @@
-"""Print a script that completes commands, options, their choices and files in a shell. It is a text: completing starts no Python.
+"""Print a script that completes commands, options, their choices and files in a shell. Completion starts no Python process.
 
 examples:
   iwsft completion bash > ~/.local/share/bash-completion/completions/iwsft

@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     evaluation_help = "output directory of iwsft evaluate; repeatable (default: evaluation/ in and beside the runs)"
     add("--evaluation", type=Path, action="append", metavar="DIR", help=evaluation_help)
     trajectories_help = (
-        "score N trajectories of each run with weights, and show those with the largest and smallest; takes a Hugging Face "
+        "score N trajectories of each run with weights, and show those with the largest and smallest; needs a Hugging Face "
         "export of the run and a cached reference, and N forward passes"
     )
     add("--trajectories", type=positive_int, default=0, metavar="N", help=trajectories_help)
