@@ -4,6 +4,7 @@
 #
 #   IWSFT_PYTHON       the interpreter of an environment to use as it is (a container's, a cluster module's): nothing is installed
 #   VENV, PYTHON       else a virtual environment (default: .venv in the repository root), created with this interpreter (default: python3)
+#                      Without VENV and EXTRAS, an active environment into which you have installed the package yourself is used as it is.
 #   IWSFT_CONSTRAINTS  versions to install; CI's are in constraints.txt. Without it, any that pyproject.toml allows
 #
 # Packages are installed again only when pyproject.toml or the constraints change. An environment with extras is reused without them.
@@ -23,6 +24,14 @@ make_environment() {
       return 1
     }
     return 0
+  fi
+  if [ -z "$extras" ]; then
+    local own candidates=(${VIRTUAL_ENV:+"$VIRTUAL_ENV"} ${CONDA_PREFIX:+"$CONDA_PREFIX"} "$root/.venv")
+    [ -z "${VENV:-}" ] || candidates=("$VENV")
+    for own in "${candidates[@]}"; do
+      python=$own/bin/python
+      if [ -x "$own/bin/iwsft" ] && ! compgen -G "$own/installed*" >/dev/null; then return 0; fi
+    done
   fi
   VENV=${VENV:-$root/.venv}
   python=$VENV/bin/python

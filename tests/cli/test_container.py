@@ -102,6 +102,19 @@ def test_launchers_use_the_environment_they_are_given(tmp_path: Path) -> None:
 
 
 @pytest.mark.command
+def test_an_active_environment_with_the_package_is_used_as_it_is(tmp_path: Path) -> None:
+    own = tmp_path / "own environment"
+    (own / "bin").mkdir(parents=True)
+    for name in ("python", "iwsft"):
+        (own / "bin" / name).symlink_to("/bin/true")
+    script = 'set -euo pipefail; source launch/environment.sh; make_environment; echo "python=$python"'
+    environment = command_environment(VIRTUAL_ENV=str(own))
+    environment = {k: v for k, v in environment.items() if k not in ("IWSFT_PYTHON", "VENV", "CONDA_PREFIX")}
+    done = subprocess.run(["bash", "-c", script], cwd=ROOT, env=environment, text=True, capture_output=True)
+    assert (done.returncode, done.stdout) == (0, f"python={own}/bin/python\n"), done.stderr
+
+
+@pytest.mark.command
 def test_a_report_without_plotly_is_one_message(tmp_path: Path) -> None:
     (tmp_path / "plotly.py").write_text("raise ModuleNotFoundError('none', name='plotly')\n")
     (tmp_path / "run").mkdir()
