@@ -14,8 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from megatron_iwsft.checkpoint.best import best_checkpoint
 from megatron_iwsft.checkpoint.info import CheckpointInfo
 from megatron_iwsft.checkpoint.names import CHECKPOINTS
@@ -29,6 +27,7 @@ from megatron_iwsft.utils.files import atomic_write, sampled_fingerprint, write_
 from megatron_iwsft.utils.hub import missing_directory
 from megatron_iwsft.utils.jsonl import JsonLines
 from megatron_iwsft.utils.locks import exclusive
+from megatron_iwsft.utils.progress import progress
 from megatron_iwsft.utils.text import printable_line, say
 
 
@@ -140,9 +139,7 @@ def _all_answers(
     if left:
         generator = make(model.directory)
         label = printable_line(model.label)
-        with tqdm(
-            total=len(problems), initial=len(problems) - len(left), desc=label, unit="problem", disable=None
-        ) as bar:
+        with progress(None, label, unit="problems", total=len(problems), done=len(problems) - len(left)) as bar:
             for batch in _answer(left, generator, results, header):
                 done |= batch
                 bar.update(len(batch))

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from megatron_iwsft.data.corpus import Corpus
 from megatron_iwsft.data.tokenizer import load_tokenizer
 from megatron_iwsft.errors import DataError
 from megatron_iwsft.hf.transformers_models import hugging_face_logprobs, load_in_transformers
+from megatron_iwsft.utils.progress import progress
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def score_corpus(model_directory: str | Path, corpus_directory: str | Path) -> C
         raise DataError("\n  ".join([f"{corpus_directory} does not match its manifest:", *complaints]))
     model, _ = load_in_transformers(model_directory)
     total, count = 0.0, 0
-    for i in tqdm(range(len(corpus)), desc="scoring", unit="trajectory", disable=None):
+    for i in progress(range(len(corpus)), "scoring", unit="trajectories"):
         with torch.no_grad():
             logprobs = hugging_face_logprobs(model, corpus.tokens(i).tolist())
         trained = corpus.mask(i)[1:] == 1

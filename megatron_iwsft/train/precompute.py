@@ -7,7 +7,6 @@ from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 from megatron_iwsft.config.schema import Config
 from megatron_iwsft.distributed.agreement import own_share
@@ -19,6 +18,7 @@ from megatron_iwsft.reference.mixture import MixtureSidecarWriter
 from megatron_iwsft.train.check import check, check_cacheable
 from megatron_iwsft.train.setup import StartedRun, reference_identities, start
 from megatron_iwsft.train.step import run_schedule
+from megatron_iwsft.utils.progress import progress
 from megatron_iwsft.utils.text import tell
 
 
@@ -30,7 +30,7 @@ def precompute_reference(config: Config) -> list[str]:
     training's first epoch as far as they hold something new, then what that epoch leaves out: so the log-probs of the first epoch are
     computed in the same rows as the policy's.
 
-    Raises RequeueError when asked to stop (SIGUSR1, SIGTERM) before the end.
+    Raises RequeueError when asked to stop (Ctrl-C, SIGUSR1, SIGTERM) before the end.
     """
     check_cacheable(config)
     with StopSignals() as stop:
@@ -71,8 +71,8 @@ def _precompute(run: StartedRun, writer: MixtureSidecarWriter, watch: Watchdog, 
         return forward(model, batch.to(run.platform.device)), keep
 
     plan = run.sampler.covering()
-    shown = tqdm(range(plan.num_steps), desc="reference log-probs", unit="batch", disable=None if run.is_main else True)
-    for index in shown:
+    steps = range(plan.num_steps)
+    for index in progress(steps, "reference log-probs", unit="batches", shown=run.is_main):
         packs, number = plan.step(index), index + 1
         watch.at(number, "forward")
         unfinished = not all(writer.done(i) for pack in own_share(packs) for i in pack.tolist())
