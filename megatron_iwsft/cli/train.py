@@ -5,7 +5,8 @@ example, 8 processes on one machine (torchrun works too):
 example, what that would do, without a GPU:
   iwsft train --config CONFIG.yaml --dry-run --gpus 8
 
-exit status: 0 finished, 2 mistake in config or data, 75 stopped by SIGUSR1 or SIGTERM after saving (start it again to continue)
+exit status: 0 finished, 2 mistake in config or data, 75 stopped by Ctrl-C, SIGUSR1 or SIGTERM after saving (start it
+again to continue)
 """
 
 from __future__ import annotations

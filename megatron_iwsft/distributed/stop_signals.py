@@ -1,4 +1,4 @@
-"""Handle SIGUSR1 and SIGTERM: finish the step, save a checkpoint and exit; on a second signal, exit at once.
+"""Handle SIGUSR1, SIGTERM and Ctrl-C: finish the step, save a checkpoint and exit; on a second signal, exit at once.
 
 Python runs signal handlers in the main thread, which may be blocked in a collective for minutes. A separate thread therefore reads
 the signal numbers from the interpreter's wakeup pipe.
@@ -16,14 +16,20 @@ from megatron_iwsft.errors import EXIT_FAILURE, EXIT_REQUEUE
 from megatron_iwsft.utils.text import tell
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
-STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
-# Slurm signals every process of a job step, and srun and torchrun forward theirs: one request arrives several times.
+STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+# Slurm signals every process of a job step, a terminal every process of a job, and srun and torchrun forward theirs: one request arrives
+# several times.
 _ONE_REQUEST_S = 3.0
+
+
+def heeded_signals() -> list[signal.Signals]:
+    """The stop signals that this process does not ignore: a shell has commands in the background ignore SIGINT."""
+    return [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
 
 
 def leave_on_stop_signals() -> None:
     """Exit with status 75 on a stop signal, until `StopSignals` is entered: for a start-up, in which nothing can be lost yet."""
-    for number in STOP_SIGNALS:
+    for number in heeded_signals():
         signal.signal(number, lambda *_: os._exit(EXIT_REQUEUE))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
@@ -41,7 +47,7 @@ class StopSignals:
     def __enter__(self) -> StopSignals:
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
-        self._handlers = {number: signal.signal(number, lambda *_: None) for number in STOP_SIGNALS}
+        self._handlers = {number: signal.signal(number, lambda *_: None) for number in heeded_signals()}
         self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         self._thread = threading.Thread(target=self._listen, name="stop signals", daemon=True)
         self._thread.start()
@@ -69,10 +75,10 @@ class StopSignals:
         if not self.requested:
             self.requested, self._first = True, now
             if prints:
-                tell(f"{name}: stopping after this step, with a checkpoint. Signal again to stop now.")
+                tell(f"{name}: stopping after this step, which is saved. Signal again to stop now.")
         elif now - self._first > _ONE_REQUEST_S:
             if prints:
-                tell(f"{name} again: stopping now; use the last complete checkpoint.", error=True)
+                tell(f"{name} again: stopping now; what was saved before is kept.", error=True)
             os._exit(EXIT_REQUEUE)
 
 

@@ -17,7 +17,7 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
-from megatron_iwsft.distributed.stop_signals import STOP_SIGNALS
+from megatron_iwsft.distributed.stop_signals import STOP_SIGNALS, heeded_signals
 from megatron_iwsft.errors import EXIT_REQUEUE, EXIT_USER_ERROR
 from megatron_iwsft.utils.cli import prepare_streams
 from megatron_iwsft.utils.text import tell
@@ -37,7 +37,7 @@ class StopNotice:
     def __init__(self) -> None:
         self.signal: int | None = None
         self.workers_may_run = False
-        for number in STOP_SIGNALS:
+        for number in heeded_signals():
             signal.signal(number, self._on_signal)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # launch/local.sh blocks them until here
 
@@ -65,8 +65,8 @@ def main() -> int:
     prepare_streams()
     # Workers share the machine's cores: one thread each unless the user sets another number.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    # torchrun's own SIGTERM handler would kill the workers.
-    os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGINT,SIGHUP,SIGQUIT")
+    # torchrun's own handlers of the stop signals would kill the workers.
+    os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGHUP,SIGQUIT")
     if "SLURM_NODEID" in os.environ:
         os.environ.setdefault("PET_NODE_RANK", os.environ["SLURM_NODEID"])
     from torch.distributed import DistError
@@ -92,7 +92,7 @@ def main() -> int:
         torchrun(arguments)
     except ChildFailedError as error:
         return _status(error, notice)
-    except SignalException as interruption:  # Ctrl-C; torchrun has ended the workers
+    except SignalException as interruption:  # torchrun has ended the workers
         return 128 + interruption.sigval
     except DistError as error:  # its port is taken, or the first node cannot be reached
         where, why = f"{parsed.master_addr}:{parsed.master_port}", str(error).strip().splitlines()[0]

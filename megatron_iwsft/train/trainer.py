@@ -61,8 +61,8 @@ _LOCK_PATIENCE_S = 15.0
 def train(config: Config) -> dict[str, Any]:
     """Run (or continue) the training that `config` describes; returns the last step's metrics. Collective over all ranks.
 
-    Raises CheckpointError after the end if an export failed on the way; RequeueError when asked to stop (SIGUSR1, SIGTERM) before the
-    end, after saving.
+    Raises CheckpointError after the end if an export failed on the way; RequeueError when asked to stop (Ctrl-C, SIGUSR1, SIGTERM) before
+    the end, after saving.
     """
     with StopSignals() as stop:
         run = start(check(config, world_size=int(os.environ.get("WORLD_SIZE", "1"))))

@@ -9,7 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from megatron_iwsft.utils.text import say
+from megatron_iwsft.utils.text import tell
 
 _LINE_EVERY_S = 30.0
 
@@ -32,5 +32,5 @@ class _Lines(tqdm):
         if msg is None:  # otherwise the bar is being cleared
             done, elapsed = self.n - self.initial, self.format_dict["elapsed"]
             left = f", {self.format_interval((self.total - self.n) * elapsed / done)} left" if done else ""
-            say(f"{self.desc}: {self.n:,} of {self.total:,}{self.unit}{left}", error=True)
+            tell(f"{self.desc}: {self.n:,} of {self.total:,}{self.unit}{left}", error=True)
         return True

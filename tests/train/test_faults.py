@@ -37,16 +37,17 @@ def uninterrupted(config: Path) -> list[dict]:
     return comparable_metrics(run.directory)
 
 
-def test_a_run_stopped_four_times_gives_the_metrics_of_an_uninterrupted_one(
+def test_a_run_stopped_five_times_gives_the_metrics_of_an_uninterrupted_one(
     config: Path, uninterrupted: list[dict], tmp_path: Path
 ) -> None:
-    """Stopped by a signal to torchrun, to one worker, and to all processes at once as Slurm does. It keeps its wandb id."""
+    """Stopped by a signal to torchrun, to one worker, and to all processes at once as Slurm and a terminal do. It keeps its wandb id."""
     directory, ids = tmp_path / "run", set()
     ways = [
         lambda run: run.process.send_signal(signal.SIGUSR1),
         lambda run: run.workers[1].send_signal(signal.SIGTERM),
         lambda run: [p.send_signal(signal.SIGUSR1) for p in run.all_processes],
         lambda run: [p.send_signal(signal.SIGTERM) for p in run.all_processes],
+        lambda run: [p.send_signal(signal.SIGINT) for p in run.all_processes],
     ]
     done = 0
     for stop in ways:
