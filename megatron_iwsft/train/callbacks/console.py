@@ -164,6 +164,6 @@ def live_table(result: StepResult, values: Mapping[str, str]) -> Any:
     for start in range(0, len(cells), 4):
         grid.add_row(*cells[start : start + 4])
     whole = Table.grid(expand=True)
-    whole.add_row(ProgressBar(total=result.total_steps, completed=result.step))
+    whole.add_row(ProgressBar(total=result.total_steps, completed=result.step, complete_style="green"))
     whole.add_row(grid)
     return Panel(whole, title=Text(printable_line(result.config.run.name)), width=100)
