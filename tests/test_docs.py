@@ -22,7 +22,14 @@ SOURCE = (".py", ".sh", ".sbatch", ".yaml", ".md", ".toml")
 # `folder/`: `module`, `module`
 MODULES = re.compile(r"`([\w/]+/)`:((?: `\w+/?`,?)+)")
 # Placeholders, files of a run, and files of other repositories.
-FOREIGN = {"CONFIG.yaml", "config.yaml", "preprocess_data.py", "preprocess_data_fast.py"}
+FOREIGN = {
+    "CONFIG.yaml",
+    "config.yaml",
+    "preprocess_data.py",
+    "preprocess_data_fast.py",
+    "pretrain_gpt.py",
+    "run_config.yaml",
+}
 USERS = {"runs", "models", "corpora", "build", "evaluation"}  # folders that commands of the documents make
 
 

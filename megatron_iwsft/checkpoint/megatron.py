@@ -3,18 +3,21 @@
 Its tensors have the names of the mapping table (hf/mapping.py), except that all layers' tensors of a kind are stacked into one, unless
 layers differ in kind, and except for `_OTHER_NAMES`. Optimizer states, random states and Transformer Engine's `_extra_state`s are not read.
 
-It does not say which model it is: a config.json does, whose shapes, and as far as Megatron-LM has saved its arguments also their other
-values, are compared.
+It does not say which model it is: a config.json does, whose shapes are compared, and other values with what the program has saved beside
+the weights: Megatron-LM its arguments, Megatron-Bridge its run_config.yaml.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
+from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_iwsft.checkpoint import integrity
 from megatron_iwsft.checkpoint.pickles import METADATA, read_arguments, read_metadata
@@ -22,16 +25,23 @@ from megatron_iwsft.checkpoint.tensors import StoredTensors
 from megatron_iwsft.errors import CheckpointError
 from megatron_iwsft.hf.architecture import Architecture
 from megatron_iwsft.hf.mapping import Mapping, Span, Vocabulary, named_rows, shapes
+from megatron_iwsft.utils.files import read_regular
 
 # Programs differ in what they put before every name.
 _PREFIXES = ("", "model.", "module.")
 _FIRST = "embedding.word_embeddings.weight"
 _LAYER = re.compile(r"layers\.(\d+)\.")
-# Our names → those of Megatron-Bridge's own layers.
+# Our names → other ones: of Megatron-Bridge's own layers, and of Megatron-LM's local layers with experts.
 _OTHER_NAMES = {
     "self_attn_bda.norm.": "self_attention.linear_proj.post_layernorm.",
     "mlp_bda.norm.": "mlp.linear_fc2.post_layernorm.",
+    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
 }
+# The iteration that a run saved last, as both programs note it in the directory of all of them.
+_LATEST = "latest_checkpointed_iteration.txt"
+_BRIDGE_CONFIG = "run_config.yaml"
+# By which Megatron-LM (0.16 to 0.19) scales rotary positions, whatever --rope-scaling-factor says: it does not reach the model.
+_SCALING_FACTOR = 8.0
 _NO_WEIGHTS = re.compile(r"(chained_\d+\.)?optimizer\.|rng_state|rerun_state|.*_extra_state")
 
 
@@ -43,17 +53,18 @@ class MegatronCheckpoint:
     """
 
     def __init__(self, directory: str | Path, architecture: Architecture) -> None:
-        self.directory, self.architecture = Path(directory), architecture
+        self.directory, self.architecture = _iteration(Path(directory)), architecture
         if not (self.directory / METADATA).is_file():
             raise CheckpointError(
-                f"{directory} is not a torch_dist checkpoint: it has no {METADATA}. Name the directory of one iteration, such as "
-                "iter_0001000; other formats (torch, zarr, fsdp_dtensor) must be converted with the program that wrote them."
+                f"{self.directory} is not a torch_dist checkpoint: it has no {METADATA}. Name a run's checkpoint directory, or that of one "
+                "iteration, such as iter_0001000; other formats (torch, zarr, fsdp_dtensor) must be converted with the program that wrote "
+                "them."
             )
         names = integrity.names_below(self.directory)
         integrity.check_entries(self.directory, names, names)
         metadata = read_metadata(self.directory)
         self._tensors = StoredTensors(self.directory, metadata, names)
-        self._check_arguments(read_arguments(self.directory, metadata, names))
+        self._check_settings(metadata, names)
         self._rows = named_rows(architecture)
         self._owner = {hf: (name, row) for name, row in self._rows for hf in row.hf}
         self._place = self._find()
@@ -87,24 +98,23 @@ class MegatronCheckpoint:
     def _place_of(
         self, prefix: str, name: str, row: Mapping, stored: dict[str, tuple[int, ...]]
     ) -> tuple[str, int | None]:
-        theirs = name
-        for ours, other in _OTHER_NAMES.items():
-            theirs = theirs.replace(ours, other)
-        layer = _LAYER.search(theirs)
-        stacked = prefix + _LAYER.sub("layers.", theirs)
-        expected = self._shape(row)
-        if prefix + theirs in stored:
-            tensor, index, found = prefix + theirs, None, stored[prefix + theirs]
-        elif layer and stacked in stored:
-            tensor, index, found = stacked, int(layer[1]), stored[stacked][1:]
-            if stored[stacked][:1] != (self.architecture.num_layers,):
-                layers = stored[stacked][0] if stored[stacked] else "no"
+        names = [name, *(name.replace(ours, other) for ours, other in _OTHER_NAMES.items() if ours in name)]
+        layer = _LAYER.search(name)
+        places: list[tuple[str, int | None]] = [(prefix + theirs, None) for theirs in names]
+        if layer:
+            stacked = [(prefix + _LAYER.sub("layers.", theirs), int(layer[1])) for theirs in names]
+            places = [*stacked, *places]
+        tensor, index = next((place for place in places if place[0] in stored), (None, None))
+        if tensor is None:
+            raise CheckpointError(f"{self.directory} has no tensor {places[0][0]}. {_ADVICE}")
+        expected, found = self._shape(row), stored[tensor]
+        if index is not None:
+            if found[:1] != (self.architecture.num_layers,):
+                layers = found[0] if found else "no"
                 raise CheckpointError(
-                    f"{self.directory}: {tensor} has {layers} layers, but config.json has {self.architecture.num_layers}. "
-                    f"{_ADVICE}"
+                    f"{self.directory}: {tensor} has {layers} layers, but config.json has {self.architecture.num_layers}. {_ADVICE}"
                 )
-        else:
-            raise CheckpointError(f"{self.directory} has no tensor {stacked}. {_ADVICE}")
+            found = found[1:]
         padded = isinstance(row.layout, Vocabulary) and found[1:] == expected[1:] and found[0] >= row.layout.size
         if found != expected and not padded:
             raise CheckpointError(
@@ -121,30 +131,79 @@ class MegatronCheckpoint:
         ]
         return tuple(row.layout.join(parts, 0, 1).shape)
 
-    def _check_arguments(self, given: dict[str, Any]) -> None:
-        """Raise CheckpointError if Megatron-LM's arguments contradict the architecture where no shape would."""
-        for name, expected in _arguments(self.architecture).items():
-            found = given.get(name)
-            if found is not None and found != expected:
-                raise CheckpointError(
-                    f"{self.directory} was trained with --{name.replace('_', '-')} {found}, but config.json implies {expected}. {_ADVICE}"
-                )
+    def _check_settings(self, metadata: Metadata, names: list[str]) -> None:
+        """Raise CheckpointError if what the program saved beside the weights contradicts the architecture where no shape would."""
+        arguments = read_arguments(self.directory, metadata, names)
+        if arguments.get("use_rope_scaling"):
+            arguments["rope_scaling_factor"] = _SCALING_FACTOR
+        fields = _bridge_model(self.directory) if _BRIDGE_CONFIG in names else {}
+        for argument, field, expected in _settings(self.architecture):
+            for given, what in (
+                (arguments.get(argument), f"was trained with --{argument.replace('_', '-')}"),
+                (fields.get(field), f"has in {_BRIDGE_CONFIG} model.{field}"),
+            ):
+                if given is not None and given != expected:
+                    raise CheckpointError(
+                        f"{self.directory} {what} {given}, but config.json implies {expected}. {_ADVICE}"
+                    )
 
 
 _ADVICE = "Use the config.json of this model."
 
 
-def _arguments(arch: Architecture) -> dict[str, Any]:
-    """Megatron-LM's arguments, as far as they are the same for all layers and change no shape."""
-    values: dict[str, Any] = {
+def _iteration(directory: Path) -> Path:
+    """The directory itself, or the last iteration in it if it has several, as a run's directory does."""
+    try:
+        latest = read_regular(directory / _LATEST).decode().strip()
+        return directory / (latest if latest == "release" else f"iter_{int(latest):07d}")
+    except (OSError, ValueError):
+        return directory
+
+
+def _bridge_model(directory: Path) -> dict[str, Any]:
+    """The model's fields in Megatron-Bridge's run_config.yaml; empty if it cannot be read."""
+    try:
+        return dict(yaml.safe_load(read_regular(directory / _BRIDGE_CONFIG))["model"])
+    except (OSError, ValueError, TypeError, KeyError, RecursionError, yaml.YAMLError):
+        return {}
+
+
+def _settings(arch: Architecture) -> list[tuple[str, str, Any]]:
+    """(Megatron-LM's argument, Megatron-Bridge's field, value), as far as they are the same for all layers and change no shape."""
+    both: dict[str, Any] = {
         "num_attention_heads": arch.num_heads,
         "kv_channels": arch.head_dim,
-        "norm_epsilon": arch.norm_eps,
         "normalization": "RMSNorm",
+        "rotary_interleaved": False,
     }
     if arch.num_groups < arch.num_heads:  # otherwise it is not used
-        values["num_query_groups"] = arch.num_groups
-    thetas = {rope.theta for rope in arch.ropes if rope is not None}
-    if len(thetas) == 1:
-        values["rotary_base"] = thetas.pop()
-    return values
+        both["num_query_groups"] = arch.num_groups
+    if arch.experts is not None:
+        both |= {
+            "moe_router_topk": arch.experts.per_token,
+            "moe_router_score_function": "softmax",
+            "moe_router_pre_softmax": not arch.experts.normalize,
+        }
+    named: list[tuple[str, str, Any]] = [
+        ("norm_epsilon", "layernorm_epsilon", arch.norm_eps),
+        ("apply_layernorm_1p", "layernorm_zero_centered_gamma", arch.zero_centered_norms),
+    ]
+    ropes = {json.dumps(rope.to_hf()): rope for rope in arch.ropes if rope is not None}
+    if len(ropes) == 1:
+        (rope,) = ropes.values()
+        both |= {
+            "position_embedding_type": "yarn" if rope.kind == "yarn" else "rope",
+            "rotary_base": rope.theta,
+            "rotary_percent": rope.fraction,
+        }
+        if rope.kind == "llama3":
+            both["rope_scaling_factor"] = rope.parameters["factor"]
+        named += [
+            ("use_rope_scaling", "rope_scaling", rope.kind == "llama3"),
+            (
+                "rotary_seq_len_interpolation_factor",
+                "seq_len_interpolation_factor",
+                rope.parameters["factor"] if rope.kind == "linear" else None,
+            ),
+        ]
+    return [(name, name, value) for name, value in both.items()] + named

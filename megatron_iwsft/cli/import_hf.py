@@ -5,7 +5,7 @@ With --megatron, the weights are those of a checkpoint of Megatron-LM or Megatro
 
 examples:
   iwsft import --model /models/Qwen2.5-7B --output checkpoints/qwen2.5-7b --dtype bf16
-  iwsft import --megatron runs/mlm/iter_0001000 --model /models/Qwen2.5-7B --output checkpoints/start
+  iwsft import --megatron runs/mlm --model /models/Qwen2.5-7B --output checkpoints/start
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--megatron",
         metavar="DIR",
-        help="take the weights from this iteration's directory of Megatron-LM or Megatron-Bridge; --model then needs only config.json and "
-        "the tokenizer",
+        help="take the weights from a run of Megatron-LM or Megatron-Bridge: its last iteration, or that of iter_… if DIR is one; --model "
+        "then needs only config.json and the tokenizer",
     )
     parser.add_argument("--output", required=True, metavar="DIR", help="directory to write the checkpoint under")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the parameters in the checkpoint")

@@ -12,6 +12,7 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import ValidationError
 
+from megatron_iwsft.config.other_names import OURS
 from megatron_iwsft.config.schema import Config
 from megatron_iwsft.config.section import Section
 from megatron_iwsft.errors import ConfigError
@@ -149,13 +150,17 @@ def _explain(schema: type[Section], error: ValidationError, where: str) -> str:
         kind = item["type"]
         if kind == "extra_forbidden":
             known = _known_keys(schema, item["loc"][:-1])
-            near = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
+            given = str(item["loc"][-1])
+            near = [OURS[given]] if given in OURS else difflib.get_close_matches(given, known, n=1)
             hint = f" Did you mean {near[0]}?" if near else f" Known keys: {', '.join(known)}."
             lines.append(f"{location} is not a known key.{hint}")
         elif kind == "missing":
             lines.append(f"{location} is missing; it has no default.")
         elif kind == "value_error":
-            lines.append(f"{location}: {item['ctx']['error']}.")
+            problem = ": ".join(
+                filter(None, [location, str(item["ctx"]["error"])])
+            )  # of a whole config: it names the field itself
+            lines.append(problem if problem.endswith((".", "?")) else f"{problem}.")
         elif kind in ("model_type", "model_attributes_type"):
             lines.append(
                 f"{location} must be a mapping with keys {', '.join(_known_keys(schema, item['loc']))}; found {found!r:.80}."

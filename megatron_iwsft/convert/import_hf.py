@@ -18,7 +18,7 @@ from megatron_iwsft.distributed.context import Platform
 from megatron_iwsft.distributed.spawn import run_job
 from megatron_iwsft.errors import CheckpointError, ConfigError
 from megatron_iwsft.hf.architecture import Architecture
-from megatron_iwsft.hf.directory import DTYPES, SafetensorsDirectory, TensorSource, tokenizer_files
+from megatron_iwsft.hf.directory import DTYPES, SafetensorsDirectory, tokenizer_files
 from megatron_iwsft.model.gpt import ModelSettings, PolicyModel, build_model
 
 
@@ -34,7 +34,8 @@ def import_directory(
 ) -> Path:
     """Write a Hugging Face directory as a checkpoint (step 0, weights only) under `output`; returns the checkpoint.
 
-    megatron: a torch_dist checkpoint of Megatron-LM or Megatron-Bridge, which has the weights; `source` then needs none.
+    megatron: a torch_dist checkpoint of Megatron-LM or Megatron-Bridge, or a directory of several, of which the last is taken: it has the
+    weights, and `source` then needs none.
 
     Starts pipeline × lcm(tensor, expert) processes, each of which reads, holds and writes its own part of the model; the calling
     process is not changed. Raises CheckpointError or ConfigError, and then leaves nothing.
@@ -58,7 +59,8 @@ def _import(
 ) -> str:
     """On every rank."""
     _refuse_existing(Path(output))
-    weights, described = _open(source, megatron), str(megatron or source)
+    weights = _open(source, megatron)
+    described = str(weights.directory)
     parallel = platform.parallel(**degrees)
     chunks = build_model(weights.architecture, parallel, platform, ModelSettings(dtype=DTYPES[dtype]))
     load_from(weights, chunks, parallel, described=described)
@@ -72,7 +74,7 @@ def _import(
     return str(writer.save(TrainState([_SavedOnce(chunk) for chunk in chunks])))
 
 
-def _open(source: str | Path, megatron: str | Path | None) -> TensorSource:
+def _open(source: str | Path, megatron: str | Path | None) -> SafetensorsDirectory | MegatronCheckpoint:
     if megatron is None:
         return SafetensorsDirectory(source)
     return MegatronCheckpoint(megatron, Architecture.from_directory(source))

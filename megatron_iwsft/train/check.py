@@ -167,12 +167,22 @@ def check(config: Config, *, world_size: int) -> CheckedRun:
         held_out=held_out,
         callbacks=load_callbacks(config.logging.callbacks),
     )
-    profiled = config.run.profile.steps
-    if profiled is not None and profiled[1] > checked.total_steps:
-        raise ConfigError(
-            f"run.profile.steps ends at step {profiled[1]}, but the run ends at step {checked.total_steps} (data.epochs)."
-        )
+    check_profile(checked, world_size)
     return checked
+
+
+def check_profile(run: CheckedRun, world_size: int) -> None:
+    """Raise ConfigError for a profile of steps or ranks that the run does not have."""
+    profile = run.config.run.profile
+    if profile.steps is None:
+        return
+    if profile.steps[1] > run.total_steps:
+        raise ConfigError(
+            f"run.profile.steps ends at step {profile.steps[1]}, but the run ends at step {run.total_steps} (data.epochs)."
+        )
+    beyond = [rank for rank in profile.ranks if rank >= world_size]
+    if beyond:
+        raise ConfigError(f"run.profile.ranks has {beyond[0]}, but the ranks of this job are 0 to {world_size - 1}.")
 
 
 def check_layout(layout: ParallelLayout, weights: InitialWeights) -> None:

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_iwsft.config.describe import section_of
+from megatron_iwsft.config.describe import fields, section_of
 from megatron_iwsft.config.loader import load_config, parse_config
+from megatron_iwsft.config.other_names import OURS
 from megatron_iwsft.config.schema import Config
 from megatron_iwsft.config.section import Section
 from megatron_iwsft.errors import ConfigError
@@ -56,6 +57,8 @@ def test_the_resolved_config_can_be_read_again() -> None:
 SETS = "evaluation.sets=[{name: test, corpus: c}]"
 MISTAKES = [
     (["data.seq_lenght=3"], "data.seq_lenght is not a known key. Did you mean seq_length?"),
+    (["data.num_train_epochs=3"], "data.num_train_epochs is not a known key. Did you mean data.epochs?"),
+    (["save_steps=3"], "save_steps is not a known key. Did you mean checkpoint.every?"),
     (["train.lr=3"], "train is not a known key. Known keys: run, model, data"),
     (["data.seq_length=long"], "data.seq_length: input should be a valid integer; found 'long'"),
     (["data.seq_length=2.5"], "data.seq_length: input should be a valid integer"),
@@ -108,7 +111,7 @@ MISTAKES = [
     (["evaluation.sets=[{name: a/b, corpus: c}]"], "evaluation.sets.0.name: string should match pattern"),
     (
         ["checkpoint.best.metric=eval/a/nll"],
-        "checkpoint.best: metric eval/a/nll needs evaluation.sets or benchmarks in process, and there are none",
+        "c.yaml: checkpoint.best: metric eval/a/nll needs evaluation.sets or benchmarks in process, and there are none.",
     ),
     (
         [SETS, "checkpoint.best.metric=eval/tset/nll"],
@@ -174,6 +177,13 @@ def test_a_mistake_names_the_field(overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError) as error:
         parse(*overrides)
     assert message in str(error.value)
+    assert ": :" not in str(error.value) and not str(error.value).endswith(("..", "?."))
+
+
+def test_other_programs_names_lead_to_fields_that_exist() -> None:
+    known = {key for key, _ in fields(Config)}
+    known |= {key.rpartition(".")[0] for key in known}  # sections
+    assert set(OURS.values()) <= known
 
 
 @pytest.mark.parametrize(

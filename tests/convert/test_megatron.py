@@ -39,7 +39,11 @@ LAYOUTS: dict[str, dict[str, int]] = {
 NAMES = {
     "self_attn_bda.norm.": "self_attention.linear_proj.post_layernorm.",
     "mlp_bda.norm.": "mlp.linear_fc2.post_layernorm.",
+    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
 }
+
+
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
 class Unknown:
@@ -73,7 +77,12 @@ def write_as_megatron(platform, source: str, out: str) -> None:
             "args": argparse.Namespace(
                 num_attention_heads=arch.num_heads,
                 num_query_groups=arch.num_groups,
+                position_embedding_type="rope",
                 rotary_base=int(arch.ropes[0].theta),
+                use_rope_scaling=False,
+                rotary_seq_len_interpolation_factor=None,
+                apply_layernorm_1p=arch.zero_centered_norms,
+                moe_router_topk=2,
                 norm_epsilon=arch.norm_eps,
                 normalization="RMSNorm",
                 params_dtype=torch.float32,
@@ -146,6 +155,10 @@ def test_an_imported_checkpoint_is_the_model(written: Path, tmp_path: Path) -> N
             r"--rotary-base 1000000, but config.json implies 500000",
         ),
         (
+            dict(rope_parameters={"rope_type": "llama3", "rope_theta": 1e6, **LLAMA3}),
+            r"--use-rope-scaling False, but config.json implies True",
+        ),
+        (
             dict(model_type="llama"),
             r"unexpected tensor decoder.layers.self_attention.linear_qkv.bias, which a llama model",
         ),
@@ -158,9 +171,48 @@ def test_another_models_config_is_refused_by_name(edit: dict, message: str, writ
         MegatronCheckpoint(iteration(written, "qwen2"), Architecture.from_hf(config, where="test"))
 
 
+def test_settings_that_megatron_bridge_saves_are_compared(written: Path, tmp_path: Path) -> None:
+    """It writes objects as mappings with _target_."""
+    copy = Path(shutil.copytree(iteration(written, "qwen3-moe"), tmp_path / "copy"))
+    arch = Architecture.from_directory(written / "qwen3-moe")
+    (copy / "run_config.yaml").write_text(
+        "model:\n  _target_: megatron.bridge.models.Qwen3MoEModelProvider\n  activation_func: {_target_: silu, _call_: false}\n"
+        f"  layernorm_epsilon: {arch.norm_eps}\n  num_query_groups: {arch.num_groups}\n  moe_router_topk: 1\n"
+    )
+    with pytest.raises(
+        CheckpointError, match=r"has in run_config\.yaml model\.moe_router_topk 1, but config\.json impl"
+    ):
+        MegatronCheckpoint(copy, arch)
+    for text in ("model: {rotary_base: null}", "model: 3", "- [", "\0"):  # nothing that contradicts
+        (copy / "run_config.yaml").write_text(text)
+        MegatronCheckpoint(copy, arch)
+
+
+def test_megatron_lm_scales_rotary_positions_by_eight(written: Path, tmp_path: Path) -> None:
+    """Its argument for another factor does not reach the model."""
+    copy = Path(shutil.copytree(iteration(written, "qwen2"), tmp_path / "copy"))
+    torch.save({"args": argparse.Namespace(use_rope_scaling=True, rope_scaling_factor=4.0)}, copy / "common.pt")
+    config = json.loads((written / "qwen2" / "config.json").read_text())
+    for factor in (8.0, 4.0):
+        scaled = config | {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e6, **LLAMA3, "factor": factor}}
+        architecture = Architecture.from_hf(scaled, where="test")
+        if factor == 8.0:
+            MegatronCheckpoint(copy, architecture)
+            continue
+        with pytest.raises(CheckpointError, match=r"--rope-scaling-factor 8\.0, but config\.json implies 4"):
+            MegatronCheckpoint(copy, architecture)
+
+
+def test_the_last_iteration_of_a_run_is_taken(written: Path) -> None:
+    run, arch = written / "megatron" / "qwen2", Architecture.from_directory(written / "qwen2")
+    (run / "latest_checkpointed_iteration.txt").write_text("1000")
+    assert MegatronCheckpoint(run, arch).directory == iteration(written, "qwen2")
+    (run / "latest_checkpointed_iteration.txt").unlink()
+
+
 def test_what_is_no_such_checkpoint_is_refused(written: Path, tmp_path: Path) -> None:
     arch = Architecture.from_directory(written / "qwen2")
-    with pytest.raises(CheckpointError, match=r"has no \.metadata\. Name the directory of one iteration"):
+    with pytest.raises(CheckpointError, match=r"has no \.metadata\. Name a run's checkpoint directory, or that of"):
         MegatronCheckpoint(written / "megatron" / "qwen2", arch)
     copy = Path(shutil.copytree(iteration(written, "qwen2"), tmp_path / "copy"))
     (copy / ".metadata").chmod(0o666)

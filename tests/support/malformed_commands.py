@@ -48,6 +48,23 @@ def cases(directory: Path) -> dict[str, tuple[list[str], str]]:
         out[f"{key} misspelt"] = ([*train, f"{key}_=1"], f"{key}_ is not a known key")
         out[f"{key} as a section"] = ([*train, f"{key}=1", f"{key}.x=1"], key.rpartition(".")[2])
     out.pop("model.config of the wrong type", None)  # at this stage any mapping can be a model's config
+    sets = "evaluation.sets=[{name: test, corpus: c}]"
+    for name, (overrides, message) in {
+        "the best of a metric that is not evaluated": (
+            [sets, "checkpoint.best.metric=eval/tset/nll"],
+            "checkpoint.best: metric eval/tset/nll is none that this run evaluates. Did you mean eval/test/nll?",
+        ),
+        "patience without a metric": ([sets, "run.stop_early={patience: 3}"], "run.stop_early.metric is missing"),
+        "patience without an evaluation": (
+            ["run.stop_early={metric: eval/test/nll, patience: 3}"],
+            "run.stop_early: metric eval/test/nll needs evaluation.sets",
+        ),
+        "a profile beyond the end": (
+            ["data.max_steps=5", "run.profile.steps=[2, 9]"],
+            "ends at step 9, but the run ends at step 5 (data.max_steps)",
+        ),
+    }.items():
+        out[name] = ([*train, *overrides], message)
     texts = {
         "empty": ("", "must be a mapping with sections"),
         "a list": ("- run\n- model\n", "must be a mapping with sections"),

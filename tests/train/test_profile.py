@@ -107,7 +107,7 @@ def test_a_profile_follows_no_planted_link(tmp_path: Path) -> None:
     assert len(list(directory.iterdir())) == 2 and not [p for p in directory.iterdir() if p.is_symlink()]
 
 
-def test_a_profile_beyond_the_end_is_refused(tmp_path: Path) -> None:
+def test_a_profile_of_steps_or_ranks_that_are_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"ends at step 9, but the run ends at step 5 \(data.max_steps\)"):
         small_run(tmp_path, "run", "run.profile.steps=[2, 9]")
     with pytest.raises(ConfigError, match=r"steps is \[first, last\]; found \[4, 2\]"):
@@ -115,3 +115,5 @@ def test_a_profile_beyond_the_end_is_refused(tmp_path: Path) -> None:
     by_epochs = small_run(tmp_path, "run", "run.profile.steps=[2, 900]", "data.max_steps=null", "data.epochs=1")
     with pytest.raises(ConfigError, match=r"ends at step 900, but the run ends at step \d+ \(data.epochs\)"):
         check(by_epochs, world_size=2)
+    with pytest.raises(ConfigError, match=r"run\.profile\.ranks has 2, but the ranks of this job are 0 to 1"):
+        check(small_run(tmp_path, "run", "run.profile={steps: [2, 4], ranks: [0, 2]}"), world_size=2)
