@@ -75,6 +75,7 @@ def test_a_message_says_what_where_and_what_to_do(message) -> None:
 
 def test_messages_are_found() -> None:
     assert len(MESSAGES) > 250
+    assert any(m.path.startswith("megatron_iwsft/config/evaluation") for m in MESSAGES)  # of validators
     assert {m.kind for m in MESSAGES} == {"ConfigError", "DataError", "CheckpointError", "DivergenceError"}
 
 

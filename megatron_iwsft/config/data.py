@@ -32,7 +32,7 @@ class QualityConfig(Section):
             if isinstance(threshold, str) and not (
                 re.fullmatch(r"\d+(\.\d+)?%", threshold) and float(threshold[:-1]) <= 100
             ):
-                raise ValueError(f"a threshold is a number, or a percentile from 0% to 100%; found {threshold!r}")
+                raise ValueError(f"a threshold must be a number, or a percentile from 0% to 100%; found {threshold!r}")
         return self
 
 

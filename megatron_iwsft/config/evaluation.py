@@ -62,13 +62,16 @@ class Answers(Section):
     def _consistent(self) -> Answers:
         names = [Path(file).stem for file in self.benchmarks]
         if len(set(names)) < len(names):
-            raise ValueError("benchmarks: two have the same file name, under which results are stored")
+            raise ValueError(
+                "benchmarks: two have the same file name, under which results are stored. Rename one of them"
+            )
         if (self.samples == 1) != (self.temperature == 0):
             raise ValueError(
-                f"samples {self.samples} do not go with temperature {self.temperature:g}: one is greedy, several are not"
+                f"samples {self.samples} do not go with temperature {self.temperature:g}: one answer is greedy, "
+                "several are sampled. Set temperature to 0 for one, above 0 for several"
             )
         if "{prompt}" not in self.prompt_format:
-            raise ValueError(f"prompt_format {self.prompt_format!r} has no {{prompt}} for the question")
+            raise ValueError(f"prompt_format {self.prompt_format!r} must contain {{prompt}}, where the question goes")
         if (self.every or self.sbatch) and not self.wanted:
             raise ValueError("there is nothing to answer: add benchmarks or prompts")
         return self
@@ -108,10 +111,12 @@ class Evaluation(Section):
         names = [entry.name for entry in self.sets]
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
-            raise ValueError(f"sets: two have the name {twice}")
+            raise ValueError(f"sets: two have the name {twice}. Set name for one of them")
         shared = {Path(file).stem for file in self.answers.benchmarks} & set(names)
         if shared:
-            raise ValueError(f"a set and a benchmark have the name {min(shared)}")
+            raise ValueError(
+                f"a set and a benchmark have the name {min(shared)}. Set name of the set, or rename the benchmark's file"
+            )
         return self
 
 

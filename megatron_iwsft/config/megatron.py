@@ -86,7 +86,7 @@ class Megatron(Section):
     def _refuse(cls, values: Any) -> Any:
         for name in values if isinstance(values, dict) else ():
             if name in REFUSED:
-                raise ValueError(f"{name} is not passed on to Megatron-Core: {REFUSED[name]}")
+                raise ValueError(f"{name} cannot be set here: {REFUSED[name]}. Remove it")
         return values
 
     def given(self) -> dict[str, Any]:

@@ -47,7 +47,7 @@ class Profile(Section):
     @model_validator(mode="after")
     def _in_order(self) -> Profile:
         if self.steps is not None and self.steps[0] > self.steps[1]:
-            raise ValueError(f"steps is [first, last]; found {self.steps}")
+            raise ValueError(f"steps must be [first, last]; found {self.steps}")
         return self
 
 
@@ -241,12 +241,13 @@ class Optimizer(Section):
         if self.overlap_param_gather and not (self.distributed and self.overlap_grad_reduce):
             raise ValueError("overlap_param_gather needs distributed: true and overlap_grad_reduce: true")
         if self.min_lr > self.lr:
-            raise ValueError(f"min_lr {self.min_lr:g} is above lr {self.lr:g}")
+            raise ValueError(f"min_lr {self.min_lr:g} is above lr {self.lr:g}. Lower min_lr")
         if self.decay_fraction is not None and self.schedule != "wsd":
             raise ValueError(f"decay_fraction needs schedule: wsd; it is {self.schedule}")
         if self.decay_fraction is not None and self.warmup_fraction + self.decay_fraction > 1:
             raise ValueError(
-                f"warmup_fraction {self.warmup_fraction:g} and decay_fraction {self.decay_fraction:g} exceed 1"
+                f"warmup_fraction {self.warmup_fraction:g} and decay_fraction {self.decay_fraction:g} exceed 1 together. "
+                "Lower one of them"
             )
         return self
 

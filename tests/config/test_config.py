@@ -73,7 +73,7 @@ MISTAKES = [
     (["data.quality.mode=thresholds"], "mode thresholds needs a list of thresholds; other modes take none"),
     (
         ["data.quality.mode=thresholds", "data.quality.thresholds=['50']"],
-        "a threshold is a number, or a percentile from 0% to 100%; found '50'",
+        "a threshold must be a number, or a percentile from 0% to 100%; found '50'",
     ),
     (
         ["logging.wandb=null"],
@@ -102,7 +102,7 @@ MISTAKES = [
     ),
     (
         ["megatron.cuda_graph_impl=local"],
-        "cuda_graph_impl is not passed on to Megatron-Core: rows have other segments in every micro-batch",
+        "cuda_graph_impl cannot be set here: rows have other segments in every micro-batch",
     ),
     (["megatron.moe_aux_loss_coeff=0.01"], "use objective.router_balance instead"),
     (["megatron.recompute_modules=[mlp]"], "use parallel.recompute instead"),

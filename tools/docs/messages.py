@@ -30,21 +30,24 @@ class Message:
 
 
 def messages() -> Iterator[Message]:
-    """Of every `raise KIND(text)` in the package whose text is written there, by file and line."""
+    """Of every `raise KIND(text)` in the package whose text is written there, and of the config's validators, by file and line."""
     for path in sorted(PACKAGE.rglob("*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         constants = _constants(tree)
         for function, node in _raises(tree):
             call = node.exc
-            if not (
-                isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id in OF_KIND and call.args
-            ):
+            if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.args):
+                continue
+            of_field = call.func.id == "ValueError" and path.parent == PACKAGE / "config"
+            if not of_field and call.func.id not in OF_KIND:
                 continue
             holes: list[str] = []
             text = _text(call.args[0], constants | _locals(function), holes)
             name = function.name if function else ""
+            if of_field:  # pydantic's: the loader puts file and section before it
+                text = f"{HOLE}: {text}."
             yield Message(
-                OF_KIND[call.func.id],
+                "ConfigError" if of_field else OF_KIND[call.func.id],
                 re.sub(r"\s+", " ", text).strip(),
                 str(path.relative_to(ROOT)),
                 node.lineno,
