@@ -91,7 +91,7 @@ class BenchmarkResult:
                 out.append(f"{than} This is not noise: p {_p(c.p_value)} in an exact paired test.")
             else:
                 out.append(f"{than} This may be noise: p {_p(c.p_value)}; more problems or other seeds would tell.")
-        return out or [f"{right}: {percent(best.estimate)}."]
+        return out or [f"{best.name} answers {percent(best.estimate)} right."]
 
 
 def _p(value: float) -> str:
@@ -113,12 +113,28 @@ def find_benchmarks(runs: Sequence[RunRecord], directories: Sequence[Path] | Non
         ]
         directories = [*nearby, Path("evaluation")]
     folders = {folder.resolve(): folder.name for d in directories for folder in sorted(d.glob("*")) if folder.is_dir()}
-    found = (_benchmark(folder, printable_line(name), runs) for folder, name in folders.items())
+    named: list[tuple[str, list[ModelAnswers]]] = []
+    for folder, name in folders.items():
+        models = [model for path in sorted(folder.glob("*.jsonl")) if (model := _read_model(path, runs)) is not None]
+        same = next((others for known, others in named if known == name and _of_same_problems(others, models)), None)
+        if same is None:
+            named.append((name, models))
+        else:  # each run has a folder of its own for what it evaluated while it trained
+            same += models
+    found = (_benchmark(printable_line(name), models) for name, models in named)
     return sorted((result for result in found if result is not None), key=lambda result: result.name)
 
 
-def _benchmark(folder: Path, name: str, runs: Sequence[RunRecord]) -> BenchmarkResult | None:
-    models = [model for path in sorted(folder.glob("*.jsonl")) if (model := _read_model(path, runs)) is not None]
+def _of_same_problems(some: Sequence[ModelAnswers], others: Sequence[ModelAnswers]) -> bool:
+    """Whether both answered problems of one benchmark: problems of the same number are the same."""
+    if not some or not others:
+        return False
+    a, b = some[0].problems, others[0].problems
+    shared = a.keys() & b.keys()
+    return bool(shared) and all(a[n].get(key) == b[n].get(key) for n in shared for key in ("prompt", "answer"))
+
+
+def _benchmark(name: str, models: Sequence[ModelAnswers]) -> BenchmarkResult | None:
     newest: dict[str, ModelAnswers] = {}
     for model in models:
         key = f"run {model.run}" if model.run is not None else f"model {model.name}"

@@ -53,10 +53,14 @@ def test_skipped_and_passed_over_steps_have_a_line(config: Config, capsys: pytes
     with ExitStack() as at_exit:
         show = console(Logging(), world_size=1, peak_tflops=None, at_exit=at_exit)
         show(StepResult(1, 10, {"loss": None, "skipped": "loss spike"}, False, config))
-        show(result(config, 2, skipped="not finite", **{"eval/held out/nll": 0.5}))
+        show(result(config, 2, skipped="not finite", **{"eval/held out/nll": 0.5, "eval/sums/pass@1": 0.5}))
     passed_over, skipped = capsys.readouterr().out.splitlines()
     assert passed_over == "step 1/10 | passed over: loss spike"
-    assert "held out nll 0.5000" in skipped and "skipped: not finite" in skipped and "MFU" not in skipped
+    assert (
+        "held out nll 0.5000 | sums pass@1 50.0%" in skipped
+        and "skipped: not finite" in skipped
+        and "MFU" not in skipped
+    )
 
 
 def test_the_time_left_counts_what_runs_between_steps(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:

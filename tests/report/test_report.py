@@ -94,6 +94,19 @@ def test_the_verdict_is_of_held_out_answers(two_runs: list[Path], tmp_path: Path
     )
 
 
+def test_what_each_run_evaluated_itself_is_compared(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / "sft"), write_run(tmp_path / "iw-sft", weighted=True)]
+    for run, every in zip(runs, (4, 1), strict=True):
+        for step in (0, 120):
+            folder, label = run / "evaluation" / "sums", f"step-{step:08d}"
+            write_answers(folder, label, run / "hf" / label, [step > 0 and n % every == 0 for n in range(40)])
+    summary = write_report(runs, tmp_path / "report.html")
+    assert summary.count("sums:") == 1 and "iw-sft answers 100.0 % right, sft 25.0 %" in summary
+    for answers in (runs[1] / "evaluation" / "sums").iterdir():
+        answers.write_text(answers.read_text().replace('"1?"', '"another?"'))
+    assert write_report(runs, tmp_path / "report.html").count("sums:") == 2  # other problems under the same name
+
+
 def test_a_difference_that_may_be_chance_is_called_so(two_runs: list[Path], tmp_path: Path) -> None:
     model = two_runs[1] / "hf" / "step-00000120"
     write_answers(tmp_path / "evaluation" / "sums", "iw-sft", model, [n % 4 == 0 or n == 1 for n in range(40)])

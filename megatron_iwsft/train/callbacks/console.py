@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -110,9 +111,12 @@ def _values(result: StepResult, pace: Pace, world_size: int, peak_tflops: float 
 
 
 def _evaluated(metrics: dict[str, Any]) -> dict[str, str]:
-    """The nll of each evaluation set, where it was evaluated."""
-    names = {name: name.removeprefix("eval/").removesuffix("/nll") for name in metrics if name.startswith("eval/")}
-    return {f"{set_} nll": f"{metrics[name]:.4f}" for name, set_ in names.items() if name == f"eval/{set_}/nll"}
+    """The nll of each evaluation set and pass@k of each benchmark, where they were evaluated."""
+    out = {}
+    for name, value in metrics.items():
+        if found := re.fullmatch(r"eval/(.*)/(nll|pass@\d+)", name):
+            out[f"{found[1]} {found[2]}"] = f"{value:.4f}" if found[2] == "nll" else f"{value:.1%}"
+    return out
 
 
 def duration(seconds: float) -> str:
