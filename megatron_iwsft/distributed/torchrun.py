@@ -28,36 +28,51 @@ if TYPE_CHECKING:
 # srun ends all nodes when the first one exits; this gives the others time to exit with the same status.
 _LEAVING_S = 2.0
 _LOOK_S = 0.2
+_STARTING_S = 10.0  # between the nodes' meeting and the first worker
+_RESOLVING_S = 30.0  # a node's name service may be late
 _STOPPED = (EXIT_REQUEUE, *(-number for number in STOP_SIGNALS))
 
 
 class StopNotice:
-    """Stop signals to this process. They are forwarded to every worker once, also to workers that start later."""
+    """Stop signals to this process. They are forwarded to every worker once, also to workers that start soon.
+
+    While it waits for the other nodes there are none: then it ends, since nothing has begun.
+    """
 
     def __init__(self) -> None:
         self.signal: int | None = None
         self.workers_may_run = False
+        read, write = os.pipe()
+        os.set_blocking(write, False)
         for number in heeded_signals():
-            signal.signal(number, self._on_signal)
+            signal.signal(number, lambda *_: None)
+        # Python's handlers run in the main thread, which torch may keep for minutes while it waits for the first node.
+        signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+        threading.Thread(target=self._listen, args=(read,), daemon=True).start()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # launch/local.sh blocks them until here
 
-    def _on_signal(self, number: int, _: object) -> None:
-        if not self.workers_may_run:  # nothing has begun, so nothing is lost
-            os._exit(EXIT_REQUEUE)
-        self.signal = number
-        threading.Thread(target=self._forward, args=(number,), daemon=True).start()
+    def _listen(self, pipe: int) -> None:
+        while numbers := os.read(pipe, 64):
+            for number in STOP_SIGNALS:
+                if number in numbers:
+                    if not self.workers_may_run:  # nothing has begun, so nothing is lost
+                        os._exit(EXIT_REQUEUE)
+                    self.signal = number
+                    threading.Thread(target=self._forward, args=(number,), daemon=True).start()
 
     def _forward(self, number: int) -> None:
         import psutil
 
         told: set[int] = set()
-        while True:
+        until = time.monotonic() + _STARTING_S
+        while told or time.monotonic() < until:
             for worker in psutil.Process().children():
                 if worker.pid not in told:
                     told.add(worker.pid)
                     with contextlib.suppress(psutil.Error):  # it has just exited
                         worker.send_signal(number)
             time.sleep(_LOOK_S)
+        os._exit(EXIT_REQUEUE)
 
 
 def main() -> int:
@@ -85,6 +100,9 @@ def main() -> int:
         keep_to_loopback()
         if parsed.rdzv_backend == "static" and not parsed.standalone:
             arguments = [f"--rdzv_backend={register_with_torchrun()}", *arguments]
+    elif (why := unresolved(parsed.rdzv_endpoint.rpartition(":")[0] or parsed.master_addr)) is not None:
+        tell(why, error=True)
+        return EXIT_USER_ERROR
     for name in ("elastic.multiprocessing.api", "elastic.agent.server.api", "run"):
         logging.getLogger(f"torch.distributed.{name}").setLevel(logging.CRITICAL)
     notice.workers_may_run = True
@@ -99,6 +117,22 @@ def main() -> int:
         tell(f"the nodes cannot meet at {where} (--master-addr, --master-port): {why}", error=True)
         return EXIT_USER_ERROR
     return 0
+
+
+def unresolved(host: str, *, patience_s: float = _RESOLVING_S) -> str | None:
+    """A sentence if the first node's name cannot be resolved; None if it can. torch would try for many minutes."""
+    until = time.monotonic() + patience_s
+    while True:
+        try:
+            socket.getaddrinfo(host.strip("[]"), None)
+            return None
+        except OSError as error:
+            if time.monotonic() >= until:
+                return (
+                    f"the nodes cannot meet at {host} (--master-addr): the name cannot be resolved ({error.strerror}). Correct it, or this "
+                    f"machine's name resolution: `getent hosts {host}` must print an address."
+                )
+        time.sleep(1)
 
 
 def _status(error: ChildFailedError, notice: StopNotice) -> int:

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_iwsft.errors import ConfigError
+from megatron_iwsft.distributed.torchrun import unresolved
+from megatron_iwsft.errors import EXIT_REQUEUE, ConfigError
 from megatron_iwsft.utils.launch import check_launch_environment
 from tests.support import ROOT, command_environment
 from tests.support.launched_runs import write_config
@@ -197,6 +198,30 @@ def test_two_nodes_cannot_meet_at_a_port_that_is_in_use() -> None:
         done = shell(f"{torchrun} --master_addr 127.0.0.1 --master_port {port} -m megatron_iwsft train")
     assert done.returncode == 2
     assert f"the nodes cannot meet at 127.0.0.1:{port}" in done.stderr and "in use" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.command
+def test_a_stop_signal_while_the_first_node_is_awaited() -> None:
+    with socket.socket() as other:
+        other.bind(("", 0))  # and nobody listens
+        command = [sys.executable, "-m", "megatron_iwsft.distributed.torchrun", "--nnodes", "2", "--node_rank", "1"]
+        command += ["--master_addr", "127.0.0.1", "--master_port", str(other.getsockname()[1])]
+        waiting = subprocess.Popen([*command, "-m", "megatron_iwsft", "train"], cwd=ROOT, env=command_environment())
+        time.sleep(15)
+        waiting.send_signal(signal.SIGTERM)
+        assert waiting.wait(timeout=60) == EXIT_REQUEUE
+
+
+def test_the_first_node_has_a_name_that_cannot_be_resolved(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert unresolved("127.0.0.1") is None and unresolved("[::1]") is None and unresolved("localhost") is None
+
+    def broken(*_: object) -> None:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", broken)
+    said = unresolved("node-1", patience_s=0)
+    assert said is not None and "cannot meet at node-1" in said and "(Name or service not known)" in said
 
 
 def _set(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
