@@ -31,12 +31,13 @@ from torch.distributed.checkpoint.api import CheckpointException  # a BaseExcept
 from typing_extensions import TypedDict  # pydantic asks for this one before Python 3.12
 
 from megatron_iwsft.checkpoint import integrity
+from megatron_iwsft.checkpoint.info_schema import Count, Finite, HostStates, Positive, SavedConfig
 from megatron_iwsft.checkpoint.names import CHECKPOINTS, INFO, LATEST
 from megatron_iwsft.distributed.parallel_layout import ParallelLayout
 from megatron_iwsft.errors import CheckpointError, DamageError
 from megatron_iwsft.hf.adapters import AdapterSettings, Target
 from megatron_iwsft.hf.architecture import Architecture
-from megatron_iwsft.utils.files import PARTIAL
+from megatron_iwsft.utils.files import PARTIAL, read_regular
 from megatron_iwsft.utils.json_files import KEEP_UNKNOWN_KEYS, PlainPath, check_json, is_regular_file, read_json
 
 FORMAT_VERSION = 4
@@ -59,23 +60,23 @@ class _Layout(TypedDict):
 class AdapterInfo(TypedDict):
     """Of a checkpoint that holds adapters instead of weights. base: the fingerprint of the weights that they belong to."""
 
-    rank: int
-    alpha: float
+    rank: Positive
+    alpha: Finite
     targets: list[Target]
     base: str
 
 
 class _Info(TypedDict):
-    step: int
+    step: Count
     architecture: dict[str, Any]
     layout: _Layout
-    config: dict[str, Any]
+    config: SavedConfig
     template_hash: str | None
     corpora: NotRequired[dict[str, str]]
     corpus: NotRequired[str | None]  # of one corpus, written in place of `corpora` before there were mixtures
     objective: str | None
     adapter: NotRequired[AdapterInfo | None]
-    host: dict[str, Any]
+    host: HostStates
     files: dict[PlainPath, integrity.FileSum]
 
 
@@ -137,12 +138,12 @@ class CheckpointInfo:
             directory=directory,
             step=info["step"],
             architecture=Architecture.from_hf(info["architecture"], where=str(path)),
-            config=info["config"],
+            config=dict(info["config"]),
             layout=ParallelLayout.from_json(dict(info["layout"])),
             template_hash=info["template_hash"],
             corpora=info.get("corpora", {"": earlier} if earlier else {}),
             objective=info["objective"],
-            host=info["host"],
+            host=dict(info["host"]),
             files=info["files"],
             adapter=info.get("adapter"),
         )
@@ -205,7 +206,7 @@ def _newest(directory: Path) -> Path:
 def read_latest(parent: Path) -> str:
     """The name in `latest`; any other content is as good as none."""
     try:
-        name = (parent / LATEST).read_text(encoding="utf-8").strip()
+        name = read_regular(parent / LATEST).decode("utf-8").strip()
     except (OSError, UnicodeDecodeError):
         return "step-unknown"
     return name if _NAME.fullmatch(name) else "step-unknown"

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from pydantic import ValidationError
 from torch import Tensor
 
 from megatron_iwsft.checkpoint.best import best_checkpoint
@@ -101,8 +102,13 @@ def merged_reader(info: CheckpointInfo, base: str | Path | None) -> tuple[Callab
     """`hugging_face_reader` of the model that a checkpoint's adapters make of their base. Raises CheckpointError for another base."""
     adapter, settings = info.adapter, info.adapters
     assert adapter is not None and settings is not None
-    model = info.config["model"] if base is None else {"hf": str(base)}
-    weights = InitialWeights(Model(**model), info.config["run"]["seed"])
+    model = (info.config.get("model") or {}) if base is None else {"hf": str(base)}
+    try:
+        weights = InitialWeights(Model(**model), info.config.get("run", {}).get("seed", 0))
+    except ValidationError:
+        raise CheckpointError(
+            f"{info.directory} does not say which model its adapters are of. Name its directory with --base."
+        ) from None
     if weights.fingerprint != adapter["base"]:
         raise CheckpointError(
             f"{weights.described} is not the base of {info.directory}: its fingerprint is {weights.fingerprint[:12]}, not "
@@ -123,7 +129,8 @@ def merged_reader(info: CheckpointInfo, base: str | Path | None) -> tuple[Callab
 
 def _described(adapter: AdapterInfo, config: dict[str, Any]) -> Description:
     settings = AdapterSettings(adapter["rank"], adapter["alpha"], tuple(adapter["targets"]))
-    return Description(settings, adapter["base"], config["model"].get("hf"), config["adapter"]["dropout"])
+    model, section = config.get("model") or {}, config.get("adapter") or {}
+    return Description(settings, adapter["base"], model.get("hf"), section.get("dropout", 0.0))
 
 
 def _write_adapter(

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_iwsft.checkpoint.info import AdapterInfo, CheckpointInfo
+from megatron_iwsft.checkpoint.names import INFO
 from megatron_iwsft.config.data import MixtureCorpus
 from megatron_iwsft.config.schema import Config
 from megatron_iwsft.config.section import Section
 from megatron_iwsft.data.sampler import Sampler
 from megatron_iwsft.distributed.parallel_layout import ParallelLayout
-from megatron_iwsft.errors import ConfigError
+from megatron_iwsft.errors import CheckpointError, ConfigError
 from megatron_iwsft.train.check import CheckedRun
 
 # What may differ between a run and its continuation. Anything else would make it another run.
@@ -120,7 +121,7 @@ def _differences(
         if isinstance(value, Section):
             yield from _differences(value, before, (*path, name))
         elif isinstance(value, list) and any(isinstance(entry, Section) for entry in value):
-            if len(value) < len(before):
+            if not isinstance(before, list) or len(value) < len(before):
                 yield (*path, name), [entry.model_dump() for entry in value], before
                 continue
             for number, (entry, earlier_entry) in enumerate(zip(value, before, strict=False)):
@@ -192,9 +193,14 @@ class DataPosition:
 def continue_data(run: CheckedRun, info: CheckpointInfo) -> list[str]:
     """Have the run's sampler continue where a checkpoint is in its data; returns what changes from there on, for the log.
 
-    Raises ConfigError if an appended corpus would join after the run's end.
+    Raises ConfigError if an appended corpus would join after the run's end, CheckpointError if the checkpoint is of more corpora.
     """
     earlier, sampler = _earlier_data(run, info), run.sampler
+    if len(earlier["first_epochs"]) > len(sampler.parts):
+        raise CheckpointError(
+            f"{info.directory}/{INFO} is damaged: it is of {len(earlier['first_epochs'])} corpora, and the run has {len(sampler.parts)}. "
+            "Use another checkpoint."
+        )
     at = sampler.continue_with(earlier, info.step)
     found = []
     if sampler.global_batch_size != earlier["global_batch_size"]:
@@ -213,7 +219,15 @@ def continue_data(run: CheckedRun, info: CheckpointInfo) -> list[str]:
 
 
 def check_same_run(run: CheckedRun, info: CheckpointInfo, adapter: AdapterInfo | None = None) -> None:
-    """Raise ConfigError naming the first thing that differs and may not. adapter: what this run's checkpoints say about adapters."""
+    """Raise ConfigError naming the first thing that differs and may not, CheckpointError for a checkpoint of no run.
+
+    adapter: what this run's checkpoints say about adapters.
+    """
+    if "global_batch_size" not in info.config.get("data", {}):
+        raise CheckpointError(
+            f"{info.directory} was not saved by a training run: its config names no data. Choose another run.dir; to start from its "
+            "weights, name it as model.checkpoint."
+        )
     for path, value, earlier in _differences(*_alike(run.config, info.config)):
         if not _may_change(path):
             raise ConfigError(

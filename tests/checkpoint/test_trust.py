@@ -287,3 +287,53 @@ def test_archives_are_what_torch_makes_them(attacked) -> None:
     if not common.exists():
         pytest.skip("this Megatron-Core keeps these values in .distcp files")
     assert zipfile.is_zipfile(common)
+
+
+# place in iwsft.json, value
+ODD_VALUES: list[tuple[str, Any]] = [
+    ("step", -1),
+    ("step", 10**400),
+    ("config.precision", []),
+    ("config.precision.dtype", "int4"),
+    ("config.run", "r"),
+    ("config.run.seed", "a"),
+    ("config.model.hf", ["/"]),
+    ("config.data.corpora", [3]),
+    ("config.data.corpora", [{"corpus": "c", "weight": "heavy"}]),
+    ("config.data.global_batch_size", 0),
+    ("config.objective.name", {}),
+    ("config.adapter", [1]),
+    ("config.adapter.alpha", "a"),
+    ("config.parallel.context", "1"),
+    ("host", []),
+    ("host.divergence", {"rewinds": "a"}),
+    ("host.divergence", {"losses": [[]]}),
+    ("host.data", {}),
+    ("host.data", {"start": {"stop": 1}, "global_batch_size": 1, "first_epochs": []}),
+    ("host.stop_early", {"metric": "a"}),
+    ("host.best", {"metric": "a", "mode": "min", "entries": [[1]]}),
+    ("adapter", {"rank": 0, "alpha": 1.0, "targets": ["qkv"], "base": "a"}),
+    ("adapter", {"rank": 1, "alpha": float("nan"), "targets": ["qkv"], "base": "a"}),
+    ("adapter", {"rank": 1, "alpha": 1.0, "targets": ["all"], "base": "a"}),
+]
+
+
+@pytest.mark.parametrize(("place", "value"), ODD_VALUES, ids=[f"{p} {v!r:.20}" for p, v in ODD_VALUES])
+def test_odd_values_in_a_checkpoints_description(attacked, place: str, value: Any, tmp_path: Path) -> None:
+    """With the right checksum, as an attacker who knows the format would give it."""
+    content = json.loads((attacked[0] / "run" / "step-00000006" / INFO).read_text())
+    del content["checksum"]
+    at = content
+    *sections, last = place.split(".")
+    for section in sections:
+        at = at.setdefault(section, {})
+    at[last] = value
+    (tmp_path / INFO).write_text(json.dumps(content | {"checksum": info_checksum(content)}))
+    with pytest.raises(CheckpointError, match=f"iwsft.json is damaged: {re.escape(place)}"):
+        CheckpointInfo.read(tmp_path)
+
+
+def test_a_fifo_in_place_of_latest_does_not_hang(attacked, tmp_path: Path) -> None:
+    shutil.copytree(attacked[0] / "run" / "step-00000006", tmp_path / "step-00000006")
+    os.mkfifo(tmp_path / "latest")
+    assert CheckpointInfo.read(tmp_path).directory.name == "step-00000006"
