@@ -31,6 +31,7 @@ class _JudgedAnswer(TypedDict):
 class _AnsweredProblem(TypedDict):
     __pydantic_config__ = KEEP_UNKNOWN_KEYS  # type: ignore[misc]
     number: int
+    prompt: str
     answer: str
     answers: list[_JudgedAnswer]
 

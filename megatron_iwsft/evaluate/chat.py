@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from megatron_iwsft.evaluate.generate import stop_tokens
+from megatron_iwsft.evaluate.generate import refuse_long_prompts, stop_tokens
 from megatron_iwsft.hf.transformers_models import ChatPrompts, load_in_transformers
 
 
@@ -41,6 +41,7 @@ class Chat:
         self.messages.append({"role": "user", "content": text})
         rendered = self._prompts(self.messages)
         ids = self._tokenizer(rendered, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        refuse_long_prompts(self._model, ids[0].tolist())
         streamer = _streamer(self._tokenizer, on_text)
         with torch.inference_mode():
             self._model.generate(

@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from megatron_iwsft.errors import CheckpointError, ConfigError
+from megatron_iwsft.errors import CheckpointError, ConfigError, DataError
 from megatron_iwsft.hf.transformers_models import ChatPrompts, load_in_transformers, load_tokenizer_in_transformers
 
 Backend = Literal["auto", "vllm", "transformers"]
@@ -114,9 +114,11 @@ class TransformersGenerator:
         )
 
     def answer(self, prompts: Sequence[tuple[int, str]]) -> list[list[Answer]]:
+        formatted = [(number, self._format(question)) for number, question in prompts]
+        refuse_long_prompts(self._model, *(ids for _, ids in formatted))
         rows = [
-            (self._format(question), self._sampling.seed_of(number, sample))
-            for number, question in prompts
+            (ids, self._sampling.seed_of(number, sample))
+            for number, ids in formatted
             for sample in range(self._sampling.samples)
         ]
         flat = [
@@ -233,6 +235,19 @@ class VllmGenerator:
             Answer(out.text, len(out.token_ids), out.finish_reason == "length", tuple(out.token_ids)) for out in outputs
         ]
         return [flat[i : i + one.samples] for i in range(0, len(flat), one.samples)]
+
+
+def refuse_long_prompts(model: Any, *prompts: Sequence[int]) -> None:
+    """Raise DataError for a prompt that is longer than a `transformers` model's context: its answer would mean nothing, and attention
+    over it can take all time and memory that there is.
+    """
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(map(len, prompts), default=0)
+    if isinstance(context, int) and longest > context:
+        raise DataError(
+            f"a prompt has {longest:,} tokens, but the context of {model.name_or_path} has {context:,} (max_position_embeddings). "
+            "Shorten the prompt, or use a model with a longer context."
+        )
 
 
 def stop_tokens(generation_config: Any, tokenizer: Any, vocab_size: int | None = None) -> list[int]:

@@ -302,6 +302,13 @@ def test_an_absurd_model_is_refused(config: dict, message: str, copy: Path) -> N
         cli.run(["generate", "--model", str(copy), "7?"])
 
 
+def test_a_prompt_beyond_the_context_is_refused(model: Path) -> None:
+    with pytest.raises(DataError, match=r"a prompt has [\d,]+ tokens, but the context of .* has 256"):
+        cli.run(["generate", "--model", str(model), "7" * 2000])
+    with pytest.raises(DataError, match="Shorten the prompt"):
+        TransformersGenerator(model, SAMPLED, batch_size=4).answer([*QUESTIONS, (5, "7" * 2000)])
+
+
 @pytest.mark.parametrize("stops", [10**9, [-1, 10**9], [2, 10**9]])
 def test_stop_tokens_that_the_model_cannot_write(stops: object, copy: Path) -> None:
     """Nor does a padding token that it has no embedding for do harm."""
