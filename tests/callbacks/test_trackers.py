@@ -13,6 +13,7 @@ import pytest
 
 from megatron_iwsft.config.loader import parse_config
 from megatron_iwsft.train.callbacks import StepResult
+from megatron_iwsft.train.callbacks.custom import guarded
 from megatron_iwsft.train.callbacks.events import Events
 from megatron_iwsft.train.callbacks.trackers import tensorboard_logger, wandb_logger
 from tests.callbacks.test_damaged_logs import CONFIG, result
@@ -58,6 +59,23 @@ def test_tensorboard_shows_each_step_of_a_resumed_run_once(board: Board, tmp_pat
     for name in ("train/loss", "perf/data_s"):
         assert [step for found, _, step in board.shown if found == name] == list(range(1, 8))
     assert {name for name, *_ in board.shown} == {"train/loss", "perf/data_s"}, "a step has no point of its own"
+
+
+def test_a_tracker_that_fails_does_not_end_the_run(board: Board, tmp_path: Path, monkeypatch) -> None:
+    """As on a full disk: at every step, and when it is closed."""
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(board, "flush", full)
+    monkeypatch.setattr(board, "close", full)
+    events = tmp_path / "events.jsonl"
+    with ExitStack() as at_exit:
+        log = guarded("TensorBoard logger", tensorboard_logger(tmp_path, 0, at_exit), Events(events))
+        for step in (1, 2, 3):
+            assert log(result(step)) is None
+    (event,) = map(json.loads, events.read_text().splitlines())
+    assert event["step"] == 1 and "TensorBoard logger failed" in event["text"] and "No space left" in event["text"]
 
 
 def test_an_artifact_refers_to_the_newest_checkpoint(tmp_path: Path) -> None:

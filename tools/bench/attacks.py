@@ -30,7 +30,7 @@ from typing import Any
 
 from megatron_iwsft.utils.cli import positive_int, run_command
 
-LIMIT_S = 20  # for one command
+LIMIT_S = 60  # for one command, on a machine that may be busy
 LONGEST_OUTPUT = 100_000  # characters
 CODE_RAN = "code-ran"
 CONFIG = """
@@ -190,6 +190,9 @@ def sweep(home: Path, seconds: float, attacks: int, first_seed: int) -> int:
     ):
         with contextlib.suppress(ImportError):
             __import__(f"megatron_iwsft.{module}")
+    for module in ("math_verify", "transformers.generation", "transformers.models.qwen2.modeling_qwen2"):
+        with contextlib.suppress(ImportError):
+            __import__(module)
 
     tried: Counter[str] = Counter()
     held: Counter[str] = Counter()

@@ -28,26 +28,31 @@ def load_callbacks(names: list[str]) -> dict[str, CallbackFunction]:
 def custom_callback(name: str, function: CallbackFunction, events: Events) -> Callback:
     """A user's function as a callback. Its attributes `every`, `at_end` and `collective` set when and where it is called.
 
-    If a function that is not collective raises, this is reported once and it is not called again: a broken logger must not cost a
-    training run. A collective one ends the run, since its ranks may wait for each other.
+    One that is not collective is `guarded`. A collective one ends the run, since its ranks may wait for each other.
     """
     every = getattr(function, "every", 1)
     at_end, collective = (bool(getattr(function, attribute, False)) for attribute in ("at_end", "collective"))
+    called = function if collective else guarded(f"callback {name}", function, events)
+    return Callback(called, every, at_end, collective=collective, phase=name)
+
+
+def guarded(what: str, function: CallbackFunction, events: Events) -> CallbackFunction:
+    """If `function` raises, this is reported once and it is not called again: a broken logger must not cost a training run."""
     failed = False
 
-    def guarded(result: StepResult) -> dict[str, Any] | None:
+    def call(result: StepResult) -> dict[str, Any] | None:
         nonlocal failed
         if not failed:
             try:
                 return function(result)
-            except Exception:  # a user's function can raise anything
+            except Exception:  # a user's function, or another program's, can raise anything
                 failed = True
                 events(
                     "callback failed",
-                    f"the callback {name} failed at step {result.step}. It is not called again; training continues.\n"
+                    f"the {what} failed at step {result.step}. It is not called again; training continues.\n"
                     + traceback.format_exc(),
                     step=result.step,
                 )
         return None
 
-    return Callback(function if collective else guarded, every, at_end, collective=collective, phase=name)
+    return call

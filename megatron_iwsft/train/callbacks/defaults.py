@@ -11,7 +11,7 @@ from megatron_iwsft.checkpoint.names import CHECKPOINTS
 from megatron_iwsft.checkpoint.writer import CheckpointWriter
 from megatron_iwsft.train.callbacks.answers import answers
 from megatron_iwsft.train.callbacks.console import console
-from megatron_iwsft.train.callbacks.custom import custom_callback
+from megatron_iwsft.train.callbacks.custom import custom_callback, guarded
 from megatron_iwsft.train.callbacks.evaluation import evaluation
 from megatron_iwsft.train.callbacks.export import export
 from megatron_iwsft.train.callbacks.metrics_file import METRICS_FILE, MetricsFile
@@ -67,11 +67,11 @@ def add_configured_callbacks(trainer: Trainer, writer: CheckpointWriter, at_exit
         trainer.add_callback(WeightWarnings(config.logging, events))
         trainer.add_callback(SlowRanks(events, trainer.watch.describe))
         if config.logging.wandb.mode != "disabled":
-            trainer.add_callback(wandb_logger(config, trainer.events, at_exit, logged=to_file.logged), at_start=True)
+            to_wandb = wandb_logger(config, events, at_exit, logged=to_file.logged)
+            trainer.add_callback(guarded("wandb logger", to_wandb, events), at_start=True)
         if config.logging.tensorboard:
-            trainer.add_callback(
-                tensorboard_logger(run.run_directory / "logs", trainer.state.step, at_exit), at_start=True
-            )
+            to_tensorboard = tensorboard_logger(run.run_directory / "logs", trainer.state.step, at_exit)
+            trainer.add_callback(guarded("TensorBoard logger", to_tensorboard, events), at_start=True)
     trainer.add_callback(trainer.save, collective=True, phase="saving", saves=True)
     trainer.add_callback(
         export(run, trainer.state, writer, trainer.report_failure),

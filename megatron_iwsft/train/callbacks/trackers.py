@@ -62,7 +62,7 @@ def wandb_logger(
     connected = True
 
     def finish() -> None:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(Exception):  # metrics.jsonl is complete
             if settings.artifacts and connected:
                 _log_checkpoint(wandb, handle, config)
             handle.finish()
@@ -123,7 +123,12 @@ def tensorboard_logger(directory: Path, resumed_at: int, at_exit: ExitStack) -> 
 
     # A new run has nothing to hide, and with purge_step 1 TensorBoard would hide another run's files in the same directory.
     writer = SummaryWriter(str(directory), purge_step=resumed_at + 1 if resumed_at else None)
-    at_exit.callback(writer.close)
+
+    def close() -> None:
+        with contextlib.suppress(Exception):  # a full disk
+            writer.close()
+
+    at_exit.callback(close)
 
     def log(result: StepResult) -> None:
         for name, value in result.metrics.items():
