@@ -19,7 +19,7 @@ make_environment() {
       return 1
     }
     export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
-    "$python" -c 'import torch, megatron.core, megatron_iwsft.cli.main' >/dev/null || {
+    "$python" -W ignore -c 'import torch, megatron.core, megatron_iwsft.cli.main' >/dev/null || {
       echo "$IWSFT_PYTHON lacks packages that are needed (see above). Install them there, or unset IWSFT_PYTHON to create an environment." >&2
       return 1
     }

