@@ -16,8 +16,10 @@ from megatron_iwsft.train.callbacks import StepResult
 from megatron_iwsft.train.callbacks.custom import guarded
 from megatron_iwsft.train.callbacks.events import Events
 from megatron_iwsft.train.callbacks.trackers import tensorboard_logger, wandb_logger
+from megatron_iwsft.train.callbacks.wandb_file import last_step
 from tests.callbacks.test_damaged_logs import CONFIG, result
-from tests.train.test_profile import wandb_records
+from tests.support import tiny
+from tests.train.test_profile import logged_steps, wandb_records
 
 
 class Board:
@@ -76,6 +78,28 @@ def test_a_tracker_that_fails_does_not_end_the_run(board: Board, tmp_path: Path,
             assert log(result(step)) is None
     (event,) = map(json.loads, events.read_text().splitlines())
     assert event["step"] == 1 and "TensorBoard logger failed" in event["text"] and "No space left" in event["text"]
+
+
+def test_wandb_has_each_step_once_however_a_run_ended(tmp_path: Path) -> None:
+    """Rows that were not written when it was killed are logged, those that a resumed run repeats are not."""
+    pytest.importorskip("wandb")
+    config = parse_config(CONFIG, [f"run.dir={tmp_path}", "logging.wandb={mode: offline}"], where="test")
+
+    def row(step: int) -> dict[str, float]:
+        return {"step": step, "loss": float(step), "data_s": 0.5, "step_time_s": 1.0}
+
+    for kept, steps in ((2, range(3, 6)), (3, range(4, 8))):
+        tiny.write_jsonl(tmp_path / "metrics.jsonl", [row(step) for step in range(1, kept + 1)])
+        with ExitStack() as at_exit:
+            log = wandb_logger(config, Events(tmp_path / "events.jsonl"), at_exit)
+            for step in steps:
+                log(StepResult(step, 9, row(step), False, config))
+    assert logged_steps(tmp_path) == list(range(1, 8))
+    run_id = (tmp_path / "wandb.id").read_text().strip()
+    assert last_step(tmp_path, run_id) == 7
+    for path in tmp_path.glob("wandb/offline-run-*/*.wandb"):
+        path.write_bytes(path.read_bytes()[:50] + b"damaged")
+    assert last_step(tmp_path, run_id) == -1
 
 
 def test_an_artifact_refers_to_the_newest_checkpoint(tmp_path: Path) -> None:

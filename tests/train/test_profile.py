@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from megatron_iwsft.config.schema import Config, Profile
 from megatron_iwsft.errors import ConfigError
-from megatron_iwsft.testing import comparable_metrics
+from megatron_iwsft.testing import comparable_metrics, run_distributed
 from megatron_iwsft.train.check import check
 from megatron_iwsft.train.profiling import StepProfiler
-from tests.support.shared_runs import assert_same_checkpoints, copy_without_checkpoints_after, train_on
+from tests.support import events
+from tests.support.shared_runs import assert_same_checkpoints, train_job, train_on
 from tests.support.small_runs import small_run
 
 PROFILED = ("run.profile={steps: [2, 4]}", "checkpoint={every: 2, keep: 9}", "logging={wandb: {mode: offline}}")
 PHASES = ("data_s", "forward_backward_s", "reduce_s", "optimizer_s")
-
-
-def changed_directory(config: Config, directory: Path) -> Config:
-    return config.model_copy(update={"run": config.run.model_copy(update={"dir": str(directory)})})
 
 
 def wandb_records(path: Path) -> Iterator[bytes]:
@@ -56,6 +55,19 @@ def logged_steps(run: Path) -> list[int]:
     return out
 
 
+def die_profiling(platform: Any, settings: Config) -> None:
+    """Train, and end the first rank's process within the profile: after step 3, as SIGKILL would."""
+    after = StepProfiler.after
+
+    def or_die(self: StepProfiler, step: int) -> str | None:
+        if step == 3 and platform.rank == 0:
+            os._exit(9)
+        return after(self, step)
+
+    StepProfiler.after = or_die  # type: ignore[method-assign]
+    train_job(platform, settings)
+
+
 @pytest.mark.parallel
 def test_a_profiled_run_is_the_same_run_and_resumes_within_its_profile(tmp_path: Path) -> None:
     profiled, plain = small_run(tmp_path, "profiled", *PROFILED), small_run(tmp_path, "plain", "checkpoint.every=2")
@@ -72,12 +84,16 @@ def test_a_profiled_run_is_the_same_run_and_resumes_within_its_profile(tmp_path:
         assert f"\n{row} " in table
     assert "communication" in table and logged_steps(tmp_path / "profiled") == [1, 2, 3, 4, 5]
 
-    copy_without_checkpoints_after(2, tmp_path / "profiled", tmp_path / "resumed")
-    train_on(2, changed_directory(profiled, tmp_path / "resumed"))
-    assert comparable_metrics(tmp_path / "resumed") == comparable_metrics(tmp_path / "plain")
-    assert_same_checkpoints(tmp_path / "resumed", tmp_path / "plain")
-    assert (tmp_path / "resumed" / "logs" / "profile" / "rank-0-steps-3-4.txt").exists()
-    assert logged_steps(tmp_path / "resumed") == [1, 2, 3, 4, 5]  # those that it repeats only once
+    killed = small_run(tmp_path, "killed", *PROFILED)
+    with pytest.raises(AssertionError):
+        run_distributed(die_profiling, 2, killed)
+    assert not (tmp_path / "killed" / "logs" / "profile").exists()
+    train_on(2, killed)
+    assert events(tmp_path / "killed", "resumed")
+    assert comparable_metrics(tmp_path / "killed") == comparable_metrics(tmp_path / "plain")
+    assert_same_checkpoints(tmp_path / "killed", tmp_path / "plain")
+    assert (tmp_path / "killed" / "logs" / "profile" / "rank-0-steps-3-4.txt").exists()
+    assert logged_steps(tmp_path / "killed") == [1, 2, 3, 4, 5]  # also those that were not written when it died
 
     lines = [json.loads(line) for line in (tmp_path / "plain" / "metrics.jsonl").read_text().splitlines()]
     assert all(0 < sum(line[name] for name in PHASES) <= line["step_time_s"] for line in lines)

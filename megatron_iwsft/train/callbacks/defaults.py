@@ -67,7 +67,7 @@ def add_configured_callbacks(trainer: Trainer, writer: CheckpointWriter, at_exit
         trainer.add_callback(WeightWarnings(config.logging, events))
         trainer.add_callback(SlowRanks(events, trainer.watch.describe))
         if config.logging.wandb.mode != "disabled":
-            to_wandb = wandb_logger(config, events, at_exit, logged=to_file.logged)
+            to_wandb = wandb_logger(config, events, at_exit)
             trainer.add_callback(guarded("wandb logger", to_wandb, events), at_start=True)
         if config.logging.tensorboard:
             to_tensorboard = tensorboard_logger(run.run_directory / "logs", trainer.state.step, at_exit)

@@ -23,13 +23,10 @@ class MetricsFile:
 
     When a step is repeated after a rewind, what was written since its first time is removed. `say` gets a sentence if the file had to
     be repaired. If the disk is full, lines are kept in memory and written later.
-
-    logged: the last step that an interrupted run had written; -1 for none
     """
 
     def __init__(self, path: Path, resumed_at: int, say: Callable[[str], None] = tell) -> None:
         self._file, self._last, self._failing = JsonLines(path, say, valid=_is_of_a_step), resumed_at, False
-        self.logged = -1
         self._cut(resumed_at)
 
     def __call__(self, result: StepResult) -> None:
@@ -47,11 +44,7 @@ class MetricsFile:
             self._failing = True
 
     def _cut(self, last: int) -> None:
-        def kept(row: dict[str, Any]) -> bool:
-            self.logged = max(self.logged, row["step"])
-            return row["step"] <= last
-
-        self._file.keep(kept)
+        self._file.keep(lambda row: row["step"] <= last)
 
 
 def _is_of_a_step(index: int, row: dict[str, Any]) -> bool:

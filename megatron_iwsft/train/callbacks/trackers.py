@@ -6,7 +6,7 @@ import contextlib
 import os
 import re
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from megatron_iwsft.errors import ConfigError
 from megatron_iwsft.objectives.metrics import TIMING
 from megatron_iwsft.train.callbacks import StepResult
 from megatron_iwsft.train.callbacks.events import Events
+from megatron_iwsft.train.callbacks.metrics_file import METRICS_FILE, read_metrics_file
+from megatron_iwsft.train.callbacks.wandb_file import last_step
 from megatron_iwsft.utils.files import move_aside, write_text
 from megatron_iwsft.utils.json_files import is_regular_file
 from megatron_iwsft.utils.text import tell
@@ -32,17 +34,17 @@ def grouped(name: str) -> str:
     return f"perf/{name}" if name in TIMING else f"train/{name}"
 
 
-def wandb_logger(
-    config: Config, events: Events, at_exit: ExitStack, *, logged: int = -1
-) -> Callable[[StepResult], None]:
+def wandb_logger(config: Config, events: Events, at_exit: ExitStack) -> Callable[[StepResult], None]:
     """Log metrics to Weights & Biases. Offline runs are stored in the run directory; `wandb sync` uploads them.
 
-    A resumed run keeps its id, which is stored in the run directory. logged: the last step that was logged before; those up to it that
-    the run repeats are equal, and are not logged again.
+    A resumed run keeps its id, which is stored in the run directory. It logs the rows of metrics.jsonl that wandb lacks, because the run
+    was killed before they were written, and not again those that it has.
     """
     import wandb
 
     run, settings = config.run, config.logging.wandb
+    run_id = _run_id(Path(run.dir) / "wandb.id", events)
+    logged = last_step(Path(run.dir), run_id)
     handle = wandb.init(
         project=settings.project,
         entity=settings.entity,
@@ -50,7 +52,7 @@ def wandb_logger(
         tags=settings.tags or None,
         notes=settings.notes,
         name=run.name,
-        id=_run_id(Path(run.dir) / "wandb.id", events),
+        id=run_id,
         # Offline, the id alone joins the parts when they are uploaded.
         resume="allow" if settings.mode == "online" else None,
         dir=run.dir,
@@ -59,7 +61,7 @@ def wandb_logger(
         # Code, command line and git remote may contain credentials: they are not stored.
         settings=wandb.Settings(silent=True, disable_git=True, disable_code=True, x_disable_meta=True),
     )
-    connected = True
+    connected = is_behind = True
 
     def finish() -> None:
         with contextlib.suppress(Exception):  # metrics.jsonl is complete
@@ -68,15 +70,28 @@ def wandb_logger(
             handle.finish()
             wandb.teardown()  # its service may still have the last rows in memory, and a stopped run ends without its exit handlers
 
-    def log(result: StepResult) -> None:
+    if settings.mode == "online":  # the server knows
+        logged = handle.step - 1
+
+    def log_row(metrics: Mapping[str, Any], step: int) -> None:
         nonlocal connected
-        if connected and result.step > logged:
+        if connected and step > logged:
             try:
-                values = {grouped(k): v for k, v in result.metrics.items() if k != "step" and v is not None}
-                handle.log(values, step=result.step)
+                values = {grouped(k): v for k, v in metrics.items() if k != "step" and v is not None}
+                handle.log(values, step=step)
             except OSError as error:  # its service also gets the SIGTERM that Slurm sends to all processes of a job
                 connected = False
                 tell(f"lost connection to wandb ({error}); metrics.jsonl is complete.")
+
+    def log(result: StepResult) -> None:
+        nonlocal is_behind
+        if is_behind:
+            is_behind = False
+            with contextlib.suppress(OSError):
+                for row in read_metrics_file(Path(run.dir) / METRICS_FILE)[0]:
+                    if row["step"] < result.step:
+                        log_row(row, row["step"])
+        log_row(result.metrics, result.step)
 
     at_exit.callback(finish)
     return log
