@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_iwsft.checkpoint.info import CheckpointInfo
 from megatron_iwsft.checkpoint.initial_weights import InitialWeights
+from megatron_iwsft.checkpoint.summary import describe
 from megatron_iwsft.config.loader import parse_config
 from megatron_iwsft.config.schema import Config, Model
 from megatron_iwsft.errors import CheckpointError, ConfigError
@@ -140,6 +142,14 @@ def test_checkpoints_hold_adapters_and_nothing_of_the_base(name: str, runs) -> N
     assert info.adapters is not None and info.adapters.targets == ("qkv", "proj", "fc1", "fc2")
     expected = sum(torch.Size(s).numel() for s in adapter_shapes(info.architecture, info.adapters).values())
     assert sum(sizes.values()) == 4 * expected, "the adapters, AdamW's copy of them, and two moments"
+
+
+@pytest.mark.parallel
+def test_inspect_names_the_adapters_and_their_base(runs) -> None:
+    text, undamaged = describe(runs("base"), verify=True)
+    assert undamaged and re.search(
+        r"^adapters +rank 4, alpha 8, on qkv, proj, fc1, fc2; base [0-9a-f]{12}$", text, re.M
+    )
 
 
 @pytest.mark.parallel
