@@ -105,7 +105,7 @@ def read_answer(text: str) -> list[Any]:
 
 
 def is_correct(answer: str, response: str) -> bool:
-    """Whether a response is mathematically equal to `answer` (of a `Problem`).
+    """Whether a response is mathematically equal to `answer` (of a `Problem`), or is the same text, which need not be mathematics.
 
     Only the text after </think> is checked, and after the last #### where there is one. Unfinished thinking is wrong.
     """
@@ -117,4 +117,6 @@ def is_correct(answer: str, response: str) -> bool:
     if _GSM8K_MARK in response:
         lines = response.rsplit(_GSM8K_MARK, 1)[1].strip().splitlines()
         response = lines[0] if lines else ""
+    if f"\\boxed{{{response.strip()}}}" == answer:
+        return True
     return bool(verify(read_answer(answer), read_answer(response)))

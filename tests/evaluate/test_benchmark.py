@@ -43,8 +43,9 @@ PAIR = "(3, \\frac{\\pi}{2})"
         ("18", "<think>is it 9? or \\boxed{7}?</think> \\boxed{18}"),
         ("18", "She earns \\$18 a day. **18**"),
         (PAIR, "in polar form: $\\boxed{\\left(3,\\pi/2\\right)}$"),
+        ("e14850d14990", "<think>add</think> e14850d14990"),
     ],
-    ids=["gsm8k", "text after the answer", "after thinking", "plain text", "pair"],
+    ids=["gsm8k", "text after the answer", "after thinking", "plain text", "pair", "no mathematics"],
 )
 def test_correct_responses(answer: str, response: str) -> None:
     assert is_correct(expected_answer(answer), response)
@@ -59,6 +60,7 @@ def test_correct_responses(answer: str, response: str) -> None:
         ("18", "<think>it must be \\boxed{18}, or"),
         ("18", "<think>18</think> \\boxed{19}"),
         (PAIR, "$\\boxed{\\left(\\pi/2,3\\right)}$"),
+        ("e14850d14990", "e14850d14991"),
     ],
     ids=[
         "empty",
@@ -67,6 +69,7 @@ def test_correct_responses(answer: str, response: str) -> None:
         "unfinished thinking",
         "other answer after thinking",
         "swapped pair",
+        "no mathematics",
     ],
 )
 def test_wrong_responses(answer: str, response: str) -> None:

@@ -126,7 +126,7 @@ def test_a_profile_follows_no_planted_link(tmp_path: Path) -> None:
 def test_a_profile_of_steps_or_ranks_that_are_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"ends at step 9, but the run ends at step 5 \(data.max_steps\)"):
         small_run(tmp_path, "run", "run.profile.steps=[2, 9]")
-    with pytest.raises(ConfigError, match=r"steps is \[first, last\]; found \[4, 2\]"):
+    with pytest.raises(ConfigError, match=r"steps must be \[first, last\]; found \[4, 2\]"):
         small_run(tmp_path, "run", "run.profile.steps=[4, 2]")
     by_epochs = small_run(tmp_path, "run", "run.profile.steps=[2, 900]", "data.max_steps=null", "data.epochs=1")
     with pytest.raises(ConfigError, match=r"ends at step 900, but the run ends at step \d+ \(data.epochs\)"):
