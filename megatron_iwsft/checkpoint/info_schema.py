@@ -101,7 +101,7 @@ class _DataPosition(TypedDict):
 
 class _EarlyStop(TypedDict):
     metric: str
-    mode: str
+    mode: str | None  # None: by the metric
     best: float | None
     best_step: Count
     without_improvement: Count
@@ -109,7 +109,7 @@ class _EarlyStop(TypedDict):
 
 class _Best(TypedDict):
     metric: str
-    mode: str
+    mode: str | None  # None: by the metric
     entries: list[Annotated[list[float], Field(min_length=2, max_length=2)]]
 
 
