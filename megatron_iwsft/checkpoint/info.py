@@ -31,14 +31,22 @@ from torch.distributed.checkpoint.api import CheckpointException  # a BaseExcept
 from typing_extensions import TypedDict  # pydantic asks for this one before Python 3.12
 
 from megatron_iwsft.checkpoint import integrity
-from megatron_iwsft.checkpoint.info_schema import Count, Finite, HostStates, Positive, SavedConfig
+from megatron_iwsft.checkpoint.info_schema import Finite, HostStates, SavedConfig
 from megatron_iwsft.checkpoint.names import CHECKPOINTS, INFO, LATEST
 from megatron_iwsft.distributed.parallel_layout import ParallelLayout
 from megatron_iwsft.errors import CheckpointError, DamageError
 from megatron_iwsft.hf.adapters import AdapterSettings, Target
 from megatron_iwsft.hf.architecture import Architecture
 from megatron_iwsft.utils.files import PARTIAL, read_regular
-from megatron_iwsft.utils.json_files import KEEP_UNKNOWN_KEYS, PlainPath, check_json, is_regular_file, read_json
+from megatron_iwsft.utils.json_files import (
+    KEEP_UNKNOWN_KEYS,
+    Count,
+    PlainPath,
+    Positive,
+    check_json,
+    is_regular_file,
+    read_json,
+)
 
 FORMAT_VERSION = 4
 _NAME = re.compile(r"step-\d{8,}")

@@ -6,91 +6,89 @@ from typing import (
     Annotated,
     Any,
     Literal,
-    NotRequired,  # pydantic asks for this one before Python 3.12
+    Required,  # pydantic asks for this one before Python 3.12
 )
 
 from pydantic import Field
 from typing_extensions import TypedDict
 
-from megatron_iwsft.utils.json_files import KEEP_UNKNOWN_KEYS
+from megatron_iwsft.utils.json_files import KEEP_UNKNOWN_KEYS, Count, Positive
 
-Count = Annotated[int, Field(ge=0, lt=2**53)]
-Positive = Annotated[int, Field(ge=1, lt=2**53)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 _Section = dict[str, Any] | None
 
 
-class _Run(TypedDict):
+class _Run(TypedDict, total=False):
     __pydantic_config__ = KEEP_UNKNOWN_KEYS  # type: ignore[misc]
-    name: NotRequired[str]
-    seed: NotRequired[int]
+    name: str
+    seed: int
 
 
-class _Model(TypedDict):
+class _Model(TypedDict, total=False):
     __pydantic_config__ = KEEP_UNKNOWN_KEYS  # type: ignore[misc]
-    hf: NotRequired[str | None]
-    checkpoint: NotRequired[str | None]
-    config: NotRequired[_Section]
+    hf: str | None
+    checkpoint: str | None
+    config: _Section
 
 
-class _Corpus(TypedDict):
+class _Corpus(TypedDict, total=False):
+    __pydantic_config__ = KEEP_UNKNOWN_KEYS  # type: ignore[misc]
+    corpus: Required[str | None]
+    epochs: Finite | None
+    weight: Finite | None
+
+
+class _Data(TypedDict, total=False):
     __pydantic_config__ = KEEP_UNKNOWN_KEYS  # type: ignore[misc]
     corpus: str | None
-    epochs: NotRequired[Finite | None]
-    weight: NotRequired[Finite | None]
+    corpora: list[_Corpus] | None
+    global_batch_size: Positive
+    pad_to: Positive | None
 
 
-class _Data(TypedDict):
+class _Objective(TypedDict, total=False):
     __pydantic_config__ = KEEP_UNKNOWN_KEYS  # type: ignore[misc]
-    corpus: NotRequired[str | None]
-    corpora: NotRequired[list[_Corpus] | None]
-    global_batch_size: NotRequired[Positive]
-    pad_to: NotRequired[Positive | None]
+    name: str
 
 
-class _Objective(TypedDict):
+class _Precision(TypedDict, total=False):
     __pydantic_config__ = KEEP_UNKNOWN_KEYS  # type: ignore[misc]
-    name: NotRequired[str]
+    dtype: Literal["fp32", "bf16", "fp16"]
 
 
-class _Precision(TypedDict):
+class _Parallel(TypedDict, total=False):
     __pydantic_config__ = KEEP_UNKNOWN_KEYS  # type: ignore[misc]
-    dtype: NotRequired[Literal["fp32", "bf16", "fp16"]]
+    context: Positive
 
 
-class _Parallel(TypedDict):
+class _Adapter(TypedDict, total=False):
     __pydantic_config__ = KEEP_UNKNOWN_KEYS  # type: ignore[misc]
-    context: NotRequired[Positive]
+    rank: Count | None
+    alpha: Finite | None
+    dropout: Finite
+    targets: list[str] | None
 
 
-class _Adapter(TypedDict):
-    __pydantic_config__ = KEEP_UNKNOWN_KEYS  # type: ignore[misc]
-    rank: NotRequired[Count | None]
-    alpha: NotRequired[Finite | None]
-    dropout: NotRequired[Finite]
-    targets: NotRequired[list[str] | None]
-
-
-class SavedConfig(TypedDict):
+class SavedConfig(TypedDict, total=False):
     """The config that a checkpoint was saved with. An imported one has only model and precision."""
 
     __pydantic_config__ = KEEP_UNKNOWN_KEYS  # type: ignore[misc]
-    run: NotRequired[_Run]
-    model: NotRequired[_Model]
-    data: NotRequired[_Data]
-    objective: NotRequired[_Objective]
-    precision: NotRequired[_Precision]
-    parallel: NotRequired[_Parallel]
-    adapter: NotRequired[_Adapter | None]
-    reference: NotRequired[_Section]
+    run: _Run
+    model: _Model
+    data: _Data
+    objective: _Objective
+    precision: _Precision
+    parallel: _Parallel
+    adapter: _Adapter | None
+    reference: _Section
 
 
-class _Divergence(TypedDict):
-    skipped: NotRequired[Count]
-    in_a_row: NotRequired[Count]
-    rewinds: NotRequired[Count]
-    passed_over: NotRequired[list[Count]]
-    losses: NotRequired[list[float]]
+class _Divergence(TypedDict, total=False):
+    skipped: Count
+    in_a_row: Count
+    rewinds: Count
+    passed_over: list[Count]
+    losses: list[float]
 
 
 class _DataPosition(TypedDict):
@@ -113,11 +111,11 @@ class _Best(TypedDict):
     entries: list[Annotated[list[float], Field(min_length=2, max_length=2)]]
 
 
-class HostStates(TypedDict):
+class HostStates(TypedDict, total=False):
     """`TrainState.host`'s states, by name."""
 
     __pydantic_config__ = KEEP_UNKNOWN_KEYS  # type: ignore[misc]
-    divergence: NotRequired[_Divergence]
-    data: NotRequired[_DataPosition]
-    stop_early: NotRequired[_EarlyStop]
-    best: NotRequired[_Best]
+    divergence: _Divergence
+    data: _DataPosition
+    stop_early: _EarlyStop
+    best: _Best

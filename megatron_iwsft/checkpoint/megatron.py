@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_iwsft.checkpoint import integrity
 from megatron_iwsft.checkpoint.pickles import METADATA, read_arguments, read_metadata
 from megatron_iwsft.checkpoint.tensors import StoredTensors
-from megatron_iwsft.errors import CheckpointError
+from megatron_iwsft.config.loader import read_yaml
+from megatron_iwsft.errors import CheckpointError, ConfigError
 from megatron_iwsft.hf.architecture import Architecture
 from megatron_iwsft.hf.mapping import Mapping, Span, Vocabulary, named_rows, shapes
 from megatron_iwsft.utils.files import read_regular
@@ -163,8 +163,8 @@ def _iteration(directory: Path) -> Path:
 def _bridge_model(directory: Path) -> dict[str, Any]:
     """The model's fields in Megatron-Bridge's run_config.yaml; empty if it cannot be read."""
     try:
-        return dict(yaml.safe_load(read_regular(directory / _BRIDGE_CONFIG))["model"])
-    except (OSError, ValueError, TypeError, KeyError, RecursionError, yaml.YAMLError):
+        return dict(read_yaml(read_regular(directory / _BRIDGE_CONFIG).decode(), _BRIDGE_CONFIG)["model"])
+    except (OSError, ConfigError, ValueError, TypeError, KeyError):
         return {}
 
 

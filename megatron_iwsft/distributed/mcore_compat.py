@@ -52,7 +52,7 @@ def quiet_megatron() -> None:
 def import_megatron_core() -> None:
     """Import Megatron-Core, where a GPU is used after it was chosen: Transformer Engine asks for its capabilities.
 
-    Without wandb, which its inference alone uses: the import takes 0.6 s of CPU time in every process, and reads hundreds of files.
+    Without wandb, which its inference alone uses, and which every process would wait for at its start.
     """
     hidden = "wandb" not in sys.modules
     if hidden:

@@ -5,20 +5,17 @@ from __future__ import annotations
 from contextlib import suppress
 from pathlib import Path
 from typing import (
-    Annotated,
     Any,
     NotRequired,  # pydantic asks for this one before Python 3.12
 )
 
-from pydantic import Field
 from typing_extensions import TypedDict
 
 from megatron_iwsft.errors import DataError
-from megatron_iwsft.utils.json_files import KEEP_UNKNOWN_KEYS, fits, read_json
+from megatron_iwsft.utils.json_files import KEEP_UNKNOWN_KEYS, Count, fits, read_json
 from megatron_iwsft.utils.jsonl import read_json_lines
 
 EVALUATION, SAMPLES = "evaluation", "samples"  # in a run directory; what they hold is in in_run.py
-_Count = Annotated[int, Field(ge=0, lt=2**53)]
 
 
 class _Mean(TypedDict):
@@ -30,12 +27,12 @@ class _Result(TypedDict):
     """With a `_Mean` for each pass@K."""
 
     __pydantic_config__ = KEEP_UNKNOWN_KEYS  # type: ignore[misc]
-    step: _Count
+    step: Count
 
 
 class _Sample(TypedDict):
     __pydantic_config__ = KEEP_UNKNOWN_KEYS  # type: ignore[misc]
-    number: _Count
+    number: Count
     text: str
     weight: NotRequired[float | None]
 

@@ -8,7 +8,7 @@ import stat
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import AfterValidator, ConfigDict, TypeAdapter, ValidationError
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from megatron_iwsft.errors import UserError
 from megatron_iwsft.utils.files import read_regular
@@ -16,6 +16,8 @@ from megatron_iwsft.utils.files import read_regular
 T = TypeVar("T")
 
 KEEP_UNKNOWN_KEYS = ConfigDict(extra="allow", strict=True)  # as a TypedDict's __pydantic_config__
+Count = Annotated[int, Field(ge=0, lt=2**53)]
+Positive = Annotated[int, Field(ge=1, lt=2**53)]
 
 
 def _plain(name: str) -> str:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import re
-import subprocess
-import sys
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,9 +17,10 @@ from megatron_iwsft.data.corpus import Corpus
 from megatron_iwsft.errors import DataError
 from megatron_iwsft.reference import sidecar as module
 from megatron_iwsft.reference.sidecar import ReferenceIdentity, Sidecar, SidecarWriter
-from tests.support import ROOT, command_environment, run_python, tiny
+from tests.support import run_python, tiny
 from tests.support.damage import edit_array, edit_json
 from tests.support.launched_runs import write_config
+from tests.support.small_disk import on_small_disk
 
 IDENTITY = ReferenceIdentity("weights", "tokenizer", "none", "fp32")
 LENGTHS = [20, 30, 25, 40]
@@ -121,21 +120,10 @@ def test_a_full_disk_costs_no_logprobs(tmp_path: Path) -> None:
     assert run_python("-m", "megatron_iwsft", "reference", "--config", config).returncode == 0
     (expected,) = (tmp_path / "corpus").glob("reference-*/shard-00000.bin")
     values = expected.read_bytes()
-    (tmp_path / "small").mkdir()
-    program = f"{sys.executable} -m tests.support.full_disk_reference {config} {tmp_path}/corpus {tmp_path}/small"
-    script = f"rm -r {expected.parent} && mount -t tmpfs -o size=2m tmpfs {tmp_path}/small && exec {program}"
-    done = subprocess.run(
-        ["unshare", "--mount", "--map-root-user", "sh", "-c", script],
-        cwd=ROOT,
-        env=command_environment(),
-        text=True,
-        capture_output=True,
-        timeout=600,
+    shutil.rmtree(expected.parent)
+    found = on_small_disk(
+        "tests.support.full_disk_reference", config, tmp_path / "corpus", tmp_path / "small", size="2m"
     )
-    if "unshare failed" in done.stderr or "permission denied" in done.stderr.lower():
-        pytest.skip(f"this machine allows no mount namespace: {done.stderr.strip()}")
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
     first, second, third = found["calls"]
     for call in (first, second):
         assert call["status"] == 2 and "Traceback" not in call["output"], call["output"]

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tests.support import ROOT, command_environment
-from tests.support.full_disk_run import fill_disk
+from tests.support.small_disk import fill_disk
 
 
 def main(config: Path, corpus: Path, mount: Path) -> None:

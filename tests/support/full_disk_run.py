@@ -5,7 +5,6 @@ Prints one JSON object: the exit status, metrics, messages of failed saves, and 
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
 from pathlib import Path
@@ -13,15 +12,7 @@ from pathlib import Path
 from megatron_iwsft.testing import comparable_metrics
 from tests.support import events
 from tests.support.launched_runs import LaunchedRun
-
-
-def fill_disk(path: Path, *, leaving: int) -> None:
-    """Write to `path` until the disk is full, whatever else is being written; then free `leaving` bytes."""
-    with open(path, "wb", buffering=0) as file:
-        with contextlib.suppress(OSError):
-            while file.write(bytes(1 << 16)):
-                pass
-        file.truncate(max(0, file.tell() - leaving))
+from tests.support.small_disk import fill_disk
 
 
 def main(config: Path, mount: Path) -> None:

@@ -6,8 +6,6 @@ import json
 import re
 import resource
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,8 +14,9 @@ import pytest
 from megatron_iwsft.checkpoint.info import CheckpointInfo
 from megatron_iwsft.errors import EXIT_REQUEUE, EXIT_USER_ERROR
 from megatron_iwsft.testing import comparable_metrics
-from tests.support import ROOT, command_environment, events, run_python, torchrun
+from tests.support import events, run_python, torchrun
 from tests.support.launched_runs import LaunchedRun, write_config
+from tests.support.small_disk import on_small_disk
 
 pytestmark = [pytest.mark.parallel, pytest.mark.command]
 
@@ -159,22 +158,7 @@ def test_two_jobs_cannot_write_to_one_run(config: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_training_survives_a_full_disk(config: Path, uninterrupted: list[dict], tmp_path: Path) -> None:
     """On a small tmpfs in a mount namespace: training continues, and saves again once there is space."""
-    mount = tmp_path / "small"
-    mount.mkdir()
-    program = f"{sys.executable} -m tests.support.full_disk_run {config} {mount}"
-    script = f"mount -t tmpfs -o size=120m tmpfs {mount} && exec {program}"
-    done = subprocess.run(
-        ["unshare", "--mount", "--map-root-user", "sh", "-c", script],
-        cwd=ROOT,
-        env=command_environment(),
-        text=True,
-        capture_output=True,
-        timeout=600,
-    )
-    if "unshare failed" in done.stderr or "permission denied" in done.stderr.lower():
-        pytest.skip(f"this machine allows no mount namespace: {done.stderr.strip()}")
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = on_small_disk("tests.support.full_disk_run", config, tmp_path / "small", size="120m")
     assert found["status"] == 0
     assert found["metrics"] == uninterrupted
     assert "the next checkpoint needs" in found["failures"][0]
