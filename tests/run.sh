@@ -60,7 +60,7 @@ fi
 export OMP_NUM_THREADS=1
 "$python" -c 'import xdist' 2>/dev/null || workers=()
 case ${1:-} in
-  --fast) set -- -m "not parallel and not command and not slow and not slurm and not gpu" "${@:2}" ;;
+  --fast) set -- -m "not parallel and not command and not slow and not exhaustive and not slurm and not gpu" "${@:2}" ;;
   --all) set -- -m "not slurm and not gpu" "${@:2}" ;;
   --te) set -- -m te "${@:2}" ;;
   --slurm) set -- tests/slurm -m "slurm and not long" "${@:2}" && workers=() ;;

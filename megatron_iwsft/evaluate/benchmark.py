@@ -14,6 +14,7 @@ from typing import Any
 
 from megatron_iwsft.errors import DataError
 from megatron_iwsft.utils.files import open_regular
+from megatron_iwsft.utils.mathematics import import_math_verify
 from megatron_iwsft.utils.text import without_surrogates
 
 _PROMPT_FIELDS = ("question", "problem", "prompt")
@@ -68,7 +69,7 @@ def _read(
             answer = expected_answer(_field(row, answer_field, _ANSWER_FIELDS, "answer", where))
             if not read_answer(answer):
                 raise DataError(
-                    f"{where}: math-verify cannot parse an answer from {answer!r}. "
+                    f"{where}: math-verify cannot parse an answer from {answer!r:.200}. "
                     "Correct the answer, or remove the line."
                 )
             problems.append(Problem(number, prompt, answer))
@@ -84,7 +85,7 @@ def _field(row: dict[str, Any], given: str | None, known: tuple[str, ...], kind:
         if isinstance(value, str | int | float) and not isinstance(value, bool) and str(value).strip():
             return without_surrogates(str(value))
     raise DataError(
-        f"{where} has no {kind} field (looked for {given or ', '.join(known)}; found {', '.join(row)}). Set --{kind}-field."
+        f"{where} has no {kind} field (looked for {given or ', '.join(known)}; found {', '.join(row):.200}). Set --{kind}-field."
     )
 
 
@@ -99,9 +100,7 @@ def expected_answer(text: str) -> str:
 
 def read_answer(text: str) -> list[Any]:
     """Parse the answer in a text with math-verify: equivalent forms of it, or an empty list."""
-    from math_verify import parse
-
-    return parse(text)
+    return import_math_verify().parse(text)
 
 
 def is_correct(answer: str, response: str) -> bool:
@@ -109,8 +108,6 @@ def is_correct(answer: str, response: str) -> bool:
 
     Only the text after </think> is checked, and after the last #### where there is one. Unfinished thinking is wrong.
     """
-    from math_verify import verify
-
     if "<think>" in response and "</think>" not in response:
         return False
     response = response.rsplit("</think>", 1)[-1]
@@ -119,4 +116,4 @@ def is_correct(answer: str, response: str) -> bool:
         response = lines[0] if lines else ""
     if f"\\boxed{{{response.strip()}}}" == answer:
         return True
-    return bool(verify(read_answer(answer), read_answer(response)))
+    return bool(import_math_verify().verify(read_answer(answer), read_answer(response)))

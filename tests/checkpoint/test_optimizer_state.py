@@ -151,7 +151,7 @@ def save_and_load(platform: Any, tmp: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parallel
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_states_equal_those_that_megatron_core_gathers(tmp_path: Path) -> None:
     ranks = run_distributed(save_and_load, 4, tmp_path)
     assert len(ranks[0]) == sum(3 * len(layouts) for layouts in LAYOUTS.values())

@@ -82,6 +82,7 @@ def test_nothing_of_the_image_is_replaced(image: Path, tmp_path: Path) -> None:
     assert not replaced and "megatron-core" not in installed
 
 
+@pytest.mark.slow
 @pytest.mark.command
 def test_launchers_use_the_environment_they_are_given(tmp_path: Path) -> None:
     script = "set -euo pipefail; source launch/environment.sh; make_environment '[report]'; echo \"python=$python\""

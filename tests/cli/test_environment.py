@@ -82,6 +82,7 @@ def test_a_reader_that_leaves(command: str) -> None:
     assert done.returncode == (0 if command == "report --help" else 141)  # argparse ignores the error
 
 
+@pytest.mark.slow
 @pytest.mark.command
 def test_the_c_locale(run_directory: Path, tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
@@ -242,6 +243,7 @@ def test_one_of_four_processes_does_not_wait_for_the_others(tmp_path: Path) -> N
         assert time.monotonic() - began < 60
 
 
+@pytest.mark.slow
 @pytest.mark.command
 def test_a_run_in_a_directory_full_of_planted_links(tmp_path: Path) -> None:
     """World-writable, in the locale C, without assertions, on a full output: training neither follows a link nor stores a secret,

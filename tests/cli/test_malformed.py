@@ -9,6 +9,7 @@ import pytest
 from tests.support import run_python
 
 
+@pytest.mark.slow
 @pytest.mark.command
 def test_every_malformed_config_and_command_line_gets_one_message() -> None:
     done = run_python("-m", "tests.support.malformed_commands")

@@ -65,6 +65,7 @@ def bob(tmp_path: Path) -> Path:
     return own(tmp_path, BOB)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_an_untrusted_user_is_not_loaded(alice: Path, bob: Path) -> None:
     export = ("export", "--checkpoint", alice / "run", "--output", bob / "hf")
     refused = iwsft_as_bob(bob, *export)
@@ -76,6 +77,7 @@ def test_a_checkpoint_of_an_untrusted_user_is_not_loaded(alice: Path, bob: Path)
     assert (bob / "hf" / "config.json").stat().st_uid == BOB
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["train", "reference", "report", "shard"])
 def test_nothing_is_written_among_the_files_of_others(command: str, alice: Path, bob: Path) -> None:
     before = sorted(alice.rglob("*"))
@@ -90,6 +92,7 @@ def test_nothing_is_written_among_the_files_of_others(command: str, alice: Path,
     assert sorted(alice.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_files_that_others_have_put_into_a_run(alice: Path, bob: Path) -> None:
     """A log of another user, and a checkpoint, which is skipped."""
     shutil.copytree(alice / "run", bob / "run")

@@ -202,7 +202,9 @@ def test_other_programs_names_lead_to_fields_that_exist() -> None:
             "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 20)),
             "has more than 100,000 values, with aliases (*name) followed",
         ),
-        ("".join(f"k{i}: 1\n" for i in range(100_001)), "has more than 100,000 values"),
+        pytest.param(
+            "".join(f"k{i}: 1\n" for i in range(100_001)), "has more than 100,000 values", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_a_malformed_file_is_reported(text: str, message: str) -> None:

@@ -172,6 +172,7 @@ def test_tokenizer_generation_config_and_model_card_are_exported(tmp_path: Path)
     assert transformers.AutoTokenizer.from_pretrained(bare).chat_template == template
 
 
+@pytest.mark.slow
 @pytest.mark.parallel
 def test_verify_tests_beyond_the_context_and_finds_a_changed_weight(tmp_path: Path) -> None:
     source = model_with_tokenizer(tmp_path / "hf", max_position_embeddings=96)

@@ -130,6 +130,7 @@ def test_every_tensor_is_read_bit_for_bit(name: str, written: Path) -> None:
         assert torch.equal(found.read(tensor, (0, 1, 3)), expected[1:3]), tensor
 
 
+@pytest.mark.slow
 def test_an_imported_checkpoint_is_the_model(written: Path, tmp_path: Path) -> None:
     for file in (written / "qwen2").glob("*"):  # only these files are needed
         if not file.name.startswith("model"):

@@ -149,7 +149,11 @@ def round_trips(tmp_path_factory: pytest.TempPathFactory) -> RoundTrips:
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize(
     "world_size",
-    [pytest.param(1, marks=pytest.mark.numerics), 2, pytest.param(4, marks=pytest.mark.slow)],
+    [
+        pytest.param(1, marks=pytest.mark.numerics),
+        pytest.param(2, marks=pytest.mark.slow),
+        pytest.param(4, marks=pytest.mark.exhaustive),
+    ],
 )
 def test_logprobs_equal_transformers_and_the_round_trip_is_bit_exact(
     world_size: int, model: str, round_trips: RoundTrips, tmp_path: Path

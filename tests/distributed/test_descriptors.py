@@ -6,6 +6,7 @@ import datetime
 import subprocess
 import sys
 
+import pytest
 import torch.distributed as dist
 
 from megatron_iwsft.distributed.descriptors import CONNECTIONS_PER_RANK, largest_world, raise_descriptor_limit
@@ -24,6 +25,7 @@ sys.stdin.read()
 """
 
 
+@pytest.mark.slow
 def test_a_store_serves_more_connections_than_the_soft_limit() -> None:
     with subprocess.Popen(
         [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT,

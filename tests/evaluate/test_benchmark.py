@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -107,6 +108,17 @@ def test_invalid_files_are_rejected(content: str, message: str, tmp_path: Path) 
     (tmp_path / "b.jsonl").write_text(content)
     with pytest.raises(DataError, match=message):
         read_benchmark(tmp_path / "b.jsonl")
+
+
+def test_a_text_that_cannot_be_parsed_is_quoted_in_part_and_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tiny.write_jsonl(tmp_path / "b.jsonl", [{"question": "q", "answer": "\\boxed" + "?" * 10_000}])
+    with pytest.raises(DataError, match="cannot parse an answer") as raised:
+        read_benchmark(path)
+    assert len(str(raised.value)) < 500
+    logging.getLogger("math_verify.parser").warning("Timeout during parsing: \x1b[2J")
+    assert caplog.text == ""
 
 
 def test_a_missing_file_is_rejected(tmp_path: Path) -> None:

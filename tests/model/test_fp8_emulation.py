@@ -120,6 +120,7 @@ def losses(platform, configs) -> dict[str, tuple[float, float]]:
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parallel
 def test_emulated_runs(tmp_path) -> None:
     """Every recipe trains, within FP8's rounding of bf16 and not equal to it; a model with all layers in bf16 is equal to it."""

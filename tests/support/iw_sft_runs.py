@@ -64,8 +64,8 @@ GROUPS = [
     ["cached", "live"],
     [*LAYOUTS, "live-pp2"],
     ["evaluated", "unpacked"],
-    [*RESUMED],
-    [*RESUMED_ELSEWHERE],
+    ["resumed", "resumed-at-pp2"],
+    [name for name in (*RESUMED, *RESUMED_ELSEWHERE) if name not in ("resumed", "resumed-at-pp2")],
 ]
 
 

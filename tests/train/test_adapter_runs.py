@@ -97,6 +97,7 @@ def runs(directory: Path):
     return of
 
 
+@pytest.mark.slow
 @pytest.mark.parallel
 @pytest.mark.parametrize("name", ["base", "live", "cached", "pp2", "dropout", "proposal"])
 def test_weights_are_exactly_one_before_the_first_update(name: str, runs) -> None:
@@ -107,6 +108,7 @@ def test_weights_are_exactly_one_before_the_first_update(name: str, runs) -> Non
     assert last["nll"] < first["nll"] and last["eval/held-out/nll"] < at_start["eval/held-out/nll"]
 
 
+@pytest.mark.slow
 @pytest.mark.parallel
 @pytest.mark.parametrize("other", ["live", "cached"])
 def test_the_base_is_the_reference_that_a_second_model_would_be(other: str, runs) -> None:
@@ -114,6 +116,7 @@ def test_the_base_is_the_reference_that_a_second_model_would_be(other: str, runs
     assert comparable_metrics(runs("base")) == comparable_metrics(runs(other))
 
 
+@pytest.mark.slow
 @pytest.mark.parallel
 @pytest.mark.parametrize("name", [name for name in RESUMED if name != "resumed-elsewhere"])
 def test_a_resumed_run_repeats_the_unbroken_one(name: str, runs) -> None:
@@ -123,6 +126,7 @@ def test_a_resumed_run_repeats_the_unbroken_one(name: str, runs) -> None:
     assert_same_checkpoints(runs(name), runs(start))
 
 
+@pytest.mark.slow
 @pytest.mark.parallel
 def test_a_run_resumes_at_another_layout(runs) -> None:
     for here, there in zip(
@@ -132,6 +136,7 @@ def test_a_run_resumes_at_another_layout(runs) -> None:
             assert there[key] == pytest.approx(here[key], rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parallel
 @pytest.mark.parametrize("name", ["base", "pp2"])
 def test_checkpoints_hold_adapters_and_nothing_of_the_base(name: str, runs) -> None:
@@ -144,6 +149,7 @@ def test_checkpoints_hold_adapters_and_nothing_of_the_base(name: str, runs) -> N
     assert sum(sizes.values()) == 4 * expected, "the adapters, AdamW's copy of them, and two moments"
 
 
+@pytest.mark.slow
 @pytest.mark.parallel
 def test_inspect_names_the_adapters_and_their_base(runs) -> None:
     text, undamaged = describe(runs("base"), verify=True)
@@ -152,6 +158,7 @@ def test_inspect_names_the_adapters_and_their_base(runs) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parallel
 def test_adapters_cannot_be_taken_for_a_model(runs) -> None:
     with pytest.raises(CheckpointError, match=r"holds adapters, not a model's weights. Merge them"):

@@ -128,7 +128,7 @@ def outcomes(corpus: Corpus):
 
 def in_order(cases: dict[int, Sequence[Case]]) -> list:
     return [
-        pytest.param(n, case, id=f"{n}-{case}", marks=[pytest.mark.slow] if n > 2 else [])
+        pytest.param(n, case, id=f"{n}-{case}", marks=[pytest.mark.exhaustive] if n > 2 else [])
         for n, listed in cases.items()
         for case in listed
     ]

@@ -104,6 +104,7 @@ def die_answering(platform, settings: Config) -> None:
     train_job(platform, settings)
 
 
+@pytest.mark.slow
 def test_a_run_killed_while_it_answers_resumes_bit_for_bit(directory: Path, unbroken: Path) -> None:
     settings = answering(directory, "killed-answering")
     with pytest.raises(AssertionError):
@@ -116,6 +117,7 @@ def test_a_run_killed_while_it_answers_resumes_bit_for_bit(directory: Path, unbr
     assert results_by_step(run) == results_by_step(unbroken)
 
 
+@pytest.mark.slow
 @pytest.mark.command
 def test_a_job_beside_the_run_gives_the_same_results(
     directory: Path, unbroken: Path, tmp_path: Path, monkeypatch

@@ -42,6 +42,7 @@ def test_a_stop_signal_at_any_moment_of_the_start(config: Path, tmp_path: Path, 
     assert "Traceback" not in output
 
 
+@pytest.mark.slow
 def test_a_local_run_listens_on_the_loopback_interface_only(config: Path, tmp_path: Path) -> None:
     run = LaunchedRun(config, tmp_path / "run", "data.max_steps=100000").wait_for_steps(1)
     processes = [psutil.Process(run.process.pid), *run.workers]
@@ -51,6 +52,7 @@ def test_a_local_run_listens_on_the_loopback_interface_only(config: Path, tmp_pa
     assert listeners == {"127.0.0.1"}
 
 
+@pytest.mark.slow
 def test_a_failed_export_costs_nothing_but_the_export(config: Path, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "hf").write_text("in the way")
@@ -63,6 +65,7 @@ def test_a_failed_export_costs_nothing_but_the_export(config: Path, tmp_path: Pa
     assert "training is finished and saved" in run.output
 
 
+@pytest.mark.slow
 def test_a_removed_lock_file_lets_no_second_job_in(config: Path, tmp_path: Path) -> None:
     first = LaunchedRun(config, tmp_path / "run", "data.max_steps=100000").wait_for_steps(1)
     (tmp_path / "run" / ".lock").unlink()
@@ -89,14 +92,17 @@ def finished(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Launched
     return run
 
 
+@pytest.mark.slow
 def test_links_in_the_run_directory_are_not_followed(finished: LaunchedRun) -> None:
     assert (finished.directory.parent / "precious").read_text() == "somebody else's file"
 
 
+@pytest.mark.slow
 def test_sockets_have_short_names_in_a_long_temporary_directory(finished: LaunchedRun) -> None:
     assert events(finished.directory, "save failed") == []
 
 
+@pytest.mark.slow
 def test_fewer_steps_than_are_done(config: Path, finished: LaunchedRun) -> None:
     again = LaunchedRun(config, finished.directory, "data.max_steps=2")
     assert again.finish() == 0, again.output
@@ -105,6 +111,7 @@ def test_fewer_steps_than_are_done(config: Path, finished: LaunchedRun) -> None:
     assert Path(named).is_dir()
 
 
+@pytest.mark.slow
 def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     config = write_config(tmp_path, model={"config": tiny.model_config(initializer_range=1e39)})
     run = LaunchedRun(config, tmp_path / "run")
@@ -112,6 +119,7 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     assert "contains values that are not finite" in run.output
 
 
+@pytest.mark.slow
 def test_a_step_that_would_train_nothing_is_refused(tmp_path: Path) -> None:
     """Also where the corpus is not checked."""
     config = write_config(tmp_path, data={"verify": "none"})

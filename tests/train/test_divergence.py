@@ -140,6 +140,7 @@ def test_after_a_spike_the_run_rewinds_and_passes_over_its_batch(diverging_runs:
     assert rewind["step"] < spiking[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RESUMED)
 def test_a_resumed_run_passes_over_the_same_batches(name: str, diverging_runs: SharedRuns) -> None:
     assert comparable_metrics(diverging_runs(name)) == comparable_metrics(diverging_runs("rewinds"))

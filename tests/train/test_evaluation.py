@@ -153,6 +153,7 @@ def die_while(platform: Any, settings: Config, moment: str) -> None:
     train_job(platform, settings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["evaluating", "saving the best", "naming the best"])
 def test_a_run_killed_at_any_moment_resumes_bit_for_bit(moment: str, directory: Path, unbroken: Path) -> None:
     settings = evaluated(directory, moment.replace(" ", "-"), LIVE)
@@ -172,6 +173,7 @@ def test_a_run_killed_at_any_moment_resumes_bit_for_bit(moment: str, directory: 
     assert (run / "checkpoints" / "best").read_text() == (unbroken / "checkpoints" / "best").read_text()
 
 
+@pytest.mark.slow
 def test_a_run_that_no_longer_improves_ends_early(directory: Path) -> None:
     """With learning rate 0. Started again it has nothing to do; with more patience it goes on."""
     stop = "run.stop_early={metric: eval/both/nll, patience: 2, min_delta: 0.001}"
@@ -188,6 +190,7 @@ def test_a_run_that_no_longer_improves_ends_early(directory: Path) -> None:
     assert comparable_metrics(run)[-1]["step"] == 6
 
 
+@pytest.mark.slow
 @pytest.mark.command
 def test_an_early_stop_is_a_success_for_whoever_started_the_run(tmp_path: Path) -> None:
     overrides = ["optimizer.lr=0", "evaluation.every=1", "run.stop_early={metric: eval/held-out/nll, patience: 2}"]
@@ -201,6 +204,7 @@ def test_an_early_stop_is_a_success_for_whoever_started_the_run(tmp_path: Path) 
     assert "after step 2: eval/held-out/nll is not better than" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_set_without_reference_is_named_and_its_weights_cannot_decide(directory: Path) -> None:
     """With a cached reference, of which only the training corpus has log-probs."""
     train_on(2, evaluated(directory, "cached-sets", "data.max_steps=1"))

@@ -36,6 +36,7 @@ def uninterrupted(config: Path) -> list[dict]:
     return comparable_metrics(run.directory)
 
 
+@pytest.mark.slow
 def test_a_run_stopped_five_times_gives_the_metrics_of_an_uninterrupted_one(
     config: Path, uninterrupted: list[dict], tmp_path: Path
 ) -> None:

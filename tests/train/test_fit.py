@@ -56,6 +56,7 @@ def test_a_rate_is_taken_from_an_earlier_run(tmp_path: Path) -> None:
         attained_tflops(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.command
 def test_the_exit_status_says_whether_it_fits(run: Config, tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"

@@ -102,7 +102,7 @@ def test_a_curve_is_as_stored(objective: str, golden_runs: dict[int, SharedRuns]
     assert_as_stored(curve(golden_runs[1](objective)), objective)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_curve_at_another_layout_is_as_stored(name: str, golden_runs: dict[int, SharedRuns]) -> None:
     assert_as_stored(curve(golden_runs[2](name)), LAYOUTS[name][0])

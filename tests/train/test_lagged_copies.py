@@ -130,6 +130,7 @@ def expected_losses(runs: SharedRuns, run: str) -> list[float]:
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", PROPOSALS)
 def test_proposals_and_refreshed_references_follow_the_formula(run: str, lagged_runs: SharedRuns) -> None:
     found, expected = losses(lagged_runs(run)), expected_losses(lagged_runs, run)
@@ -137,6 +138,7 @@ def test_proposals_and_refreshed_references_follow_the_formula(run: str, lagged_
     assert len(set(found)) == STEPS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("run", "tolerance"), [("resumed", 0.0), ("offload", 0.0), ("resumed-interleaved", 1e-5), ("interleaved", 1e-5)]
 )
@@ -146,6 +148,7 @@ def test_an_ema_is_the_same_at_any_layout_offloaded_and_resumed(
     assert np.allclose(losses(lagged_runs(run)), losses(lagged_runs("ema")), rtol=tolerance, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", ["bf16", "experts"])
 def test_an_ema_in_bf16_or_of_experts_is_resumed_bit_for_bit(run: str, lagged_runs: SharedRuns) -> None:
     uninterrupted = losses(lagged_runs(run))

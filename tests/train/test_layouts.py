@@ -296,7 +296,7 @@ def sweep(corpus: Corpus) -> Sweep:
 
 
 ALL_CASES = [
-    pytest.param(n, case, id=f"{n}-{case}", marks=[pytest.mark.slow] if n > 2 else [])
+    pytest.param(n, case, id=f"{n}-{case}", marks=[pytest.mark.exhaustive] if n > 2 else [])
     for n, cases in CASES.items()
     for case in cases
 ]

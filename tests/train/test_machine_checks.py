@@ -15,6 +15,7 @@ from tests.support import run_python
 pytestmark = [pytest.mark.parallel, pytest.mark.command]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_the_doctor_runs_every_check() -> None:
     done = run_python("tools/doctor.py", "--gpu", OMP_NUM_THREADS="1")
@@ -46,6 +47,7 @@ def hangs(platform) -> str:
 FAILING = {"raises": raises, "dies": dies, "hangs": hangs, "works": lambda platform: "fine"}
 
 
+@pytest.mark.slow
 def test_a_check_that_raises_dies_or_hangs_fails_alone() -> None:
     found = list(machine_checks.run_checks("tests.train.test_machine_checks:FAILING", limit_s=5))
     assert [(outcome.name, outcome.status) for outcome in found] == [

@@ -149,6 +149,7 @@ def found(runs: SharedRuns) -> dict[str, tuple[type, str]]:
     return run_distributed(errors, 2, directory)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_gives_one_error_that_names_it(mistake: str, found: dict[str, tuple[type, str]]) -> None:
     kind, message = MISTAKES[mistake]

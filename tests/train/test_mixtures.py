@@ -89,6 +89,7 @@ def test_weights_start_at_one_with_a_sidecar_per_corpus(uninterrupted: Path) -> 
         assert abs(metrics[f"{prefix}weight_max"] - 1) <= 1e-6 and abs(metrics[f"{prefix}weight_mean"] - 1) <= 1e-6
 
 
+@pytest.mark.slow
 def test_a_killed_run_continues_bit_for_bit(config: Path, uninterrupted: Path, tmp_path: Path) -> None:
     run = LaunchedRun(config, tmp_path / "run").wait_for_steps(5)
     for process in run.all_processes:
@@ -122,6 +123,7 @@ def test_a_changed_mixture_is_refused_by_name(changed: str, config: Path, uninte
         train_on(2, settings)
 
 
+@pytest.mark.slow
 def test_a_missing_sidecar_is_refused_by_name(config: Path, tmp_path: Path) -> None:
     corpora = [entry.model_dump() for entry in load_config(config).data.corpora]
     corpora.append({"corpus": str(tiny.token_corpus(tmp_path, [30] * 4, seed=9, scores=True).directory), "name": "new"})

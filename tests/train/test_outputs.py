@@ -15,12 +15,14 @@ from tests.support.tiny import LENGTHS
 pytestmark = pytest.mark.parallel
 
 
+@pytest.mark.slow
 def test_evaluation_does_not_change_training(runs: SharedRuns) -> None:
     _, *lines = comparable_metrics(runs("evaluated"))
     evaluated = [{k: v for k, v in line.items() if not k.startswith("eval/")} for line in lines]
     assert evaluated == comparable_metrics(runs("cached"))
 
 
+@pytest.mark.slow
 def test_unpacked_sequences_are_trained_on_and_evaluated(runs: SharedRuns) -> None:
     lines = comparable_metrics(runs("unpacked"))
     assert [line["step"] for line in lines] == list(range(2 * len(LENGTHS) // 4 + 1))
@@ -37,6 +39,7 @@ def test_old_checkpoints_are_removed(runs: SharedRuns) -> None:
     assert len(sorted((runs("sft") / "checkpoints").glob("step-*"))) == 1, "checkpoint.keep is 1"
 
 
+@pytest.mark.slow
 def test_an_exported_model_gives_the_reported_evaluation_loss(runs: SharedRuns, tmp_path: Path) -> None:
     from megatron_iwsft.convert.export import export_checkpoint
     from megatron_iwsft.evaluate.score import score_corpus
@@ -48,6 +51,7 @@ def test_an_exported_model_gives_the_reported_evaluation_loss(runs: SharedRuns, 
     assert score.trajectories == len(LENGTHS)
 
 
+@pytest.mark.slow
 def test_exports_during_training_equal_exports_of_its_checkpoints(runs: SharedRuns, tmp_path: Path) -> None:
     from megatron_iwsft.convert.export import export_checkpoint
 
@@ -62,6 +66,7 @@ def test_exports_during_training_equal_exports_of_its_checkpoints(runs: SharedRu
     assert "run: `overlap`" in card
 
 
+@pytest.mark.slow
 def test_the_report_ranks_trajectories_by_what_the_level_makes_weights_of(runs: SharedRuns) -> None:
     from megatron_iwsft.report.run_record import read_runs
     from megatron_iwsft.report.trajectories import extreme_trajectories

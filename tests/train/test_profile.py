@@ -68,6 +68,7 @@ def die_profiling(platform: Any, settings: Config) -> None:
     train_job(platform, settings)
 
 
+@pytest.mark.slow
 @pytest.mark.parallel
 def test_a_profiled_run_is_the_same_run_and_resumes_within_its_profile(tmp_path: Path) -> None:
     profiled, plain = small_run(tmp_path, "profiled", *PROFILED), small_run(tmp_path, "plain", "checkpoint.every=2")

@@ -30,7 +30,10 @@ def test_each_epoch_trains_on_every_trajectory_once(runs: SharedRuns) -> None:
         assert sum(m["trained_tokens"] for m in of_epoch) == corpus.num_trained.sum()
 
 
-@pytest.mark.parametrize("run", ["cached", "live", "pp2", "dp2", "cp2", "live-pp2"])
+OTHER_LAYOUTS = [pytest.param(name, marks=pytest.mark.slow) for name in ("pp2", "dp2", "cp2", "live-pp2")]
+
+
+@pytest.mark.parametrize("run", ["cached", "live", *OTHER_LAYOUTS])
 def test_weights_are_one_before_the_first_update(run: str, runs: SharedRuns) -> None:
     first = comparable_metrics(runs(run))[0]
     assert abs(first["weight_max"] - 1) <= 1e-6

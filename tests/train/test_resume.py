@@ -14,14 +14,19 @@ from tests.support.shared_runs import SharedRuns, assert_same_checkpoints, train
 pytestmark = pytest.mark.parallel
 
 
-@pytest.mark.parametrize("run", RESUMED)
+def slow_but(first: str, *others: str) -> list:
+    """Parameters, of which the default set has the first."""
+    return [first, *(pytest.param(name, marks=pytest.mark.slow) for name in others)]
+
+
+@pytest.mark.parametrize("run", slow_but(*RESUMED))
 def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(run: str, runs: SharedRuns) -> None:
     resumed, uninterrupted = runs(run), runs(RESUMED[run])
     assert comparable_metrics(resumed) == comparable_metrics(uninterrupted)
     assert_same_checkpoints(resumed, uninterrupted)
 
 
-@pytest.mark.parametrize("run", RESUMED_ELSEWHERE)
+@pytest.mark.parametrize("run", slow_but(*RESUMED_ELSEWHERE))
 def test_a_run_resumes_at_another_layout(run: str, runs: SharedRuns) -> None:
     resumed, uninterrupted = comparable_metrics(runs(run)), comparable_metrics(runs(RESUMED_ELSEWHERE[run]))
     assert_close_metrics(resumed, uninterrupted, 1e-5)

@@ -22,7 +22,7 @@ from tests.support.jobs import result, run_each
 from tests.support.shared_runs import assert_same_checkpoints, copy_without_checkpoints_after, train_job, train_on
 from tests.support.small_runs import small_run
 
-pytestmark = pytest.mark.parallel
+pytestmark = [pytest.mark.parallel, pytest.mark.slow]
 
 STEPS = 7  # of the first run: one epoch of five steps of four sequences, and two of the next
 UNPACKED = ("data.packing=none", "checkpoint.every=1", "checkpoint.keep=99")

@@ -120,6 +120,7 @@ def continued(config: Config, **optimizer: Any) -> Config:
     return config.model_copy(update={"data": data, "checkpoint": checkpoint, "optimizer": changed})
 
 
+@pytest.mark.slow
 @pytest.mark.parallel
 def test_a_longer_run_moves_to_its_new_rate_and_resumes_on_the_way(tmp_path: Path) -> None:
     first = small_run(tmp_path, "first", "optimizer.lr=1e-3")

@@ -131,7 +131,7 @@ def change_metadata(path: Path, rng: random.Random, sentinel: Path) -> str:
     objects = [metadata, *metadata.state_dict_metadata.values(), *metadata.storage_data.values()]
     objects += [chunk for entry in objects for chunk in getattr(entry, "chunks", [])]
     entries = (metadata.state_dict_metadata, metadata.storage_data)
-    holder = rng.choice([*(vars(found) for found in objects), *entries])
+    holder = rng.choice([holder for holder in (*map(vars, objects), *entries) if holder])
     key = rng.choice(list(holder))
     value = rng.choice(
         [*VALUES, str(sentinel / "precious.txt"), torch.Size((2**40, 2**40)), torch.Size((-1,)), *objects]

@@ -27,6 +27,7 @@ from megatron_iwsft.data.prepare.readers import (
 from megatron_iwsft.data.prepare.records import Sample
 from megatron_iwsft.data.tokenizer import Tokenizer
 from megatron_iwsft.errors import DataError
+from megatron_iwsft.utils.mathematics import import_math_verify
 
 NUM_PERMUTATIONS, SEED = 128, 42  # of MinHash
 # In words; see `ngrams.py` for scripts without spaces.
@@ -206,7 +207,7 @@ class AnswerCheck:
 
     def __init__(self, field: str, wrong: Literal["drop", "score"]) -> None:
         self._field, self._wrong = field, wrong
-        self._library = import_library("math_verify", "answer verification")
+        self._library = import_math_verify()
 
     def check(self, record: Mapping[str, Any], sample: Sample) -> None:
         """Raises Dropped for a wrong answer or an unreadable reference; with wrong="score" sets the sample's score instead."""

@@ -355,6 +355,7 @@ def test_a_huge_line_is_dropped_without_parsing_it(tmp_path: Path, tokenizer: Pa
     assert Corpus.open(tmp_path / "huge").manifest["counts"]["trajectories"] > 100
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_input(tmp_path: Path, tokenizer: Path) -> None:
     """Except for deduplication (23 to 46 bytes per trajectory) and a few blocks in flight."""
     lines = [json.dumps(r) + "\n" for r in arithmetic_records(6000, ArithmeticSettings(digits=9), 0)]

@@ -42,6 +42,7 @@ def test_the_hopper_config_has_the_settings_of_the_authors_code() -> None:
     assert {methods[name].objective.normalize for name in ("SFT", "SFT(Q)")} == {"sequences"}
 
 
+@pytest.mark.slow
 @pytest.mark.command
 def test_the_command_prints_a_table_and_can_be_resumed(tmp_path: Path) -> None:
     command = [sys.executable, "tools/control.py", "--config", str(CONFIG), "--quick", f"run.dir={tmp_path}"]
