@@ -53,7 +53,13 @@ def add_dry_run(parser: argparse.ArgumentParser) -> None:
 
 
 def dry_run(args: argparse.Namespace, command: Command) -> int:
-    """Print the plan of a job; the exit status: 2 if it lacks disk space. Raises a UserError for anything else that would stop it."""
+    """Print the plan of a job; the exit status: 2 if it lacks disk space. Raises a UserError for anything else that would stop it.
+
+    Of the processes that torchrun starts, the first one does so.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return 0
+
     from megatron_iwsft.config.loader import load_config
 
     config = load_config(args.config, args.overrides)

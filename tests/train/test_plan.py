@@ -119,6 +119,17 @@ def test_the_command(run: Config, tmp_path: Path) -> None:
     assert "\nsteps        5: 1" in done.stdout and "\nmemory " in done.stdout
 
 
+def test_under_torchrun_the_first_process_alone_plans(
+    run: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(run.to_yaml())
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert cli.run(["train", "--config", str(path), "--dry-run"]) == 0
+    assert capsys.readouterr().out == ""
+
+
 def test_the_number_of_processes_is_asked_for(run: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     path = tmp_path / "config.yaml"
