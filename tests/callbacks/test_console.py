@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_iwsft.config.schema import Config, Logging
+from megatron_iwsft.distributed.context import Platform
 from megatron_iwsft.model.flops import peak_tflops
 from megatron_iwsft.train.callbacks import StepResult
 from megatron_iwsft.train.callbacks import console as module
@@ -38,7 +40,9 @@ def result(config: Config, step: int, **more: Any) -> StepResult:
 
 def test_a_line_shows_means_over_the_steps_between(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
     with ExitStack() as at_exit:
-        show = console(Logging(every=2), world_size=4, peak_tflops=1000.0, at_exit=at_exit)
+        show = console(
+            Logging(every=2), platform=Platform(torch.device("cuda"), 0, 4), peak_tflops=1000.0, at_exit=at_exit
+        )
         for step in (1, 2, 3, 4):
             show(result(config, step))
     first, second = capsys.readouterr().out.splitlines()
@@ -51,7 +55,7 @@ def test_a_line_shows_means_over_the_steps_between(config: Config, capsys: pytes
 
 def test_skipped_and_passed_over_steps_have_a_line(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
     with ExitStack() as at_exit:
-        show = console(Logging(), world_size=1, peak_tflops=None, at_exit=at_exit)
+        show = console(Logging(), platform=Platform(torch.device("cpu"), 0, 1), peak_tflops=None, at_exit=at_exit)
         show(StepResult(1, 10, {"loss": None, "skipped": "loss spike"}, False, config))
         show(result(config, 2, skipped="not finite", **{"eval/held out/nll": 0.5, "eval/sums/pass@1": 0.5}))
     passed_over, skipped = capsys.readouterr().out.splitlines()

@@ -11,6 +11,7 @@ from contextlib import ExitStack, suppress
 from typing import Any
 
 from megatron_iwsft.config.schema import Logging
+from megatron_iwsft.distributed.context import Platform
 from megatron_iwsft.train.callbacks import StepResult
 from megatron_iwsft.utils.text import printable_line, tell
 
@@ -56,7 +57,7 @@ class Pace:
 
 
 def console(
-    settings: Logging, *, world_size: int, peak_tflops: float | None, at_exit: ExitStack
+    settings: Logging, *, platform: Platform, peak_tflops: float | None, at_exit: ExitStack
 ) -> Callable[[StepResult], None]:
     """Called after every step; prints every `logging.every`-th, or keeps a live table. `peak_tflops`: of one GPU, if known."""
     live = settings.console == "live" or (settings.console == "auto" and _is_terminal())
@@ -67,7 +68,7 @@ def console(
         pace.add(result)
         if table is None and result.step % settings.every and not result.is_last:
             return
-        values = _values(result, pace, world_size, peak_tflops)
+        values = _values(result, pace, platform, peak_tflops)
         pace.reset()
         if table is None:
             tell(" | ".join(f"{name} {value}" for name, value in values.items()))
@@ -84,8 +85,9 @@ def _is_terminal() -> bool:
     return os.environ.get("TERM", "dumb") != "dumb" and "SLURM_JOB_ID" not in os.environ
 
 
-def _values(result: StepResult, pace: Pace, world_size: int, peak_tflops: float | None) -> dict[str, str]:
+def _values(result: StepResult, pace: Pace, platform: Platform, peak_tflops: float | None) -> dict[str, str]:
     """Name → text, in the order in which they are shown."""
+    each = "GPU" if platform.is_cuda else "process"
     m = result.metrics
     out = {"step": f"{result.step}/{result.total_steps}"}
     if result.step == 0:
@@ -97,8 +99,8 @@ def _values(result: StepResult, pace: Pace, world_size: int, peak_tflops: float 
         out["w"] = f"{m['weight_mean']:.3f} (max {m['weight_max']:.2f}, ess {m['weight_ess']:.2f})"
     out |= {"grad": f"{m['grad_norm']:.3f}", "lr": f"{m['lr']:.2e}"}
     out |= _evaluated(m)
-    out["tokens/s/GPU"] = f"{pace.tokens_per_s / world_size:,.0f}"
-    out["TFLOP/s/GPU"] = f"{pace.tflops_per_gpu:.3g}"
+    out[f"tokens/s/{each}"] = f"{pace.tokens_per_s / platform.world_size:,.0f}"
+    out[f"TFLOP/s/{each}"] = f"{pace.tflops_per_gpu:.3g}"
     if peak_tflops:
         out["MFU"] = f"{pace.tflops_per_gpu / peak_tflops:.1%}"
     out["memory"] = f"{m['peak_memory_bytes'] / 1e9:.1f} GB"

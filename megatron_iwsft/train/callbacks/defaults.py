@@ -57,7 +57,7 @@ def add_configured_callbacks(trainer: Trainer, writer: CheckpointWriter, at_exit
         trainer.add_callback(to_file, at_start=True)
         shown = console(
             config.logging,
-            world_size=run.platform.world_size,
+            platform=run.platform,
             peak_tflops=trainer.peak_tflops,
             at_exit=at_exit,
         )
