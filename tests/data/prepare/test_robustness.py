@@ -66,7 +66,7 @@ def settings(tokenizer: Path) -> ShardSettings:
 
 
 @pytest.mark.command
-@pytest.mark.parametrize("times", [3, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("times", [3, pytest.param(8, marks=pytest.mark.slow)])
 def test_a_run_that_is_killed_repeatedly_gives_the_same_corpus(times: int, tmp_path: Path, tokenizer: Path) -> None:
     inputs = [tiny.write_jsonl(tmp_path / f"{k}.jsonl", records(5000, k)) for k in range(2)]
     shard_corpus(inputs, tmp_path / "uninterrupted", settings(tokenizer), show_progress=False)
