@@ -24,6 +24,7 @@ REFUSED: dict[str, str] = {
         ("moe_expert_capacity_factor", "moe_pad_expert_input_to_capacity", "moe_token_drop_policy"),
         "dropped tokens would make the loss depend on the parallel layout",
     ),
+    "tp_only_amax_red": "scales of precision.fp8 delayed, and so the loss, would depend on the parallel layout",
     **dict.fromkeys(
         ("hidden_dropout", "attention_dropout"), "policy and reference would differ at the start, and weights not be 1"
     ),
@@ -78,8 +79,6 @@ class Megatron(Section):
     """Register buffers of parameters and gradients with NCCL."""
     deterministic_mode: bool | None = None
     """Refuse kernels whose results vary between runs; also needs NVTE_ALLOW_NONDETERMINISTIC_ALGO=0."""
-    tp_only_amax_red: bool | None = None
-    """With precision.fp8 delayed: share largest values between tensor-parallel ranks only."""
 
     @model_validator(mode="before")
     @classmethod

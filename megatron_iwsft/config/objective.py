@@ -110,7 +110,8 @@ class Reference(Section):
     refresh: NonNegativeInt | Literal["epoch"] = 0
     """For live: copy the policy into the reference every so many steps, or at the start of each epoch. 0: never."""
     offload: bool = False
-    """For live: keep the weights of reference and lagged proposal in host memory and copy them to the GPU for each forward pass."""
+    """For live: keep the weights of reference and lagged proposal in host memory and copy them to the GPU for each forward pass.
+    Not with precision.fp8, whose FP8 copies of the weights stay on the GPU."""
 
     @model_validator(mode="after")
     def _live_only(self) -> Reference:

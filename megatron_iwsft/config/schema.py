@@ -16,7 +16,7 @@ from megatron_iwsft.config.evaluation import Best, Evaluation, MetricChoice, Sto
 from megatron_iwsft.config.megatron import Megatron
 from megatron_iwsft.config.objective import Objective, Reference
 from megatron_iwsft.config.section import NonNegativeFloat, NonNegativeInt, PositiveInt, Section, Share
-from megatron_iwsft.distributed.fp8_recipes import FP8Recipe
+from megatron_iwsft.distributed.fp8_recipes import FP8_RECIPES, FP8Recipe
 from megatron_iwsft.distributed.parallel_layout import ParallelLayout
 
 
@@ -113,7 +113,7 @@ class Parallel(Section):
     """Megatron's sequence parallelism; needs tensor ≥ 2."""
     overlap_tensor: bool = False
     """Overlap tensor-parallel communication with matmuls, through userbuffers of Transformer Engine; worth trying from tensor 4.
-    Needs sequence: true, context: 1, data.packing: best_fit (rows of one length), and NVLink between a node's GPUs."""
+    Needs sequence: true, context: 1, data.packing: best_fit (rows of one length), NVLink between a node's GPUs, and no fp8: blockwise."""
     layers_per_stage: list[PositiveInt] | None = None
     """Uneven pipeline split: number of layers of each (virtual) stage, in order. null: an even split."""
     context_communication: Literal["p2p", "all_gather", "a2a"] | None = None
@@ -160,7 +160,8 @@ class Precision(Section):
     fp8_parameters: bool = False
     """Store parameters in FP8, and all-gather them in FP8 in the distributed optimizer."""
     fp8_amax_history_len: PositiveInt | None = None
-    """With fp8 delayed: number of past steps whose largest values the scales are taken from. null: 1024."""
+    """With fp8 delayed: number of past steps whose largest values the scales are taken from. null: 1024.
+    Emulated: number of past passes; null: 16."""
     fp8_amax_compute_algo: Literal["max", "most_recent"] | None = None
     """With fp8 delayed: whether a scale fits the largest value of that history or its most recent one. null: max."""
     fp8_emulation: bool = False
@@ -191,6 +192,11 @@ class Precision(Section):
                 "bf16_first_layers and bf16_last_layers need fp8 tensorwise, blockwise or mxfp8; delayed scaling has one state for all"
             )
         return self
+
+    @property
+    def scaled_by_steps(self) -> bool:
+        """Whether scales follow the training steps: until the first of them they are 1. Emulation's follow its own passes."""
+        return self.fp8 == "delayed" and not self.fp8_emulation
 
     @property
     def described(self) -> str:
@@ -373,6 +379,22 @@ class Config(Section):
     def _rows_fit_the_overlaps_buffers(self) -> Config:
         if self.parallel.overlap_tensor and self.data.packing != "best_fit":
             raise ValueError("parallel.overlap_tensor needs data.packing: best_fit, whose rows are all of one length")
+        recipe = self.precision.fp8
+        if self.parallel.overlap_tensor and recipe is not None and FP8_RECIPES[recipe].overlapped is None:
+            raise ValueError(
+                f"parallel.overlap_tensor does not go with precision.fp8 {recipe}, which Transformer Engine's userbuffers do not support. "
+                "Set overlap_tensor to false, or use fp8: tensorwise"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _offloaded_weights_leave_the_gpu(self) -> Config:
+        precision = self.precision
+        if self.reference.offload and precision.fp8 is not None and not precision.fp8_emulation:
+            raise ValueError(
+                f"reference.offload does not go with precision.fp8 {precision.fp8}: Transformer Engine keeps the FP8 copies of all weights "
+                "on the GPU. Set offload to false, or use reference.source: cached"
+            )
         return self
 
     @model_validator(mode="after")

@@ -18,6 +18,7 @@ Sources: Transformer Engine 2.20, common/recipe (defaults); for mxfp8 the OCP Mi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ _BLOCKS: dict[str, tuple[tuple[int, int], tuple[int, int]]] = {  # of activation
     "blockwise": ((1, 128), (128, 128)),
     "mxfp8": ((1, 32), (1, 32)),
 }
-_HISTORY = 16  # absolute maxima that delayed scaling takes its scale from
+HISTORY = 16  # passes whose absolute maxima delayed scaling takes its scale from, if no number is given
 
 
 def round_to_fp8(
@@ -68,8 +69,9 @@ def round_to_fp8(
 class Fp8Rounding:
     """How one linear layer rounds its operands. Holds delayed scaling's history, which is not saved in checkpoints."""
 
-    def __init__(self, recipe: FP8Recipe) -> None:
-        self.recipe = recipe
+    def __init__(self, recipe: FP8Recipe, *, history: int | None = None, algorithm: str | None = None) -> None:
+        """history, algorithm: of delayed scaling, as `precision.fp8_amax_history_len` and `fp8_amax_compute_algo`."""
+        self.recipe, self._length, self._newest = recipe, history or HISTORY, algorithm == "most_recent"
         self._backward = E5M2 if FP8_RECIPES[recipe].format == "hybrid" else E4M3
         self._seen: dict[str, list[Tensor]] = {}
 
@@ -94,9 +96,11 @@ class Fp8Rounding:
             return round_to_fp8(x, dtype)
         history = self._seen.setdefault(operand, [])
         # Before the first pass there is no history: Transformer Engine starts at scale 1.
-        maximum = torch.stack(history).amax() if history else x.new_tensor(torch.finfo(dtype).max, dtype=torch.float32)
+        maximum = x.new_tensor(torch.finfo(dtype).max, dtype=torch.float32)
+        if history:
+            maximum = history[-1] if self._newest else torch.stack(history).amax()
         history.append(x.detach().abs().amax().float())
-        del history[:-_HISTORY]
+        del history[: -self._length]
         return round_to_fp8(x, dtype, maximum=maximum)
 
 
@@ -166,11 +170,16 @@ class EmulatedRowParallelLinear(RowParallelLinear):
 
 
 def emulate_fp8(
-    model: torch.nn.Module, recipe: FP8Recipe, *, layers: int, bf16_first_layers: int, bf16_last_layers: int
+    model: torch.nn.Module,
+    rounding: Callable[[], Fp8Rounding],
+    *,
+    layers: int,
+    bf16_first_layers: int,
+    bf16_last_layers: int,
 ) -> None:
     """Set the rounding of every layer's matmuls in a model of `layers` layers, except those at its edges that stay in bf16."""
     for layer in model.decoder.layers:  # type: ignore[union-attr]
         if bf16_first_layers < layer.layer_number <= layers - bf16_last_layers:
             for module in layer.modules():
                 if isinstance(module, (EmulatedColumnParallelLinear, EmulatedRowParallelLinear)):
-                    module.rounding = Fp8Rounding(recipe)
+                    module.rounding = rounding()

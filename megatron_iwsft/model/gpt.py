@@ -26,7 +26,12 @@ from megatron_iwsft.distributed.parallel_layout import ParallelLayout
 from megatron_iwsft.errors import ConfigError
 from megatron_iwsft.hf.architecture import Architecture
 from megatron_iwsft.model.adapters import Adapters
-from megatron_iwsft.model.fp8_emulation import EmulatedColumnParallelLinear, EmulatedRowParallelLinear, emulate_fp8
+from megatron_iwsft.model.fp8_emulation import (
+    EmulatedColumnParallelLinear,
+    EmulatedRowParallelLinear,
+    Fp8Rounding,
+    emulate_fp8,
+)
 from megatron_iwsft.model.layers import RotaryLayer, inverse_frequencies, normed_residual, rope_columns
 from megatron_iwsft.model.moe import Balance, BalancedRouter, ExpertLayer, PackedRow
 from megatron_iwsft.model.packed_attention import PackedAttention
@@ -216,7 +221,9 @@ def build_model(
                 parameter.allreduce = False
         if settings.fp8 is not None and settings.fp8_emulation:
             first, last = settings.bf16_edges
-            emulate_fp8(model, settings.fp8, layers=arch.num_layers, bf16_first_layers=first, bf16_last_layers=last)
+            delayed: dict[str, Any] = dict(history=settings.amax_history, algorithm=settings.amax_algorithm)
+            rounding = functools.partial(Fp8Rounding, settings.fp8, **delayed)
+            emulate_fp8(model, rounding, layers=arch.num_layers, bf16_first_layers=first, bf16_last_layers=last)
         chunks.append(model.to(platform.device))
     return chunks
 

@@ -54,8 +54,7 @@ def scaled_by_history(
     run: StartedRun, live: Sequence[Any] | None, proposal: list[PolicyModel] | None
 ) -> dict[str, Sequence[Any]]:
     """The frozen models with weights of their own, if their FP8 scales follow the steps. Emulation keeps its histories to itself."""
-    precision = run.config.precision
-    if precision.fp8 != "delayed" or precision.fp8_emulation:
+    if not run.config.precision.scaled_by_steps:
         return {}
     own = {"reference": None if run.config.reference.source == "base" else live, "proposal": proposal}
     return {name: chunks for name, chunks in own.items() if chunks is not None}

@@ -123,6 +123,7 @@ class StartedRun(CheckedRun):
     @property
     def _row_shape(self) -> RowShape:
         data, layout, recipe = self.config.data, self.layout, self.config.precision.fp8
+        overlap = self.config.parallel.overlap_tensor
         return RowShape.of(
             tensor=layout.tensor,
             context=layout.context,
@@ -130,7 +131,9 @@ class StartedRun(CheckedRun):
             packed_multiple=self.config.packed_multiple,
             # On a GPU the allocator prefers rows of one length, and packing leaves little to trim.
             trimmed=not self.platform.is_cuda and layout.pipeline == 1,
-            alignment=FP8_RECIPES[recipe].rows(sequence_parallel=layout.sequence) if recipe else 1,
+            alignment=(
+                FP8_RECIPES[recipe].rows(sequence_parallel=layout.sequence, overlap_tensor=overlap) if recipe else 1
+            ),
         )
 
     def batches(

@@ -192,7 +192,7 @@ class Trainer:
             )
             raise RequeueError
         metrics: dict[str, Any] = {}
-        if state.step == 0 and (self.run.held_out or self.run.config.evaluation.answers.wanted):
+        if state.step == 0 and any(callback.at_start and callback.order == 0 for callback in self.callbacks):
             self._call_back(self._result({"step": 0, "epoch": 0}, stopping=False))
         while state.step < self.total_steps:
             self.profiler.before(state.step + 1)

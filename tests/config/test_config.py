@@ -95,6 +95,14 @@ MISTAKES = [
         ["parallel.overlap_tensor=true", "parallel.tensor=2", "parallel.sequence=true", "data.packing=none"],
         "parallel.overlap_tensor needs data.packing: best_fit",
     ),
+    (
+        ["parallel={tensor: 4, sequence: true, overlap_tensor: true}", "precision.fp8=blockwise"],
+        "parallel.overlap_tensor does not go with precision.fp8 blockwise, which Transformer Engine's userbuffers do not support",
+    ),
+    (
+        ["reference={source: live, offload: true}", "precision.fp8=tensorwise"],
+        "reference.offload does not go with precision.fp8 tensorwise: Transformer Engine keeps the FP8 copies",
+    ),
     (["parallel.recompute=[]"], "recompute is an empty list; use none"),
     (
         ["megatron.moe_permute_fusions=true"],
@@ -104,6 +112,7 @@ MISTAKES = [
         ["megatron.cuda_graph_impl=local"],
         "cuda_graph_impl cannot be set here: rows have other segments in every micro-batch",
     ),
+    (["megatron.tp_only_amax_red=true"], "would depend on the parallel layout. Remove it"),
     (["megatron.moe_aux_loss_coeff=0.01"], "use objective.router_balance instead"),
     (["megatron.recompute_modules=[mlp]"], "use parallel.recompute instead"),
     (["evaluation.every=5"], "every is 5, but there is nothing to evaluate: add sets, or leave out every"),

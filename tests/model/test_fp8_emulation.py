@@ -65,6 +65,21 @@ def test_values_beyond_the_scale_saturate() -> None:
     assert found.tolist() == [[1.0, 2.0, -4.0]]
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [({}, 8.0), ({"history": 1}, 2.0), ({"history": 2}, 4.0), ({"algorithm": "most_recent"}, 2.0)],
+)
+def test_delayed_scaling_fits_the_history_that_is_asked_for(options: dict, expected: float) -> None:
+    from megatron_iwsft.model.fp8_emulation import Fp8Rounding
+
+    rounding = Fp8Rounding("delayed", **options)
+    for largest in (8.0, 4.0, 2.0):
+        rounding.input(torch.tensor([[largest]]))
+    assert rounding.input(torch.tensor([[100.0]])).item() == expected, (
+        "saturates at the largest value that the scale fits"
+    )
+
+
 @pytest.mark.parametrize("recipe", FP8_RECIPES)
 def test_each_product_rounds_both_operands_along_its_sum(recipe: str) -> None:
     from megatron_iwsft.model.fp8_emulation import Fp8Rounding, _product

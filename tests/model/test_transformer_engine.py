@@ -183,13 +183,18 @@ def test_sliding_windows_choose_how_context_parallel_ranks_communicate(changes, 
 
 def quantizable(platform: Any, recipe: FP8Recipe) -> dict[str, bool]:
     """Whether Transformer Engine quantises the fewest rows that a rank may have, and half of them."""
-    from transformer_engine.pytorch import Float8BlockQuantizer, Float8CurrentScalingQuantizer, MXFP8Quantizer
+    from transformer_engine.pytorch import (
+        Float8BlockQuantizer,
+        Float8CurrentScalingQuantizer,
+        Float8Quantizer,
+        MXFP8Quantizer,
+    )
     from transformer_engine.pytorch.utils import assert_dim_for_fp8_exec
     from transformer_engine_torch import DType
 
     options = dict(rowwise=True, columnwise=True)
     quantizer = {
-        "delayed": lambda: Float8CurrentScalingQuantizer(DType.kFloat8E4M3, "cpu", **options),  # as for tensorwise
+        "delayed": lambda: Float8Quantizer(torch.ones(1), torch.zeros(1), DType.kFloat8E4M3, **options),
         "tensorwise": lambda: Float8CurrentScalingQuantizer(DType.kFloat8E4M3, "cpu", **options),
         "blockwise": lambda: Float8BlockQuantizer(DType.kFloat8E4M3, block_scaling_dim=1, **options),
         "mxfp8": lambda: MXFP8Quantizer(DType.kFloat8E4M3, **options),
@@ -235,6 +240,61 @@ def overlapped(platform: Any, recipe: FP8Recipe | None) -> tuple[list[Any], dict
         modes,
         {layer.self_attention.linear_qkv.ub_overlap_ag_fprop for layer in model.decoder.layers},
     )
+
+
+class Userbuffers:
+    """Stands for the communicator of a tensor-parallel group of one rank."""
+
+    def __init__(self) -> None:
+        self.copied = torch.empty(0)
+
+    def with_cublasmp(self) -> bool:
+        return False
+
+    def is_fp8_ubuf(self) -> bool:
+        return True
+
+    def copy_into_buffer(self, data: torch.Tensor, local_chunk: bool) -> None:
+        self.copied = data
+
+    def get_buffer(self, shape: list[int]) -> torch.Tensor:
+        return self.copied
+
+
+def gathered(platform: Any, recipe: FP8Recipe, rows: int) -> str:
+    """What Transformer Engine says when userbuffers gather so many rows."""
+    from transformer_engine.pytorch import Float8BlockQuantizer, MXFP8Quantizer
+    from transformer_engine.pytorch.module.base import fill_userbuffers_buffer_for_all_gather
+    from transformer_engine_torch import DType
+
+    options = dict(rowwise=True, columnwise=False)
+    if recipe == "mxfp8":
+        quantizer: Any = MXFP8Quantizer(DType.kFloat8E4M3, **options)
+        local = quantizer.make_empty((rows, 256), dtype=torch.bfloat16, device="cpu")
+    else:
+        quantizer = Float8BlockQuantizer(DType.kFloat8E4M3, block_scaling_dim=1, **options)
+        local = torch.empty(rows, 256, dtype=torch.bfloat16)
+    try:
+        fill_userbuffers_buffer_for_all_gather(Userbuffers(), local, quantizer, platform.parallel().tp)
+    except ValueError as error:
+        return str(error)
+    return "gathered"
+
+
+def all_gathered(platform: Any) -> dict[tuple[FP8Recipe, int], str]:
+    cases: list[tuple[FP8Recipe, int]] = [("mxfp8", 128), ("mxfp8", 32), ("blockwise", 128)]
+    with as_on_hopper():
+        return {case: gathered(platform, *case) for case in cases}
+
+
+@te
+def test_userbuffers_gather_what_the_config_allows() -> None:
+    (found,) = run_distributed(all_gathered, 1)
+    rows = FP8_RECIPES["mxfp8"].rows(sequence_parallel=True, overlap_tensor=True)
+    assert found["mxfp8", rows] == "gathered" and rows == 128
+    assert "divisible by 128" in found["mxfp8", 32]
+    assert FP8_RECIPES["blockwise"].overlapped is None
+    assert "Unsupported quantizer for Userbuffers" in found["blockwise", 128]
 
 
 @te

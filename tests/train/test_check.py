@@ -38,3 +38,9 @@ def test_a_cached_reference_is_refused_with_delayed_scaling(command, tmp_path: P
 @pytest.mark.parametrize("allowed", ["reference.source=live", "precision.fp8=tensorwise", "objective.name=sft"])
 def test_delayed_scaling_and_cached_references_are_refused_only_together(allowed: str, tmp_path: Path) -> None:
     check(config(tmp_path, allowed), world_size=1)
+
+
+def test_only_real_delayed_scaling_follows_the_steps(tmp_path: Path) -> None:
+    others = ("precision.fp8=tensorwise", "precision.fp8_emulation=true")
+    assert config(tmp_path).precision.scaled_by_steps
+    assert not any(config(tmp_path, other).precision.scaled_by_steps for other in others)

@@ -8,6 +8,7 @@ import re
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -121,6 +122,23 @@ def test_the_best_checkpoint_is_kept_beside_the_newest_evaluated_and_exported(
     assert f"step: `{best}`" in card
     with pytest.raises(CheckpointError, match="has no best checkpoint"):
         best_checkpoint(unbroken.parent / "sft")
+
+
+def train_scaled_by_steps(platform: Any, settings: Config) -> None:
+    """Train as delayed scaling does on a GPU, as far as the trainer knows."""
+    from megatron_iwsft.config.schema import Precision
+
+    with mock.patch.object(Precision, "scaled_by_steps", True):
+        train_job(platform, settings)
+
+
+def test_scales_that_follow_the_steps_are_not_evaluated_before_the_first(tmp_path: Path) -> None:
+    sets = json.dumps([{"name": "trained", "corpus": f"{tmp_path}/corpus", "max_trajectories": 4}])
+    settings = small_run(tmp_path, "delayed", f"evaluation.sets={sets}", "data.max_steps=1")
+    run_distributed(train_scaled_by_steps, 1, settings)
+    assert [line["step"] for line in comparable_metrics(tmp_path / "delayed") if "eval/trained/nll" in line] == [1]
+    (event,) = events(tmp_path / "delayed", "no evaluation")
+    assert "the scales of precision.fp8 delayed are 1" in event["text"]
 
 
 def die_while(platform: Any, settings: Config, moment: str) -> None:

@@ -75,6 +75,12 @@ def test_memory_and_checkpoints_of_adapters_are_theirs_alone(run: Config) -> Non
     assert "reference and proposal" not in based["memory"] and based["reference"] == "base"
 
 
+def test_a_setting_that_the_installed_megatron_core_lacks_is_refused(run: Config, monkeypatch) -> None:
+    monkeypatch.setattr(type(run.megatron), "given", lambda self: {"of_another_version": True})
+    with pytest.raises(ConfigError, match=r"megatron.of_another_version is no setting of the installed Megatron-Core"):
+        plan("train", run, world_size=2)
+
+
 def test_a_reference_that_is_missing_is_an_error_or_reported(run: Config) -> None:
     weighted = changed(run, "objective", name="iw_sft")
     with pytest.raises(DataError, match="has no log-probs of this reference model"):

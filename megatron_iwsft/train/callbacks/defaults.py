@@ -30,10 +30,17 @@ def add_configured_callbacks(trainer: Trainer, writer: CheckpointWriter, at_exit
     """Evaluation, custom callbacks, loggers, saving and export. `at_exit` closes loggers."""
     run, config = trainer.run, trainer.run.config
     if run.held_out:
+        scales_are_1 = config.precision.scaled_by_steps
+        if scales_are_1 and trainer.state.step == 0:
+            trainer.events(
+                "no evaluation",
+                "evaluation sets are not evaluated before the first step: until then the scales of precision.fp8 delayed are 1.",
+                step=0,
+            )
         trainer.add_callback(
             evaluation(trainer),
             every=config.evaluation.every,
-            at_start=True,
+            at_start=not scales_are_1,
             at_end=True,
             collective=True,
             phase="evaluation",
