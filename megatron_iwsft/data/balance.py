@@ -5,7 +5,7 @@ Costs are integers: every rank deals for itself, and all must come to the same r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 
@@ -13,14 +13,16 @@ import numpy as np
 SegmentCosts = Callable[[np.ndarray], np.ndarray]
 
 
-def pack_costs(sizes: Sequence[np.ndarray], capacity: int, costs: SegmentCosts) -> np.ndarray:
-    """The cost of each pack, int64 [P], of segments of `sizes` (int [·] each), with filler up to `capacity` tokens."""
-    lengths = np.concatenate([np.zeros(0, np.int64), *sizes]).astype(np.int64)
-    pack_of = np.repeat(np.arange(len(sizes)), [len(pack) for pack in sizes])
-    tokens, out = np.zeros((2, len(sizes)), np.int64)
-    np.add.at(tokens, pack_of, lengths)
-    np.add.at(out, pack_of, costs(lengths))
-    return out + costs(np.maximum(capacity - tokens, 0))
+def pack_sums(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """The sum over each pack, int64 [P]: of the first counts[0] of `values` (int), of the next counts[1] … A pack may be empty."""
+    totals, ends = np.concatenate([[0], np.cumsum(values, dtype=np.int64)]), np.cumsum(counts)
+    return totals[ends] - totals[ends - counts]
+
+
+def pack_costs(lengths: np.ndarray, counts: np.ndarray, capacity: int, costs: SegmentCosts) -> np.ndarray:
+    """The cost of each pack, int64 [P], with filler up to `capacity` tokens. Segments of `lengths` are in packs of `counts` segments."""
+    filler = np.maximum(capacity - pack_sums(lengths, counts), 0)
+    return pack_sums(costs(lengths), counts) + costs(filler)
 
 
 def deal(costs: np.ndarray, *, ranks: int) -> np.ndarray:

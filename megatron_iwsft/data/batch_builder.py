@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from megatron_iwsft.data.balance import SegmentCosts, deal, pack_costs
+from megatron_iwsft.data.balance import SegmentCosts, deal, pack_costs, pack_sums
 from megatron_iwsft.data.batch import IGNORE, Batch
 from megatron_iwsft.data.corpus import Corpus
 from megatron_iwsft.data.mixture import Mixture
@@ -54,7 +54,7 @@ class RowShape:
         return -(-lengths // self.segment_multiple) * self.segment_multiple
 
     def longest(self, lengths: np.ndarray, packs: list[np.ndarray], size: int) -> int:
-        """Tokens that the longest row needs, of `size` packs each. Looks at the lengths only where packing has not seen to it."""
+        """Tokens that the longest row needs, of `size` packs each. Looks at the lengths only where packing does not ensure it."""
         if self.row_length is not None and self.packed_multiple % self.segment_multiple == 0:
             return self.row_length
         row_of = np.repeat(np.arange(len(packs)) // size, [len(pack) for pack in packs])
@@ -135,8 +135,7 @@ class BatchBuilder:
     def from_packs(self, packs: list[np.ndarray]) -> list[Batch]:
         """This rank's micro-batches of a global batch, given as packs of trajectory indices."""
         size = self.micro_batch_size
-        if self.costs is not None and self.data_size > 1:
-            packs = self._dealt(packs, self.costs)
+        packs = self.dealt(packs)
         shape, lengths = self.shape, self.corpus.lengths
         longest = 0 if shape.trimmed else shape.longest(lengths, packs, size)
         batches = []
@@ -147,16 +146,22 @@ class BatchBuilder:
             batches.append(own.with_trained_positions())
         return batches
 
-    def _dealt(self, packs: list[np.ndarray], costs: SegmentCosts) -> list[np.ndarray]:
-        """The packs in an order that makes the ranks' work even."""
-        sizes = [self.shape.padded(self.corpus.lengths[pack]) for pack in packs]
-        # All rows of a step have one length, but filler attends to itself. Of several packs in a row, which share filler, it is left out.
-        shares_filler = self.micro_batch_size > 1 or self.shape.trimmed
-        capacity = 0 if shares_filler else self.shape.fit(max(int(pack.sum()) for pack in sizes))
-        costs_of_packs = pack_costs(sizes, capacity, costs)
-        dealt = deal(costs_of_packs, ranks=self.data_size)
+    def dealt(self, packs: list[np.ndarray]) -> list[np.ndarray]:
+        """The packs in the order in which ranks take them, which makes the ranks' work even."""
+        if self.costs is None or self.data_size == 1:
+            return packs
+        dealt = deal(self.costs_of(packs, self.costs), ranks=self.data_size)
         by_micro_batch = dealt.reshape(self.data_size, -1, self.micro_batch_size).swapaxes(0, 1)
         return [packs[p] for p in by_micro_batch.ravel().tolist()]
+
+    def costs_of(self, packs: list[np.ndarray], costs: SegmentCosts) -> np.ndarray:
+        """What each pack costs with its filler, int64 [P]. Every rank computes it for the whole global batch: no loop over packs."""
+        counts = np.fromiter(map(len, packs), np.int64, len(packs))
+        sizes = self.shape.padded(self.corpus.lengths[np.concatenate(packs)].astype(np.int64))
+        # All rows of a step have one length, but filler attends to itself. Of several packs in a row, which share filler, it is left out.
+        shares_filler = self.micro_batch_size > 1 or self.shape.trimmed
+        capacity = 0 if shares_filler else self.shape.fit(int(pack_sums(sizes, counts).max()))
+        return pack_costs(sizes, counts, capacity, costs)
 
     def _groups_of(self, ids: np.ndarray, pad: int) -> np.ndarray:
         assert self.groups is not None

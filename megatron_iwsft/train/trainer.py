@@ -266,7 +266,6 @@ class Trainer:
     def train_step(self, number: int) -> StepResult | None:
         """Step `number`, counted from 1; None if it led to a rewind."""
         run, started = self.run, time.perf_counter()
-        packs = run.sampler.packs_at(number - 1)
         metrics: dict[str, Any] = {"step": number, "epoch": run.sampler.position_at(number - 1).epoch}
         if number in self.monitor.passed_over:
             stopping = run.platform.any(self.stop.requested)
@@ -284,7 +283,7 @@ class Trainer:
         with phases.of("forward and backward"):
             metrics |= self.step.forward_backward(batches, own_time)
         if not metrics["trained_tokens"]:
-            ids = on_first_rank(lambda: self._trajectory_ids(packs))
+            ids = on_first_rank(lambda: self._trajectory_ids(number))
             raise DataError(
                 f"step {number} would train no token: the masks of its trajectories are all 0 ({', '.join(ids)}). "
                 f"Check the corpus with `iwsft inspect`: {run.mixture.described}."
@@ -298,11 +297,11 @@ class Trainer:
         self.watch.at(number, "update")
         of_ranks = run.platform.of_every_rank(self.stop.requested, verdict, own_time.seconds())
         asked_to_stop, worst = (int(column.max()) for column in (of_ranks[:, 0], of_ranks[:, 1]))
-        if worst == Verdict.SPIKE and self._roll_back_after_spike(number, metrics, packs):
+        if worst == Verdict.SPIKE and self._roll_back_after_spike(number, metrics):
             return None
         metrics["lr"] = max(group["lr"] for group in self.optimizer.param_groups)
         if worst == Verdict.NOT_FINITE:
-            self._skip(number, metrics, packs)
+            self._skip(number, metrics)
         else:
             with phases.of("optimizer"):
                 update_parameters(self.optimizer, norm)
@@ -314,7 +313,7 @@ class Trainer:
         self._ended = time.perf_counter()
         metrics |= self._measure(self._ended - started) | phases.metrics(own_time.seconds())
         if run.is_main:  # work over the whole global batch
-            metrics |= self._throughput(packs, metrics)
+            metrics |= self._throughput(number, metrics)
         if run.platform.world_size > 1:
             metrics |= rank_times(of_ranks[:, 2])
         return self._result(metrics, bool(asked_to_stop))
@@ -329,8 +328,8 @@ class Trainer:
             "skipped_steps": self.monitor.skipped,
         }
 
-    def _throughput(self, packs: list[np.ndarray], metrics: dict[str, Any]) -> dict[str, Any]:
-        lengths, seconds = self.run.mixture.lengths[np.concatenate(packs)], metrics["step_time_s"]
+    def _throughput(self, number: int, metrics: dict[str, Any]) -> dict[str, Any]:
+        lengths, seconds = self.run.mixture.lengths[self._trajectories(number)], metrics["step_time_s"]
         tokens = int(lengths.sum())
         # The policy's model FLOPs only: what a reference or proposal computes does not count.
         frozen = self.run.adapters is not None
@@ -353,7 +352,7 @@ class Trainer:
         for copy in self.state.lagged:
             copy.after_step(number, self.state.policy)
 
-    def _skip(self, number: int, metrics: dict[str, Any], packs: list[np.ndarray]) -> None:
+    def _skip(self, number: int, metrics: dict[str, Any]) -> None:
         """Leave parameters, optimizer and schedule unchanged. Raises DivergenceError after too many skipped steps in a row."""
         self.monitor.skip()
         metrics["skipped"] = "not finite"
@@ -364,7 +363,7 @@ class Trainer:
             step=number,
             loss=metrics["loss"],
             grad_norm=metrics["grad_norm"],
-            trajectories=self._trajectory_ids(packs),
+            trajectories=self._trajectory_ids(number),
         )
         if self.monitor.in_a_row >= self.run.config.run.max_bad_steps:
             self.checkpointer.wait()
@@ -374,7 +373,7 @@ class Trainer:
                 f"{self.run.run_directory}/logs/events.jsonl. Lower optimizer.lr, or remove those trajectories."
             )
 
-    def _roll_back_after_spike(self, number: int, metrics: dict[str, Any], packs: list[np.ndarray]) -> bool:
+    def _roll_back_after_spike(self, number: int, metrics: dict[str, Any]) -> bool:
         """Log a loss spike; with `run.spike.rewind`, go back to an earlier checkpoint. Returns whether that happened."""
         settings = self.run.config.run.spike
         mean = sum(self.monitor.losses) / len(self.monitor.losses)
@@ -384,7 +383,7 @@ class Trainer:
             step=number,
             loss=metrics["loss"],
             mean=mean,
-            trajectories=self._trajectory_ids(packs),
+            trajectories=self._trajectory_ids(number),
         )
         if not settings.rewind:
             return False
@@ -410,9 +409,13 @@ class Trainer:
         )
         return True
 
-    def _trajectory_ids(self, packs: list[np.ndarray]) -> list[str]:
+    def _trajectories(self, number: int) -> np.ndarray:
+        """The indices of the trajectories in the global batch of step `number`."""
+        return np.concatenate(self.run.sampler.packs_at(number - 1))
+
+    def _trajectory_ids(self, number: int) -> list[str]:
         """Of a global batch, on the main rank, which reads them from the corpora; elsewhere empty."""
-        return self.run.mixture.ids(np.concatenate(packs).tolist()) if self.run.is_main else []
+        return self.run.mixture.ids(self._trajectories(number).tolist()) if self.run.is_main else []
 
     def _save_and_leave(self) -> None:
         step = self.state.step

@@ -41,8 +41,8 @@ def test_equal_packs_are_dealt_in_order() -> None:
 
 
 def test_a_pack_costs_its_segments_and_its_filler() -> None:
-    sizes = [np.array([3, 4]), np.array([], int), np.array([10])]
-    assert pack_costs(sizes, 10, lambda n: n * n).tolist() == [9 + 16 + 9, 100, 100]
+    lengths, counts = np.array([3, 4, 10]), np.array([2, 0, 1, 0])
+    assert pack_costs(lengths, counts, 10, lambda n: n * n).tolist() == [9 + 16 + 9, 100, 100, 100]
 
 
 @pytest.fixture(scope="module")

@@ -114,16 +114,19 @@ def losses(steps: list[list[np.ndarray]], seq_length: int, arch, ranks: int) -> 
     from megatron_iwsft.data.balance import deal, pack_costs
     from megatron_iwsft.model.flops import multiply_adds
 
+    def costs_of(packs: list[np.ndarray], capacity: int, costs: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        return pack_costs(np.concatenate(packs), np.array([len(pack) for pack in packs]), capacity, costs)
+
     rules: list[Callable[[list[np.ndarray], np.ndarray], np.ndarray]] = [
         lambda packs, costs: np.arange(len(packs)).reshape(-1, ranks).T,
         lambda packs, costs: deal(costs, ranks=ranks),
-        lambda packs, costs: karmarkar_karp(pack_costs(packs, 0, lambda n: 24_576 * n + n * n), ranks),
+        lambda packs, costs: karmarkar_karp(costs_of(packs, 0, lambda n: 24_576 * n + n * n), ranks),
     ]
     totals = np.zeros(
         (len(rules), 3)
     )  # the FLOPs, and those of as many ranks as slow as the slowest, both ways of waiting
     for packs in steps:
-        costs = pack_costs(packs, seq_length, partial(multiply_adds, arch))
+        costs = costs_of(packs, seq_length, partial(multiply_adds, arch))
         for number, rule in enumerate(rules):
             dealt = costs[rule(packs, costs)].astype(float)
             totals[number] += [dealt.sum(), ranks * dealt.sum(1).max(), ranks * dealt.max(0).sum()]

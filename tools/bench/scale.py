@@ -16,7 +16,9 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from megatron_iwsft.utils.cli import run_command
@@ -202,9 +204,9 @@ def host_work(packs: int = 4096, seq_length: int = 32768) -> None:
     """Print CPU ms per step of work over a whole global batch of short trajectories."""
     import numpy as np
 
-    from megatron_iwsft.data.batch_builder import RowShape
+    from megatron_iwsft.data.batch_builder import BatchBuilder, RowShape
     from megatron_iwsft.data.sampler import Quality, Sampler
-    from megatron_iwsft.model.flops import training_flops
+    from megatron_iwsft.model.flops import multiply_adds, training_flops
     from megatron_iwsft.testing.fake_world import geometry
 
     rng, arch = np.random.default_rng(0), geometry("Qwen2.5-32B")
@@ -213,8 +215,26 @@ def host_work(packs: int = 4096, seq_length: int = 32768) -> None:
     sampler = Sampler(lengths, np.ones(len(lengths)), quality=Quality("none"), seed=1, **options)
     batch = sampler.packs_at(0)
     shapes = [RowShape.of(tensor=8, context=2, row_length=seq_length, packed_multiple=multiple) for multiple in (4, 1)]
+    costs = partial(multiply_adds, arch)
+
+    def one_by_one() -> np.ndarray:
+        """The costs of the packs as before they were summed together: an index, a padding and a sum per pack, then np.add.at."""
+        sizes = [shapes[0].padded(lengths[pack]) for pack in batch]
+        capacity = shapes[0].fit(max(int(pack.sum()) for pack in sizes))
+        joined, pack_of = np.concatenate(sizes).astype(np.int64), np.repeat(np.arange(packs), list(map(len, sizes)))
+        tokens, out = np.zeros((2, packs), np.int64)
+        np.add.at(tokens, pack_of, joined)
+        np.add.at(out, pack_of, costs(joined))
+        return out + costs(np.maximum(capacity - tokens, 0))
+
+    corpus: Any = SimpleNamespace(lengths=lengths)
+    builder = BatchBuilder(corpus, sampler, shapes[0], micro_batch_size=1, data_size=256, costs=costs)
+    assert np.array_equal(builder.costs_of(batch, costs), one_by_one())
     work = {
-        "length of the rows, where packing has seen to it": lambda: shapes[0].longest(lengths, batch, 1),
+        "costs of the packs, pack by pack (before)": one_by_one,
+        "costs of the packs": lambda: builder.costs_of(batch, costs),
+        "dealing the packs to 256 data-parallel ranks, costs included": lambda: builder.dealt(batch),
+        "length of the rows, where packing ensures it": lambda: shapes[0].longest(lengths, batch, 1),
         "length of the rows, otherwise": lambda: shapes[1].longest(lengths, batch, 1),
         "tokens and FLOPs, on the first rank": lambda: training_flops(arch, lengths[np.concatenate(batch)], 1),
     }
