@@ -182,16 +182,3 @@ def _joined_parts(i: int, parts: list[Any]) -> str:
     if not all(type(text) is str for text in texts):
         raise Dropped("message without text", f"message {i}: content has parts that are not text")
     return "".join(text for text in texts if text is not None)
-
-
-def without_null_members(value: Any) -> Any:
-    """`value` without the members that are None, at any depth.
-
-    A struct column of a Parquet file has the members of all rows, null where a row has none: in a tool's arguments they would be
-    rendered, and trained on.
-    """
-    if isinstance(value, dict):
-        return {key: without_null_members(inner) for key, inner in value.items() if inner is not None}
-    if isinstance(value, list):
-        return [without_null_members(inner) for inner in value]
-    return value

@@ -9,7 +9,7 @@ import glob
 import hashlib
 import io
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from megatron_iwsft.data.prepare.messages import Dropped, without_null_members
+from megatron_iwsft.data.prepare.messages import Dropped
 from megatron_iwsft.data.prepare.records import parse
 from megatron_iwsft.errors import DataError
 from megatron_iwsft.utils.files import other_kind
@@ -286,15 +286,15 @@ def _too_large(size: int, longest: int) -> Dropped:
 
 
 def _rows_of(batch: pa.RecordBatch, longest: int) -> Iterator[dict[str, Any] | Dropped]:
-    """The rows of a Parquet block as records without their null fields, or why a row was dropped."""
+    """The rows of a Parquet block as records without their null members, or why a row was dropped."""
     rows: list[Any]
     try:
-        rows = [None] * batch.num_rows if batch.nbytes > longest else batch.to_pylist()
-    except Exception:  # pyarrow raises many kinds: OverflowError for a date after the year 9999 …
+        rows = [None] * batch.num_rows if batch.nbytes > longest else _times_as_text(batch).to_pylist()
+    except Exception:  # pyarrow raises many kinds
         rows = [None] * batch.num_rows
     for i, row in enumerate(rows):
         found = row if row is not None else _row_of(batch.slice(i, 1), longest)
-        yield found if isinstance(found, Dropped) else {k: _message_list(v) for k, v in found.items() if v is not None}
+        yield found if isinstance(found, Dropped) else {k: _as_json(v) for k, v in found.items() if v is not None}
 
 
 def _row_of(row: pa.RecordBatch, longest: int) -> dict[str, Any] | Dropped:
@@ -304,19 +304,63 @@ def _row_of(row: pa.RecordBatch, longest: int) -> dict[str, Any] | Dropped:
     out: dict[str, Any] = {}
     for name, column in zip(row.schema.names, row.columns, strict=True):
         try:
-            out[name] = column[0].as_py()
+            out[name] = _column_with_times_as_text(column)[0].as_py()
         except Exception as error:
-            if not pa.types.is_temporal(column.type):  # no record's text or score is a time
-                return Dropped("cannot be read", f"{name}: {error}")
+            return Dropped("cannot be read", f"{name}: {error}")
     return out
 
 
-def _message_list(value: Any) -> Any:
-    """A value of a Parquet row; in messages and tools, without the null members that other rows' structs brought."""
-    if not (isinstance(value, list) and value and isinstance(value[0], dict)):
-        return value
-    out = [without_null_members(item) for item in value]
-    for item in out:
-        if item.get("tool_calls"):
-            item.setdefault("content", None)  # as the record has it, and as templates look for it
-    return out
+def _times_as_text(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """The batch with dates, times and durations at any depth as text.
+
+    Python has no date after the year 9999, and pyarrow needs pandas for nanoseconds.
+    """
+    columns = [_column_with_times_as_text(column) for column in batch.columns]
+    return pa.RecordBatch.from_arrays(columns, names=batch.schema.names)
+
+
+def _column_with_times_as_text(column: pa.Array) -> pa.Array:
+    # A time zone that this machine does not know cannot be written: times are in UTC.
+    for change in (_without_zone, _text_of_time):
+        wanted = _with_leaves(column.type, change)
+        column = column if wanted == column.type else column.cast(wanted)
+    return column
+
+
+def _without_zone(kind: pa.DataType) -> pa.DataType:
+    return pa.timestamp(kind.unit) if pa.types.is_timestamp(kind) else kind
+
+
+def _text_of_time(kind: pa.DataType) -> pa.DataType:
+    return pa.string() if pa.types.is_temporal(kind) else kind
+
+
+def _with_leaves(kind: pa.DataType, change: Callable[[pa.DataType], pa.DataType]) -> pa.DataType:
+    """A type with `change` applied to the types of which it is composed."""
+    types = pa.types
+    if types.is_struct(kind):
+        return pa.struct([field.with_type(_with_leaves(field.type, change)) for field in kind])
+    if types.is_map(kind):
+        return pa.map_(kind.key_type, _with_leaves(kind.item_type, change))
+    if types.is_list(kind):
+        return pa.list_(kind.value_field.with_type(_with_leaves(kind.value_type, change)))
+    if types.is_large_list(kind):
+        return pa.large_list(kind.value_field.with_type(_with_leaves(kind.value_type, change)))
+    if types.is_fixed_size_list(kind):
+        return pa.list_(kind.value_field.with_type(_with_leaves(kind.value_type, change)), kind.list_size)
+    if types.is_dictionary(kind):
+        inner = _with_leaves(kind.value_type, change)
+        return kind if inner == kind.value_type else inner
+    return change(kind)
+
+
+def _as_json(value: Any) -> Any:
+    """A value of a Parquet row as JSON would have it: without the null members that other rows' structs brought, at any depth."""
+    if isinstance(value, dict):
+        out = {key: _as_json(inner) for key, inner in value.items() if inner is not None}
+        if out.get("tool_calls"):
+            out.setdefault("content", None)  # as the record has it, and as templates look for it
+        return out
+    if isinstance(value, list) and not (value and isinstance(value[0], str | int | float)):
+        return [_as_json(inner) for inner in value]
+    return value

@@ -143,10 +143,61 @@ def test_damaged_files_are_reported_by_name(tmp_path: Path, tokenizer: Path, nam
         shard_corpus([source], tmp_path / "corpus", ShardSettings(str(tokenizer)), show_progress=False)
 
 
-def test_times_that_python_cannot_hold_harm_no_record(tmp_path: Path) -> None:
-    far = pa.array([2**62, 5], pa.timestamp("us", tz="Mars/Olympus"))
-    table = pa.table({"prompt": ["a", "b"], "response": ["c", "d"], "created": far})
-    pq.write_table(table, tmp_path / "times.parquet")
-    (source,) = find_inputs([tmp_path / "times.parquet"])
+def rows(path: Path, table: pa.Table, longest: int = readers.LONGEST_RECORD) -> list:
+    """The records of a table, written to a Parquet file and read again."""
+    pq.write_table(table, path)
+    (source,) = find_inputs([path])
     (block,) = read_blocks(source)
-    assert [record["prompt"] for _, record in numbered_records(block)] == ["a", "b"]
+    return [record for _, record in numbered_records(block, longest=longest)]
+
+
+FAR = pa.array([2**62, 5, None], pa.timestamp("us", tz="Mars/Olympus"))
+NANOSECONDS = pa.array([1, 2, None], pa.timestamp("ns"))
+TIMES = {
+    "a column": FAR,
+    "nanoseconds": NANOSECONDS,
+    "a struct": pa.StructArray.from_arrays([FAR, NANOSECONDS], ["created", "seen"]),
+    "a list": pa.ListArray.from_arrays([0, 1, 1, 3], NANOSECONDS),
+    "a dictionary": NANOSECONDS.dictionary_encode(),
+    "a map": pa.MapArray.from_arrays([0, 1, 2, 3], pa.array(["x", "y", "z"]), FAR),
+    "a date": pa.array([2**31 - 1, 1, None], pa.int32()).cast(pa.date32()),
+    "a duration": pa.array([2**62, 1, None], pa.duration("s")),
+    "a struct in a list": pa.ListArray.from_arrays([0, 1, 2, 3], pa.StructArray.from_arrays([NANOSECONDS], ["at"])),
+}
+
+
+@pytest.mark.parametrize("times", TIMES.values(), ids=TIMES)
+@pytest.mark.parametrize("longest", [10_000, 2000], ids=["together", "one by one"])
+def test_times_at_any_depth_harm_no_record(tmp_path: Path, times: pa.Array, longest: int) -> None:
+    table = pa.table({"prompt": ["a", "b", "c"], "response": ["d" * 1000] * 3, "meta": times})
+    assert [record["prompt"] for record in rows(tmp_path / "times.parquet", table, longest)] == ["a", "b", "c"]
+
+
+def test_the_time_of_a_message_harms_no_record_and_reads_as_text(tmp_path: Path) -> None:
+    message = pa.struct([("role", pa.string()), ("content", pa.string()), ("timestamp", pa.timestamp("ns", "UTC"))])
+    turns = [{"role": "user", "content": "a", "timestamp": 1}, {"role": "assistant", "content": "b", "timestamp": None}]
+    found = rows(tmp_path / "times.parquet", pa.table({"messages": pa.array([turns], pa.list_(message))}))
+    user, assistant = found[0]["messages"]
+    assert user == {"role": "user", "content": "a", "timestamp": "1970-01-01 00:00:00.000000001"}
+    assert assistant == {"role": "assistant", "content": "b"}
+
+
+def test_null_members_of_structs_are_left_out_at_any_depth(tmp_path: Path) -> None:
+    call = [{"type": "function", "function": {"name": "f", "arguments": {"city": "Rome"}}}]
+    records = [
+        {
+            "prompt": [{"role": "user", "content": "a"}],
+            "chosen": {"role": "assistant", "content": None, "tool_calls": call},
+            "chat_template_kwargs": {"enable_thinking": False, "style": {"tone": "dry"}},
+            "tools": [{"function": {"name": "f", "parameters": {"city": {"type": "string"}}}}],
+            "meta": {"chosen": [{"parts": [{"tool_calls": call, "content": "x"}]}]},
+        },
+        {
+            "prompt": [{"role": "user", "content": "b", "name": "Ann"}],
+            "chosen": {"role": "assistant", "content": "c"},
+            "chat_template_kwargs": {"date_string": "1 May", "style": {"words": 3}},
+            "tools": [{"function": {"name": "g", "parameters": {"days": {"type": "number", "enum": [1, None]}}}}],
+            "meta": {"chosen": [{"parts": [{"content": "y", "score": 1.0}]}]},
+        },
+    ]
+    assert rows(tmp_path / "nulls.parquet", pa.Table.from_pylist(records)) == records
