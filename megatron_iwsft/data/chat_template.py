@@ -46,6 +46,7 @@ _MAX_TRACES = 4096
 _REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 
 LOST = "text is missing in the rendering"
+SEVERAL_TURNS = "one turn is rendered as several"
 
 
 class Trajectory(NamedTuple):
@@ -237,8 +238,7 @@ class ChatTemplate:
                 return self._render_checked(messages, conversation)
             except TemplateError as error:
                 errors.append(error)
-        # The most specific one: a failure of the template may only mean that it expects another form.
-        raise min(errors, key=lambda error: str(error).startswith("the template failed"))
+        raise max(errors, key=_comes_closest)
 
     def _render_checked(self, messages: Messages, conversation: Conversation) -> list[Pieces]:
         train, tools, options = conversation.train, conversation.tools, conversation.options or {}
@@ -270,7 +270,8 @@ class ChatTemplate:
             trained = {turn for _, turn in pieces if turn is not None}
             text = "".join(text for text, _ in pieces)
             if lost := find_lost_text(messages[: max(trained) + 1], text, trained=trained, tools=tools):
-                raise TemplateError(f"the template leaves out or changes {lost}; {_ADVICE}", LOST)
+                advice = _R1 if lost.startswith("the reasoning") and "<｜Assistant｜>" in self.source else _ADVICE
+                raise TemplateError(f"the template leaves out or changes {lost}; {advice}", LOST)
 
     def _render_all(
         self, messages: Messages, train: TrainFlags | None, tools: Any, options: Mapping[str, Any]
@@ -278,6 +279,7 @@ class ChatTemplate:
         turns = self._trained_turns(messages, train)
         forms = [self._with_reasoning(m) for m in messages]
         render = partial(self._template.render, tools=tools, options={**self._options, **options})
+        self._check_calls_before(forms, turns, render)
         out: list[Pieces] = []
         text = tail = ""
         for i in turns:
@@ -344,7 +346,12 @@ class ChatTemplate:
             )
         end = self.tokenizer.ends_with_special(through.text[start:])
         if end is None:
-            raise TemplateError(f"turn {i} does not end with an end-of-turn token")
+            raise TemplateError(
+                f"turn {i} does not end with an end-of-turn token: the model would never learn to stop there, which no --template "
+                "repairs; correct the tokenizer's template, or leave the record out"
+            )
+        header = self._opening.sub("", prompt[len(base) :]) if prompt.startswith(base) else ""
+        self._check_one_turn(through.text[start : start + end], i, header=header)
         parts = [(prefix, True), (through.text[start : start + end], True)]
         if self._template.marks_generation:
             spans = through.generated[len(before.generated) if before else 0 :]
@@ -352,6 +359,28 @@ class ChatTemplate:
                 raise TemplateError(f"no generation block of the template contains turn {i}", "no turn to train on")
             parts = [(prefix, True), *self._marked_parts(through.text, start, start + end, spans)]
         return _Turn(context, parts, through.text[start + end :])
+
+    def _check_calls_before(self, messages: Messages, turns: list[int], render: Any) -> None:
+        """`_check_one_turn` for tool calls that are not trained on, but in the prompt of a trained turn."""
+        for i, message in enumerate(messages[: turns[-1]]):
+            if i not in turns and message.get("tool_calls"):
+                self._check_one_turn(render(messages[: i + 1]).text, i, before=render(messages[:i]).text)
+
+    def _check_one_turn(self, text: str, i: int, *, before: str = "", header: str = "") -> None:
+        """Raise TemplateError if turn i is rendered as several, such as a tool call and an answer of its own.
+
+        It is `text` without `before`; `header` is what the generation prompt adds.
+        """
+        *_, inside = self.tokenizer.special_pattern.findall(text) or [""]
+        several = inside != "" and text.count(inside) - before.count(inside) > 1
+        if self.tokenizer.control_pattern.search(header) and header in text:
+            several, inside = True, header
+        if several:
+            raise TemplateError(
+                f"the template renders turn {i} as several turns: inside is {inside!r}. Use a template that renders a tool call and "
+                "the content beside it in one turn, or leave the content out",
+                SEVERAL_TURNS,
+            )
 
     def _close_reasoning(self, message: Mapping[str, Any], answer: str) -> str:
         if answer.lstrip().startswith(self._open):
@@ -406,6 +435,15 @@ class _Turn(NamedTuple):
     tail: str
 
 
-_ADVICE = (
-    "use a template that renders it (--template deepseek-r1 for the reasoning of DeepSeek-R1), or change the record"
-)
+def _comes_closest(error: TemplateError) -> tuple[bool, ...]:
+    """Orders the errors of equivalent forms: one that the template cannot take, or renders in part, says little about the record."""
+    return (
+        not str(error).startswith("the template failed"),
+        not str(error).startswith("the template raised"),
+        error.reason != LOST,
+        error.reason != SEVERAL_TURNS,
+    )
+
+
+_ADVICE = "use a template that renders it, or change the record"
+_R1 = "use --template deepseek-r1, which renders the reasoning of DeepSeek-R1 and its distillations"

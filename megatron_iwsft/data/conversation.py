@@ -92,17 +92,31 @@ def _separated(message: Mapping[str, Any], opening: str, closing: str) -> Mappin
 def equivalent_forms(messages: Messages) -> Iterator[Messages]:
     """The messages, with tool calls in each form that means the same to an API and of which a template may take only one.
 
-    Arguments are objects or JSON texts, and the content beside a call is empty or null.
+    Arguments are objects or JSON texts, and an empty content beside a call is as the record has it, null or "".
     """
     if not any(m.get("tool_calls") for m in messages):
         yield messages
         return
-    for form in (_as_object, _as_json):
-        for empty in ("", None):
+    for empty in (_as_given, _as_null, _as_text):
+        for form in (_as_object, _as_json):
             yield [_with_call_form(m, form, empty) for m in messages]
 
 
-def _with_call_form(message: Mapping[str, Any], form: Callable[[Any], Any], empty: Any) -> Mapping[str, Any]:
+def _as_given(content: Any) -> Any:
+    return content
+
+
+def _as_null(content: Any) -> Any:
+    return content or None
+
+
+def _as_text(content: Any) -> Any:
+    return content or ""
+
+
+def _with_call_form(
+    message: Mapping[str, Any], form: Callable[[Any], Any], empty: Callable[[Any], Any]
+) -> Mapping[str, Any]:
     calls = message.get("tool_calls")
     if not isinstance(calls, list):
         return message
@@ -114,8 +128,7 @@ def _with_call_form(message: Mapping[str, Any], form: Callable[[Any], Any], empt
         elif isinstance(call, Mapping) and "arguments" in call:
             call = {**call, "arguments": form(call["arguments"])}
         out.append(call)
-    content = empty if not message.get("content") else message["content"]
-    return {**message, "tool_calls": out, "content": content}
+    return {**message, "tool_calls": out, "content": empty(message.get("content"))}
 
 
 def _as_object(arguments: Any) -> Any:

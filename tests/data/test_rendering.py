@@ -1,4 +1,4 @@
-"""What a record says stands in the training text, and a trained turn follows the text that inference gives for it."""
+"""What a record says is found in the training text, and a trained turn follows the text that inference gives for it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_iwsft.data.chat_template import LOST, ChatTemplate, Rendering, Trajectory
+from megatron_iwsft.data.chat_template import LOST, SEVERAL_TURNS, ChatTemplate, Rendering, Trajectory
 from megatron_iwsft.data.conversation import Conversation
 from megatron_iwsft.data.prepare.messages import Dropped, MessageReader
 from megatron_iwsft.data.template_engine import TemplateError
@@ -30,6 +30,14 @@ NULL_CONTENT = TURNS.replace(
     "{% if m.content is none %}{% for c in m.tool_calls %}{{ 'CALL ' + c.function.name + ' ' + c.function.arguments }}"
     "{% endfor %}{% else %}{{ m.content }}{% endif %}",
 ).replace("OTHER", "{{ m.content }}")
+# As the current template of DeepSeek-R1's distillations: a tool call ends its turn, and a content that is not null is another one.
+CALL_THEN_TURN = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}"
+    "{% if m.tool_calls %}<|im_start|>A {% for c in m.tool_calls %}{{ 'CALL ' + c.function.name + ' ' + c.function.arguments }}"
+    "{% endfor %}<|im_end|>{% endif %}{% if m.content is not none %}<|im_start|>A {{ m.content }}<|im_end|>{% endif %}"
+    "{% else %}<|im_start|>{{ m.role }} {{ m.content }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>A <think>\n{% endif %}"
+)
 # As Qwen3: the arguments of tool calls are objects, a content is always text.
 TEXT_CONTENT = TURNS.replace(
     "ANSWER",
@@ -68,12 +76,14 @@ def render(chat: ChatTemplate, messages: list[dict], **more) -> list[str]:
     return [marked(trajectory) for trajectory in chat.trajectories(conversation)]
 
 
-def test_reasoning_that_a_template_cuts_off_drops_the_record(tmp_path: Path) -> None:
+@pytest.mark.parametrize("deepseek", [True, False])
+def test_reasoning_that_a_template_cuts_off_drops_the_record(tmp_path: Path, deepseek: bool) -> None:
     messages = turns("7 + 8?", "15")
     messages[1]["reasoning_content"] = "seven and eight"
+    source = CUTTING.replace("<|im_start|>A ", "<|im_start|><｜Assistant｜>") if deepseek else CUTTING
     with pytest.raises(TemplateError, match=r"the reasoning of turn 1 \(assistant\)") as error:
-        render(template(tmp_path, CUTTING), messages)
-    assert error.value.reason == LOST and "--template deepseek-r1" in str(error.value)
+        render(template(tmp_path, source), messages)
+    assert error.value.reason == LOST and ("--template deepseek-r1" in str(error.value)) == deepseek
 
 
 @pytest.mark.parametrize("inline", [False, True])
@@ -113,6 +123,43 @@ def test_a_tool_call_that_the_template_does_not_render_drops_the_record(tmp_path
     chat = template(tmp_path, TURNS.replace("ANSWER", "{{ m.content or '-' }}"))
     messages = [*turns("Rain?"), {"role": "assistant", "content": "I look.", "tool_calls": [CALL]}]
     with pytest.raises(TemplateError, match=r"a tool call of turn 1 \(assistant\): 'weather' is missing"):
+        render(chat, messages)
+
+
+@pytest.mark.parametrize("content", [None, ""])
+@pytest.mark.parametrize("trained", ["all", "last"])
+def test_a_tool_call_is_not_followed_by_an_empty_turn(tmp_path: Path, content: str | None, trained: str) -> None:
+    chat = template(tmp_path, CALL_THEN_TURN, turns=trained)
+    call = {"role": "assistant", "content": content, "tool_calls": [CALL]}
+    messages = [*turns("Rain?"), call, {"role": "tool", "content": "no"}, {"role": "assistant", "content": "No."}]
+    texts = [text.replace("⟦", "").replace("⟧", "") for text in render(chat, messages)]
+    called = 'CALL weather {"city": "a \\"b\\"", "days": 3}<|im_end|>'
+    *first, last = texts
+    assert first == (
+        [f"<|im_start|>user Rain?<|im_start|>A <think>\n\n</think>\n\n{called}"] if trained == "all" else []
+    )
+    assert last == (
+        f"<|im_start|>user Rain?<|im_start|>A {called}<|im_start|>tool no<|im_start|>A <think>\n\n</think>\n\nNo.<|im_end|>"
+    )
+
+
+@pytest.mark.parametrize("trained", ["all", "last"])
+def test_a_turn_that_the_template_renders_as_two_drops_the_record(tmp_path: Path, trained: str) -> None:
+    chat = template(tmp_path, CALL_THEN_TURN, turns=trained)
+    call = {"role": "assistant", "content": "I look.", "tool_calls": [CALL]}
+    messages = [*turns("Rain?"), call, {"role": "tool", "content": "no"}, {"role": "assistant", "content": "No."}]
+    with pytest.raises(TemplateError, match="renders turn 1 as several turns") as error:
+        render(chat, messages)
+    assert error.value.reason == SEVERAL_TURNS
+
+
+def test_the_reason_is_that_of_the_form_that_comes_closest(tmp_path: Path) -> None:
+    """As DeepSeek-V3's: the call is rendered if the content is null, but does not end the turn."""
+    ends = "{{ m.content }}{% endif %}<|im_end|>"
+    assert ends in NULL_CONTENT
+    chat = template(tmp_path, NULL_CONTENT.replace(ends, "{{ m.content }}<|im_end|>{% endif %}"))
+    messages = [*turns("Rain?"), {"role": "assistant", "content": "", "tool_calls": [CALL]}]
+    with pytest.raises(TemplateError, match=r"turn 1 does not end with an end-of-turn token.* no --template repairs"):
         render(chat, messages)
 
 

@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct from its Hugging Face directory through iw-SFT and back, and what `transformers` makes of the export."""
+"""SmolLM2-135M-Instruct from its Hugging Face directory through iw-SFT and back; the export is verified with `transformers`."""
 
 from __future__ import annotations
 
