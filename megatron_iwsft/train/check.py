@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -80,10 +81,18 @@ class CheckedRun:
     def origin_at(self, epoch: int) -> Origin:
         """Where an epoch's trajectories were drawn from, as far as metrics may rely on it.
 
-        After the first epoch the policy has been trained on them, and a refreshed reference has not sampled them.
+        After the first epoch, or the first time that a trajectory is in it, the policy has been trained on them; a refreshed reference has
+        not sampled them; and trajectories that their scores select are not all of the reference's samples.
         """
-        independent = epoch == 0 and not self.config.reference.refresh
-        return self.config.data.drawn_from if independent else "other"
+        drawn_from = self.config.data.drawn_from
+        if drawn_from == "other" or epoch > 0 or self.config.reference.refresh or self._repeats_in_first_epoch:
+            return "other"
+        selects = self.config.data.quality.mode in ("sample", "thresholds")
+        return "reference_filtered" if selects else drawn_from
+
+    @cached_property
+    def _repeats_in_first_epoch(self) -> bool:
+        return bool(self.sampler.appearances(0).max() > 1)
 
     def initial_adapters(self) -> TensorSource:
         """The policy's adapters at the start of training, not yet read."""

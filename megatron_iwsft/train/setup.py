@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 
 import torch
@@ -182,7 +182,8 @@ def start(checked: CheckedRun) -> StartedRun:
     parallel = platform.parallel(checked.layout, seed=config.run.seed)
     for corpus in checked.corpora:
         _check_contents(corpus, config, platform)
-    return StartedRun(**vars(checked), platform=platform, parallel=parallel)
+    known = {field.name: getattr(checked, field.name) for field in fields(CheckedRun)}
+    return StartedRun(**known, platform=platform, parallel=parallel)
 
 
 def _refuse_dense_masks(checked: CheckedRun) -> None:

@@ -1,4 +1,6 @@
-"""Warnings about importance weights: before training about settings, during it at most once per hundred steps."""
+"""Warnings about importance weights: before training about settings, during it at most once per hundred steps. And which epochs have the
+metrics of the reference's samples.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +10,15 @@ from pathlib import Path
 import pytest
 
 from megatron_iwsft.config.loader import parse_config
-from megatron_iwsft.config.schema import Logging
+from megatron_iwsft.config.schema import Config, Logging
+from megatron_iwsft.testing import comparable_metrics, run_distributed
 from megatron_iwsft.train.callbacks import StepResult
 from megatron_iwsft.train.callbacks.events import Events
 from megatron_iwsft.train.callbacks.weight_warnings import WeightWarnings, warn_about_settings
 from megatron_iwsft.train.check import check
 from tests.support import tiny
+from tests.support.shared_runs import copy_without_checkpoints_after
+from tests.support.small_runs import small_run
 
 CONFIG = "{run: {name: r, dir: d}, model: {hf: m}, data: {corpus: c, seq_length: 8, epochs: 1}}"
 
@@ -67,3 +72,64 @@ objective: {{temperature: 100.0}}
     assert all(line["exponent"] < 1.01 for line in lines if line["event"] == "weights without effect")
     assert run.origin_at(0) == ("other" if name == "refreshed" else drawn_from)
     assert run.origin_at(1) == "other"
+
+
+FIRST_EPOCHS = {
+    "once": ("", "reference"),
+    "weighted": ("data.quality={mode: weight}", "reference"),
+    "one threshold": ("data.quality={mode: thresholds, thresholds: [0.5]}", "reference_filtered"),
+    "two thresholds, both reached": ("data.quality={mode: thresholds, thresholds: [0.3, 0.5]}", "other"),
+    "drawn with replacement": ("data.quality={mode: sample}", "other"),
+    "half a pass": ("epochs: 0.5", "reference"),
+    "two passes": ("epochs: 2", "other"),
+    "a pass and a half": ("epochs: 1.5", "other"),
+}
+
+
+@pytest.mark.parametrize("name", FIRST_EPOCHS)
+def test_metrics_of_samples_need_each_trajectory_once_and_all_of_them(tmp_path: Path, name: str) -> None:
+    corpus = tiny.token_corpus(tmp_path, [20] * 8, scores=[0.1 * i for i in range(1, 9)])
+    change, expected = FIRST_EPOCHS[name]
+    mixed = change.startswith("epochs")
+    corpora = f"corpora: [{{corpus: {corpus.directory}, {change}}}]" if mixed else f"corpus: {corpus.directory}"
+    text = f"""
+run: {{name: r, dir: {tmp_path}/run}}
+model: {{config: {json.dumps(tiny.model_config())}}}
+data: {{{corpora}, seq_length: 32, epochs: 2, drawn_from: reference}}
+"""
+    run = check(parse_config(text, [] if mixed or not change else [change], where="test"), world_size=1)
+    assert run.origin_at(0) == expected
+    assert run.origin_at(1) == "other"
+
+
+def train_and_resume(platform, config: Config) -> None:
+    """Train, and train again from the checkpoint after the first step, as after a kill."""
+    from megatron_iwsft.train.trainer import train
+
+    run = Path(config.run.dir)
+    train(config)
+    copy_without_checkpoints_after(1, run, run.with_name("resumed"))
+    train(config.model_copy(update={"run": config.run.model_copy(update={"dir": str(run.with_name("resumed"))})}))
+
+
+@pytest.mark.parallel
+def test_a_run_logs_bounds_in_its_first_epoch_and_warns_once_about_settings(tmp_path: Path) -> None:
+    """Also a run that was killed and resumed."""
+    config = small_run(
+        tmp_path,
+        "run",
+        *("data.max_steps=null", "data.epochs=2", "data.global_batch_size=8", "data.drawn_from=reference_filtered"),
+        "objective={name: iw_sft, temperature: 0.1}",
+        "reference.source=live",
+        "checkpoint={every: 1, keep: 9}",
+    )
+    run_distributed(train_and_resume, 1, config)
+    for name in ("run", "resumed"):
+        lines = comparable_metrics(tmp_path / name)
+        assert {line["epoch"] for line in lines} == {0, 1}
+        for line in lines:
+            assert ("bound_iw" in line) == ("bound_sft_se" in line) == (line["epoch"] == 0)
+            assert "kl_from_reference" not in line  # the filter's rejects are missing
+        assert lines[0]["bound_iw"] == pytest.approx(1.0)  # the policy is the reference
+        events = [json.loads(line) for line in (tmp_path / name / "logs" / "events.jsonl").read_text().splitlines()]
+        assert [event["event"] for event in events].count("weights without effect") == 1

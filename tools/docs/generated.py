@@ -64,8 +64,9 @@ _NEEDS = {
     None: "always",
     "weights": "an objective with weights",
     "reference": "an objective with a reference",
-    "reference_samples": "`data.drawn_from: reference_filtered` or `reference`, in the first epoch, without `reference.refresh`",
-    "all_samples": "`data.drawn_from: reference`",
+    "reference_samples": "`data.drawn_from: reference_filtered` or `reference`, in the first epoch, if no trajectory is in it twice, "
+    "without `reference.refresh`",
+    "all_samples": "the same with `data.drawn_from: reference`, quality mode `none` or `weight`",
 }
 
 
