@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from megatron_iwsft.config.loader import parse_config
@@ -69,9 +70,34 @@ objective: {{temperature: 100.0}}
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     undone = {"refreshed reference"} if name == "refreshed" and drawn_from != "other" else set()
     assert {line["event"] for line in lines} == expected | undone
-    assert all(line["exponent"] < 1.01 for line in lines if line["event"] == "weights without effect")
+    advice = "near 1;" if "level: trajectory" in override else "trajectories' lengths, or level: trajectory;"
+    for line in lines:
+        if line["event"] == "weights without effect":
+            assert line["exponent"] < 1.01 and advice in line["text"]
     assert run.origin_at(0) == ("other" if name == "refreshed" else drawn_from)
     assert run.origin_at(1) == "other"
+
+
+def test_the_lengths_of_the_warning_are_those_of_what_is_trained_on(tmp_path: Path) -> None:
+    """Half of the trajectories are long, and a quarter of the epoch."""
+    for name, length in (("long", 300), ("short", 20)):
+        tiny.token_corpus(tmp_path / name, [length] * 8)
+    text = f"""
+run: {{name: r, dir: {tmp_path}/run}}
+model: {{config: {json.dumps(tiny.model_config())}}}
+data:
+  corpora:
+    - {{corpus: {tmp_path}/long/corpus, name: long, weight: 1}}
+    - {{corpus: {tmp_path}/short/corpus, name: short, weight: 3}}
+  seq_length: 512
+  epochs: 1
+objective: {{temperature: 0.05}}
+"""
+    run = check(parse_config(text, [], where="test"), world_size=1)
+    warn_about_settings(run, Events(tmp_path / "events.jsonl"))
+    (line,) = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    short = np.median([int(run.mixture.mask(i)[1:].sum()) for i in range(8, 16)])
+    assert line["exponent"] == pytest.approx(short / (short - 0.05), rel=0.003)
 
 
 FIRST_EPOCHS = {

@@ -13,21 +13,27 @@ from megatron_iwsft.train.check import CheckedRun
 
 _STEPS_BETWEEN_WARNINGS = 100
 _IRRELEVANT_BELOW = 1.01
+_LARGER = {
+    "sequence": "Choose objective.temperature of the order of the trajectories' lengths, or level: trajectory",
+    "trajectory": "Choose an objective.temperature near 1",
+}
 
 
 def warn_about_settings(run: CheckedRun, events: Events) -> None:
-    """Before the first step: weights that hardly move the optimum, and a refreshed reference that undoes them."""
+    """Before the first step: weights that hardly move the optimum, at the lengths of the first epoch; a reference whose refreshing undoes
+    them.
+    """
     config = run.config
     trained = np.concatenate([corpus.num_trained for corpus in run.mixture.corpora])
-    tokens, temperature = float(np.median(trained)), config.objective.temperature
-    power = exponent(config.objective.level, temperature, tokens) if run.objective is iw_sft else None
+    tokens = float(np.median(np.repeat(trained, run.sampler.appearances(0))))
+    level, temperature = config.objective.level, config.objective.temperature
+    power = exponent(level, temperature, tokens) if run.objective is iw_sft else None
     if power is not None and power < _IRRELEVANT_BELOW:
         events(
             "weights without effect",
             f"the weights move the optimum by next to nothing: it is π_ref · r^{power:.4f}, SFT's is π_ref · r^1 (r: the probability of "
-            f"passing the filter), at level {config.objective.level}, τ = {temperature:g} and a median of {tokens:,.0f} "
-            "trained tokens. Choose objective.temperature of the order of the trajectories' lengths, or level: trajectory; see "
-            "docs/objectives.md.",
+            f"passing the filter), at level {level}, τ = {temperature:g} and a median of {tokens:,.0f} "
+            f"trained tokens. {_LARGER[level]}; see docs/objectives.md.",
             exponent=power,
         )
     if config.reference.refresh and run.objective.needs_reference and config.data.drawn_from != "other":
