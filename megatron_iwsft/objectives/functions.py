@@ -121,11 +121,14 @@ class Trajectories:
 
 @dataclass(frozen=True)
 class Settings:
-    """The `objective` section of a config, as the functions here need it."""
+    """The `objective` section of a config, as the functions here need it.
+
+    clip: bounds of the weights; None for the objective's default at this level, which `micro_batch_loss` fills in
+    """
 
     level: Level = "sequence"
     temperature: float = 1.0
-    clip: Clip = LEVELS["sequence"].clip
+    clip: Clip | None = None
     normalize: Normalize = "tokens"
 
 
@@ -197,6 +200,10 @@ class Objective:
         """The default bounds of the weights."""
         return self.default_clip.get(level, LEVELS[level].clip)
 
+    def clip_of(self, s: Settings) -> Clip:
+        """The bounds of the weights under `s`."""
+        return self.clip_at(s.level) if s.clip is None else s.clip
+
     def reports(self, metric: Metric, origin: Origin = "other") -> bool:
         """Whether `metric` is defined under this objective, for trajectories that were drawn from `origin`."""
         if metric.needs is None:
@@ -248,7 +255,7 @@ def _sft(t: Trajectories, s: Settings) -> Weighted:
 def _iw_sft(t: Trajectories, s: Settings) -> Weighted:
     """Importance-weighted SFT: w = clip(exp(τ·log-ratio)): of a trajectory's mean or sum, or of each token."""
     ratio = (s.temperature * LEVELS[s.level].log_ratio(t)).clamp(max=_MAX_LOG_RATIO).exp()
-    low, high = s.clip
+    low, high = iw_sft.clip_of(s)
     weight = ratio.clamp(low, high) * t.mask
     clipped = ((ratio < low) | (ratio > high)).to(t.mask.dtype) * t.mask
     return Weighted(loss=-weight * t.logprobs, weight=weight, clipped=clipped)
@@ -262,7 +269,7 @@ def _dft(t: Trajectories, s: Settings) -> Weighted:
 
 def _psft(t: Trajectories, s: Settings) -> Weighted:
     """Proximal SFT (arXiv 2508.17784): −min(ρ, clip(ρ, lo, hi)), ρ = π_θ(a_t)/π_ref(a_t). The weight is the gradient's factor."""
-    low, high = s.clip
+    low, high = psft.clip_of(s)
     ratio = finite(t.logprobs - t.reference).clamp(max=_MAX_LOG_RATIO).exp()
     loss = -ratio.minimum(ratio.clamp(low, high)) * t.mask
     clipped = (ratio.detach() > high).to(t.mask.dtype) * t.mask

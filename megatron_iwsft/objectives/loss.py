@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ class _Terms:
 
     share        1/|M_i| where trained: sums over it count trajectories, also where ranks hold parts of them
     unit         what a weight belongs to: `share` for a trajectory's, the mask for a token's
+    quality      s_i, without the weights of turns: the reward, in the bounds
     coefficient  the factor of the unit's log-probs in the gradient, of all of a trajectory's tokens together
     sft, iw      the trajectory's term of each bound, float64
     """
@@ -118,16 +119,17 @@ def micro_batch_loss(objective: Objective, t: Trajectories, s: Settings) -> Loss
     of which holds some of the tokens, without counting a trajectory twice. Collective where `t.segment_sum` is.
     """
     norm = NORMALIZATIONS[s.normalize]
-    result = objective.function(t, s)
-    quality = t.quality[t.segment] if t.turn_weights is None else t.quality[t.segment] * t.turn_weights
+    result = objective.function(t, replace(s, clip=objective.clip_of(s)))
+    quality = t.quality[t.segment]
+    token_quality = quality if t.turn_weights is None else quality * t.turn_weights
     share = t.mask / t.lengths.clamp(min=1.0)[t.segment]
-    factor = quality * (share if norm.of_means else 1.0)
-    loss = (factor * result.loss).sum()
+    counted = share if norm.of_means else t.mask
+    loss = (token_quality * counted * result.loss).sum()
 
     with torch.no_grad():
         per_token = objective.per_token or LEVELS[s.level].per_token
-        counted = share if norm.of_means else t.mask
-        coefficient = (factor * result.weight).double() * (1.0 if per_token else t.lengths[t.segment])
+        unit_quality = token_quality if per_token else quality * _mean_turn_weight(t)
+        coefficient = (unit_quality * counted * result.weight).double() * (1.0 if per_token else t.lengths[t.segment])
         log_ratio, sft, iw = _bound_terms(objective, t)
         terms = _Terms(
             t=t,
@@ -139,7 +141,7 @@ def micro_batch_loss(objective: Objective, t: Trajectories, s: Settings) -> Loss
             unit=t.mask if per_token else share,
             share=share,
             coefficient=coefficient,
-            denominator=counted * quality * result.weight if norm.by_weights else counted,
+            denominator=counted * token_quality * result.weight if norm.by_weights else counted,
             trajectory_log_ratio=log_ratio,
             sft=sft,
             iw=iw,
@@ -153,6 +155,13 @@ def micro_batch_loss(objective: Objective, t: Trajectories, s: Settings) -> Loss
         sums = torch.cat([torch.stack([value.double().sum() for value in values]), histogram])
         weight_max = result.weight.max().double() if result.weight.numel() else sums.new_zeros(())
     return LossSums(loss=loss, sums=sums, weight_max=weight_max, terms=by_name)
+
+
+def _mean_turn_weight(t: Trajectories) -> Tensor | float:
+    """Of each token's trajectory, [T]; 1 where turns have no weights. Collective where `t.segment_sum` is and turns have weights."""
+    if t.turn_weights is None:
+        return 1.0
+    return (t.segment_sum(t.turn_weights * t.mask) / t.lengths.clamp(min=1.0))[t.segment]
 
 
 def _bound_terms(objective: Objective, t: Trajectories) -> tuple[Tensor, Tensor, Tensor]:

@@ -66,7 +66,7 @@ def trajectories(ell, r, mask, segment, quality) -> Trajectories:
 
 def published_formula(name, settings: Settings, ell, r, mask, segment, quality):
     """(L, dL/dℓ, per-token weights) as published: L = −(1/N) Σ_i s_i Σ_t w_t ℓ_t, for psft −min(ρ, clip ρ) in place of −w_t ℓ_t."""
-    low, high = settings.clip
+    low, high = settings.clip or OBJECTIVES[name].clip_at(settings.level)
     weight = np.zeros_like(ell)
     for i in range(len(LENGTHS)):
         at = (segment == i) & (mask == 1)
@@ -244,3 +244,22 @@ def test_infinite_ratios_are_clipped_and_counted() -> None:
         assert metrics["weight_max"] == pytest.approx(settings.clip[1])
     token = iw_sft.function(trajectories(*values), Settings(level="token", clip=(0.2, 1.8)))
     assert token.weight[trained[0]] == pytest.approx(1.8) and token.weight[trained[7]] == 1.0
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("level", LEVELS)
+def test_settings_without_a_clip_have_the_default_of_their_level(name: str, level: Level) -> None:
+    objective, t = OBJECTIVES[name], trajectories(*data(spread=3.0))
+    explicit = Settings(level, clip=objective.clip_at(level))
+    found, expected = (micro_batch_loss(objective, t, settings) for settings in (Settings(level), explicit))
+    assert torch.equal(found.sums, expected.sums)
+    assert torch.equal(objective.function(t, Settings(level)).weight, objective.function(t, explicit).weight)
+
+
+def test_the_default_clips() -> None:
+    assert {level: iw_sft.clip_at(level) for level in LEVELS} == {
+        "sequence": (0, 16),
+        "trajectory": (0.05, 20),
+        "token": (0.2, 1.8),
+    }
+    assert {OBJECTIVES["psft"].clip_at(level) for level in LEVELS} == {(0.8, 1.28)}
