@@ -22,6 +22,7 @@ from megatron_iwsft.utils.files import sha256_file
 
 TRUSTED_USERS = "IWSFT_TRUSTED_USERS"
 TRUSTED_GROUPS = "IWSFT_TRUSTED_GROUPS"
+ADVICE = "Restore the checkpoint from a copy, or use an earlier one."  # for complaints of `damage`
 
 
 class FileSum(TypedDict):

@@ -65,7 +65,7 @@ def verify(info: CheckpointInfo) -> Metadata:
     names = on_first_rank(lambda: integrity.names_below(info.directory))
     _refuse(_trust_complaints(info, own_share(names)))
     own_files = own_share(sorted(info.files))
-    _refuse(integrity.damage(info.directory, info.files, own_files))
+    _refuse(integrity.damage(info.directory, info.files, own_files), advice=integrity.ADVICE)
     metadata = on_first_rank(lambda: read_metadata(info.directory))
     _refuse(check_pickles(info.directory, metadata, own_files))
     return metadata
@@ -81,9 +81,9 @@ def _trust_complaints(info: CheckpointInfo, names: Sequence[str]) -> list[str]:
     return []
 
 
-def _refuse(own_complaints: list[str]) -> None:
-    """Raise CheckpointError on all ranks if any rank has complaints. Collective."""
+def _refuse(own_complaints: list[str], *, advice: str = "") -> None:
+    """Raise CheckpointError on all ranks if any rank has complaints, with `advice` where they do not say what to do. Collective."""
     found = complaints_of_all(own_complaints)
     if found:
         more = f" ({len(found) - _SHOWN} more.)" if len(found) > _SHOWN else ""
-        raise CheckpointError("; ".join(found[:_SHOWN]) + f".{more}")
+        raise CheckpointError("; ".join(found[:_SHOWN]) + f".{more} {advice}".rstrip())

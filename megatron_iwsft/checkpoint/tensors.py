@@ -114,7 +114,7 @@ class CheckpointTensors(StoredTensors):
                 )
             complaints = integrity.damage(self.directory, self._files, [file])
             if complaints:
-                raise DamageError(f"{complaints[0]}.")
+                raise DamageError(f"{complaints[0]}. {integrity.ADVICE}")
             self._checked.add(file)
 
 

@@ -75,7 +75,10 @@ def _value(config: Config, key: str) -> Any:
             from megatron_iwsft.config.describe import fields
 
             near = difflib.get_close_matches(key, [name for name, _ in fields(type(config))], n=1)
-            raise ConfigError(f"--get {key}: unknown config field." + (f" Did you mean {near[0]}?" if near else ""))
+            raise ConfigError(
+                f"--get {key}: unknown config field. "
+                + (f"Did you mean {near[0]}?" if near else "`iwsft config` lists them; use one of these.")
+            )
         value = value[part]
     return value
 

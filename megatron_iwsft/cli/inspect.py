@@ -78,7 +78,10 @@ def _inspect_corpus(args: argparse.Namespace) -> int:
     if args.verify:
         complaints = verify(args.path, show_progress=True)
         if complaints:
-            raise DataError("\n  ".join([f"{args.path} does not match its manifest:", *complaints]))
+            raise DataError(
+                f"{args.path} does not match its manifest. Restore it, or shard the records again:\n  "
+                + "\n  ".join(complaints)
+            )
         say(f"{args.path}: every file matches the manifest, and {DROPPED} adds up")
     corpus = Corpus.open(args.path)
     samples = 2 if args.trajectories is None else args.trajectories

@@ -427,7 +427,8 @@ class Config(Section):
         steps, end = self.run.profile.steps, self.data.max_steps
         if steps is not None and end is not None and steps[1] > end:
             raise ValueError(
-                f"run.profile.steps ends at step {steps[1]}, but the run ends at step {end} (data.max_steps)"
+                f"run.profile.steps ends at step {steps[1]}, but the run ends at step {end} "
+                "(data.max_steps); lower it, or raise data.max_steps"
             )
         return self
 

@@ -101,7 +101,7 @@ def check_own_file(path: Path) -> None:
     try:
         kind = other_kind(path, follow_links=False)
     except FileNotFoundError:
-        raise DataError(f"{path} is missing.") from None
+        raise DataError(f"{path} is missing. Restore it from a copy, or shard the records again.") from None
     if kind is not None:
         raise DataError(f"{path} is {kind}. A corpus consists of regular files: replace it by a copy of the file.")
 

@@ -104,7 +104,7 @@ class ParallelLayout:
         if self.layers_per_stage is not None and len(self.layers_per_stage) != self.stages:
             return (
                 f"layers_per_stage names {len(self.layers_per_stage)} stages, but pipeline {self.pipeline} × "
-                f"virtual_pipeline {self.chunks_per_stage} makes {self.stages}"
+                f"virtual_pipeline {self.chunks_per_stage} makes {self.stages}; give one number per stage"
             )
         if self.sequence and self.tensor < 2:
             return f"sequence: true needs tensor ≥ 2; it is {self.tensor}"
@@ -128,7 +128,8 @@ class ParallelLayout:
         if self.layers_per_stage is not None:
             if sum(self.layers_per_stage) != arch.num_layers:
                 return (
-                    f"layers_per_stage adds up to {sum(self.layers_per_stage)} layers; the model has {arch.num_layers}"
+                    f"layers_per_stage adds up to {sum(self.layers_per_stage)} layers, but the model has {arch.num_layers}; "
+                    "change its numbers"
                 )
         elif arch.num_layers % self.stages:
             return (
@@ -141,18 +142,22 @@ class ParallelLayout:
         columns = arch.ffn_size if arch.experts is None else self.tensor  # tensor parallelism does not cut experts
         for name, size in (("attention heads", arch.num_heads), ("feed-forward columns", columns)):
             if size % self.tensor:
-                return f"tensor {self.tensor} does not divide the model's {size} {name}"
+                return f"tensor {self.tensor} does not divide the model's {size} {name}; use a divisor of it"
         if arch.num_groups % self.tensor and self.tensor % arch.num_groups:
             return f"tensor {self.tensor} and the model's {arch.num_groups} key-value heads: one must divide the other"
         return None
 
     def _broken_expert_rule(self, arch: Architecture) -> str | None:
         if arch.experts is None:
-            return f"expert {self.expert}, but the {arch.family} family has no experts" if self.expert > 1 else None
+            return (
+                f"expert {self.expert}, but the {arch.family} family has no experts; set expert to 1"
+                if self.expert > 1
+                else None
+            )
         if arch.experts.count % self.expert:
-            return f"expert {self.expert} does not divide the model's {arch.experts.count} experts"
+            return f"expert {self.expert} does not divide the model's {arch.experts.count} experts; use a divisor of it"
         if self.tensor > 1 and not self.sequence:
-            return "a mixture of experts with tensor ≥ 2 needs sequence: true; each rank routes its own tokens"
+            return "a mixture of experts with tensor ≥ 2 needs `sequence: true`: each rank routes its own tokens"
         return None
 
     def micro_batches(self, *, global_batch_size: int, micro_batch_size: int) -> int:

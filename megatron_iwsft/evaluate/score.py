@@ -37,7 +37,10 @@ def score_corpus(model_directory: str | Path, corpus_directory: str | Path) -> C
         )
     complaints = corpus.damage(show_progress=True)
     if complaints:
-        raise DataError("\n  ".join([f"{corpus_directory} does not match its manifest:", *complaints]))
+        raise DataError(
+            f"{corpus_directory} does not match its manifest. Restore it, or shard the records again:\n  "
+            + "\n  ".join(complaints)
+        )
     model, _ = load_in_transformers(model_directory)
     total, count = 0.0, 0
     for i in progress(range(len(corpus)), "scoring", unit="trajectories"):

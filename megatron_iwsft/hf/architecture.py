@@ -154,7 +154,8 @@ class Architecture:
             )
         if keys.get("head_dim") is None and hidden % heads:
             raise CheckpointError(
-                f"{where}: hidden_size {hidden} is not a multiple of num_attention_heads {heads}, and head_dim is not set."
+                f"{where}: hidden_size {hidden} is not a multiple of num_attention_heads {heads}, and head_dim is not set. "
+                "Correct config.json, or download it again."
             )
         head_dim = keys.count("head_dim", default=hidden // heads)
         max_positions = keys.count("max_position_embeddings", default=2048)

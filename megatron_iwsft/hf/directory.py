@@ -226,7 +226,9 @@ def new_directory(output: Path, *, exist_ok: bool) -> Iterator[Path]:
                 "Choose another output, or use that directory."
             ) from None
     except OSError as error:
-        raise CheckpointError(f"cannot write {output}: {error.strerror} ({error.filename or output}).") from None
+        raise CheckpointError(
+            f"cannot write {output}: {error.strerror} ({error.filename or output}). Check the disk's space and permissions."
+        ) from None
 
 
 def _write_files(

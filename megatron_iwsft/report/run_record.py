@@ -109,7 +109,9 @@ def read_metrics(run: Path) -> list[Line]:
         raise DataError(f"{path} cannot be read: {error.strerror}. Check its permissions.") from None
     if not lines:
         raise DataError(
-            f"{path} is damaged: {damage}." if damage else f"{path} is empty: the run has not finished a step."
+            f"{path} is damaged: {damage}. Restore it from a copy, or leave the run out."
+            if damage
+            else f"{path} is empty: the run has not finished a step. Run this again once it has."
         )
     if damage:
         say(f"{path} is damaged: {damage}. The {len(lines):,} lines before it are shown.", error=True)

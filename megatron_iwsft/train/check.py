@@ -187,11 +187,14 @@ def check_profile(run: CheckedRun, world_size: int) -> None:
         return
     if profile.steps[1] > run.total_steps:
         raise ConfigError(
-            f"run.profile.steps ends at step {profile.steps[1]}, but the run ends at step {run.total_steps} (data.epochs)."
+            f"run.profile.steps ends at step {profile.steps[1]}, but the run ends at step {run.total_steps} (data.epochs). "
+            "Lower it, or raise data.epochs."
         )
     beyond = [rank for rank in profile.ranks if rank >= world_size]
     if beyond:
-        raise ConfigError(f"run.profile.ranks has {beyond[0]}, but the ranks of this job are 0 to {world_size - 1}.")
+        raise ConfigError(
+            f"run.profile.ranks has {beyond[0]}, but the ranks of this job are 0 to {world_size - 1}. Remove it."
+        )
 
 
 def check_layout(layout: ParallelLayout, weights: InitialWeights) -> None:

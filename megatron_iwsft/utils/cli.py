@@ -75,7 +75,8 @@ def _run(main: Callable[[], int | None]) -> NoReturn:
     except OSError as error:
         if error.errno == errno.ENOMEM:
             _leave(EXIT_FAILURE, out_of_memory(error))
-        _leave(EXIT_USER_ERROR, f"{error.strerror}: {error.filename}" if error.filename else str(error))
+        what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        _leave(EXIT_USER_ERROR, f"{what}. Check the path, its permissions and the disk's space.")
     except UnicodeError as error:
         if not _is_ascii(locale.getpreferredencoding(False)):
             _leave(EXIT_FAILURE, traceback.format_exc())

@@ -60,7 +60,10 @@ def test_closed_descriptors(closed: str, run_directory: Path) -> None:
 @pytest.mark.command
 def test_a_full_output(run_directory: Path) -> None:
     done = shell(f"{IWSFT} report {run_directory} >/dev/full")
-    assert (done.returncode, done.stderr.strip()) == (2, "[Errno 28] No space left on device")
+    assert (done.returncode, done.stderr.strip()) == (
+        2,
+        "[Errno 28] No space left on device. Check the path, its permissions and the disk's space.",
+    )
     assert shell(f"{IWSFT} report /nowhere >/dev/full 2>/dev/full").returncode == 2
 
 

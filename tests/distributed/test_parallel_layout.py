@@ -20,7 +20,10 @@ def arch(**changes) -> Architecture:
     [
         (ParallelLayout(pipeline=3), "4 layers do not divide into 3 pipeline stages"),
         (ParallelLayout(pipeline=2, layers_per_stage=(2, 1, 1)), "layers_per_stage names 3 stages"),
-        (ParallelLayout(pipeline=2, layers_per_stage=(2, 3)), "layers_per_stage adds up to 5 layers; the model has 4"),
+        (
+            ParallelLayout(pipeline=2, layers_per_stage=(2, 3)),
+            "layers_per_stage adds up to 5 layers, but the model has 4; change its numbers",
+        ),
         (ParallelLayout(tensor=3), "tensor 3 does not divide the model's 8 attention heads"),
         (ParallelLayout(tensor=4), "tensor 4 and the model's 6 key-value heads: one must divide the other"),
         (ParallelLayout(sequence=True), "sequence: true needs tensor ≥ 2; it is 1"),
@@ -40,7 +43,7 @@ MOE = dict(family="qwen3_moe", head_dim=16, num_experts=4, num_experts_per_tok=2
     [
         (ParallelLayout(data=3, expert=3), "expert 3 does not divide the model's 4 experts"),
         (ParallelLayout(pipeline=2, data=2, expert=4), "expert 4 does not divide the 2 ranks of a pipeline stage"),
-        (ParallelLayout(tensor=2, expert=2), "a mixture of experts with tensor ≥ 2 needs sequence: true"),
+        (ParallelLayout(tensor=2, expert=2), "a mixture of experts with tensor ≥ 2 needs `sequence: true`"),
     ],
 )
 def test_a_broken_rule_of_experts_is_named(layout: ParallelLayout, rule: str) -> None:

@@ -175,7 +175,7 @@ def fingerprint(source: Input) -> str:
 
 def _unreadable(path: Path, error: Exception) -> DataError:
     reason = getattr(error, "strerror", None) or f"damaged or truncated ({error})"
-    return DataError(f"input file {path} cannot be read: {reason}.")
+    return DataError(f"input file {path} cannot be read: {reason}. Replace it, or leave it out of the inputs.")
 
 
 def read_blocks(source: Input, skip: int = 0, *, longest: int = LONGEST_RECORD) -> Iterator[Block]:

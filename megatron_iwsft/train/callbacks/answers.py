@@ -71,7 +71,10 @@ def _in_process(step: StepAnswers) -> dict[str, float]:
     except (OSError, UserError):
         raise
     except Exception as error:  # transformers raises whatever follows from what it reads, or from too little memory
-        raise CheckpointError(f"{type(error).__name__}: {error}") from error
+        raise CheckpointError(
+            f"transformers cannot generate from the run's model ({type(error).__name__}: {error}). "
+            "Set evaluation.answers.where to slurm, or leave evaluation.answers out."
+        ) from error
     finally:
         set_random_states(states)
         shutil.rmtree(step.model, ignore_errors=True)
@@ -126,7 +129,10 @@ def _submit(trainer: Trainer, step: int) -> None:
             f"sbatch did not answer within {_SUBMITTING_S} s. Check that Slurm's controller responds (scontrol ping)."
         ) from None
     if done.returncode:
-        raise CheckpointError(f"sbatch failed: {done.stderr.strip() or f'status {done.returncode}'}")
+        why = done.stderr.strip().removesuffix(".") or f"status {done.returncode}"
+        raise CheckpointError(
+            f"sbatch failed: {why}. Correct evaluation.answers.sbatch, or set evaluation.answers.where to in_process."
+        )
     job = done.stdout.strip().partition(";")[0]
     write_json(submitted, {"job": job, "weights": weights})
     trainer.events("answers submitted", f"job {job} answers for step {step}.", step=step, job=job)
