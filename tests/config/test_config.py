@@ -176,6 +176,7 @@ def test_the_s1k_configs_have_the_authors_settings() -> None:
         0.05,
     )
     assert (optimizer.betas, optimizer.weight_decay) == ([0.9, 0.95], 1e-4)
+    assert data.seq_length >= 22_000  # what their block_size keeps of a trace
     assert batch16.data.global_batch_size == 16 and sft.objective.name == "sft"
     assert batch16.objective == iw.objective and batch16.optimizer == sft.optimizer == iw.optimizer
     assert sft.data == iw.data and sft.objective.normalize == iw.objective.normalize

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from megatron_iwsft.data.corpus import Corpus
@@ -14,7 +16,7 @@ from megatron_iwsft.data.prepare.records import PRESETS, RecordFormat
 from megatron_iwsft.data.prepare.shard import ShardSettings, shard_corpus
 from megatron_iwsft.data.tokenizer import load_tokenizer
 from megatron_iwsft.errors import DataError
-from tests.support import tiny
+from tests.support import run_python, tiny
 
 
 def shard(
@@ -304,6 +306,57 @@ def test_s1k_records_are_rendered_with_their_headings(tmp_path: Path) -> None:
         "<|im_start|>user\n7 + 8?<|im_end|>\n<|im_start|>assistant\n"
         "<|im_start|>think\nSeven and eight.\n<|im_start|>answer\nAnswer: 15<|im_end|>\n"
     )
+
+
+@pytest.mark.command
+def test_the_published_s1k_rows_are_sharded_by_the_documented_command(tmp_path: Path) -> None:
+    """Rows with all columns of simplescaling/s1K-1.1; one is longer than --max-tokens and cut, as its authors cut it."""
+    row = {
+        "solution": "15",
+        "question": "7 + 8?",
+        "cot_type": "math",
+        "source_type": "a source",
+        "metadata": "{'level': 1}",
+        "gemini_thinking_trajectory": "Not this one.",
+        "gemini_attempt": "Nor this.",
+        "deepseek_thinking_trajectory": "\nSeven and eight.\n",
+        "deepseek_attempt": "15\n",
+        "gemini_grade": "No",
+        "gemini_grade_reason": "wrong",
+        "deepseek_grade": "Yes",
+        "deepseek_grade_reason": "right",
+    }
+    long = {
+        **row,
+        "question": "9 + 9?",
+        "deepseek_thinking_trajectory": "Nine and nine. " * 40,
+        "deepseek_attempt": "18",
+    }
+    (tmp_path / "data").mkdir()
+    pq.write_table(pa.Table.from_pylist([row, long]), tmp_path / "data" / "train-00000-of-00001.parquet")
+    tokenizer, limit = tiny.hf_tokenizer(tmp_path / "tokenizer"), 100
+    cli = [
+        f"{tmp_path}/data/*.parquet",
+        "--output",
+        tmp_path / "corpus",
+        "--preset",
+        "s1k-1.1",
+        "--tokenizer",
+        tokenizer,
+    ]
+    done = run_python("-m", "megatron_iwsft", "shard", *cli, "--max-tokens", str(limit), "--too-long", "truncate")
+    assert done.returncode == 0, done.stdout + done.stderr
+    corpus = Corpus.open(tmp_path / "corpus")
+    decode, (short, cut) = corpus.tokenizer().decode, range(2)
+    prompt = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+    response = "<|im_start|>think\nSeven and eight.\n<|im_start|>answer\nAnswer: 15<|im_end|>"
+    assert decode(corpus.tokens(short).tolist()) == prompt.format("7 + 8?") + response + "\n"
+    assert decode(corpus.tokens(short)[corpus.mask(short) == 1].tolist()) == response
+    assert len(corpus.tokens(cut)) == limit
+    trained = decode(corpus.tokens(cut)[corpus.mask(cut) == 1].tolist())
+    whole = prompt.format("9 + 9?") + "<|im_start|>think\n" + "Nine and nine. " * 40
+    assert decode(corpus.tokens(cut).tolist()) == prompt.format("9 + 9?") + trained and "<|im_end|>" not in trained
+    assert whole.startswith(prompt.format("9 + 9?") + trained) and corpus.mask(cut)[-1] == 1
 
 
 def test_invalid_settings_are_rejected() -> None:
