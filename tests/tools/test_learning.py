@@ -88,12 +88,13 @@ def test_the_quick_benchmark_compares_every_objective(tmp_path: Path) -> None:
     questions = {
         name: {json.loads(line)["question"] for line in (home.parent / f"{name}.jsonl").read_text().splitlines()}
         for name in (
-            *("problems", "reference-random-demonstrations", "reference-conviction-demonstrations"),
-            f"{home.name}/seed-1/curated",
+            *("problems", "development", "reference-random-demonstrations", "reference-conviction-demonstrations"),
+            *(f"{home.name}/seed-{seed}/curated" for seed in (0, 1)),
         )
     }
     problems = questions.pop("problems")
     assert all(not problems & seen for seen in questions.values())
+    assert not questions["development"] & questions[f"{home.name}/seed-0/curated"]
     for run, result in zip(runs, reported, strict=True):
         assert f"| {result['objective']} |" in table
         answers = home / "seed-1" / "answers" / f"{run.name}.jsonl"
@@ -198,6 +199,38 @@ def test_the_table_has_spreads_and_differences_paired_by_seed(tables: ModuleType
     drawing = ElementTree.fromstring(tables.figure([{"title": "A < B", "reference": reference, "results": results}]))
     circles = [float(c.get("cx")) for c in drawing.iter("{http://www.w3.org/2000/svg}circle")][2:]
     assert circles == [250 + 4 * x for x in (20, 100, 40, 100)]  # exact and greedy of SFT, then of DFT
+
+
+def test_several_learning_rates_are_refused_where_none_is_chosen(tmp_path: Path) -> None:
+    for experiments, named in ((["2"], "experiments 2 use"), (["1", "6"], "experiments 6 use")):
+        done = bench(tmp_path, "--experiments", *experiments, "--lr", "1e-3", "5e-4")
+        assert done.returncode == 2 and named in done.stderr and not any(tmp_path.iterdir())
+
+
+def test_results_are_replaced_by_the_same_rows_at_the_same_rates(command: ModuleType) -> None:
+    def panel(title: str, *results: tuple[str, float, int]) -> dict:
+        return {"title": title, "results": [{"objective": o, "lr": lr, "seed": seed} for o, lr, seed in results]}
+
+    first = command.what_ran(panel("A", ("SFT", 1e-3, 1), ("DFT", 2e-4, 1)))
+    assert first == command.what_ran(panel("A", ("DFT", 2e-4, 1), ("SFT", 1e-3, 1), ("SFT", 1e-3, 2)))
+    others = [panel("B", ("SFT", 1e-3, 1), ("DFT", 2e-4, 1)), panel("A", ("SFT", 1e-3, 1))]
+    others.append(panel("A", ("SFT", 5e-4, 1), ("DFT", 2e-4, 1)))
+    assert len({first, *map(command.what_ran, others)}) == 4
+
+
+def test_the_experiments_have_four_seeds_and_chains_both_normalisations(command: ModuleType) -> None:
+    experiments = command.EXPERIMENTS
+    assert [experiments[i].seeds for i in (0, 1, 2, 3, 5)] == [4] * 5
+    assert {"SFT", "SFT, normalize: sequences", "DFT", "PSFT"} <= set(experiments[5].objectives)
+    assert command.objectives(40.0)["SFT, normalize: sequences"] == {
+        "objective": {"name": "sft", "normalize": "sequences"}
+    }
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(ROOT / "tools" / "bench")
+    return importlib.import_module("learning")
 
 
 @pytest.fixture

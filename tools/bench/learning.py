@@ -6,9 +6,10 @@ of its last demonstrations add without carrying, so its most likely answer is wr
 a filter keeps the right answers and a share of the wrong ones. The reference is then trained on what was kept with each objective, all
 else equal, by the project's trainer (tensor parallel over two processes), exported, and evaluated on held-out problems.
 
-The learning rate of every objective is the best of --lr on a development seed (number 0), which is not in the table. A seed determines the
-problems, the answers, which wrong ones are kept and the training order. Controls with the weights of iw-SFT at level trajectory: each
-trajectory gets its neighbour's weight, or the batch's mean; and a reference that is refreshed every ten steps. They use its learning rate.
+The learning rate of every objective is the best of --lr on a development seed (number 0), which is not in the table, by problems of its
+own. A seed determines the problems, the answers, which wrong ones are kept and the training order. Controls with the weights of iw-SFT at
+level trajectory: each trajectory gets its neighbour's weight, or the batch's mean; and a reference that is refreshed every ten steps. They
+use its learning rate.
 
 Prints a table for each experiment: mean ± standard deviation over seeds, and the difference to SFT, paired by seed, with its 95 % interval.
 Adds it to results.json and accuracy.svg. The same command resumes.
@@ -34,13 +35,14 @@ from megatron_iwsft.errors import DataError
 from megatron_iwsft.utils.cli import run_command
 
 SFT, MEAN_1, MEAN_T, TOKEN, DFT, PSFT = "SFT", "sequence, τ = 1", "sequence, τ = T", "token", "DFT", "PSFT"
-
+SFT_OF_MEANS = "SFT, normalize: sequences"
 
 NARROW, WIDE = "trajectory, clip [0.2, 5]", "trajectory, clip [0.05, 20]"
 ALL = (SFT, MEAN_1, MEAN_T, NARROW, TOKEN, DFT, PSFT)
 CLIPS = (SFT, MEAN_T, NARROW, WIDE)
 _SUM = {"level": "trajectory", "normalize": "sequence_weights", "clip": [0.2, 5.0]}
-# What experiments 0 and 1 chose on their development seeds; other experiments with these references use it.
+# What experiments 0 and 1 (the latter of 5e-4 and 1e-3) chose on their development seeds; other experiments with these references use it.
+# Neither of them has WIDE, which gets the rate of NARROW.
 TUNED = {SFT: 1e-3, MEAN_T: 5e-4, NARROW: 5e-4, WIDE: 5e-4, TOKEN: 2e-4, DFT: 2e-4}
 TUNED_RANDOM = dict.fromkeys(CLIPS, 1e-3)
 RANKS = (4, 16, 64)
@@ -52,6 +54,7 @@ def objectives(tokens: float) -> dict[str, dict[str, Any]]:
     mean = {"name": "iw_sft", "level": "sequence", "normalize": "sequence_weights"}
     return {
         SFT: {"objective": {"name": "sft"}},
+        SFT_OF_MEANS: {"objective": {"name": "sft", "normalize": "sequences"}},
         MEAN_1: {"objective": {**mean, "temperature": 1.0}},
         MEAN_T: {"objective": {**mean, "temperature": tokens}},
         NARROW: {"objective": {"name": "iw_sft", **_SUM}},
@@ -129,10 +132,18 @@ class Experiment:
 EXPERIMENTS = [
     Experiment(WRONG_BY_CONVICTION, 0.5, 5000, 1, objectives=ALL, controls=True, tensor=2),
     Experiment(ERRS_AT_RANDOM, 0.5, 5000, 1, objectives=ALL, tensor=2),
-    Experiment(WRONG_BY_CONVICTION, 0.5, 800, 6, seeds=2, tuned=TUNED),
-    Experiment(WRONG_BY_CONVICTION, 0.25, 5000, 1, seeds=2, tuned=TUNED),
+    Experiment(WRONG_BY_CONVICTION, 0.5, 800, 6, tuned=TUNED),
+    Experiment(WRONG_BY_CONVICTION, 0.25, 5000, 1, tuned=TUNED),
     Experiment(WRONG_BY_CONVICTION, 0.0, 5000, 1, seeds=2, tuned=TUNED),
-    Experiment(WRONG_BY_CONVICTION, 0.5, 2000, 1, task="chains", objectives=(*CLIPS, MEAN_1, TOKEN), seeds=2),
+    # Answers of different lengths, where the normalisation matters: SFT has both.
+    Experiment(
+        WRONG_BY_CONVICTION,
+        0.5,
+        2000,
+        1,
+        task="chains",
+        objectives=(*CLIPS, SFT_OF_MEANS, MEAN_1, TOKEN, DFT, PSFT),
+    ),
     Experiment(WRONG_BY_CONVICTION, 0.5, 5000, 1, objectives=CLIPS, tuned=TUNED),
     Experiment(ERRS_AT_RANDOM, 0.5, 5000, 1, objectives=CLIPS, tuned=TUNED_RANDOM),
     Experiment(WRONG_BY_CONVICTION, 0.5, 300, 2, task="SmolLM2", objectives=(SFT, MEAN_T, TOKEN), seeds=2),
@@ -183,7 +194,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.seeds < 1 or not all(0 < lr < 1 for lr in args.lr or ()):
         parser.error("--seeds must be at least 1, --lr between 0 and 1")
-    experiments, sizes = [EXPERIMENTS[i] for i in args.experiments or DEFAULT], SIZES
+    chosen = args.experiments or DEFAULT
+    experiments, sizes = [EXPERIMENTS[i] for i in chosen], SIZES
     if args.quick:
         args.seeds, sizes = 1, {"sums": replace(QUICK, rates=QUICK.rates[:2])}
         small = [replace(e, task="sums", curated=16, epochs=1, ranks=e.ranks[:1]) for e in experiments]
@@ -196,6 +208,12 @@ def main() -> None:
         experiments = [
             replace(e, objectives=tuple(o for o in e.objectives if o in wanted), controls=False) for e in experiments
         ]
+    tuned = [str(i) for i in ([] if args.quick and not args.experiments else chosen) if EXPERIMENTS[i].tuned]
+    if args.lr and len(args.lr) > 1 and tuned:
+        parser.error(
+            f"several --lr are for experiments that choose among them; experiments {', '.join(tuned)} use rates that another one chose. "
+            "Give one --lr, or other --experiments"
+        )
     if args.lr and len(args.lr) == 1:
         experiments = [replace(e, tuned=dict.fromkeys(e.rows, args.lr[0])) for e in experiments]
     if args.lr:
@@ -211,19 +229,26 @@ def run_all(experiments: Sequence[Experiment], sizes: dict[str, Size], output: P
         if any(e.task == task for e in experiments)
     }
     stored = output / "results.json"
-    panels = {p["title"]: p for p in json.loads(stored.read_text(encoding="utf-8"))} if stored.exists() else {}
+    earlier = json.loads(stored.read_text(encoding="utf-8")) if stored.exists() else []
+    panels = {what_ran(panel): panel for panel in earlier}
     for experiment in experiments:
         bench, title = benches[experiment.task], str(experiment)
         tried = [] if experiment.tuned else bench.try_rates(experiment)
         rates = experiment.tuned or best_rates(tried)
         reported = bench.run(experiment, rates, range(1, min(seeds, experiment.seeds) + 1))
         reference = bench.references[experiment.reference]
-        panels[title] = {"title": title, "reference": reference, "tried": tried, "results": reported}
+        panel = {"title": title, "reference": reference, "tried": tried, "results": reported}
+        panels[what_ran(panel)] = panel
         print(f"\n{table(title, reference, reported)}\n", flush=True)
         write(stored, json.dumps(list(panels.values()), indent=1, ensure_ascii=False) + "\n")
         write(output / "accuracy.svg", figure(list(panels.values())))
     spent = {task: bench.cpu_minutes() for task, bench in benches.items()}
     print(f"{output}/results.json, {output}/accuracy.svg; CPU minutes of all starts: {spent}")
+
+
+def what_ran(panel: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What distinguishes a panel of results.json: its experiment, and the rows with their learning rates. More seeds replace fewer."""
+    return panel["title"], *sorted({(result["objective"], result["lr"]) for result in panel["results"]})
 
 
 class Bench:
@@ -237,12 +262,17 @@ class Bench:
         _check_size(home, size)
         problems = list(size.task.problems(size.problems, seed=99))
         self._held_out = frozenset(problem["question"] for problem in problems)
-        self._benchmark = home / "problems.jsonl"
+        development = list(size.task.problems(size.problems, seed=98, held_out=self._held_out))
+        # The references and the reported seeds may have seen these: only what the development seed trains on is kept from them.
+        self._development = frozenset(problem["question"] for problem in development)
+        self._benchmark, self._development_benchmark = home / "problems.jsonl", home / "development.jsonl"
         write(self._benchmark, lines(problems))
+        write(self._development_benchmark, lines(development))
         start = time.process_time()
         training_s = train_references(home, size, names, self._held_out)
         self._spent("references", training_s + time.process_time() - start)
         self._answers = shard(home / "answers.jsonl", problems, home / "tokenizer")
+        self._development_answers = shard(home / "development-answers.jsonl", development, home / "tokenizer")
         self.references = {
             n: self._evaluated(home / REFERENCES[n], home, reference=n) for n in REFERENCES if n in names
         }
@@ -265,6 +295,7 @@ class Bench:
         from megatron_iwsft.data.corpus import Corpus
 
         home, size, start = self._home, self._size, time.process_time()
+        held_out = self._held_out if seed else self._held_out | self._development
         directory, reference = home / experiment.name / f"seed-{seed}", home / REFERENCES[experiment.reference]
         corpus, right = curated_corpus(
             directory,
@@ -274,7 +305,7 @@ class Bench:
             count=experiment.curated,
             share=experiment.let_through,
             seed=seed,
-            held_out=self._held_out,
+            held_out=held_out,
         )
         sections = objectives(float(statistics.median(Corpus.open(corpus).num_trained.tolist())))
         sections |= with_adapters(sections) | CONTROLS
@@ -293,7 +324,9 @@ class Bench:
         }
         training_s = train_all(list(runs.values()), experiment.tensor)
         results = [
-            self._evaluated(Path(run["run"]["dir"]), directory, objective=name, lr=lr, seed=seed, right=right)
+            self._evaluated(
+                Path(run["run"]["dir"]), directory, development=seed == 0, objective=name, lr=lr, seed=seed, right=right
+            )
             for (name, lr), run in runs.items()
         ]
         self._spent(f"{experiment}, seed {seed}", training_s + time.process_time() - start)
@@ -307,9 +340,14 @@ class Bench:
         """Of all processes, in this and earlier starts of the command."""
         return round(sum(line["cpu_s"] for line in read(self._home / "cpu.jsonl")) / 60, 1)
 
-    def _evaluated(self, run: Path, directory: Path, **facts: Any) -> dict[str, Any]:
-        judged, tokens = directory / "answers", self._size.task.answer_tokens
-        result = {**facts, **evaluate(run, self._benchmark, self._answers, judged, tokens)}
+    def _evaluated(self, run: Path, directory: Path, *, development: bool = False, **facts: Any) -> dict[str, Any]:
+        """On the held-out problems, or those by which learning rates are chosen."""
+        tokens = self._size.task.answer_tokens
+        if development:
+            problems = self._development_benchmark, self._development_answers, directory / "development-answers"
+        else:
+            problems = self._benchmark, self._answers, directory / "answers"
+        result = {**facts, **evaluate(run, *problems, tokens)}
         print(json.dumps(result, ensure_ascii=False), flush=True)
         return result
 

@@ -190,7 +190,7 @@ def evaluate(run: Path, benchmark: Path, answers: Path, judged: Path, max_tokens
     exact, cool: the exact probability of the right answer at temperature 1 and 0.5, by teacher forcing on the corpus `answers`.
     greedy: through the project's evaluation, answers of at most `max_tokens` generated, judged, and written to `judged`.
     """
-    stored = run / "evaluation.json"
+    stored = run / ("evaluation.json" if benchmark.stem == "problems" else f"evaluation-{benchmark.stem}.json")
     if not stored.exists():
         model = exported(run)
         assert model is not None

@@ -76,13 +76,13 @@ def figure(panels: Sequence[Mapping[str, Any]]) -> str:
             x = _x(100 * reference[column])
             out.append(f'<path d="M{x} {top}V{bottom}" stroke="{colour}" stroke-dasharray="2 3"/>')
         for row, (name, found) in enumerate(rows.items()):
-            middle = top + _ROW * (row + 0.5)
+            middle, label = top + _ROW * (row + 0.5), f"{name}, lr {found[0]['lr']:g}"
             marks = (
                 _mark([100 * r[column] for r in found], middle + 4 * place - 2, colour)
                 for place, (column, colour) in enumerate(_COLOURS.items())
             )
             out.append(
-                f'<text x="{_LEFT - 8}" y="{middle + 4}" text-anchor="end">{escape(name)}</text>{"".join(marks)}'
+                f'<text x="{_LEFT - 8}" y="{middle + 4}" text-anchor="end">{escape(label)}</text>{"".join(marks)}'
             )
         y = bottom + 26
     legend = "".join(
