@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -46,7 +47,8 @@ def load(info: CheckpointInfo, state: TrainState, *, random: bool = False) -> No
     try:
         with scaling_histories_may_be_unpickled():  # `verify` has checked them
             state.load_sharded(loaded)
-    except (RuntimeError, ValueError) as error:
+    # Transformer Engine's state of delayed scaling is a pickled dict, in which anything may be missing.
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, pickle.UnpicklingError) as error:
         raise CheckpointError(
             f"{info.directory} does not fit this model: {one_line(error)}. "
             "Use a checkpoint of this model, or change model in the config."

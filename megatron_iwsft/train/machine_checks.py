@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_iwsft.data.batch import IGNORE, Batch
-from megatron_iwsft.distributed.capabilities import fp8_refusal, transformer_engine
+from megatron_iwsft.distributed.capabilities import broken_transformer_engine, fp8_refusal, transformer_engine
 from megatron_iwsft.distributed.context import Platform, start, stop
 from megatron_iwsft.distributed.fp8_recipes import FP8_RECIPES, FP8Recipe
 from megatron_iwsft.distributed.spawn import run_job
@@ -60,20 +60,23 @@ def run_checks(
             file, errors = Path(directory) / "outcomes", Path(directory) / "errors"
             file.write_text("")
             with open(errors, "w") as sink:
+                begin = time.monotonic()
                 call = "import sys; from megatron_iwsft.train.machine_checks import work; work(*sys.argv[1:])"
                 command = [sys.executable, "-c", call, table, str(file), *remaining]
                 worker = subprocess.Popen(command, stdout=sink, stderr=sink)
                 for outcome in _arriving(worker, file, limit_s):
                     remaining.remove(outcome.name)
                     yield outcome
+                    begin = time.monotonic()
                 ended = f"the process ended with status {worker.poll()}"
                 if worker.poll() is None:
                     worker.kill()
                     ended = f"it took more than {limit_s:g} s"
                 worker.wait()
+            seconds = time.monotonic() - begin
             if remaining:
                 text = errors.read_text(errors="replace").strip()
-                yield CheckOutcome(remaining.pop(0), "failed", 0.0, f"{ended}\n{text}"[-8000:])
+                yield CheckOutcome(remaining.pop(0), "failed", seconds, f"{ended}\n{text}"[-8000:])
 
 
 def _arriving(worker: subprocess.Popen, file: Path, limit_s: float) -> Iterator[CheckOutcome]:
@@ -101,12 +104,17 @@ def _checks(table: str) -> dict[str, Callable[[Platform], str]]:
 
 def work(table: str, file: str, *names: str) -> None:
     """Run these checks of a table in this process and append their outcomes to a file, as JSON lines."""
+    broken = broken_transformer_engine()
+    if broken:  # its own checks fail; the others run as if it were not installed
+        sys.modules["transformer_engine"] = None  # type: ignore[assignment]
     platform, checks = start(), _checks(table)
     Path(file).write_text(_READY)
     for name in names:
         begin = time.perf_counter()
         status: Literal["ok", "skipped", "failed"] = "ok"
         try:
+            if broken and name in WITH_TRANSFORMER_ENGINE:
+                raise RuntimeError(f"Transformer Engine {broken}")
             detail = checks[name](platform)
             platform.synchronize()  # an error of a kernel is reported here
         except NotHereError as error:
@@ -386,3 +394,4 @@ CHECKS: dict[str, Callable[[Platform], str]] = {
     "training step, local": _training_step("local"),
     "training step, Transformer Engine": _training_step("transformer_engine"),
 }
+WITH_TRANSFORMER_ENGINE = frozenset(name for name in CHECKS if "Transformer Engine" in name or "FP8" in name)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import pickle
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +147,31 @@ def test_delayed_scaling_resumes_and_rewinds(family: str, tmp_path: Path) -> Non
     """The policy's and a live reference's, which would be quantised at scale 1 for a step otherwise."""
     count, resumed, rewound = run_distributed(continued, 1, tmp_path, family)[0]
     assert count >= 48 and resumed == count and rewound
+
+
+def load_incomplete(platform: Any, root: Path) -> str:
+    """What loading says of a checkpoint whose state of delayed scaling lacks a history."""
+    from megatron_iwsft.checkpoint.load import load
+
+    with as_on_hopper():
+        saved = with_histories(platform, "dense", 1)
+        for layer in layers(saved)[:1]:
+            state = pickle.loads(layer.get_extra_state().numpy().tobytes())
+            del state["amax_history_bwd"]
+            layer.get_extra_state = partial(torch.frombuffer, bytearray(pickle.dumps(state)), dtype=torch.uint8)
+        info = save(root, "dense", saved)
+        try:
+            load(info, with_histories(platform, "dense", 2))
+        except CheckpointError as error:
+            return str(error)
+    return "loaded"
+
+
+@te
+def test_an_incomplete_state_of_delayed_scaling_is_one_sentence(tmp_path: Path) -> None:
+    message = run_distributed(load_incomplete, 1, tmp_path)[0]
+    assert "does not fit this model: " in message and "amax_history_bwd" in message
+    assert "Use a checkpoint of this model" in message
 
 
 class RunsCode:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from megatron_iwsft.data.batch_builder import RowShape
 from megatron_iwsft.distributed.capabilities import fp8_refusal, transformer_engine
 from megatron_iwsft.errors import ConfigError
 from tests.support import ROOT, run_python, tiny
+from tests.support.transformer_engine import te
 
 
 @pytest.mark.command
@@ -48,6 +50,19 @@ def test_the_doctor_survives_a_broken_transformer_engine(broken_engine: dict[str
     assert found.returncode == 0, found.stderr
     assert "cannot be imported: RuntimeError: libcublasLt.so.13 was built for another driver" in found.stdout
     assert "training on a GPU is refused" in found.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.command
+def test_a_broken_transformer_engine_fails_its_own_checks_only(broken_engine: dict[str, str], tmp_path: Path) -> None:
+    checks = ["attention, local", "matmul in FP8 tensorwise", "attention, Transformer Engine", "training step, local"]
+    code = "import sys; from megatron_iwsft.train.machine_checks import work; work(*sys.argv[1:])"
+    table, file = "megatron_iwsft.train.machine_checks:CHECKS", tmp_path / "outcomes"
+    done = run_python("-c", code, table, file, *checks, IWSFT_DEVICE="cpu", OMP_NUM_THREADS="1", **broken_engine)
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in file.read_text().splitlines()[1:]]
+    assert [outcome["status"] for outcome in found] == ["ok", "failed", "failed", "ok"], found
+    assert all("libcublasLt.so.13 was built for another driver" in outcome["detail"] for outcome in found[1:3])
 
 
 @pytest.mark.command
@@ -113,8 +128,7 @@ def built_with_transformer_engine(platform, recipe: str | None) -> tuple[list[st
     return names, {k: getattr(config, k) for k in ("fp8", "fp8_recipe", "num_layers_at_start_in_bf16")}
 
 
-@pytest.mark.parallel
-@pytest.mark.skipif(transformer_engine()[0] is None, reason=f"Transformer Engine is {transformer_engine()[1]}")
+@te
 @pytest.mark.parametrize(
     ("recipe", "fp8"), [(None, None), ("tensorwise", "hybrid"), ("blockwise", "e4m3"), ("mxfp8", "e4m3")]
 )

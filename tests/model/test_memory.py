@@ -23,6 +23,11 @@ MODELS = {
     "one group": ("llama", {"num_key_value_heads": 1}),
     "normalised queries and keys": ("qwen3", {}),
     "experts": ("qwen3_moe", EXPERTS),
+    # GELU, norms after attention and feed-forward, and windows that cover the row.
+    "gemma3": (
+        "gemma3_text",
+        {"hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 32, "sliding_window": 1024},
+    ),
 }
 ARCH = Architecture.from_hf(tiny.model_config(), where="test")  # 4 layers, 4 groups of 8
 LONG = 131072
@@ -51,34 +56,41 @@ def saved(function: Callable[[], Any], others: Iterable[torch.Tensor]) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
-def bytes_of_a_row(platform: Any, name: str, layers: int) -> int:
+def bytes_of_a_row(platform: Any, name: str, layers: int, layout: ParallelLayout) -> int:
     from megatron_iwsft.hf.directory import RandomInit
     from megatron_iwsft.model.gpt import ModelSettings, build_model, forward
     from megatron_iwsft.model.parameters import load_weights
 
-    arch, parallel = arch_of(name, layers), platform.parallel()
+    arch, parallel = arch_of(name, layers), platform.parallel(layout)
     policy = build_model(arch, parallel, platform, ModelSettings(torch.bfloat16, backend="transformer_engine"))
     load_weights(policy, RandomInit(arch, 0), parallel)
     return saved(lambda: forward(policy[0], packed_row([TOKENS])), policy[0].parameters())
 
 
-def bytes_of_a_layer(platform: Any, name: str) -> float:
+def bytes_of_a_layer(platform: Any, name: str, layout: ParallelLayout) -> float:
     """Of one token: what two more layers save, so that embedding, output layer and rotary angles do not count."""
     with as_on_hopper():
-        few, more = (bytes_of_a_row(platform, name, layers) for layers in (1, 3))
+        few, more = (bytes_of_a_row(platform, name, layers, layout) for layers in (1, 3))
     return (more - few) / 2 / TOKENS
 
 
-def estimate(name: str) -> float:
-    whole = cost(arch_of(name, 1), ParallelLayout(), seq_length=TOKENS, micro_batch_size=1, micro_batches=1)
+def estimate(name: str, layout: ParallelLayout) -> float:
+    whole = cost(arch_of(name, 1), layout, seq_length=TOKENS, micro_batch_size=1, micro_batches=1)
     return whole.activations / TOKENS
 
 
 @te
 @pytest.mark.parametrize("name", MODELS)
 def test_a_layer_saves_what_is_estimated(name: str) -> None:
-    found = run_distributed(bytes_of_a_layer, 1, name)[0]
-    assert found == pytest.approx(estimate(name), rel=0.02)
+    (found,) = run_distributed(bytes_of_a_layer, 1, name, ParallelLayout())
+    assert found == pytest.approx(estimate(name, ParallelLayout()), rel=0.02)
+
+
+@te
+def test_a_tensor_parallel_rank_saves_its_share() -> None:
+    layout = ParallelLayout(tensor=2, sequence=True)
+    for found in run_distributed(bytes_of_a_layer, 2, "llama", layout):
+        assert found == pytest.approx(estimate("llama", layout), rel=0.02)
 
 
 def bytes_of_the_feed_forward_part(platform: Any) -> float:

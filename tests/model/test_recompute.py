@@ -12,7 +12,7 @@ from megatron_iwsft.hf.directory import RandomInit
 from megatron_iwsft.testing import run_distributed
 from tests.model.test_memory import saved
 from tests.support.jobs import result, run_each
-from tests.support.transformer_engine import architecture, packed_row
+from tests.support.transformer_engine import architecture, as_on_hopper, packed_row, te
 
 pytestmark = pytest.mark.parallel
 
@@ -36,28 +36,48 @@ def gradients(platform: Any, family: str, settings: dict[str, Any]) -> tuple[dic
     arch, parallel = architecture(family), platform.parallel()
     policy = build_model(arch, parallel, platform, ModelSettings(**settings))
     load_weights(policy, RandomInit(arch, 1), parallel)
+    named = dict(policy[0].named_parameters())
+    for parameter in named.values():  # to which Transformer Engine's matmuls add gradients of weights
+        parameter.main_grad, parameter.grad_added_to_main_grad = torch.zeros(parameter.shape), False
     outs: list[torch.Tensor] = []
     size = saved(lambda: outs.append(forward(policy[0], packed_row([40, 33, 55]))), policy[0].parameters())
     outs[0].sum().backward()
-    return {name: p.grad for name, p in policy[0].named_parameters()}, size
+    return {n: p.main_grad if p.grad_added_to_main_grad else p.grad for n, p in named.items()}, size
 
 
-def compared(platform: Any, family: str, settings: dict[str, Any]) -> tuple[float, float]:
+def compared(platform: Any, family: str, plain: dict[str, Any], settings: dict[str, Any]) -> tuple[float, float]:
     """(largest relative difference from the plain model's gradients, saved bytes over the plain model's)."""
-    (expected, all_bytes), (found, some_bytes) = (gradients(platform, family, options) for options in ({}, settings))
+    (expected, all_bytes), (found, some_bytes) = (gradients(platform, family, options) for options in (plain, settings))
     apart = max(float((found[n] - g).norm() / g.norm().clamp(min=1e-12)) for n, g in expected.items())
     return apart, some_bytes / all_bytes
 
 
 @pytest.fixture(scope="module")
 def outcomes() -> dict[str, Any]:
-    return run_each(compared, 1, {name: (family, settings) for name, (family, settings, _) in CASES.items()})
+    return run_each(compared, 1, {name: (family, {}, settings) for name, (family, settings, _) in CASES.items()})
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_gradients_stay_what_they_are(name: str, outcomes: dict[str, Any]) -> None:
     apart, kept = result(outcomes, name)
     assert apart <= 1e-6 and kept <= CASES[name][2]
+
+
+# The same of Transformer Engine's layers: the norm before the experts, and the experts' activation function, both small shares here.
+WITH_TE = {"layernorm": 0.99, "moe_act": 0.97}
+
+
+def compared_with_te(platform: Any, module: str) -> tuple[float, float]:
+    with as_on_hopper():
+        options = dict(dtype=torch.bfloat16, backend="transformer_engine")
+        return compared(platform, "experts", options, options | {"recompute": (module,)})
+
+
+@te
+@pytest.mark.parametrize("module", WITH_TE)
+def test_what_needs_transformer_engine_keeps_less_there(module: str) -> None:
+    ((apart, kept),) = run_distributed(compared_with_te, 1, module)
+    assert apart == 0 and kept <= WITH_TE[module]
 
 
 def refusals(platform: Any) -> list[str]:

@@ -56,3 +56,4 @@ def test_a_check_that_raises_dies_or_hangs_fails_alone() -> None:
     assert "ValueError: wrong" in found[0].detail
     assert f"status {-signal.SIGKILL}" in found[1].detail
     assert "more than 5 s" in found[2].detail
+    assert found[1].seconds > 0 and found[2].seconds >= 5
