@@ -192,7 +192,7 @@ class Architecture:
             max_positions=max_positions,
             init_std=keys.number("initializer_range", 0.02),
             hf=dict(config),
-            ignored=keys.finish(name),
+            ignored=tuple(sorted({*keys.finish(name), *(key for rope in ropes if rope for key in rope.ignored)})),
         )
         if by_hand and arch.ignored:
             raise CheckpointError(
@@ -282,6 +282,7 @@ def _attention_scale(keys: Keys, family: Family, head_dim: int) -> float:
 
 def _activation(keys: Keys, family: Family) -> Activation:
     value = keys.get(family.activation_key)
+    value = "silu" if value == "swish" else value  # two names of one function
     keys.refuse(value not in ("silu", "gelu_pytorch_tanh"), f"{family.activation_key} {value!r:.80}")
     return value
 
@@ -306,6 +307,7 @@ def _layer_kinds(keys: Keys, family: Family, layers: int, with_rope: tuple[bool,
         return [_FULL] * layers
     window = keys.get("sliding_window")
     if family.windows == "always":
+        keys.refuse(window == 0, "sliding_window 0, with which transformers fails (full attention is null),")
         return [_FULL if window is None else _SLIDING] * layers
     switched = family.windows == "pattern" or keys.flag("use_sliding_window")
     if family.windows == "switched":

@@ -12,7 +12,7 @@ from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from megatron_iwsft.errors import CheckpointError
 
@@ -50,6 +50,23 @@ def config_class(model_type: str, folder: str) -> ConfigClass:
         read=frozenset(_read(modeling, "config")) | frozenset(_read(own, "self", "kwargs")),
         common=frozenset(_read(base, "self", "kwargs")) | frozenset(name for name, _ in _declared(base)),
     )
+
+
+@lru_cache
+def rope_keys(kind: str) -> frozenset[str]:
+    """Keys of `rope_parameters` that `transformers` reads for a rope type."""
+    tree = ast.parse((_package() / "modeling_rope_utils.py").read_text(encoding="utf-8"))
+    table = next(node.value for node in tree.body if _assigns(node, "ROPE_INIT_FUNCTIONS"))
+    assert isinstance(table, ast.Dict)
+    names = {ast.unparse(value) for key, value in zip(table.keys, table.values, strict=True) if kind in _text(key)}
+    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name in names]
+    owners = ("rope_parameters_dict", "rope_parameters", "rope_scaling")
+    return frozenset(key for function in functions for key in _read(function, *owners))
+
+
+def _assigns(node: ast.stmt, name: str) -> TypeGuard[ast.Assign | ast.AnnAssign]:
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+    return any(ast.unparse(target) == name for target in targets)
 
 
 def _package() -> Path:
@@ -122,6 +139,8 @@ def _read(tree: ast.AST, *owners: str) -> Iterator[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load) and _names(node.value, owners):
             yield node.attr
+        elif isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Load) and _names(node.value, owners):
+            yield from _text(node.slice)
         elif isinstance(node, ast.Call) and len(node.args) > 1 and _names(node.args[0], owners):
             yield from _text(node.args[1])  # getattr(config, "key", …)
         elif isinstance(node, ast.Call) and node.args and _is_method_of(node.func, owners):
@@ -138,6 +157,6 @@ def _names(node: ast.expr, owners: tuple[str, ...]) -> bool:
     )
 
 
-def _text(node: ast.expr) -> Iterator[str]:
+def _text(node: ast.expr | None) -> Iterator[str]:
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         yield node.value

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from megatron_iwsft.errors import CheckpointError
+from megatron_iwsft.hf.config_class import rope_keys
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,6 +57,7 @@ class Rope:
     kind, parameters  the scaling type and its settings
     fraction          of a head's dimensions, from the first, that is rotated
     longest           number of tokens beyond which the frequencies would depend on a text's length (dynamic scaling), else None
+    ignored           keys that neither we nor `transformers` read for this scaling type
     """
 
     theta: float
@@ -63,6 +65,7 @@ class Rope:
     parameters: dict[str, float] = field(default_factory=dict)
     fraction: float = 1.0
     longest: int | None = None
+    ignored: tuple[str, ...] = field(default=(), compare=False)
 
     @staticmethod
     def from_hf(given: dict[str, Any], *, theta: Any, max_positions: int, where: str, partial: bool = False) -> Rope:
@@ -89,15 +92,17 @@ class Rope:
                 f"{where}: rope type {kind!r:.80} is not supported; supported are {', '.join(_PARAMETERS)}."
             )
         required, optional = _PARAMETERS[kind]
-        given = {k: v for k, v in given.items() if v is not None and kind != "default"}
+        unknown = sorted(set(given) - {*required, *optional})
+        for key in unknown:
+            if given.pop(key) is not None and key in rope_keys(kind):
+                raise CheckpointError(
+                    f"{where}: unsupported config key for rope type {kind}: {key}. Use a model without it."
+                )
+        given = {k: v for k, v in given.items() if v is not None}
         for key in required:
             if key not in given:
                 raise CheckpointError(f"{where}: rope type {kind} needs {key}.")
         for key, value in {"rope_theta": theta, **given}.items():
-            if key != "rope_theta" and key not in (*required, *optional):
-                raise CheckpointError(
-                    f"{where}: unsupported config key for rope type {kind}: {key}. Use a model without it."
-                )
             if not is_finite_number(value) and not (isinstance(value, bool) and key == "truncate"):
                 raise CheckpointError(f"{where}: {key} must be a number; found {value!r:.80}.")
             if (key in _POSITIVE and value <= 0) or (key == "rope_theta" and value == 1):
@@ -107,7 +112,9 @@ class Rope:
         if "original_max_position_embeddings" in optional and kind != "dynamic":
             given.setdefault("original_max_position_embeddings", max_positions)
         longest = min(max_positions, int(given.get("original_max_position_embeddings", max_positions)))
-        return Rope(float(theta), kind, given, float(fraction), longest if kind == "dynamic" else None)
+        return Rope(
+            float(theta), kind, given, float(fraction), longest if kind == "dynamic" else None, ignored=tuple(unknown)
+        )
 
     def to_hf(self) -> dict[str, Any]:
         """`rope_parameters` for a config."""

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from megatron_iwsft.errors import CheckpointError
+from megatron_iwsft.hf import rope as positions
 from megatron_iwsft.hf.architecture import FAMILIES, Architecture
-from megatron_iwsft.hf.config_class import config_class
+from megatron_iwsft.hf.config_class import config_class, rope_keys
 from megatron_iwsft.hf.mapping import shapes
 from tests.support import tiny
 from tests.support.published_configs import PUBLISHED
@@ -106,6 +107,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         {"per_layer_config": {"0": {"hidden_act": "gelu"}}},
         "per_layer_config .* for llama",
     ),
+    "a window of no token": ("mistral", {"sliding_window": 0}, "sliding_window 0, with which transformers fails"),
     "part of a head rotated": ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor other than 1"),
     "Phi-4-mini's positions": (
         "phi3",
@@ -184,6 +186,25 @@ def test_keys_that_no_class_reads_are_named() -> None:
         == "Ignored keys of config.json, which Qwen2ForCausalLM does not read: unk_token_id, use_mrope."
     )
     assert read(tiny.model_config()).ignored_keys is None
+
+
+def test_keys_of_positions_are_refused_only_if_transformers_reads_them(monkeypatch) -> None:
+    scaling = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 128, "new_key": 3}
+    config = tiny.model_config("llama", rope_scaling=scaling)
+    assert read(config).ignored == ("new_key",)
+    monkeypatch.setattr(positions, "rope_keys", lambda kind: frozenset(["new_key"] if kind == "yarn" else []))
+    with pytest.raises(CheckpointError, match="unsupported config key for rope type yarn: new_key"):
+        read(config)
+
+
+@pytest.mark.parametrize("kind", ["linear", "dynamic", "llama3", "yarn"])
+def test_every_key_of_positions_that_transformers_reads_is_known(kind: str) -> None:
+    needed, optional = positions._PARAMETERS[kind]
+    assert set(needed) <= rope_keys(kind) <= {"get", "partial_rotary_factor", "rope_theta", *needed, *optional}
+
+
+def test_swish_is_silu() -> None:
+    assert read(tiny.model_config("llama", hidden_act="swish")).activation == "silu"
 
 
 def test_a_config_written_by_hand_has_no_unknown_keys_and_all_sizes() -> None:

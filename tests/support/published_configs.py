@@ -310,6 +310,52 @@ PUBLISHED: dict[str, tuple[dict[str, Any], set[str]]] = {
         set(),
     ),
     "Qwen3-8B": (_config("qwen3", 4096, 12288, 36, 32, 8, 151936, **_QWEN3, max_window_layers=36), set()),
+    "DeepSeek-R1-0528-Qwen3-8B": (
+        _config(
+            "qwen3",
+            4096,
+            12288,
+            36,
+            32,
+            8,
+            151936,
+            **_QWEN3
+            | {
+                "max_position_embeddings": 131072,
+                "rope_scaling": {
+                    "attn_factor": 0.8782488562869419,
+                    "factor": 4.0,
+                    "original_max_position_embeddings": 32768,
+                    "rope_type": "yarn",
+                },
+            },
+            max_window_layers=36,
+        ),
+        {"attn_factor"},
+    ),
+    "Yarn-Llama-2-7b-64k": (
+        _config(
+            "llama",
+            4096,
+            11008,
+            32,
+            32,
+            32,
+            32000,
+            max_position_embeddings=65536,
+            pad_token_id=0,
+            pretraining_tp=1,
+            rms_norm_eps=1e-5,
+            rope_scaling={
+                "factor": 16.0,
+                "finetuned": True,
+                "original_max_position_embeddings": 4096,
+                "type": "yarn",
+            },
+            tie_word_embeddings=False,
+        ),
+        {"finetuned"},
+    ),
     "Qwen3-4B with YaRN": (
         _config(
             "qwen3",
