@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--leave-out",
         type=Path,
         metavar="FILE.jsonl",
-        help="of doublings: no problem of this file, such as held-out ones",
+        help="leave out the problems of this file, such as held-out ones",
     )
 
 

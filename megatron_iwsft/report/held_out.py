@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,10 @@ class ModelAnswers:
 
 @dataclass(frozen=True)
 class BenchmarkResult:
-    """A benchmark's models, at most one per run and with it what else was evaluated there; the runs in order, other models first."""
+    """A benchmark's models, at most one per run and with it what else was evaluated there; the runs in order, other models first.
+
+    All have answered the same problems: what only some have answered is left out. earlier: of the runs' checkpoints, on these problems.
+    """
 
     name: str
     models: list[ModelAnswers]
@@ -59,7 +62,7 @@ class BenchmarkResult:
     @property
     def numbers(self) -> list[int]:
         """The problems that every model has answered."""
-        return sorted(set.intersection(*(set(model.problems) for model in self.models)))
+        return sorted(self.models[0].problems)
 
     @property
     def best(self) -> ModelAnswers:
@@ -145,10 +148,18 @@ def _benchmark(name: str, models: Sequence[ModelAnswers]) -> BenchmarkResult | N
         return None
     # Answers that were sampled in another way cannot be compared problem by problem.
     shown = [model for model in shown if model.settings == of_runs[0].settings]
-    result = BenchmarkResult(
-        name, shown, [m for m in models if m.run is not None and m.settings == of_runs[0].settings]
-    )
-    return result if result.numbers else None
+    common = set.intersection(*(set(model.problems) for model in shown))
+    if not common:
+        return None
+    earlier = [
+        m for m in models if m.run is not None and m.settings == of_runs[0].settings and common & set(m.problems)
+    ]
+    return BenchmarkResult(name, [_only(m, common) for m in shown], [_only(m, common) for m in earlier])
+
+
+def _only(model: ModelAnswers, numbers: set[int]) -> ModelAnswers:
+    """A model's answers to these problems: shares, differences and their tests are of the same ones."""
+    return replace(model, problems={n: problem for n, problem in model.problems.items() if n in numbers})
 
 
 def _read_model(path: Path, runs: Sequence[RunRecord]) -> ModelAnswers | None:

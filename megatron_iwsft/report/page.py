@@ -64,7 +64,7 @@ def write_report(
         facts=facts,
         differences=config_differences(runs) if len(runs) > 1 else [],
         sections=topics,
-        problems=shown_problems(benchmarks[0]) if benchmarks else [],
+        samples=[(benchmark.name, shown_problems(benchmark)) for benchmark in benchmarks],
         extremes=[extreme_trajectories(run, trajectories) for run in weighted],
         shades=shades(),
         events=_events(runs),

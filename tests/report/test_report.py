@@ -107,6 +107,17 @@ def test_what_each_run_evaluated_itself_is_compared(tmp_path: Path) -> None:
     assert write_report(runs, tmp_path / "report.html").count("sums:") == 2  # other problems under the same name
 
 
+def test_shares_are_of_the_problems_that_all_have_answered(two_runs: list[Path], tmp_path: Path) -> None:
+    answered = [n % 4 != 0 for n in range(40)]
+    write_answers(tmp_path / "evaluation" / "sums", "iw-sft", two_runs[1] / "hf" / "step-00000120", answered[:20])
+    write_answers(tmp_path / "evaluation" / "words", "sft", two_runs[0] / "hf" / "step-00000120", [True], "forty-two")
+    summary = write_report(two_runs, tmp_path / "report.html")
+    assert "iw-sft answers 75.0 % right, sft 25.0 %: +50.0 points" in summary
+    text = Main(tmp_path / "report.html").text
+    assert "share of 20 held-out problems" in text and "25.0 % [" in text
+    assert "forty-two" in text[text.index("Sample answers") :], "answers of every benchmark"
+
+
 def test_a_difference_that_may_be_chance_is_called_so(two_runs: list[Path], tmp_path: Path) -> None:
     model = two_runs[1] / "hf" / "step-00000120"
     write_answers(tmp_path / "evaluation" / "sums", "iw-sft", model, [n % 4 == 0 or n == 1 for n in range(40)])

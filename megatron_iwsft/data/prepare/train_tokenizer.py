@@ -37,7 +37,7 @@ def train_tokenizer(inputs: Sequence[Path], output: Path, *, fields: Sequence[st
     if first is None:
         raise DataError(
             f"no record in {', '.join(map(str, inputs))} has any of the fields {', '.join(fields)}. "
-            "Name the text fields with --field."
+            "Name the text fields with --text-field."
         )
 
     def all_texts() -> Iterator[str]:
