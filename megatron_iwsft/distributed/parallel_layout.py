@@ -79,6 +79,11 @@ class ParallelLayout:
         """Tensor-, context- and data-parallel ranks of a pipeline stage, over which experts are distributed."""
         return self.tensor * self.context * self.data
 
+    def place_of(self, rank: int) -> tuple[int, int]:
+        """(pipeline stage, data-parallel rank) of a global rank, in Megatron-Core's order: tensor, context, data, pipeline."""
+        stage, within = divmod(rank, self.ranks_per_stage)
+        return stage, within // (self.tensor * self.context)
+
     def describe(self) -> str:
         """As people write it: TP 2 × PP 1 × CP 1 × DP 4, SP."""
         text = f"TP {self.tensor} × PP {self.pipeline} × CP {self.context} × DP {self.data}"

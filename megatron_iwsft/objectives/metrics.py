@@ -188,8 +188,8 @@ METRICS = (
     Metric("optimizer_s", "gradient norm and update, s", measured=True, timing=True),
     Metric("between_steps_s", "evaluation, saving and callbacks after the step before, s", measured=True, timing=True),
     Metric("peak_memory_bytes", "peak memory, bytes", measured=True, timing=True),
-    Metric("rank_time_median_s", "forward and backward of the median rank, s", measured=True, timing=True),
-    Metric("rank_time_max_s", "forward and backward of the slowest rank, s", measured=True, timing=True),
+    Metric("rank_time_median_s", "batch, forward and backward of the median rank, s", measured=True, timing=True),
+    Metric("rank_time_max_s", "batch, forward and backward of the slowest rank, s", measured=True, timing=True),
     Metric("slowest_rank", "the slowest rank", measured=True, timing=True),
 )
 # Of groups of trajectories: sources, scores, corpora. In training only the first.

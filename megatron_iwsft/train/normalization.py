@@ -56,16 +56,19 @@ class LossTotals:
         self.sums += loss.sums
         self.weight_max = torch.maximum(self.weight_max, loss.weight_max)
 
-    def reduce(self) -> None:
+    def reduce(self, *, maximum: bool = True) -> None:
         """Sum over ranks; every rank then has the same. Collectives: a sum and a maximum over `dp_cp`, and with a pipeline a broadcast
         from its last stage.
+
+        maximum: False leaves out the one of `weight_max`, which the caller then finds and passes to `metrics`.
         """
         self._require_unreduced()
         self._reduced = True
         parts = [self.sums] if self.extra is None else [self.sums, self.extra]
         together = torch.cat([*(part.flatten() for part in parts), self.weight_max.view(1)])
         dist.all_reduce(together[:-1], group=self._dp_cp)
-        dist.all_reduce(together[-1:], op=dist.ReduceOp.MAX, group=self._dp_cp)
+        if maximum:
+            dist.all_reduce(together[-1:], op=dist.ReduceOp.MAX, group=self._dp_cp)
         if self._pp is not None and self._pp.size() > 1:
             dist.broadcast(together, src=dist.get_process_group_ranks(self._pp)[-1], group=self._pp)
         for part, value in zip(
@@ -73,7 +76,9 @@ class LossTotals:
         ):
             part.copy_(value.view_as(part))
 
-    def finalize(self, chunks: list[Any], num_tokens: Tensor | None = None, **options: Any) -> None:
+    def finalize(
+        self, chunks: list[Any], num_tokens: Tensor | None = None, *, maximum: bool = True, **options: Any
+    ) -> None:
         """Reduce the gradients of `chunks` (Megatron-Core's DistributedDataParallel) and divide them by the global denominator.
 
         To be set as `TransformerConfig.finalize_model_grads_func`, which the schedule calls after the last backward pass. Collective:
@@ -83,7 +88,7 @@ class LossTotals:
 
         self._require_unreduced()
         finalize_model_grads(chunks, None, **options)
-        self.reduce()
+        self.reduce(maximum=maximum)
         if self["denominator"] > 0:
             for chunk in chunks:
                 chunk.scale_gradients(1.0 / self["denominator"])
@@ -93,11 +98,12 @@ class LossTotals:
         self._require_reduced()
         return self.sums[sum_names(self.objective).index(name)].item()
 
-    def metrics(self) -> dict[str, Any]:
-        """The objective's metrics, after `reduce`: the same on every rank."""
+    def metrics(self, *, weight_max: float | None = None) -> dict[str, Any]:
+        """The objective's metrics, after `reduce`: the same on every rank. weight_max: of all ranks, where `reduce` left it out."""
         self._require_reduced()
+        largest = float(self.weight_max) if weight_max is None else weight_max
         sums = dict(zip(sum_names(self.objective), self.sums.tolist(), strict=True))
-        return summarize(sums | {"weight_max": float(self.weight_max)}, reported_metrics(self.objective, self.origin))
+        return summarize(sums | {"weight_max": largest}, reported_metrics(self.objective, self.origin))
 
     def _require_unreduced(self) -> None:
         if self._reduced:

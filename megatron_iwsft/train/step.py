@@ -93,6 +93,7 @@ class TrainStep:
             for i, chunk in enumerate(self.chunks)
         ]
         self._own_time: Stopwatch | None = None
+        self._maximum = True
         self._start_totals()
 
     def _start_totals(self) -> None:
@@ -108,12 +109,16 @@ class TrainStep:
         )
         self._router_balance = torch.zeros((), dtype=torch.float64, device=self.device)
 
-    def forward_backward(self, batches: list[Batch], own_time: Stopwatch | None = None) -> dict[str, Any]:
+    def forward_backward(
+        self, batches: list[Batch], own_time: Stopwatch | None = None, *, maximum: bool = True
+    ) -> dict[str, Any]:
         """Gradients of the global batch's loss into `main_grad`; returns its metrics, the same on every rank. Collective.
 
         own_time: stopped when this rank's last backward pass ends, before gradients are reduced and ranks wait for each other.
+        maximum: False saves the collective for the largest weight, which then is of this rank alone: the caller finds the largest of
+        every rank's `weight_max` along with what else it gathers, and gets the metrics with it from `metrics`.
         """
-        self._own_time = own_time
+        self._own_time, self._maximum = own_time, maximum
         for chunk in self.chunks:
             # Set at every step: another TrainStep, for evaluation, may share these chunks.
             chunk.config.finalize_model_grads_func = self._finalize
@@ -121,7 +126,15 @@ class TrainStep:
             chunk.zero_grad_buffer()
         self._start_totals()
         self._run(batches, forward_only=False)
-        metrics = self._totals.metrics()
+        return self.metrics()
+
+    @property
+    def weight_max(self) -> float:
+        return float(self._totals.weight_max)
+
+    def metrics(self, *, weight_max: float | None = None) -> dict[str, Any]:
+        """Of the last `forward_backward`. weight_max: the largest weight on any rank, where that left it out."""
+        metrics = self._totals.metrics(weight_max=weight_max)
         if self.router_balance:
             units = metrics["sequences" if self._of_means else "trained_tokens"]
             per_layer = float(self._router_balance) / self.chunks[0].config.num_layers
@@ -208,6 +221,6 @@ class TrainStep:
         """Called by the schedule after the last backward pass; `model` may hold frozen models too, which have no gradients."""
         if self._own_time is not None:
             self._own_time.stop()
-        self._totals.finalize(self.chunks, **options)
+        self._totals.finalize(self.chunks, maximum=self._maximum, **options)
         if self.router_balance:
             dist.all_reduce(self._router_balance)  # every rank has some of the routers

@@ -281,7 +281,7 @@ class Trainer:
         self.watch.at(number, "forward and backward")
         self.step.origin = run.origin_at(metrics["epoch"])
         with phases.of("forward and backward"):
-            metrics |= self.step.forward_backward(batches, own_time)
+            metrics |= self.step.forward_backward(batches, own_time, maximum=False)
         if not metrics["trained_tokens"]:
             ids = on_first_rank(lambda: self._trajectory_ids(number))
             raise DataError(
@@ -295,7 +295,8 @@ class Trainer:
             metrics["grad_norm"] = float(norm)
         verdict = self.monitor.judge(metrics["loss"], metrics["grad_norm"], metrics["trained_tokens"])
         self.watch.at(number, "update")
-        of_ranks = run.platform.of_every_rank(self.stop.requested, verdict, own_time.seconds())
+        of_ranks = run.platform.of_every_rank(self.stop.requested, verdict, own_time.seconds(), self.step.weight_max)
+        metrics |= self.step.metrics(weight_max=float(of_ranks[:, 3].max()))
         asked_to_stop, worst = (int(column.max()) for column in (of_ranks[:, 0], of_ranks[:, 1]))
         if worst == Verdict.SPIKE and self._roll_back_after_spike(number, metrics):
             return None
@@ -315,7 +316,7 @@ class Trainer:
         if run.is_main:  # work over the whole global batch
             metrics |= self._throughput(number, metrics)
         if run.platform.world_size > 1:
-            metrics |= rank_times(of_ranks[:, 2])
+            metrics |= rank_times(of_ranks[:, 2], run.layout)
         return self._result(metrics, bool(asked_to_stop))
 
     def _result(self, metrics: dict[str, Any], stopping: bool) -> StepResult:

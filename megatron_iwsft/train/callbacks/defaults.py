@@ -72,7 +72,7 @@ def add_configured_callbacks(trainer: Trainer, writer: CheckpointWriter, at_exit
         if trainer.state.step == 0:
             warn_about_settings(run, events)
         trainer.add_callback(WeightWarnings(config.logging, events))
-        trainer.add_callback(SlowRanks(events, trainer.watch.describe))
+        trainer.add_callback(SlowRanks(events, trainer.watch.describe, run.layout))
         if config.logging.wandb.mode != "disabled":
             to_wandb = wandb_logger(config, events, at_exit)
             trainer.add_callback(guarded("wandb logger", to_wandb, events), at_start=True)
