@@ -6,6 +6,7 @@ from typing import (
     Annotated,
     Any,
     Literal,
+    NotRequired,
     Required,  # pydantic asks for this one before Python 3.12
 )
 
@@ -95,6 +96,9 @@ class _DataPosition(TypedDict):
     start: dict[Literal["step", "epoch", "pack"], Count]
     global_batch_size: Positive
     first_epochs: list[Annotated[int, Field(ge=0, lt=2**63)]]
+    packs: NotRequired[
+        dict[Annotated[str, Field(pattern=r"^\d{1,18}$")], Positive]
+    ]  # of epochs, in quality mode sample
 
 
 class _EarlyStop(TypedDict):

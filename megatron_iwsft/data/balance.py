@@ -19,10 +19,15 @@ def pack_sums(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
     return totals[ends] - totals[ends - counts]
 
 
-def pack_costs(lengths: np.ndarray, counts: np.ndarray, capacity: int, costs: SegmentCosts) -> np.ndarray:
-    """The cost of each pack, int64 [P], with filler up to `capacity` tokens. Segments of `lengths` are in packs of `counts` segments."""
-    filler = np.maximum(capacity - pack_sums(lengths, counts), 0)
-    return pack_sums(costs(lengths), counts) + costs(filler)
+def pack_costs(
+    lengths: np.ndarray, counts: np.ndarray, capacity: int, costs: SegmentCosts, *, piece: int
+) -> np.ndarray:
+    """The cost of each pack, int64 [P], with filler up to `capacity` tokens, in segments of `piece` tokens and what is left.
+
+    lengths int [·]: of the segments of all packs; counts int [P]: segments of each pack.
+    """
+    pieces, rest = np.divmod(np.maximum(capacity - pack_sums(lengths, counts), 0), piece)
+    return pack_sums(costs(lengths), counts) + pieces * costs(np.array([piece])) + costs(rest)
 
 
 def deal(costs: np.ndarray, *, ranks: int) -> np.ndarray:

@@ -19,7 +19,7 @@ class Batch:
     """One micro-batch: trajectories laid end to end in one packed row.
 
     T is the number of tokens on this rank (after context-parallel slicing), S the number of segments. A segment is one
-    trajectory, padded to the multiple that slicing needs; the last segment may be filler without trained tokens. H is the
+    trajectory, padded to the multiple that slicing needs; the last segments may be filler without trained tokens. H is the
     hidden size, V the padded vocabulary size, tp/pp/cp/dp the parallel sizes.
 
     tokens        int64   [1, T]

@@ -127,6 +127,8 @@ class BatchBuilder:
         self.data_rank, self.data_size = data_rank, data_size
         self.context_rank, self.context_size = context_rank, context_size
         self.costs, self.groups = costs, groups
+        # A segment of filler is no longer than a trajectory can be: attention, or a mask for it, costs the square.
+        self._longest = int(shape.padded(corpus.lengths.max(initial=1)))
 
     def at_step(self, step: int) -> list[Batch]:
         """This rank's micro-batches of global step `step`, all with the same row length unless rows are trimmed."""
@@ -161,7 +163,7 @@ class BatchBuilder:
         # All rows of a step have one length, but filler attends to itself. Of several packs in a row, which share filler, it is left out.
         shares_filler = self.micro_batch_size > 1 or self.shape.trimmed
         capacity = 0 if shares_filler else self.shape.fit(int(pack_sums(sizes, counts).max()))
-        return pack_costs(sizes, counts, capacity, costs)
+        return pack_costs(sizes, counts, capacity, costs, piece=self._longest)
 
     def _groups_of(self, ids: np.ndarray, pad: int) -> np.ndarray:
         assert self.groups is not None
@@ -170,8 +172,8 @@ class BatchBuilder:
     def _row(self, ids: np.ndarray, length: int) -> Batch:
         sizes = self.shape.padded(self.corpus.lengths[ids]).astype(np.int64)
         filler = length - int(sizes.sum())
-        if filler:
-            sizes = np.append(sizes, filler)
+        pad = -(-filler // self._longest)
+        sizes = np.concatenate([sizes, np.diff(np.append(np.arange(pad) * self._longest, filler))])
         boundaries = np.concatenate([[0], np.cumsum(sizes)])
         tokens = np.zeros(length, np.int64)
         labels = np.full(length, IGNORE, np.int64)
@@ -189,7 +191,6 @@ class BatchBuilder:
                 reference[start : start + n - 1] = self.reference(i)[1:]
             if weights is not None and (of_tokens := self.corpus.token_weights(i)) is not None:
                 weights[start : start + n - 1] = of_tokens[1:]
-        pad = 1 if filler else 0
         return Batch(
             tokens=torch.from_numpy(tokens)[None],
             labels=torch.from_numpy(labels)[None],

@@ -138,7 +138,7 @@ class Sampler:
         self._pass_sizes = [self._one_pass_size(number) for number in range(len(self.parts))]
         self.start = Position()
         self._plans = lru_cache(maxsize=2)(self._epoch)
-        self._one_at_a_time = threading.Lock()
+        self._one_at_a_time = threading.Lock()  # batches are built in a thread
         self._packs: dict[int, int] = {}
 
     def _check_scores(self, number: int) -> None:
@@ -169,7 +169,7 @@ class Sampler:
 
     def epoch(self, epoch: int) -> EpochPlan:
         """The plan of an epoch, counted from 0."""
-        with self._one_at_a_time:  # batches are built in a thread
+        with self._one_at_a_time:
             return self._plans(epoch)
 
     def _epoch(self, epoch: int) -> EpochPlan:
@@ -314,10 +314,13 @@ class Sampler:
         """Does not plan the epoch: best fit needs the same number of packs for the same lengths in any order."""
         era = self._eras(epoch + 1)[-1]
         counted = era if self._every_epoch_has_the_same(era) else epoch
-        if counted not in self._packs:
-            found = self._arrays(f"packs of epoch {counted}", lambda: {"count": np.array([self._count_packs(counted)])})
-            self._packs[counted] = int(found["count"][0])
-        return self._packs[counted]
+        with self._one_at_a_time:
+            if counted not in self._packs:
+                arrays = self._arrays(
+                    f"packs of epoch {counted}", lambda: {"count": np.array([self._count_packs(counted)])}
+                )
+                self._packs[counted] = int(arrays["count"][0])
+            return self._packs[counted]
 
     def _count_packs(self, epoch: int) -> int:
         ids = self._trajectories(epoch, self._rng(epoch))
@@ -363,6 +366,12 @@ class Sampler:
             "start": asdict(self.start),
             "global_batch_size": self.global_batch_size,
             "first_epochs": [part.first_epoch for part in self.parts],
+            # Without them, a run that continues would draw each earlier epoch again, to count its packs.
+            **(
+                {"packs": {str(epoch): n for epoch, n in self._packs.copy().items()}}
+                if self.quality.mode == "sample"
+                else {}
+            ),
         }
 
     def continue_with(self, state: dict[str, Any], step: int) -> Position:
@@ -373,6 +382,7 @@ class Sampler:
         own_size, earlier = self.global_batch_size, state["first_epochs"]
         never = [sys.maxsize] * (len(self.parts) - len(earlier))
         self._plan(Position(**state["start"]), state["global_batch_size"], [*earlier, *never])
+        self._packs = {int(epoch): count for epoch, count in state.get("packs", {}).items()}
         at = self.position_at(step)
         if own_size != state["global_batch_size"] or never:
             next_epoch = at.epoch + (at.pack > 0)

@@ -1,7 +1,8 @@
 """Large arrays that the processes of a job on one node have one copy of: one process computes them, the others map its files.
 
 No process group is involved, so this works before a job is joined, and in threads. The files are in the node's temporary directory,
-and are removed as soon as every process of the node has mapped them: the mappings remain, and a job that is killed leaves nothing.
+and are removed as soon as every process of the node has mapped them: the mappings remain. Files of a job that is killed before that
+are removed by the next one on the node.
 """
 
 from __future__ import annotations

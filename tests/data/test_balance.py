@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from megatron_iwsft.data.balance import deal, pack_costs
 from megatron_iwsft.data.batch import Batch
@@ -42,7 +44,30 @@ def test_equal_packs_are_dealt_in_order() -> None:
 
 def test_a_pack_costs_its_segments_and_its_filler() -> None:
     lengths, counts = np.array([3, 4, 10]), np.array([2, 0, 1, 0])
-    assert pack_costs(lengths, counts, 10, lambda n: n * n).tolist() == [9 + 16 + 9, 100, 100, 100]
+    assert pack_costs(lengths, counts, 10, lambda n: n * n, piece=10).tolist() == [9 + 16 + 9, 100, 100, 100]
+    assert pack_costs(lengths, counts, 10, lambda n: n * n, piece=4).tolist() == [
+        9 + 16 + 9,
+        16 + 16 + 4,
+        100,
+        16 + 16 + 4,
+    ]
+
+
+def test_no_segment_of_filler_is_longer_than_the_longest_trajectory(corpus: Corpus) -> None:
+    options: dict = dict(seq_length=128, packing="none", global_batch_size=8, quality=Quality(), seed=3)
+    builder = BatchBuilder(
+        corpus,
+        Sampler(corpus.lengths, corpus.scores, **options),
+        RowShape.of(tensor=1, context=4, row_length=1000),
+        micro_batch_size=1,
+    )
+    batches = [*builder.from_packs([np.array([0])]), *builder.from_packs([np.zeros(0, np.int64)])]
+    for batch in batches:
+        assert batch.tokens.numel() == 1000 and int(batch.cu_seqlens[-1]) == 1000
+        assert batch.max_seqlen == 120, "the longest trajectory has 119 tokens"
+        assert bool((batch.cu_seqlens.diff() % 8 == 0).all()), "context parallelism splits it"
+        assert batch.num_segments == len(batch.lengths) == len(batch.quality) == len(batch.trajectory)
+    assert [(batch.trajectory >= 0).sum() for batch in batches] == [1, 0]
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +78,19 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
 
 def work(row: np.ndarray) -> np.ndarray:
     return row * row
+
+
+def test_the_reference_is_computed_in_the_rows_of_training(corpus: Corpus) -> None:
+    """`iwsft reference` takes the packs of `covering`, training those of the first epoch: each rank has the same rows in both."""
+    options: dict[str, Any] = dict(seq_length=128, packing="best_fit", global_batch_size=4, seed=3)
+    sampler = Sampler(corpus.lengths, corpus.scores, quality=Quality(), **options)
+    covering, shape = sampler.covering(), RowShape.of(tensor=1, context=1, row_length=128)
+    for rank in range(2):
+        builder = BatchBuilder(corpus, sampler, shape, micro_batch_size=1, data_rank=rank, data_size=2, costs=work)
+        for step in range(sampler.steps_in(0)):
+            training, reference = builder.at_step(step), builder.from_packs(covering.step(step))
+            assert [row.trajectory.tolist() for row in training] == [row.trajectory.tolist() for row in reference]
+            assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(training, reference, strict=True))
 
 
 @pytest.mark.parametrize("packing", ["best_fit", "none"])

@@ -50,6 +50,20 @@ def packs_of(s: Sampler, epoch: int) -> list[np.ndarray]:
     return [packs[k] for k in range(len(packs))]
 
 
+def test_epochs_whose_packs_are_known_are_not_drawn_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"quality": Quality("sample"), "seed": 5}
+    one, again, without = (sampler(Part("a", 50), **options) for _ in range(3))
+    step = one.total_steps(3, None) + 1
+    at, state = one.position_at(step), stored(one)
+    assert at.epoch == 3 and set(state["packs"]) == {"0", "1", "2", "3"}
+    drawn: list[int] = []
+    counted = Sampler._count_packs
+    monkeypatch.setattr(Sampler, "_count_packs", lambda self, epoch: drawn.append(epoch) or counted(self, epoch))
+    assert again.continue_with(state, step) == at and drawn == []
+    del state["packs"]  # of a checkpoint that does not have them
+    assert without.continue_with(state, step) == at and drawn == [0, 1, 2, 3]
+
+
 def test_the_same_settings_change_nothing() -> None:
     one, again = sampler(Part("a", 50)), sampler(Part("a", 50))
     again.continue_with(stored(one), 7)

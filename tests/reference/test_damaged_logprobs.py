@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megatron_iwsft.data import checksums
 from megatron_iwsft.data.corpus import Corpus
 from megatron_iwsft.errors import DataError
 from megatron_iwsft.reference import sidecar as module
@@ -40,6 +41,30 @@ def write_sidecar(corpus: Corpus) -> Path:
         writer.open()
         writer.finish({})
     return writer.directory
+
+
+def test_ranks_share_the_check_of_a_sidecar(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With blocks of 64 bytes, as if it were large: each of two ranks reads half."""
+    monkeypatch.setattr(checksums, "BLOCK_BYTES", 64)
+    opened = Corpus.open(corpus)
+    directory = write_sidecar(opened)
+    read: list[int] = []
+    original = module.damaged_files
+
+    def counted(*args: Any, **options: Any) -> list[str]:
+        return original(*args, **options, look_at=lambda piece, start, data: read.append(len(data)))
+
+    monkeypatch.setattr(module, "damaged_files", counted)
+    sidecar, shares = Sidecar(opened, IDENTITY), []
+    for rank in (0, 1):
+        read.clear()
+        assert sidecar.damage(rank, 2) == []
+        shares.append(sum(read))
+    files = [path for path in directory.iterdir() if path.suffix in (".bin", ".idx")]
+    assert sum(shares) == sum(path.stat().st_size for path in files)
+    assert max(shares) - min(shares) <= 128
+    edit_array(directory / "shard-00000.bin", np.float32, lambda values: values.__setitem__(20, -1.0))
+    assert sorted(len(sidecar.damage(rank, 2)) for rank in (0, 1)) == [0, 1]
 
 
 SIDECAR_ATTACKS: dict[str, tuple[Callable[[Path], Any], str]] = {

@@ -115,7 +115,9 @@ def losses(steps: list[list[np.ndarray]], seq_length: int, arch, ranks: int) -> 
     from megatron_iwsft.model.flops import multiply_adds
 
     def costs_of(packs: list[np.ndarray], capacity: int, costs: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-        return pack_costs(np.concatenate(packs), np.array([len(pack) for pack in packs]), capacity, costs)
+        return pack_costs(
+            np.concatenate(packs), np.array([len(pack) for pack in packs]), capacity, costs, piece=seq_length
+        )
 
     rules: list[Callable[[list[np.ndarray], np.ndarray], np.ndarray]] = [
         lambda packs, costs: np.arange(len(packs)).reshape(-1, ranks).T,
