@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from megatron_iwsft.data.conversation import Conversation
@@ -23,10 +23,12 @@ _ROLES = {
     **dict.fromkeys(("function_call", "tool_call"), "call"),  # an assistant's turn whose text is a tool call as JSON
 }
 # Names of an assistant's reasoning in public corpora.
-_REASONING = ("reasoning_content", "reasoning", "thinking")
+REASONING = ("reasoning_content", "reasoning", "thinking")
 # Keys that templates render beside the text.
 _RENDERED = ("tool_calls", "tool_call_id", "name")
-_TEXT = ("role", "from", "content", "value", *_REASONING, *_RENDERED, "function_call")
+_TEXT = ("role", "from", "content", "value", *REASONING, *_RENDERED, "function_call")
+# Keys under which some corpora and APIs hold text that no template is given.
+_UNREAD = ("functions", "tools", "reasoning_details", "thinking_blocks", "tool_plan", "thought", "thoughts")
 # Content that is not text.
 _MEDIA = ("images", "image", "audio", "audios", "videos", "video", "files", "documents", "refusal")
 _FLAGS = ("loss", "loss_mask", "trainable", "train")
@@ -87,25 +89,27 @@ class MessageReader:
 
         `content` is None only where the record has none and there are tool calls.
         """
-        given = message.get("role", message.get("from")) if isinstance(message, Mapping) else type(message).__name__
-        role = _ROLES.get(given) if type(given) is str else None
+        role = role_of(message)
         if role is None:
+            given = message.get("role", message.get("from")) if isinstance(message, Mapping) else type(message).__name__
             raise Dropped("message without a known role", f"message {i}: {given!r:.60}")
         if len(message) > 2:
             self._check_keys(i, message)
-        content = message["content"] if "content" in message else message.get("value")
+        content = _only(i, message, ("content", "value"))
         if isinstance(content, list):
             content = _joined_parts(i, content)
-        calls = message.get("tool_calls") or _old_call(message.get("function_call"))
-        if calls and not (isinstance(calls, list) and all(isinstance(call, Mapping) for call in calls)):
-            raise Dropped("tool_calls is not a list of objects", f"message {i}: it is {calls!r:.60}")
+        given_calls = _only(i, message, ("tool_calls", "function_call"))
         if role == "call":
-            role, content, calls = "assistant", None, _call_from_text(i, content)
+            _only(i, {"the text": content, "tool_calls": given_calls}, ("the text", "tool_calls"))
+            role, content, given_calls = "assistant", None, content or "null"
+        calls = _calls(i, given_calls)
         if type(content) is not str and not (content is None and calls):
             raise Dropped("message without text", f"message {i}: content is {type(content).__name__}")
         out: dict[str, Any] = {"role": role, "content": content}
+        reasoning = _only(i, message, REASONING) or None
+        if reasoning is not None and role != "assistant":
+            raise Dropped("reasoning of another role", f"message {i} of the role {role} has reasoning")
         if role == "assistant":
-            reasoning = next((message[name] for name in _REASONING if message.get(name)), None)
             if reasoning is not None and type(reasoning) is not str:
                 raise Dropped("reasoning is not text", f"message {i}: it is {type(reasoning).__name__}")
             if not (reasoning or (content and not content.isspace()) or calls):
@@ -121,6 +125,13 @@ class MessageReader:
             if key in _MEDIA:
                 if value:
                     raise Dropped("content is not text", f"message {i} has {key}")
+            elif key in _UNREAD:
+                if value:
+                    raise Dropped(
+                        "text under a key that is not read",
+                        f"message {i} has {key}: tool definitions belong under the record's tools, reasoning under "
+                        f"reasoning_content; --ignore-key {key} reads over it",
+                    )
             elif _CHANGES_TRAINING.search(key):
                 raise DataError(
                     f"message {i} of a record has the key {key!r}, which may change what is trained on and is not understood. "
@@ -157,24 +168,45 @@ def _tools(tools: Any) -> Any:
             tools = json.loads(tools)
         except (ValueError, RecursionError):
             raise Dropped("tools is not a list", f"it is the text {tools!r:.60}") from None
-    if tools and not isinstance(tools, list):
-        raise Dropped("tools is not a list", f"it is {type(tools).__name__}")
+    if tools and not (isinstance(tools, list) and all(isinstance(tool, Mapping) for tool in tools)):
+        raise Dropped("tools is not a list", f"expected a list of objects, found {tools!r:.60}")
     return tools or None
 
 
-def _old_call(function_call: Any) -> list[dict[str, Any]] | None:
-    return [{"type": "function", "function": function_call}] if isinstance(function_call, Mapping) else None
+def role_of(message: Any) -> str | None:
+    """The role of a message by our name, "call" for an assistant's turn whose text is a tool call; None if it is unknown."""
+    given = message.get("role", message.get("from")) if isinstance(message, Mapping) else None
+    return _ROLES.get(given) if type(given) is str else None
 
 
-def _call_from_text(i: int, text: Any) -> list[dict[str, Any]]:
-    try:
-        found = json.loads(text)
-    except (TypeError, ValueError, RecursionError):
-        found = None
-    calls = found if isinstance(found, list) else [found]
-    if not calls or not all(isinstance(call, dict) and "name" in call for call in calls):
-        raise Dropped("tool call is not JSON", f"message {i}: {text!r:.60}")
-    return [{"type": "function", "function": call} for call in calls]
+def _only(i: int, message: Mapping[str, Any], keys: Sequence[str]) -> Any:
+    """The value under one of `keys`, of which several may not hold different ones; the first that is not None if all are empty."""
+    given = [value for key in keys if (value := message.get(key)) is not None]
+    filled = [value for value in given if value]
+    if len(filled) > 1 and any(value != filled[0] for value in filled):
+        names = " and ".join(key for key in keys if message.get(key))
+        raise Dropped("different values under keys that mean the same", f"message {i} has {names}")
+    return (filled or given or [None])[0]
+
+
+def _calls(i: int, given: Any) -> list[Mapping[str, Any]] | None:
+    """Tool calls as a list: from such a list, or from a call, or several, as `function_call` or a JSON text holds them."""
+    if not given:
+        return None
+    calls = given
+    if isinstance(given, str):
+        try:
+            calls = json.loads(given)
+        except (ValueError, RecursionError):
+            raise Dropped("tool call is not JSON", f"message {i}: {given!r:.60}") from None
+    calls = calls if isinstance(calls, list) else [calls]
+    if not all(isinstance(call, Mapping) for call in calls):
+        raise Dropped("tool_calls is not a list of objects", f"message {i}: it is {given!r:.60}")
+    if isinstance(given, list):
+        return calls
+    if not calls or not all("name" in call or "function" in call for call in calls):
+        raise Dropped("tool call is not JSON", f"message {i}: {given!r:.60} has no name")
+    return [call if "function" in call else {"type": "function", "function": call} for call in calls]
 
 
 def _joined_parts(i: int, parts: list[Any]) -> str:

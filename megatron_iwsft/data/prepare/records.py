@@ -15,10 +15,12 @@ import orjson
 from megatron_iwsft.data.chat_template import Rendering
 from megatron_iwsft.data.conversation import Conversation
 from megatron_iwsft.data.prepare.expressions import Evaluate, MissingField, compile_expression, lookup
-from megatron_iwsft.data.prepare.messages import Dropped, MessageReader
+from megatron_iwsft.data.prepare.messages import REASONING, Dropped, MessageReader, role_of
 from megatron_iwsft.errors import DataError
 
 _EVALUATION_ERRORS = (TypeError, ValueError, ZeroDivisionError, OverflowError, AttributeError, MemoryError)
+# What a record may say beside its texts or messages, apart from `system_field`.
+_BESIDE = ("system", "tools", "functions", "chat_template_kwargs")
 _BOM = b"\xef\xbb\xbf"
 
 NESTED = "nested too deeply", "more levels than Python's recursion limit"
@@ -276,49 +278,97 @@ class RecordReader:
         return score
 
     def _chat(self, record: Mapping[str, Any]) -> Conversation:
-        turns = record["messages"] if "messages" in record else record["conversations"]
-        system = record.get("system") if "messages" not in record else None  # a field beside ShareGPT's conversations
-        if system and isinstance(turns, list):
-            turns = [{"role": "system", "content": system}, *turns]
-        return self.messages.read(turns, tools=record.get("tools"), options=record.get("chat_template_kwargs"))
+        return self._conversation(record, record["messages"] if "messages" in record else record["conversations"])
 
     def _pair(self, record: Mapping[str, Any], response: _Response) -> Conversation:
+        """Prompt and response as a conversation. A response that begins with another role than the assistant is all of it."""
         answer = response.of(_value(record, response.field))
-        if not isinstance(answer, str):
-            return self._conversation_of_parts(record, response, answer)
+        if isinstance(answer, str):
+            prompt = _value(record, self.format.prompt_field)
+            if isinstance(prompt, str) and not self.format.system_field and not any(map(record.get, _BESIDE)):
+                return self._texts(prompt, answer, self._reasoning(record, response))  # most records of most corpora
+            answer = [{"role": "assistant", "content": answer}]
+        elif isinstance(answer, Mapping):
+            answer = [answer]
+        if not isinstance(answer, list) or not answer or not isinstance(answer[0], Mapping):
+            raise Dropped("field is not text", f"{response.field} is {type(answer).__name__}")
+        answer = [*answer[:-1], self._answer(answer[-1], self._reasoning(record, response))]
+        if role_of(answer[0]) in ("assistant", "call"):
+            answer = [*self._prompt(record), *answer]
+        else:
+            self._check_prompt(record, answer)
+        return self._conversation(record, answer)
+
+    def _texts(self, prompt: str, answer: str, reasoning: str | None) -> Conversation:
+        self._check_filled(prompt)
+        answer = self._prefixed(answer)
+        if reasoning is None:
+            return Conversation(("user", "assistant"), [prompt, answer])
+        return Conversation(("user", "assistant", "content"), [prompt, reasoning, answer])
+
+    def _prompt(self, record: Mapping[str, Any]) -> list[Any]:
         prompt = _value(record, self.format.prompt_field)
         if isinstance(prompt, list):
-            return self._conversation_of_parts(record, response, [{"role": "assistant", "content": answer}])
+            return prompt
+        self._check_filled(prompt)
+        return [{"role": "user", "content": prompt}]
+
+    def _check_filled(self, prompt: Any) -> None:
         if not isinstance(prompt, str):
             raise Dropped("field is not text", f"{self.format.prompt_field} is {type(prompt).__name__}")
         if not prompt or prompt.isspace():
             raise Dropped("empty prompt", f"field {self.format.prompt_field}")
+
+    def _check_prompt(self, record: Mapping[str, Any], conversation: list[Any]) -> None:
+        """Raise Dropped if the record has a prompt that is not in the conversation which its response is."""
+        prompt = record.get(self.format.prompt_field)
+        wanted = prompt if isinstance(prompt, list) else [{"content": prompt}]
+        found = _contents(conversation)
+        if not all(text in found for text in _contents(wanted) if text):
+            raise Dropped("prompt is not in the conversation", f"field {self.format.prompt_field}")
+
+    def _answer(self, message: Any, reasoning: str | None) -> Any:
+        """The last message of a response, with `reasoning` and what the format says of prefix and whitespace."""
+        if not isinstance(message, Mapping) or role_of(message) != "assistant":
+            return message
+        given = {name: text for name in REASONING if (text := message.get(name))}
+        if reasoning is not None and any(text != reasoning for text in given.values()):
+            raise Dropped("different values under keys that mean the same", "reasoning in the response and beside it")
+        key = "content" if "content" in message else "value"
+        content = message.get(key)
+        if isinstance(content, str) and content and not content.isspace():
+            message = {**message, key: self._prefixed(content)}
+        if reasoning is not None:
+            return {**message, "reasoning_content": reasoning}
+        return {**message, **{k: self._stripped(text) for k, text in given.items() if isinstance(text, str)}}
+
+    def _prefixed(self, answer: str) -> str:
         if not answer or answer.isspace():
             raise Dropped("empty response")
         prefix = self.format.answer_prefix
-        if prefix is not None and prefix.strip() not in answer:
-            answer = prefix + answer
-        shape: tuple[str, ...] = ("user", "assistant")
-        texts = [prompt, self._stripped(answer)]
-        if response.reasoning is not None:
-            reasoning = _text(response.of(_value(record, response.reasoning)), response.reasoning)
-            shape, texts = (*shape, "content"), [prompt, self._stripped(reasoning), texts[1]]
-        if self.format.system_field is not None:
-            system = _text(_value(record, self.format.system_field), self.format.system_field)
-            shape, texts = ("system", *shape), [system, *texts]
-        return Conversation(shape, texts)
+        return self._stripped(prefix + answer if prefix is not None and prefix.strip() not in answer else answer)
 
-    def _conversation_of_parts(self, record: Mapping[str, Any], response: _Response, answer: Any) -> Conversation:
-        """Prompt and response as messages; a response that begins with another role than the assistant is the conversation."""
-        answer = [answer] if isinstance(answer, Mapping) else answer
-        if not isinstance(answer, list) or not answer or not isinstance(answer[0], Mapping):
-            raise Dropped("field is not text", f"{response.field} is {type(answer).__name__}")
-        if answer[0].get("role", answer[0].get("from")) in ("assistant", "gpt"):
-            prompt = _value(record, self.format.prompt_field)
-            answer = [*(prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]), *answer]
-        if self.format.system_field is not None:
-            answer = [{"role": "system", "content": _value(record, self.format.system_field)}, *answer]
-        return self.messages.read(answer, tools=record.get("tools"), options=record.get("chat_template_kwargs"))
+    def _reasoning(self, record: Mapping[str, Any], response: _Response) -> str | None:
+        if response.reasoning is None:
+            return None
+        return self._stripped(_text(response.of(_value(record, response.reasoning)), response.reasoning))
+
+    def _conversation(self, record: Mapping[str, Any], turns: Any) -> Conversation:
+        """The turns with the record's system prompt, tools and template variables."""
+        system = self._system(record)
+        if system and isinstance(turns, list):
+            first = turns[0] if turns and role_of(turns[0]) == "system" else None
+            if first is None:
+                turns = [{"role": "system", "content": system}, *turns]
+            elif _content(first) != _content({"content": system}):
+                raise Dropped("two system prompts", "one in the messages and a different one beside them")
+        if _is_definitions(record.get("functions")):
+            raise Dropped("tool definitions under functions", "put them under tools, as {type: function, function: …}")
+        return self.messages.read(turns, tools=record.get("tools"), options=record.get("chat_template_kwargs"))
+
+    def _system(self, record: Mapping[str, Any]) -> Any:
+        name = self.format.system_field
+        return record.get("system") if name is None else _text(_value(record, name), name)
 
     def _stripped(self, text: str) -> str:
         return text.strip() if self.format.strip else text
@@ -343,6 +393,19 @@ class RecordReader:
 
 def _thought_pattern(tags: tuple[str, str, str, str] | None) -> re.Pattern[str] | None:
     return None if tags is None else re.compile(r"{}(.*?){}\s*{}(.*?){}".format(*map(re.escape, tags)), re.DOTALL)
+
+
+def _contents(messages: list[Any]) -> list[Any]:
+    return [_content(message) for message in messages if isinstance(message, Mapping)]
+
+
+def _content(message: Mapping[str, Any]) -> Any:
+    content = message.get("content", message.get("value"))
+    return content.strip() if isinstance(content, str) else content
+
+
+def _is_definitions(value: Any) -> bool:
+    return isinstance(value, list) and any(isinstance(entry, Mapping) and "name" in entry for entry in value)
 
 
 def _value(record: Mapping[str, Any], path: str) -> Any:

@@ -69,6 +69,63 @@ def test_preference_data_gives_the_chosen_answers(record: dict) -> None:
     assert texts(record, PRESETS["preference"]) == [(("user", "assistant"), ["p", "c"])]
 
 
+USER, CHOSEN = {"role": "user", "content": "p"}, {"role": "assistant", "content": "c"}
+WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {}}}
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {}}}
+DIFFERENT = "different values under keys that mean the same"
+WITH_SYSTEM = ["system", "s", "user", "p", "assistant", "c"]
+THOUGHTS = RecordFormat(reasoning_fields=("thought",), answer_prefix="Answer: ", strip=True)
+
+
+@pytest.mark.parametrize(
+    ("record", "record_format", "expected"),
+    [
+        ({"system": "s", "messages": [USER, CHOSEN]}, AUTO, WITH_SYSTEM),
+        ({"system": "s", "prompt": "p", "response": "c"}, AUTO, WITH_SYSTEM),
+        ({"system": "s", "messages": [{"role": "system", "content": "s"}, USER, CHOSEN]}, AUTO, WITH_SYSTEM),
+        ({"system": "s", "prompt": "p", "chosen": [CHOSEN]}, PRESETS["preference"], WITH_SYSTEM),
+        ({"prompt": "p", "chosen": [{"role": "model", "content": "c"}]}, PRESETS["preference"], ["user", "p", "assistant", "c"]),
+        ({"prompt": [USER], "response": "c ", "thought": " t "}, THOUGHTS, ["user", "p", "assistant", "t", "content", "Answer: c"]),
+        ({"prompt": "p", "response": [{**CHOSEN, "reasoning": " t "}], "thought": "t"}, THOUGHTS, DIFFERENT),
+        ({"prompt": "p", "chosen": [{"role": "user", "content": "q"}, CHOSEN]}, PRESETS["preference"], "prompt is not in the conversation"),
+        ({"prompt": "p", "response": "c", "tools": ["weather"]}, AUTO, "tools is not a list"),
+        ({"prompt": "p", "response": "c", "functions": [{"name": "weather"}]}, AUTO, "tool definitions under functions"),
+        ({"system": "s", "messages": [{"role": "system", "content": "x"}, USER, CHOSEN]}, AUTO, "two system prompts"),
+        ({"messages": [USER, {**CHOSEN, "reasoning": "a", "thinking": "b"}]}, AUTO, DIFFERENT),
+        ({"messages": [USER, {**CHOSEN, "value": "d"}]}, AUTO, DIFFERENT),
+        ({"messages": [USER, {**CHOSEN, "function_call": "look"}]}, AUTO, "tool call is not JSON"),
+        ({"messages": [{**USER, "reasoning_content": "r"}, CHOSEN]}, AUTO, "reasoning of another role"),
+        *(
+            ({"messages": [USER, {**CHOSEN, key: ["x"]}]}, AUTO, "text under a key that is not read")
+            for key in ("functions", "reasoning_details", "tool_plan", "thought")
+        ),
+    ],
+)  # fmt: skip
+def test_what_a_record_says_is_read_or_the_record_is_dropped(
+    record: dict, record_format: RecordFormat, expected: list[str] | str
+) -> None:
+    (sample,) = read(record, record_format)
+    if isinstance(expected, str):
+        assert isinstance(sample, Dropped) and sample.reason == expected
+    else:
+        pairs = zip(sample.conversation.shape, sample.conversation.texts, strict=True)
+        assert [part for pair in pairs for part in pair] == expected
+
+
+@pytest.mark.parametrize("prompt", ["p", [USER]])
+def test_tools_and_template_variables_are_read_beside_a_prompt_too(prompt: object) -> None:
+    more = {"tools": [WEATHER], "chat_template_kwargs": {"thinking": False}}
+    (sample,) = read({"prompt": prompt, "response": "c", **more})
+    assert (sample.conversation.tools, sample.conversation.options) == tuple(more.values())
+    assert list(sample.conversation.messages) == [USER, CHOSEN]
+
+
+def test_a_function_call_as_json_text_is_a_tool_call() -> None:
+    text = '{"name": "weather", "arguments": {}}'
+    (sample,) = read({"messages": [USER, {**CHOSEN, "function_call": text}]})
+    assert sample.conversation.messages[1] == {**CHOSEN, "tool_calls": [CALL]}
+
+
 def test_openthoughts_answers_are_taken_apart_at_their_tags() -> None:
     answer = "<|begin_of_thought|>\n\nhm\n\n<|end_of_thought|>\n\n<|begin_of_solution|>\n\n42\n\n<|end_of_solution|>"
     record = {"system": "s", "conversations": [{"from": "user", "value": "q"}, {"from": "assistant", "value": answer}]}
