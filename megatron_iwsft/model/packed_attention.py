@@ -61,7 +61,7 @@ class PackedAttention(torch.nn.Module):
             boundaries = packed_seq_params.boundaries
             key, value = _GatherSegments.apply(torch.stack([key, value]), boundaries, self.cp_group)
             out = _attend_chunks(query, key, value, boundaries, self.cp_group, self.scale, self.window)
-        elif self.variable_length and _fits_at_once(query):
+        elif self.variable_length and query.is_cuda and fits_at_once(query.dtype, query.shape[-1]):
             out = _attend_at_once(query, key, value, packed_seq_params, self.scale, self.window)
         else:
             out = _attend(query, key, value, packed_seq_params.boundaries, self.scale, self.window)
@@ -72,10 +72,9 @@ class PackedAttention(torch.nn.Module):
         return {}
 
 
-def _fits_at_once(query: Tensor) -> bool:
-    """Whether FlashAttention accepts the inputs without padding."""
-    size = query.shape[-1]
-    return query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and size % 8 == 0 and size <= 256
+def fits_at_once(dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether FlashAttention accepts such queries without padding."""
+    return dtype in (torch.bfloat16, torch.float16) and head_dim % 8 == 0 and head_dim <= 256
 
 
 def _attend_at_once(

@@ -29,6 +29,7 @@ from megatron_iwsft.model.adapters import add_adapters
 from megatron_iwsft.model.flops import multiply_adds
 from megatron_iwsft.model.gpt import ModelSettings, PolicyModel, build_model
 from megatron_iwsft.model.memory import local_mask_bytes
+from megatron_iwsft.model.packed_attention import fits_at_once
 from megatron_iwsft.model.parameters import load_adapters
 from megatron_iwsft.objectives.breakdown import Breakdown
 from megatron_iwsft.reference.sidecar import ReferenceIdentity
@@ -176,9 +177,8 @@ def start(checked: CheckedRun) -> StartedRun:
         config.run.device, timeout_s=2 * config.run.hang_timeout_s, bind_device=config.run.bind_device
     )
     check_settings(config.megatron.given())
-    needs_no_masks = checked.layout.context == 1 and platform.is_cuda and variable_length_attention()[0]
-    if not platform.has_transformer_engine and not needs_no_masks:
-        _refuse_dense_masks(checked)
+    if not platform.has_transformer_engine or precision.fp8_emulation:
+        _refuse_dense_masks(checked, variable_length=platform.is_cuda and variable_length_attention()[0])
     parallel = platform.parallel(checked.layout, seed=config.run.seed)
     for corpus in checked.corpora:
         _check_contents(corpus, config, platform)
@@ -186,12 +186,15 @@ def start(checked: CheckedRun) -> StartedRun:
     return StartedRun(**known, platform=platform, parallel=parallel)
 
 
-def _refuse_dense_masks(checked: CheckedRun) -> None:
-    """Raise ConfigError if the local backend's attention masks would be too large."""
+def _refuse_dense_masks(checked: CheckedRun, *, variable_length: bool) -> None:
+    """Raise ConfigError if the local backend's attention masks would be too large. variable_length: torch has attention without masks."""
     multiple = 2 * checked.layout.context
     corpus = max(checked.corpora, key=lambda corpus: int(corpus.lengths.max(initial=0)))
     longest = -(-int(corpus.lengths.max(initial=0)) // multiple) * multiple
     for weights in (checked.policy, checked.reference):
+        at_once = variable_length and checked.layout.context == 1
+        if at_once and fits_at_once(checked.dtype, weights.architecture.head_dim):
+            continue
         size = local_mask_bytes(weights.architecture, checked.layout, longest)
         if size >= LARGEST_LOCAL_MASK:
             raise ConfigError(

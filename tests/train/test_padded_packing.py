@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from megatron_iwsft.data.batch_builder import BatchBuilder, RowShape
 from megatron_iwsft.data.corpus import Corpus
 from megatron_iwsft.data.mixture import Mixture
 from megatron_iwsft.errors import ConfigError
+from megatron_iwsft.testing import run_distributed
 from megatron_iwsft.train import setup
 from megatron_iwsft.train.check import check
 from megatron_iwsft.train.continuation import check_same_run
@@ -88,10 +91,42 @@ def test_a_run_is_not_continued_with_other_packs(corpus: Corpus) -> None:
 
 def test_masks_that_are_too_large_are_refused(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
     checked = check(config(corpus), world_size=8)
-    setup._refuse_dense_masks(checked)
+    setup._refuse_dense_masks(checked, variable_length=False)
     monkeypatch.setattr(setup, "LARGEST_LOCAL_MASK", 56 * 7)
     with pytest.raises(ConfigError, match=r"a trajectory of 56 tokens.*Install Transformer Engine"):
-        setup._refuse_dense_masks(checked)
+        setup._refuse_dense_masks(checked, variable_length=False)
+
+
+def started(platform: Any, settings: Config, largest_mask: int) -> str:
+    """What `start` raises with another limit on masks."""
+    setup.LARGEST_LOCAL_MASK = largest_mask
+    try:
+        setup.start(check(settings, world_size=platform.world_size))
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parallel
+def test_a_job_with_masks_that_are_too_large_does_not_start(corpus: Corpus) -> None:
+    model = tiny.model_config("mistral", sliding_window=8)
+    windows = config(corpus, "parallel.context=1", f"model.config={json.dumps(model)}")
+    (refused,) = run_distributed(started, 1, windows, 56 * 56)
+    assert "has a trajectory of 56 tokens, for which attention without Transformer Engine would need a mask" in refused
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "refused"), [("bf16", 16, False), ("bf16", 20, True), ("fp32", 16, True)]
+)
+def test_attention_without_masks_is_for_some_dtypes_and_head_sizes(
+    dtype: str, head_dim: int, refused: bool, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny.model_config("mistral", sliding_window=8, head_dim=head_dim)
+    overrides = ("parallel.context=1", f"model.config={json.dumps(model)}", f"precision.dtype={dtype}")
+    checked = check(config(corpus, *overrides), world_size=1)
+    monkeypatch.setattr(setup, "LARGEST_LOCAL_MASK", 1)
+    with pytest.raises(ConfigError, match="a mask of") if refused else nullcontext():
+        setup._refuse_dense_masks(checked, variable_length=True)
 
 
 def test_trimmed_rows_end_with_their_last_trajectory(corpus: Corpus) -> None:
