@@ -282,9 +282,8 @@ def _attention_scale(keys: Keys, family: Family, head_dim: int) -> float:
 
 def _activation(keys: Keys, family: Family) -> Activation:
     value = keys.get(family.activation_key)
-    value = "silu" if value == "swish" else value  # two names of one function
-    keys.refuse(value not in ("silu", "gelu_pytorch_tanh"), f"{family.activation_key} {value!r:.80}")
-    return value
+    keys.refuse(value not in ("silu", "swish", "gelu_pytorch_tanh"), f"{family.activation_key} {value!r:.80}")
+    return "gelu_pytorch_tanh" if value == "gelu_pytorch_tanh" else "silu"  # which swish is, too
 
 
 def _layers_with_rope(keys: Keys, family: Family, layers: int) -> tuple[bool, ...]:
