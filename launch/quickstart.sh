@@ -14,17 +14,12 @@ if [ $# -eq 0 ]; then
   out=${IWSFT_QUICKSTART:-runs/quickstart}
   task=doubling held_out=400 practice=3400 new_tokens=8 at_once=256 question="What is 2 × 17384?"
   tuning=(optimizer.lr=5e-4)
-  why="The base model doubles numbers and forgets to carry two times out of three. The filter keeps every right answer and half of the wrong \
-ones. SFT imitates what was kept, mistakes included. iw-SFT weighs each answer by how much likelier the model has come to find it than the \
-base model did: right answers, which the filter kept more often, gain probability, so they gain weight, so they gain more."
 else
   out=${IWSFT_QUICKSTART:-runs/quickstart-real}
   task=sums held_out=100 practice=400 new_tokens=64 at_once=20 question="Mia has 37 marbles and finds 48 more. How many has she now?"
   tuning=(optimizer.lr=2e-5 checkpoint.every=20)
-  why="The filter keeps every right answer of the base model and half of its wrong ones. SFT imitates what was kept, mistakes included. iw-SFT \
-weighs each answer by how much likelier the model has come to find it than the base model did."
   fold -s -w 100 <<<"SmolLM2-135M-Instruct is 100 MB to download, and 0.5 GB in float32. On two idle cores, which train it at some 100 \
-to 200 tokens/s, the six steps take about an hour. Every step is kept: stop with Ctrl-C, and run the same command to continue."
+to 200 tokens/s, the six stages take about an hour. Finished stages are kept: stop with Ctrl-C, and run the same command to continue."
 fi
 tuning+=(data.corpus="$out/curated" data.global_batch_size=2 data.epochs=1 data.drawn_from=reference_filtered model.config=null logging.every=20)
 iw_sft=(objective.name=iw_sft objective.level=trajectory 'objective.clip=[0.0, 16.0]' objective.normalize=sequence_weights)
@@ -74,12 +69,12 @@ exported "$out/sft" || on_two_processes train --config configs/quickstart.yaml "
 exported "$out/iw-sft" || on_two_processes train --config configs/quickstart.yaml "${tuning[@]}" run.name=iw-sft run.dir="$out/iw-sft" "${iw_sft[@]}"
 
 step "6/6  Held-out problems" "All three models answer the held-out problems, one sampled answer each."
-evaluate --model "$base" "$out/sft" "$out/iw-sft" --benchmark "$out/held-out.jsonl" --output "$out/evaluation" >"$out/evaluation.log"
+# The first model is the one with which the others are compared.
+evaluate --model "$out/sft" "$base" "$out/iw-sft" --benchmark "$out/held-out.jsonl" --output "$out/evaluation" >"$out/evaluation.log"
 iwsft report "$out/sft" "$out/iw-sft" --output "$out/report.html" --trajectories 300 >"$out/report.log"
 
 step "Result" "Right answers to $held_out held-out problems, with 95 % intervals:"
 "$python" launch/quickstart_result.py "$out/evaluation/held-out/summary.json"
-fold -s -w 100 <<<"$why"
 printf '\nAsk the iw-SFT model:\n'
 iwsft generate --model "$(compgen -G "$out/iw-sft/hf/step-*" | tail -n 1)" --max-new-tokens $new_tokens "$question"
 printf '\nReport: file://%s/report.html\nStart over: rm -r %s\n' "$(cd "$out" && pwd)" "$out"

@@ -16,6 +16,7 @@ import numpy as np
 from megatron_iwsft.data.corpus import Corpus
 from megatron_iwsft.errors import DataError
 from megatron_iwsft.report.run_record import RunRecord
+from megatron_iwsft.utils.progress import progress
 
 _LONGEST = 4096  # tokens that are scored
 _SHOWN = 400  # tokens that are shown
@@ -85,7 +86,7 @@ def extreme_trajectories(run: RunRecord, count: int, *, shown: int = 4) -> Extre
     scored: list[tuple[float, int, np.ndarray]] = []
     chosen = np.unique(np.linspace(0, len(corpus) - 1, min(count, len(corpus))).astype(int)).tolist()
     with torch.inference_mode():
-        for i in chosen:
+        for i in progress(chosen, f"weights in {run.name}", unit="trajectories"):
             ids = corpus.tokens(i)[:_LONGEST]
             trained = corpus.mask(i)[: len(ids)] == 1
             if not trained[1:].any():

@@ -11,8 +11,6 @@ import pytest
 
 from tests.support import ROOT, command_environment
 
-pytestmark = [pytest.mark.slow, pytest.mark.parallel, pytest.mark.command]
-
 
 def quickstart(output: Path) -> str:
     done = subprocess.run(
@@ -26,11 +24,41 @@ def quickstart(output: Path) -> str:
     return done.stdout
 
 
+@pytest.mark.parametrize(
+    ("difference", "p_value", "said"),
+    [
+        (0.5, 1e-30, "iw-SFT answers more problems right than SFT: +50.0 points [+45.0, +55.0], p < 1e-12"),
+        (-0.5, 1e-4, "iw-SFT answers fewer problems right than SFT: -50.0 points [-55.0, -45.0], p = 0.0001"),
+        (0.02, 0.4, "iw-SFT and SFT cannot be told apart here: +2.0 points [-3.0, +7.0], p = 0.4"),
+    ],
+)
+def test_the_sentence_follows_what_was_measured(difference: float, p_value: float, said: str, tmp_path: Path) -> None:
+    def model(mean: float) -> dict:
+        return {"pass@1": {"mean": mean, "low": mean, "high": mean}}
+
+    interval = {"difference": difference, "low": difference - 0.05, "high": difference + 0.05, "p_value": p_value}
+    summary = {
+        "models": {"a": model(0.5), "b": model(0.1), "c": model(0.5 + difference)},
+        "comparisons": [{"from": "a", "to": "b"} | interval, {"from": "a", "to": "c"} | interval],
+    }
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    command = [sys.executable, "launch/quickstart_result.py", tmp_path / "summary.json"]
+    printed = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=True).stdout
+    table, sentence = printed.split("\n\n")
+    assert [line.split("  ")[1] for line in table.splitlines()] == ["base model", "SFT", "iw-SFT"]
+    assert " ".join(sentence.split()).startswith(said)
+    assert ("weighs each answer" in sentence) == ("more problems" in said)
+
+
+@pytest.mark.slow
+@pytest.mark.parallel
+@pytest.mark.command
 def test_it_shows_what_weights_do(tmp_path: Path) -> None:
     output = tmp_path / "quick start"
     said = quickstart(output)
     summary = json.loads((output / "evaluation" / "held-out" / "summary.json").read_text())
-    base, sft, iw_sft = (model["pass@1"]["mean"] for model in summary["models"].values())
+    sft, base, iw_sft = (model["pass@1"]["mean"] for model in summary["models"].values())
+    assert "more problems right than SFT" in said
     assert base < 0.45 and iw_sft >= sft + 0.3
     table = said[said.index("Result") :]
     assert f"{100 * iw_sft:.1f} %" in table and "What is 2 × 17384?" in table and "report.html" in table

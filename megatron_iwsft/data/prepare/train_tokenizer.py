@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -30,7 +31,7 @@ def train_tokenizer(inputs: Sequence[Path], output: Path, *, fields: Sequence[st
         vocab_size=vocab_size,
         special_tokens=[END_OF_TEXT, "<|im_start|>", END_OF_TURN],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+        show_progress=sys.stderr.isatty(),
     )
     texts = _texts(inputs, fields)
     first = next(texts, None)
