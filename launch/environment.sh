@@ -1,6 +1,7 @@
 # Sourced by launch/quickstart.sh, launch/local.sh, tests/run.sh and .ci/lint: find or create a Python environment.
 #
 #   make_environment [EXTRAS]    sets $python
+#   add_transformer_engine       then builds Transformer Engine there, the version of the extra `gpu`, unless it is installed
 #
 #   IWSFT_PYTHON       the interpreter of an environment to use as it is (a container's, a cluster module's): nothing is installed
 #   VENV, PYTHON       else a virtual environment (default: .venv in the repository root), created with this interpreter (default: python3)
@@ -54,6 +55,17 @@ make_environment() {
     }
     cat "$root/pyproject.toml" ${IWSFT_CONSTRAINTS:+"$IWSFT_CONSTRAINTS"} >"$stamp"
   fi
+}
+
+add_transformer_engine() {
+  local requirement
+  "$python" -c 'import importlib.util as u, sys; sys.exit(u.find_spec("transformer_engine") is None)' && return 0
+  [ -z "${IWSFT_PYTHON:-}" ] || return 0 # nothing is installed there
+  requirement=$("$python" -c 'import sys, tomllib; print(tomllib.load(open(sys.argv[1], "rb"))["project"]["optional-dependencies"]["gpu"][0])' \
+    "$(dirname "${BASH_SOURCE[0]}")/../pyproject.toml")
+  echo "building $requirement"
+  # With build isolation pip would build it against another torch, downloaded for the build: docs/gpu.md.
+  "$python" -m pip install --quiet --no-build-isolation "$requirement"
 }
 
 # is_installed EXTRAS: whether $VENV was installed from this pyproject.toml (and these constraints, if there are any) with these extras.

@@ -1,6 +1,7 @@
 # Sourced by the batch scripts: find the program and its Python, check the nodes, launch, requeue.
 #
-#   IWSFT_VENV                virtual environment (default: .venv in the repository root)
+#   IWSFT_PYTHON              the interpreter of an environment to use as it is
+#   IWSFT_VENV                else a virtual environment (default: .venv in the repository root)
 #   IWSFT_CONTAINER           container image to use instead; IWSFT_CONTAINER_RUNTIME=pyxis (default) or apptainer; IWSFT_MOUNTS=SRC:DST,…
 #   IWSFT_PROCESSES           processes per node (default: one per GPU; one without GPUs)
 #   IWSFT_MIN_MEMORY_GIB, IWSFT_MIN_DISK_GIB   free memory and disk space a node must have (default 16 and 10)
@@ -33,8 +34,11 @@ processes=${IWSFT_PROCESSES:-$((gpus > 0 ? gpus : 1))}
 # Since Slurm 22.05 srun does not inherit --cpus-per-task: without it all ranks of a node would be bound to one core.
 step=(srun "--cpus-per-task=${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_ON_NODE:-1}}")
 if [ -z "${IWSFT_CONTAINER:-}" ]; then
-  python=("${IWSFT_VENV:-$root/.venv}/bin/python")
-  [ -x "${python[0]}" ] || { say "no Python at ${python[0]}: create the environment, or set IWSFT_VENV or IWSFT_CONTAINER."; exit 2; }
+  python=("${IWSFT_PYTHON:-${IWSFT_VENV:-$root/.venv}/bin/python}")
+  command -v -- "${python[0]}" >/dev/null || {
+    say "no Python at ${python[0]}: create the environment, or set IWSFT_PYTHON, IWSFT_VENV or IWSFT_CONTAINER."
+    exit 2
+  }
 elif [ "${IWSFT_CONTAINER_RUNTIME:-pyxis}" = pyxis ]; then
   step+=("--container-image=$IWSFT_CONTAINER" "--container-workdir=$PWD" "--container-mounts=$root:$root,$PWD:$PWD${IWSFT_MOUNTS:+,$IWSFT_MOUNTS}")
   python=(python3)

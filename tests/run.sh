@@ -34,7 +34,8 @@ megatron=
 source launch/environment.sh
 workers=(-n "${IWSFT_TEST_WORKERS:-2}")
 if [ "${1:-}" = --gpu ]; then
-  make_environment "[test,gpu]"
+  make_environment "[test]"
+  add_transformer_engine
   [ "${IWSFT_DEVICE:-}" = cpu ] || "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { echo "torch sees no GPU here." >&2; exit 2; }
   "$python" tools/doctor.py || true
   set -- -m gpu -s -rs --continue-on-collection-errors "${@:2}" && workers=()
@@ -51,8 +52,12 @@ if [ "${1:-}" = --te ] && ! "$python" -c 'import importlib.util as u, sys; sys.e
   for archive in "$bundle"/*.tar.xz; do [ ! -f "$archive" ] || archives+=("$archive"); done
   if [ ${#archives[@]} -gt 0 ]; then
     bundle=$VENV/transformer-engine
-    [ -d "$bundle" ] || { mkdir "$bundle.partial"; for archive in "${archives[@]}"; do tar xJf "$archive" -C "$bundle.partial"; done; }
-    [ -d "$bundle" ] || mv "$bundle.partial" "$bundle"
+    found=$(stat -c '%n %s %Y' "${archives[@]}")
+    if [ ! -d "$bundle" ] || [ "$found" != "$(cat "$bundle.archives" 2>/dev/null)" ]; then
+      rm -rf "$bundle" "$bundle.partial" && mkdir "$bundle.partial"
+      for archive in "${archives[@]}"; do tar xJf "$archive" -C "$bundle.partial"; done
+      mv "$bundle.partial" "$bundle" && printf '%s\n' "$found" >"$bundle.archives"
+    fi
   fi
   [ -d "$bundle/transformer_engine" ] || { echo "skipped: no Transformer Engine is installed, and none is in $bundle."; exit 0; }
   export PYTHONPATH=$bundle${PYTHONPATH:+:$PYTHONPATH}

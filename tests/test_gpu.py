@@ -192,7 +192,7 @@ PRECISIONS["tensorwise-parameters"] = PRECISIONS["tensorwise"] | {"fp8_parameter
 
 
 def all_runs(platform, corpus_dir: str, directory: Path, name: str) -> list[str]:
-    """Runs of one precision: cached, live, resumed, long. Returns the Python modules of the first layer's submodules."""
+    """Runs of one precision: cached, live, offloaded in bf16, resumed, long. Returns the Python modules of the first layer's submodules."""
     from megatron_iwsft.train.check import check
     from megatron_iwsft.train.precompute import precompute_reference
     from megatron_iwsft.train.setup import start
@@ -204,6 +204,9 @@ def all_runs(platform, corpus_dir: str, directory: Path, name: str) -> list[str]
         precompute_reference(run_config(corpus, directory, "cached", precision))
     train(run_config(corpus, directory, "cached", precision, *source))
     train(run_config(corpus, directory, "live", precision, "reference.source=live"))
+    if "fp8" not in precision:
+        options = ("reference.source=live", "reference.offload=true", "checkpoint.asynchronous=true")
+        train(run_config(corpus, directory, "offloaded", precision, *options))
     shutil.copytree(directory / "cached", directory / "resumed")
     shutil.rmtree(directory / "resumed" / "checkpoints" / "step-00000006")
     train(run_config(corpus, directory, "resumed", precision, *source))
@@ -246,6 +249,15 @@ def test_weights_start_at_one(runs, name: str) -> None:
         )
         allowed = START_TOLERANCE["fp8" if "fp8" in PRECISIONS[name] else "bf16"]
         assert ratio <= allowed and weight <= 2 * allowed, source
+
+
+def test_an_offloaded_reference_and_background_saves_change_nothing(runs) -> None:
+    live, offloaded = (comparable_metrics(runs("bf16") / kind) for kind in ("live", "offloaded"))
+    apart = max(abs(a["loss"] - b["loss"]) / abs(a["loss"]) for a, b in zip(live, offloaded, strict=True))
+    print(f"\noffloaded: losses {apart:.1e} apart", end="")
+    assert apart < 1e-3  # some of a GPU's sums have no fixed order
+    saved = {path.name for path in (runs("bf16") / "offloaded" / "checkpoints").glob("step-*")}
+    assert saved == {"step-00000003", "step-00000006"}
 
 
 @every_precision

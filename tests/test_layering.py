@@ -115,3 +115,26 @@ def test_no_two_classes_have_the_same_name() -> None:
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_") and not is_section:
                 classes.setdefault(node.name, []).append(str(path.relative_to(PACKAGE)))
     assert {name: paths for name, paths in classes.items() if len(paths) > 1} == {}
+
+
+def forks(source: str) -> list[int]:
+    """Lines that fork this process: by name, by start method, or by leaving the start method to Python, whose default forks."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call):
+            continue
+        name, arguments = ast.unparse(node.func), [*node.args, *(keyword.value for keyword in node.keywords)]
+        named = any(isinstance(value, ast.Constant) and value.value == "fork" for value in arguments)
+        by_default = name.endswith("ProcessPoolExecutor") and "context" not in ast.unparse(node)
+        by_default |= name in ("mp.Process", "mp.Pool", "multiprocessing.Process", "multiprocessing.Pool")
+        direct = name in ("os.fork", "os.forkpty") or any(keyword.arg == "preexec_fn" for keyword in node.keywords)
+        if direct or named or by_default:
+            found.append(node.lineno)
+    return found
+
+
+def test_nothing_forks() -> None:
+    """A fork of a process that uses CUDA must not touch it: only Megatron-Core's checkpoint writer forks, with tensors on the host."""
+    assert forks("os.fork(); get_context('fork'); ProcessPoolExecutor(4); get_context('spawn')") == [1, 1, 1]
+    found = {str(path.relative_to(PACKAGE)): forks(path.read_text()) for path in PACKAGE.rglob("*.py")}
+    assert {name: lines for name, lines in found.items() if lines} == {}

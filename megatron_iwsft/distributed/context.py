@@ -215,9 +215,8 @@ def prepare(device: DeviceChoice = "auto") -> bool:
         cpu_backend.install()
     except ConfigError:
         raise
-    except (
-        Exception
-    ):  # Megatron-Core does without a Transformer Engine that raises ImportError, and fails with any other error
+    except Exception:
+        # Megatron-Core does without a Transformer Engine that raises ImportError, and fails with any other error.
         _refuse_broken_transformer_engine()
         raise
     return False

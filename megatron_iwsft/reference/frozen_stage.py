@@ -105,9 +105,8 @@ class _HostWeights:
         if self._stream is not None:
             computing = torch.cuda.current_stream()
             computing.wait_stream(self._stream)
-            for (
-                tensor
-            ) in self._on_device:  # allocated for the copying stream: not to be reused before this one has read it
+            # They were allocated for the copying stream: not to be reused before this one has read them.
+            for tensor in self._on_device:
                 tensor.record_stream(computing)
         for parameter, tensor in zip(self._parameters, self._on_device, strict=True):
             parameter.data = tensor

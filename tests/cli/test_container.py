@@ -116,6 +116,28 @@ def test_an_active_environment_with_the_package_is_used_as_it_is(tmp_path: Path)
 
 
 @pytest.mark.command
+def test_transformer_engine_is_built_against_the_torch_that_is_installed(tmp_path: Path) -> None:
+    """By a Python that has none, and whose pip only says what it was asked for."""
+    python = tmp_path / "python"
+    python.write_text(
+        f"""#!/bin/sh
+case "$*" in
+  *find_spec*) exit 1 ;;
+  "-m pip "*) printf '%s\\n' "$@" ;;
+  *) exec {sys.executable} "$@" ;;
+esac
+"""
+    )
+    python.chmod(0o755)
+    script = f"set -euo pipefail; source launch/environment.sh; python={python}; add_transformer_engine"
+    environment = {k: v for k, v in command_environment().items() if k != "IWSFT_PYTHON"}
+    done = subprocess.run(["bash", "-c", script], cwd=ROOT, env=environment, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    (requirement,) = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["gpu"]
+    assert done.stdout.splitlines()[-2:] == ["--no-build-isolation", requirement]
+
+
+@pytest.mark.command
 def test_a_report_without_plotly_is_one_message(tmp_path: Path) -> None:
     (tmp_path / "plotly.py").write_text("raise ModuleNotFoundError('none', name='plotly')\n")
     (tmp_path / "run").mkdir()

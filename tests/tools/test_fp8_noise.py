@@ -25,6 +25,8 @@ def test_every_precision_has_a_row() -> None:
     assert packing["blockwise"] < packing["tensorwise"], (
         "a scale per block does not depend on the other trajectories of a row"
     )
-    assert all(float(cells[4]) >= 0 and cells[5].count("%") == 2 for cells in found.values()), (
+    own = {name: float(cells[4].split(",")[0]) for name, cells in found.items()}
+    assert own["blockwise"] < own["tensorwise"], "weights in the same precision"
+    assert all(float(cells[5]) >= 0 and cells[6].count("%") == 2 for cells in found.values()), (
         "training has begun and ended"
     )

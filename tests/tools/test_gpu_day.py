@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import runpy
 import subprocess
 import sys
 
 import pytest
 
-from tests.support import ROOT, command_environment
+from tests.support import ROOT, command_environment, run_python
 
 pytestmark = [pytest.mark.slow, pytest.mark.parallel, pytest.mark.command]
 
@@ -56,6 +57,23 @@ def test_every_part_runs_and_is_reported(bare, tmp_path) -> None:
     for objective in ("sft", "iw_sft cached", "iw_sft live"):
         line = next(line for line in report.splitlines() if line.startswith("ours") and objective in line)
         assert "failed" not in line and "tokens/s" not in line, line
+
+
+def test_a_training_case_that_fails_makes_its_part_fail() -> None:
+    sizes = "--seq-length 128 --batch 2 --steps 1 --warmup 0 --vocabulary 512 --objective sft --dtype fp32".split()
+    done = run_python(
+        "tools/bench/train.py", "--no-peer", "--model", "tiny", "--only-fp8", "--fp8", "blockwise", *sizes
+    )
+    assert done.returncode == 1 and "failed: " in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(("problem", "status"), [("RuntimeError: wrong", 1), ("ModuleNotFoundError: no module", 0)])
+def test_an_implementation_that_fails_makes_its_part_fail(problem: str, status: int, monkeypatch) -> None:
+    """One that is not installed does not."""
+    bench = runpy.run_path(str(ROOT / "tools" / "bench" / "logprob.py"))
+    monkeypatch.setattr("megatron_iwsft.testing.run_distributed", lambda *args, **options: [{"ours": problem}])
+    monkeypatch.setattr(sys, "argv", ["logprob.py", "--only", "ours"])
+    assert bench["main"]() == status
 
 
 def test_a_part_that_fails_or_hangs_costs_only_itself(bare, tmp_path) -> None:

@@ -8,7 +8,9 @@ For a random model, or for --model DIR, a Hugging Face directory, each precision
   sequence    weights exp(mean Δ) of trajectories against a bf16 reference: standard deviation, and the value furthest from 1
   token       weights exp(Δ) of tokens, likewise
   step 0      mean |log-ratio| per token that a run starts with: with a cached reference of its own precision, for delayed with a live one
-  loss        mean and last difference from bf16's loss over --steps steps of iw-SFT, relative
+  own         weights of sequences, then of tokens, in the same precision, the reference's rows being of other trajectories: standard
+              deviation and the value furthest from 1. Where they are as wide as a policy's own weights, these drown in noise
+  loss        relative difference from bf16's loss in iw-SFT: mean of its absolute value over --steps steps, mean over the last 20
 
 Random models train on generated sums. --records FILE has records of your own (prompt, response).
 """
@@ -128,12 +130,14 @@ def row(name: str, noise: Noise, bf16: Noise) -> str:
     apart = [a - b for a, b in zip(noise.logprobs, bf16.logprobs, strict=True)]
     tokens, own = np.concatenate(apart), np.concatenate(noise.logprobs) - np.concatenate(noise.rows)
     sequence, token = np.exp([x.mean() for x in apart]), np.exp(tokens)
+    repeated = np.exp([(a - b).mean() for a, b in zip(noise.logprobs, noise.rows, strict=True)])
     cells = [
         name,
         f"{np.abs(tokens).mean():.1e}, {np.percentile(np.abs(tokens), 99):.1e}",
         f"{np.abs(own).mean():.1e}, {np.percentile(np.abs(own), 99):.1e}",
         f"{sequence.std():.1e}, {furthest(sequence):.4f}",
         f"{token.std():.1e}, {furthest(token):.3f}",
+        f"{repeated.std():.1e}, {furthest(repeated):.4f}; {np.exp(own).std():.1e}, {furthest(np.exp(own)):.3f}",
     ]
     if noise.losses:
         relative = [(a - b) / b for a, b in zip(noise.losses, bf16.losses, strict=True)]
@@ -222,7 +226,7 @@ def main() -> None:
         tokens = json.loads((corpus / "manifest.json").read_text())["counts"]
         print(f"FP8 emulated on the CPU; {model}; {tokens}; {args.steps} steps\n")
         print(
-            "| precision | abs. Δ | rows | sequence | token | step 0 | loss |\n|---|---|---|---|---|---|---|",
+            "| precision | abs. Δ | rows | sequence | token | own | step 0 | loss |\n|---|---|---|---|---|---|---|---|",
             flush=True,
         )
         precisions = dict.fromkeys(["bf16", *args.precision])

@@ -198,7 +198,7 @@ def _peak(platform: Any) -> int:
     return int(line.split()[1]) * 1024
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--tensor", type=int, nargs="+", default=[1], help="tensor-parallel degrees")
@@ -219,6 +219,7 @@ def main() -> None:
 
     from megatron_iwsft.testing import run_distributed
 
+    status = 0
     where = torch.cuda.get_device_name() if args.device == "cuda" else "CPU, one thread per process"
     print(f"{where}; torch {torch.__version__}")
     print(
@@ -239,12 +240,18 @@ def main() -> None:
         memory: dict[str, int | str] = {}
         for part in parts:
             memory |= run_distributed(peaks, tensor, size, part, device=args.device)[0]
+        problems = [found for found in memory.values() if isinstance(found, str)]
+        if any(
+            not found.startswith(("ImportError", "ModuleNotFoundError")) for found in problems
+        ):  # it is not installed
+            status = 1
         ran = [name for name in names if args.seconds and not isinstance(memory[name], str)]
         product, taken = (
             run_distributed(times, tensor, size, ran, args.seconds, device=args.device)[0] if ran else (0.0, {})
         )
         for name in names:
             print(_row(tensor, size, name, product, taken.get(name), memory[name]), flush=True)
+    return status
 
 
 def _row(

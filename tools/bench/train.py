@@ -53,7 +53,7 @@ OBJECTIVES = ("sft", "iw_sft cached", "iw_sft live")
 ON_ADAPTERS = ("sft", "iw_sft cached", "iw_sft base", "iw_sft live")
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", choices=list(SHAPES), default="1.5b", help="the shape, with random weights")
@@ -104,17 +104,17 @@ def main() -> None:
         os.environ["IWSFT_DEVICE"] = "cpu"
     if args.case:
         work(args, [Case(**case) for case in json.loads(args.case[0])], Path(args.case[1]))
-        return
+        return 0
     if args.keep:
         Path(args.keep).mkdir(parents=True, exist_ok=True)
-        bench(args, Path(args.keep))
-        return
+        return bench(args, Path(args.keep))
     with tempfile.TemporaryDirectory(prefix="bench-train-") as directory:
-        bench(args, Path(directory))
+        return bench(args, Path(directory))
 
 
-def bench(args: argparse.Namespace, directory: Path) -> None:
-    """Measure every case and print the table."""
+def bench(args: argparse.Namespace, directory: Path) -> int:
+    """Measure every case and print the table. Exit status: 1 if a case failed."""
+    status = 0
     import torch
 
     cuda = torch.cuda.is_available() and os.environ.get("IWSFT_DEVICE") != "cpu"
@@ -140,6 +140,7 @@ def bench(args: argparse.Namespace, directory: Path) -> None:
             label = f"{case.program:10} {case.objective:14} {'FP8 ' + case.fp8 if case.fp8 != 'none' else args.dtype:14} {seq_length:>4}"
             if isinstance(result, str):
                 print(f"{label} {result}", flush=True)
+                status = 1
                 continue
             found[case] = result
             print(
@@ -148,6 +149,7 @@ def bench(args: argparse.Namespace, directory: Path) -> None:
                 flush=True,
             )
         _compare(found, args.processes)
+    return status
 
 
 def _cases(args: argparse.Namespace, seq_length: int) -> Iterator[Case]:
