@@ -11,6 +11,7 @@ import gc
 import os
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -258,7 +259,7 @@ def start(device: DeviceChoice = "auto", *, timeout_s: float = 600.0, bind_devic
     import_megatron_core()
     raise_descriptor_limit()
     if not dist.is_initialized():
-        bind = use_cuda and (_is_one_node() if bind_device is None else bind_device)
+        bind = use_cuda and binds_device(bind_device, os.environ)
         options: dict[str, Any] = {"device_id": torch_device} if bind else {}
         if "MASTER_PORT" not in os.environ:  # a job of one needs no rendezvous
             options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
@@ -268,9 +269,11 @@ def start(device: DeviceChoice = "auto", *, timeout_s: float = 600.0, bind_devic
     return Platform(device=torch_device, rank=dist.get_rank(), world_size=dist.get_world_size())
 
 
-def _is_one_node() -> bool:
-    world = os.environ["WORLD_SIZE"]
-    return os.environ.get("LOCAL_WORLD_SIZE", "1") == world
+def binds_device(wanted: bool | None, environment: Mapping[str, str]) -> bool:
+    """Whether NCCL is told this process's GPU at once; if nobody says, where torchrun's `environment` is that of a single node."""
+    if wanted is not None:
+        return wanted
+    return environment.get("LOCAL_WORLD_SIZE", "1") == environment.get("WORLD_SIZE", "1")
 
 
 def stop() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import resource
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ import pytest
 import torch.distributed as dist
 
 from megatron_iwsft.distributed.descriptors import CONNECTIONS_PER_RANK, largest_world, raise_descriptor_limit
+from megatron_iwsft.distributed.doctor import _descriptors
 from tests.support import ROOT, command_environment
 
 SOFT = 128
@@ -41,6 +43,16 @@ def test_a_store_serves_more_connections_than_the_soft_limit() -> None:
         assert clients[0].get(str(2 * SOFT - 1)) == b"here"
         del clients
         server.stdin.close()
+
+
+@pytest.mark.parametrize(("hard", "enough"), [(1 << 20, True), (4096, True), (1024, False)])
+def test_the_doctor_says_for_how_many_ranks_the_limit_is_enough(
+    hard: int, enough: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (256, hard))
+    found = _descriptors()
+    assert found.ok == enough
+    assert f"{hard:,}" in found.found and f"up to {largest_world(hard):,} processes" in found.means
 
 
 def test_the_largest_world_fits_the_limit() -> None:
