@@ -24,7 +24,7 @@ from megatron_iwsft.hf.directory import DTYPES, TensorSource
 from megatron_iwsft.hf.peft import PeftDirectory, refuse_experts
 from megatron_iwsft.objectives.custom import find_objective, source_hash
 from megatron_iwsft.objectives.functions import Objective, Origin, Settings
-from megatron_iwsft.reference.sidecar import ReferenceIdentity, sidecar_directory
+from megatron_iwsft.reference.sidecar import ReferenceIdentity, complete_sidecars, sidecar_directory
 from megatron_iwsft.train.callbacks import CallbackFunction
 from megatron_iwsft.train.callbacks.custom import load_callbacks
 from megatron_iwsft.train.held_out import HeldOutSet
@@ -108,14 +108,15 @@ class CheckedRun:
         return [self.reference_identity(corpus) for corpus in self.mixture.corpora]
 
     def reference_identity(self, corpus: Corpus) -> ReferenceIdentity:
-        """Of one corpus, such as an evaluation set's. Sidecars of a checkpoint's log-probs that version 0.1.0 named in another way are
-        found as well.
+        """Of one corpus, such as an evaluation set's. Complete sidecars of a checkpoint's log-probs that version 0.1.0 named in another way
+        are found as well; that name costs a sample of every file, so it is computed only if the corpus has a sidecar that could have it.
         """
         dtype = self.config.precision.described
         named = ReferenceIdentity.of(corpus, weights=self.reference.fingerprint, dtype=dtype)
-        if not sidecar_directory(corpus, named).exists() and self.reference.earlier_fingerprint is not None:
+        others = [] if sidecar_directory(corpus, named).exists() else complete_sidecars(corpus)
+        if others and self.reference.earlier_fingerprint is not None:
             earlier = replace(named, weights=self.reference.earlier_fingerprint)
-            return earlier if sidecar_directory(corpus, earlier).exists() else named
+            return earlier if sidecar_directory(corpus, earlier) in others else named
         return named
 
     def adapter_info(self) -> AdapterInfo | None:
