@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import pytest
 
@@ -52,3 +53,20 @@ def test_a_damaged_step_is_reported_when_it_is_needed() -> None:
     with pytest.raises(DataError, match="step 5 is damaged"):
         ahead.at_step(5, following=6)
     ahead.close()
+
+
+class Pinnable:
+    """Stands for a micro-batch: pinning memory needs a GPU."""
+
+    def pinned(self) -> str:
+        return "pinned"
+
+
+def test_batches_for_a_gpu_are_pinned() -> None:
+    found = {}
+    for pinned in (True, False):
+        ahead: Any = BatchesAhead(lambda step: [Pinnable()], pinned=pinned)
+        found[pinned] = [ahead.at_step(0, following=1), ahead.at_step(1, following=None)]
+        ahead.close()
+    assert found[True] == [["pinned"], ["pinned"]]
+    assert all(isinstance(batch, Pinnable) for batches in found[False] for batch in batches)

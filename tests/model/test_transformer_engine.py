@@ -242,6 +242,24 @@ def overlapped(platform: Any, recipe: FP8Recipe | None) -> tuple[list[Any], dict
     )
 
 
+def delayed_recipe(platform: Any) -> list[tuple[int, str]]:
+    """History and algorithm of the recipe that Transformer Engine gets: by default, and as asked for."""
+    from megatron.core.fp8_utils import get_fp8_recipe
+
+    found = []
+    for asked in ({}, {"amax_history": 4, "amax_algorithm": "most_recent"}):
+        with as_on_hopper():
+            (model,) = build(platform, "dense", backend="transformer_engine", fp8="delayed", **asked)
+            recipe = get_fp8_recipe(model.config)
+        found.append((recipe.amax_history_len, recipe.amax_compute_algo))
+    return found
+
+
+@te
+def test_delayed_scaling_gets_its_history_and_algorithm() -> None:
+    assert run_distributed(delayed_recipe, 1) == [[(1024, "max"), (4, "most_recent")]]
+
+
 class Userbuffers:
     """Stands for the communicator of a tensor-parallel group of one rank."""
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
@@ -12,6 +14,7 @@ from megatron_iwsft.config.schema import Config
 from megatron_iwsft.errors import ConfigError
 from megatron_iwsft.train.check import check
 from megatron_iwsft.train.precompute import precompute_reference
+from megatron_iwsft.train.setup import StartedRun
 from tests.support import tiny
 
 
@@ -44,3 +47,13 @@ def test_only_real_delayed_scaling_follows_the_steps(tmp_path: Path) -> None:
     others = ("precision.fp8=tensorwise", "precision.fp8_emulation=true")
     assert config(tmp_path).precision.scaled_by_steps
     assert not any(config(tmp_path, other).precision.scaled_by_steps for other in others)
+
+
+@pytest.mark.parametrize(("replicas", "is_cuda", "overlaps"), [(1, True, False), (2, True, True), (2, False, False)])
+def test_communication_overlaps_on_gpus_with_replicas(
+    replicas: int, is_cuda: bool, overlaps: bool, tmp_path: Path
+) -> None:
+    checked = check(config(tmp_path, "objective.name=sft", "data.global_batch_size=2"), world_size=replicas)
+    platform: Any = SimpleNamespace(is_cuda=is_cuda)
+    optimizer = StartedRun(**vars(checked), platform=platform, parallel=cast(Any, None)).optimizer
+    assert (optimizer.overlap_grad_reduce, optimizer.overlap_param_gather) == (overlaps, overlaps)
