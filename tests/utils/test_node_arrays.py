@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import ROOT
+from tests.support import ROOT, tiny
 
 RANK = """
 import os, signal, sys
@@ -31,7 +32,9 @@ print(arrays["squares"].sum(), len(arrays["none"]), *arrays["names"], arrays["sq
 FOUND = "332833500 0 a bc"
 
 
-def run_ranks(directory: Path, how: str, *, count: int = 3) -> tuple[list[tuple[int, str, str]], str]:
+def run_ranks(
+    directory: Path, how: str, *, count: int = 3, program: str = RANK
+) -> tuple[list[tuple[int, str, str]], str]:
     """(status, output, errors) of each rank, and which of them computed, in order. `directory` is their temporary directory too."""
     environment = os.environ | {
         "PYTHONPATH": str(ROOT),
@@ -41,7 +44,7 @@ def run_ranks(directory: Path, how: str, *, count: int = 3) -> tuple[list[tuple[
     (directory / "tmp").mkdir(exist_ok=True)
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-c", RANK, how],
+            [sys.executable, "-c", program, how],
             cwd=directory,
             env=environment | {"LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
@@ -52,6 +55,45 @@ def run_ranks(directory: Path, how: str, *, count: int = 3) -> tuple[list[tuple[
     ]
     outcomes = [(*rank.communicate(timeout=120), rank.returncode) for rank in ranks]
     return [(status, out.strip(), err) for out, err, status in outcomes], (directory / "computed").read_text()
+
+
+PLANNER = """
+import os, sys
+import megatron_iwsft.data.sampler as sampler
+from megatron_iwsft.config.loader import parse_config
+from megatron_iwsft.train.sampling import make_sampler, open_mixture
+
+packed = sampler.best_fit
+def best_fit(*args, **options):
+    with open("computed", "a") as log:
+        log.write(os.environ["LOCAL_RANK"])
+    return packed(*args, **options)
+
+sampler.best_fit = best_fit
+config = parse_config(open(sys.argv[1]).read(), [], where="test")
+mixture = open_mixture(config)
+packs = make_sampler(config, mixture).epoch(0).packs
+arrays = {"lengths": mixture.lengths, "offsets": packs.offsets, "items": packs.items}
+print({name: (int(array.sum()), array.flags.writeable) for name, array in arrays.items()})
+"""
+
+
+def test_one_rank_plans_an_epoch_and_all_map_its_plan(tmp_path: Path) -> None:
+    lengths = [20 + i for i in range(40)]
+    corpus = tiny.token_corpus(tmp_path, lengths)
+    (tmp_path / "config.yaml").write_text(f"""
+run: {{name: x, dir: {tmp_path}/run}}
+model: {{config: {tiny.model_config()}}}
+data: {{corpus: {corpus.directory}, seq_length: 128, global_batch_size: 4, epochs: 1}}
+objective: {{name: sft}}
+""")
+    outcomes, computed = run_ranks(tmp_path, str(tmp_path / "config.yaml"), count=2, program=PLANNER)
+    assert [status for status, _, _ in outcomes] == [0, 0], outcomes
+    first, second = (ast.literal_eval(out) for _, out, _ in outcomes)
+    assert first == second and first["items"][0] == sum(range(40)) and first["lengths"][0] == sum(lengths)
+    assert not any(writeable for _, writeable in first.values())
+    assert len(computed) == 1
+    assert files(tmp_path) == []
 
 
 def files(directory: Path) -> list[Path]:
