@@ -109,7 +109,10 @@ def logprobs(w: dict[str, Tensor], config: dict, tokens: Tensor, routed: list | 
 
 
 def loss(trajectories: list[tuple[Tensor, ...]], objective: dict) -> Tensor:
-    """The objective over a batch of (log-probs, reference log-probs, mask, quality[, proposal's log-probs]), each but quality [n−1]."""
+    """The objective over a batch of (log-probs, reference log-probs, mask, quality[, proposal's log-probs]), each but quality [n−1].
+
+    quality: of the trajectory, or of each token [n−1].
+    """
     tau, (low, high) = objective["temperature"], objective["clip"]
     numerator = torch.zeros((), dtype=torch.float64)
     tokens = weights = sequences = 0.0
@@ -118,6 +121,7 @@ def loss(trajectories: list[tuple[Tensor, ...]], objective: dict) -> Tensor:
         ell, r, q = (x[mask.bool()].double() for x in (ell, r, q))
         if len(ell) == 0:
             continue
+        s = s[mask.bool()] if isinstance(s, Tensor) else s
         ratio = q.detach() - r
         if objective["name"] == "sft":
             w = torch.ones_like(ratio)
@@ -135,9 +139,9 @@ def loss(trajectories: list[tuple[Tensor, ...]], objective: dict) -> Tensor:
             rho = torch.exp(ell - r)
             gain, w = torch.minimum(rho, rho.clamp(low, high)), torch.where(rho > high, 0.0, rho).detach()
         mean = len(ell) if objective["normalize"].startswith("sequence") else 1
-        numerator = numerator - s * gain.sum() / mean
+        numerator = numerator - (s * gain).sum() / mean
         tokens += len(ell)
-        weights += s * w.sum().item() / mean
+        weights += (s * w).sum().item() / mean
         sequences += 1
     denominators = {"tokens": tokens, "weights": weights, "sequences": sequences, "sequence_weights": weights}
     return numerator / denominators[objective["normalize"]]

@@ -49,12 +49,14 @@ class Case:
     overlap: bool = False
     family: str = "qwen"
     layers: int = 2
+    turn_weights: bool = False
 
     @property
     def alone(self) -> Case:
         """The same model and batches on one process, without what must not change a number."""
         expert = self.expert and 1
-        return Case(expert=expert, packing=self.packing, tied=self.tied, family=self.family, layers=self.layers)
+        same = {name: getattr(self, name) for name in ("packing", "tied", "family", "layers", "turn_weights")}
+        return Case(expert=expert, **same)
 
     @property
     def degrees(self) -> dict:
@@ -88,6 +90,7 @@ CASES = {
         Case(expert=1, micro_batch_size=2),
         Case(expert=1, packing="none", tied=True, recompute="full"),
         Case(family="gemma3_text", micro_batch_size=2),
+        Case(turn_weights=True, micro_batch_size=2),
     ],
     2: [
         Case(tensor=2),
@@ -106,6 +109,8 @@ CASES = {
         Case(family="gemma3_text", tensor=2, sequence=True, tied=True, recompute="full"),
         Case(family="gemma3_text", pipeline=2, virtual_pipeline=2, layers=4),
         Case(family="smollm3", context=2, packing="none"),
+        Case(context=2, turn_weights=True),
+        Case(pipeline=2, turn_weights=True),
     ],
     4: [
         Case(tensor=4),  # two key-value heads over four ranks
@@ -125,6 +130,7 @@ CASES = {
         Case(expert=4, tensor=2, sequence=True, context=2),
         Case(expert=2, micro_batch_size=2),  # data parallel 4
         Case(family="gemma3_text", tensor=2, pipeline=2, tied=True),
+        Case(tensor=2, sequence=True, context=2, turn_weights=True),
         Case(family="smollm3", tensor=2, sequence=True, context=2, recompute="selective"),
     ],
     8: [
@@ -155,6 +161,28 @@ FAMILIES = {
     "smollm3": dict(model_type="smollm3", no_rope_layers=[1, 0]),
 }
 ROUTER_BALANCE = 0.1  # for experts, where the denominator is known before the forward pass
+
+
+class TurnsOfDifferentWeights:
+    """A corpus whose trained runs of tokens have weights."""
+
+    has_turn_weights = True
+
+    def __init__(self, corpus: Corpus) -> None:
+        self._corpus = corpus
+
+    def __getattr__(self, name: str):
+        return getattr(self._corpus, name)
+
+    def token_weights(self, i: int) -> np.ndarray:
+        mask = self._corpus.mask(i)
+        run = np.cumsum(np.diff(mask, prepend=np.uint8(0)) == 1)
+        return np.array([0.25, 3.0, 1.0], np.float32)[(run + i) % 3] * mask
+
+
+def open_corpus(directory: str, case: Case):
+    corpus = Corpus.open(directory)
+    return TurnsOfDifferentWeights(corpus) if case.turn_weights else corpus
 
 
 def model(case: Case) -> dict:
@@ -221,7 +249,7 @@ def run_case(platform, corpus_dir: str, case: Case, losses: Sequence[Loss] = LOS
     from megatron_iwsft.train.optim import wrap_for_gradients
     from megatron_iwsft.train.step import TrainStep
 
-    corpus, parallel = Corpus.open(corpus_dir), platform.parallel(**case.degrees)
+    corpus, parallel = open_corpus(corpus_dir, case), platform.parallel(**case.degrees)
     arch = Architecture.from_hf(model(case), where="test")
     policy = build_model(arch, parallel, platform, ModelSettings(recompute=case.recompute))
     load_weights(policy, RandomInit(arch, 5), parallel)
@@ -245,7 +273,7 @@ def run_case(platform, corpus_dir: str, case: Case, losses: Sequence[Loss] = LOS
 @lru_cache
 def expected(corpus_dir: str, case: Case, losses: Sequence[Loss] = LOSSES) -> dict[Loss, tuple]:
     """What `run_case` returns, from the plain model in float64: one forward pass for all objectives. case: one that is `alone`."""
-    corpus, config = Corpus.open(corpus_dir), model(case)
+    corpus, config = open_corpus(corpus_dir, case), model(case)
     arch = Architecture.from_hf(config, where="test")
     source = RandomInit(arch, 5)
     weights = {n: source.read(n, (0, 0, s[0])).double().requires_grad_() for n, s in shapes(arch).items()}
@@ -256,7 +284,10 @@ def expected(corpus_dir: str, case: Case, losses: Sequence[Loss] = LOSSES) -> di
         mask = torch.from_numpy(corpus.mask(i)[1:].astype(np.int64))
         routed: list = []
         logprobs = plain_model.logprobs(weights, config, tokens, routed)
-        batch.append((logprobs, torch.from_numpy(reference(i)[1:]), mask, float(np.float32(corpus.scores[i]))))
+        quality = float(np.float32(corpus.scores[i]))
+        if case.turn_weights:
+            quality *= torch.from_numpy(corpus.token_weights(i)[1:]).double()
+        batch.append((logprobs, torch.from_numpy(reference(i)[1:]), mask, quality))
         balances.append(plain_model.router_balance(routed, config, torch.cat([mask, mask.new_zeros(1)])))
     out = {}
     for loss in losses:
