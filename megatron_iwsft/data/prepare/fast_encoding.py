@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from typing import Protocol
 
 import numpy as np
+import regex
 
 from megatron_iwsft.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
 from megatron_iwsft.errors import DataError
@@ -32,6 +34,8 @@ HARD_TEXTS = (
 
 # Characters that gigatoken and the `tokenizers` library normalise (NFC) by different versions of Unicode: combining marks and
 # composing letters that are newer than the tables of the latter. Texts that contain one are encoded by the tokenizer's own library.
+# Found by comparing both libraries in these versions.
+_COMPARED = {"gigatoken": "0.10.0", "tokenizers": "0.23.3"}
 _NEWER_MARKS = re.compile(
     "[\u07fd\u0897-\u089f\u08ca-\u08d3\u09fe\u0c3c\u0d3b-\u0d3c\u0eba\u1715\u1abf-\u1aeb\u1df6-\u1dfa\ua82c"
     "\U000105c0-\U000105ff\U00010d24-\U00010d27\U00010d69-\U00010d6d\U00010eab-\U00010eac\U00010efa-\U00010eff"
@@ -40,6 +44,17 @@ _NEWER_MARKS = re.compile(
     "\U00016100-\U0001613f\U00016d40-\U00016d7f\U00016ff0-\U00016ff1\U0001e08f\U0001e130-\U0001e136\U0001e2ae"
     "\U0001e2ec-\U0001e2ef\U0001e4ec-\U0001e4ef\U0001e5ee-\U0001e5ef\U0001e6e3-\U0001e6f5]"
 )
+
+
+# In other versions it may be any mark, and any character that is newer than the tables of `regex`.
+_ANY_MARK = regex.compile(r"[\p{M}\p{Cn}]")
+
+
+def _may_differ() -> Callable[[str], bool]:
+    """Whether the libraries may normalise a text differently."""
+    if {name: version(name) for name in _COMPARED} == _COMPARED:
+        return lambda text: _NEWER_MARKS.search(text) is not None
+    return lambda text: _NEWER_MARKS.search(text) is not None or _ANY_MARK.search(text) is not None
 
 
 class Encoder(Protocol):
@@ -117,13 +132,14 @@ def _first_difference(
 class _HuggingFaceEncoder:
     def __init__(self, tokenizer: HuggingFaceTokenizer, backend: object) -> None:
         self._tokenizer, self._backend = tokenizer, backend
+        self._may_differ = _may_differ()
         self._normalizes = re.search(rb'"type"\s*:\s*"NFK?[CD]"', tokenizer.json) is not None
 
     def __call__(self, texts: Sequence[str], counts: Sequence[int], /) -> tuple[np.ndarray, np.ndarray]:
         ids, lengths = _encode(self._backend, texts)
         if not self._normalizes:
             return ids, lengths
-        differ = [k for k, text in enumerate(texts) if not text.isascii() and _NEWER_MARKS.search(text)]
+        differ = [k for k, text in enumerate(texts) if not text.isascii() and self._may_differ(text)]
         if not differ:
             return ids, lengths
         pieces = np.split(ids, np.cumsum(lengths)[:-1])

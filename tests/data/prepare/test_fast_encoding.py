@@ -130,3 +130,12 @@ def test_texts_with_marks_of_newer_unicode_versions_get_the_ids_of_the_tokenizer
         assert np.array_equal(found, expected)
     slow = sum(bool(fast_encoding._NEWER_MARKS.search(text)) for text in texts[: len(letters)])
     assert 150 < slow < 1000, "only few characters may take the slow way"
+
+
+def test_with_other_versions_of_the_libraries_every_mark_takes_the_slow_way(monkeypatch) -> None:
+    differs = fast_encoding._may_differ()
+    assert differs("e\u0897") and not differs("e\u0301 \u00e9 雪")
+    monkeypatch.setattr(fast_encoding, "_COMPARED", {"gigatoken": "0.10.0", "tokenizers": "0.21.0"})
+    differs = fast_encoding._may_differ()
+    assert differs("e\u0897") and differs("e\u0301") and differs("\U00016d67") and differs("\u0378")
+    assert not differs("\u00e9 雪")
