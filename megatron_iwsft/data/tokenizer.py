@@ -138,7 +138,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self.bos_token = self.template_variables.get("bos_token")
         self.eos_token = self.template_variables.get("eos_token")
         self.chat_template = _chat_template(directory, config)
-        self.files = [path, *(directory / name for name in _CONFIG_FILES if (directory / name).exists())]
+        self.files = _with_config_files(path)
         self._compile_patterns()
 
     def encode_pieces(self, texts: Sequence[str]) -> list[list[int]]:
@@ -168,7 +168,10 @@ class HuggingFaceTokenizer(Tokenizer):
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A SentencePiece `.model` file. Its control pieces (such as <s> and </s>) are the special tokens."""
+    """A SentencePiece `.model` file. Its control pieces (such as <s> and </s>) are the special tokens.
+
+    The chat template is that of the files beside it, as with `tokenizer.json`.
+    """
 
     def __init__(self, path: Path) -> None:
         import sentencepiece
@@ -204,8 +207,8 @@ class SentencePieceTokenizer(Tokenizer):
         self.eos_token = self._piece(self._processor.eos_id())
         tokens = {"bos_token": self.bos_token, "eos_token": self.eos_token}
         self.template_variables = {name: text for name, text in tokens.items() if text is not None}
-        self.chat_template = None
-        self.files = [path]
+        self.chat_template = _chat_template(path.parent, _read_config(path.parent))
+        self.files = _with_config_files(path)
         self._compile_patterns()
         self._split = re.compile(f"({self.special_pattern.pattern})")
 
@@ -339,6 +342,10 @@ def _read_config(directory: Path) -> dict[str, Any]:
             found = read_json(directory / name, _Config, DataError, advice="Download or export the tokenizer again.")
             out |= {key: value for key, value in found.items() if value or name == "tokenizer_config.json"}
     return out
+
+
+def _with_config_files(path: Path) -> list[Path]:
+    return [path, *(path.parent / name for name in _CONFIG_FILES if (path.parent / name).exists())]
 
 
 def _token_text(value: Any) -> str | None:
