@@ -77,7 +77,7 @@ class CheckpointWriter:
     """Writes the checkpoints of one run under `root`.
 
     layout         the run's, for iwsft.json
-    chat_template  replaces the tokenizer's own, where the corpus was rendered with a named one
+    chat_template  replaces the tokenizer's own, where the corpus was rendered with another one, a date or variables
     corpora, objective, template_hash, adapter  see `CheckpointInfo`
     keep           how many of the newest are kept; None keeps all
     keep_every     steps that are a multiple of it are kept as well

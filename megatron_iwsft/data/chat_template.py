@@ -30,6 +30,7 @@ from megatron_iwsft.data.conversation import (
     shape_of,
 )
 from megatron_iwsft.data.lost_text import find_lost_text
+from megatron_iwsft.data.template_defaults import DEFAULT_DATE
 from megatron_iwsft.data.template_engine import Template, TemplateError, limited
 from megatron_iwsft.data.template_presets import PRESETS
 from megatron_iwsft.data.template_tracing import Pieces, Trace, TracedFrame, trace
@@ -80,7 +81,7 @@ class Rendering:
     turns: Literal["all", "last"] = "all"
     thinking: tuple[str, str] = ("<think>\n", "\n</think>\n\n")
     options: tuple[tuple[str, str], ...] = ()
-    date: str = "2024-07-26"  # Llama 3.2's template writes this one where it has no clock
+    date: str = DEFAULT_DATE
 
     def __post_init__(self) -> None:
         if not self.roles or not set(self.roles) <= {"assistant", "user"}:

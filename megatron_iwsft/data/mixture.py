@@ -11,8 +11,24 @@ import numpy as np
 
 from megatron_iwsft.data.corpus import Corpus
 from megatron_iwsft.data.metadata import Sources
+from megatron_iwsft.data.template_defaults import reads_clock, with_defaults
 from megatron_iwsft.errors import DataError
 from megatron_iwsft.utils.node_arrays import node_arrays
+
+
+def rendering_of(corpus: Corpus) -> dict[str, Any]:
+    """The options of `iwsft shard` on which the text of a prompt depends beside its template, by name. date: None without a clock."""
+    rendering = corpus.manifest["settings"].get("record", {}).get("rendering", {})
+    clock = corpus.manifest["template"] is not None and reads_clock(corpus.manifest["template"]["source"])
+    return {
+        "--date": rendering.get("date") if clock else None,
+        "--template-option": rendering.get("options", []),
+        "--thinking-tags": rendering.get("thinking"),
+    }
+
+
+def _shown(value: Any) -> str:
+    return " ".join(f"{name}={v}" for name, v in value) if value and isinstance(value[0], list) else repr(value)
 
 
 @dataclass(frozen=True)
@@ -35,8 +51,8 @@ class Mixture:
     def open(directories: Mapping[str, str | Path]) -> Mixture:
         """Open corpora, given as name → directory.
 
-        Raises DataError if one cannot be opened (`Corpus.open`), is empty or listed twice, or was made with another tokenizer or chat
-        template than those before it.
+        Raises DataError if one cannot be opened (`Corpus.open`), is empty or listed twice, or was made with another tokenizer, chat
+        template, date for it, variables for it or thinking tags than those before it.
         """
         mixture = Mixture.of({name: Corpus.open(directory) for name, directory in directories.items()})
         mixture._check_corpora()
@@ -87,6 +103,12 @@ class Mixture:
                     f"data.corpora: {corpus.directory} was made with a different chat template than {rendered.directory}. Shard its "
                     "records again with the same one."
                 )
+            for option, value in rendering_of(corpus).items():
+                if (before := rendering_of(rendered)[option]) != value:
+                    raise DataError(
+                        f"data.corpora: {corpus.directory} was rendered with {option} {_shown(value)}, {rendered.directory} with "
+                        f"{_shown(before)}. Shard its records again with the same."
+                    )
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -154,9 +176,18 @@ class Mixture:
         return self._rendered.manifest["template"]
 
     @property
-    def has_named_template(self) -> bool:
-        """Whether the chat template is another one than the tokenizer's own."""
-        return self.template is not None and self._rendered.manifest["settings"]["template"] != "tokenizer"
+    def exported_template(self) -> str | None:
+        """The chat template for a model trained on this, with the date and the variables of the training's prompts.
+
+        None if it is the tokenizer's own.
+        """
+        if self.template is None:
+            return None
+        source: str = self.template["source"]
+        rendering = rendering_of(self._rendered)
+        fixed = with_defaults(source, date=rendering["--date"], options=dict(rendering["--template-option"]))
+        named = self._rendered.manifest["settings"]["template"] != "tokenizer"
+        return fixed if named or fixed != source else None
 
     @property
     def _rendered(self) -> Corpus:

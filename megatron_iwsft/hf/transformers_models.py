@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from megatron_iwsft.data.conversation import Messages
+from megatron_iwsft.data.template_defaults import DEFAULT_DATE
 from megatron_iwsft.data.template_engine import Template, TemplateError, limited
 from megatron_iwsft.errors import CheckpointError, DataError
 from megatron_iwsft.hf.config_keys import limit_sizes
@@ -69,7 +70,8 @@ def load_tokenizer_in_transformers(directory: str | Path) -> Any:
 class ChatPrompts:
     """Turns the messages of a conversation into the text that asks for its next message, by the tokenizer's own chat template.
 
-    The template is run as `transformers` would run it, within the limits of `data.template_engine`: it may be malicious. Raises
+    The template is run as `transformers` would run it, within the limits of `data.template_engine`: it may be malicious. One that asks
+    for today's date gets the date that training gives it: prompts do not change from day to day. Raises
     CheckpointError if there is none, or if it cannot render a conversation.
     """
 
@@ -82,7 +84,8 @@ class ChatPrompts:
             )
         try:
             source = tokenizer.get_chat_template()  # of several, the default one
-            self._template = Template(source, tokenizer.special_tokens_map, datetime.date.today())
+            date = datetime.date.fromisoformat(DEFAULT_DATE)  # as in training
+            self._template = Template(source, tokenizer.special_tokens_map, date)
         except (DataError, ValueError, TypeError) as error:
             raise CheckpointError(f"{self._of}: {error}") from None
 

@@ -248,7 +248,7 @@ def checkpoint_writer(run: StartedRun) -> CheckpointWriter:
         layout=run.layout,
         tokenizer_files=run.policy.tokenizer_files or mixture.tokenizer_files,
         template_hash=mixture.template["hash"] if mixture.template else None,
-        chat_template=mixture.template["source"] if mixture.template and mixture.has_named_template else None,
+        chat_template=mixture.exported_template,
         corpora=mixture.fingerprints,
         objective=run.objective_source,
         adapter=on_first_rank(run.adapter_info),

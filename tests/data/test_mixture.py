@@ -180,6 +180,27 @@ def test_a_corpus_of_another_template_is_refused_by_name(corpora: dict[str, Path
         Mixture.of(opened)._check_corpora()
 
 
+RENDERINGS = {
+    "--date": ({"date": "2024-07-26"}, {"date": "2025-01-02"}),
+    "--template-option": ({"options": []}, {"options": [["enable_thinking", "false"]]}),
+    "--thinking-tags": ({"thinking": ["<think>", "</think>"]}, {"thinking": ["<t>", "</t>"]}),
+}
+
+
+@pytest.mark.parametrize("option", RENDERINGS)
+def test_a_corpus_that_was_rendered_otherwise_is_refused_by_name(option: str, corpora: dict[str, Path]) -> None:
+    opened = {name: Corpus.open(corpora[name]) for name in ("one", "two")}
+    for corpus, rendering in zip(opened.values(), RENDERINGS[option], strict=True):
+        corpus.manifest["template"] = {"hash": "a", "source": "{{ strftime_now('%Y') }}"}
+        corpus.manifest["settings"]["record"] = {"rendering": rendering}
+    with pytest.raises(DataError, match=f"{corpora['two']} was rendered with {option} .*, {corpora['one']} with"):
+        Mixture.of(opened)._check_corpora()
+    if option == "--date":  # without a clock it changes nothing
+        for corpus in opened.values():
+            corpus.manifest["template"]["source"] = "x"
+        Mixture.of(opened)._check_corpora()
+
+
 def test_a_corpus_listed_twice_is_refused(corpora: dict[str, Path]) -> None:
     with pytest.raises(DataError, match="are the same corpus"):
         Mixture.open({"a": corpora["one"], "b": corpora["one"]})
