@@ -31,6 +31,17 @@ CHAT_TEMPLATE = "chat_template.jinja"
 _MAX_VOCAB = 1 << 24
 _MODEL_NAME = re.compile(r"\.model(\.v\d+(m\d+)?)?$|\.tiktoken$|^tekken.*\.json$")
 _TIKTOKEN = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\s")
+# What to do with files that do not hold a complete tokenizer.
+_CONVERT_TEKKEN = (
+    'python -c "from transformers.integrations.mistral import convert_tekken_tokenizer as convert; '
+    "convert('{}').save_pretrained('OUTPUT')\""
+)
+_CONVERT_TIKTOKEN = (
+    'pip install tiktoken; python -c "from transformers.convert_slow_tokenizer import TikTokenConverter as Convert; '
+    "Convert('{}', extra_special_tokens=TOKENS).converted().save('tokenizer.json')\", where TOKENS lists the texts of the model's "
+    "special tokens in the order of their ids, which the file does not have"
+)
+_INSTEAD_OF_QWEN = "Use the tokenizer.json of Qwen/Qwen2.5-7B: its tokens have the same ids"
 _TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _CONFIG_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", CHAT_TEMPLATE)
 
@@ -291,12 +302,13 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             f"{path} has several tokenizers: {', '.join(m.name for m in models)}. Give the path of one of them."
         )
     model = path / "tokenizer.model" if path / "tokenizer.model" in models else models[0]
-    if model.name.startswith("tekken") or _TIKTOKEN.match(_read(model)):
+    if model.name.startswith("tekken"):
         raise DataError(
-            f"{model} is a {'tekken' if model.name.startswith('tekken') else 'tiktoken'} file. Most models publish a tokenizer.json "
-            "as well; otherwise transformers.AutoTokenizer.from_pretrained(DIRECTORY).save_pretrained(OUTPUT) makes one. "
-            "Give the directory that has it."
+            f"{model} is a tekken file. Convert it: {_CONVERT_TEKKEN.format(model)}. Give the directory OUTPUT."
         )
+    if _TIKTOKEN.match(_read(model)):
+        way = _INSTEAD_OF_QWEN if model.name.startswith("qwen") else f"Convert it: {_CONVERT_TIKTOKEN.format(model)}"
+        raise DataError(f"{model} is a tiktoken file. {way}.")
     return SentencePieceTokenizer(model)
 
 
