@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import zlib
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
 
 from megatron_iwsft.checkpoint.info import CheckpointInfo
 from megatron_iwsft.checkpoint.load import load
@@ -33,6 +35,12 @@ CASES: dict[int, tuple[str, dict[str, Any], dict[str, Any]]] = {
 }
 
 
+def optimizer_states(chunks: list[Any], optimizer: Any) -> dict[str, torch.Tensor]:
+    """What this rank holds of each of the optimizer's states, by its place in the full one. Views of the optimizer's own memory."""
+    states = TrainState(chunks, optimizer).sharded(random=False)["optimizer"]["states"]
+    return {f"{box.key} at {box.global_offset}": box.data for box in nested_values(states)}
+
+
 def save_three_times(platform: Any, family: str, fields: dict, degrees: dict, tmp: Path) -> dict[str, Any]:
     """Save steps 1 to 3, then load the last into other weights. Returns what each rank saw."""
     from megatron.core.dist_checkpointing.strategies.torch import MCoreSavePlanner
@@ -55,6 +63,9 @@ def save_three_times(platform: Any, family: str, fields: dict, degrees: dict, tm
 
     MCoreSavePlanner.create_global_plan = counted
     chunks, optimizer = build(0)
+    for place, state in optimizer_states(chunks, optimizer).items():
+        if "exp_avg" in place:  # replicas have equal ones
+            state.uniform_(1, 2, generator=torch.Generator().manual_seed(zlib.crc32(place.encode())))
     writer = CheckpointWriter(tmp / str(platform.world_size), arch, layout=parallel.layout)
     for step in (1, 2, 3):
         with torch.no_grad():
@@ -64,7 +75,11 @@ def save_three_times(platform: Any, family: str, fields: dict, degrees: dict, tm
         saved = writer.save(TrainState(chunks, optimizer, step=step))
     others, other_optimizer = build(1)
     load(CheckpointInfo.read(saved), TrainState(others, other_optimizer))
-    mine, theirs = (dict(c.named_parameters()) for c in (chunks[0], others[0]))
+    mine, theirs = (
+        {**dict(held[0].named_parameters()), **optimizer_states(held, of)}
+        for held, of in ((chunks, optimizer), (others, other_optimizer))
+    )
+    assert any("exp_avg_sq" in name for name in mine) and mine.keys() == theirs.keys()
     return {
         "wrong": [name for name in mine if not torch.equal(mine[name], theirs[name])],
         "plans": [plans[step] for step in (1, 2, 3)],
