@@ -65,7 +65,7 @@ class Checkpointer:
 
         Raises CheckpointError if none of the run's checkpoints can be loaded, ConfigError if they belong to another run.
         """
-        found = complete_checkpoints(self.directory)
+        found = self._complete()
         if found and self._settings.resume == "never":
             raise ConfigError(
                 f"checkpoint.resume is never, but {self.directory} holds checkpoints. Choose another run.dir, or remove them."
@@ -75,10 +75,13 @@ class Checkpointer:
             self._check_best(self._best)
         return info
 
+    def _complete(self) -> list[Path]:
+        """Complete checkpoints, newest first, as the first rank sees them: on shared file systems, others may see them later."""
+        return on_first_rank(lambda: complete_checkpoints(self.directory))
+
     def _check_best(self, best: BestCheckpoints) -> None:
         """A run can have been killed before `best` was written; checkpoints can have been removed."""
-        existing = on_first_rank(lambda: [step_of(directory) for directory in complete_checkpoints(self.directory)])
-        for step in best.restrict(existing):
+        for step in best.restrict([step_of(directory) for directory in self._complete()]):
             self._report(
                 "best checkpoint missing", f"the checkpoint of step {step}, one of the best, is gone.", step=step
             )
@@ -96,7 +99,7 @@ class Checkpointer:
         """
         self.wait()
         self._state.gather_parameters()
-        info = self._load_first_of([d for d in complete_checkpoints(self.directory) if after <= step_of(d) <= before])
+        info = self._load_first_of([d for d in self._complete() if after <= step_of(d) <= before])
         if info is None:
             return None
         self._writer.discard_after(info.step)

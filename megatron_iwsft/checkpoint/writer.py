@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import itertools
 import json
 import shutil
 import time
@@ -28,7 +29,7 @@ from megatron_iwsft.checkpoint.info import (
     step_of,
     unfinished_checkpoints,
 )
-from megatron_iwsft.checkpoint.integrity import FileSum, file_sum
+from megatron_iwsft.checkpoint.integrity import FileSum, file_sum, names_below
 from megatron_iwsft.checkpoint.names import BEST, INFO, LATEST, TOKENIZER
 from megatron_iwsft.checkpoint.spread import spread_over_replicas
 from megatron_iwsft.checkpoint.state import TrainState
@@ -281,14 +282,17 @@ class CheckpointWriter:
         if self.chat_template is not None:
             (directory / TOKENIZER / CHAT_TEMPLATE).write_text(self.chat_template, encoding="utf-8")
         files = {name: entry for rank in sums for name, entry in rank.items()}
-        for path in sorted(p for p in directory.rglob("*") if p.is_file()):
-            name = path.relative_to(directory).as_posix()
-            if name not in files:
-                if path.suffix == ".distcp":
-                    raise CheckpointError(
-                        f"no rank reported a checksum of {path}: its writer did not finish. "
-                        "Check the logs of the ranks for the first error."
-                    )
+        for name in names_below(directory):
+            if name in files:  # its rank has looked at it
+                continue
+            path = directory / name
+            if path.suffix == ".distcp":
+                raise CheckpointError(
+                    f"no rank reported a checksum of {path}: its writer did not finish. "
+                    "Check the logs of the ranks for the first error."
+                )
+            _take_write_permissions(path)
+            if path.is_file():
                 files[name] = file_sum(path)
         info = CheckpointInfo(
             directory,
@@ -304,7 +308,7 @@ class CheckpointWriter:
             adapter=self.adapter,
         )
         write_text(directory / INFO, info.to_text())
-        _take_write_permissions(directory)
+        _take_write_permissions(directory / INFO)
         if final.exists():
             remove_directory(final)
         publish(directory, final)
@@ -339,10 +343,18 @@ def _write_and_hash(write: Callable[..., None], directory: Path, rank: int, *arg
         write_results().put(RuntimeError(f"{error}{' in /dev/shm' if full else ''}"))
         return
     try:
-        sums = {path.name: file_sum(path) for path in directory.glob(f"__{rank}_*.distcp")}
+        sums = {}
+        for path in _files_of(directory, rank):
+            _take_write_permissions(path)
+            sums[path.name] = file_sum(path)
         (directory / _sums_name(rank)).write_text(json.dumps(sums), encoding="utf-8")
     except OSError:
         pass  # the first rank finds no checksums and reports it
+
+
+def _files_of(directory: Path, rank: int) -> Iterator[Path]:
+    """The files that Megatron-Core's writer has made for a rank, which it numbers. Does not list the directory, which holds all ranks'."""
+    return itertools.takewhile(Path.exists, (directory / f"__{rank}_{k}.distcp" for k in itertools.count()))
 
 
 def _take_sums(directory: Path, rank: int) -> dict[str, FileSum]:
@@ -382,10 +394,9 @@ def _structure(state: dict[str, Any]) -> tuple[str, int]:
     return hashlib.sha256(repr((entries, dtypes)).encode()).hexdigest(), sum(v.data.nbytes for v in tensors)
 
 
-def _take_write_permissions(directory: Path) -> None:
+def _take_write_permissions(path: Path) -> None:
     """From group and others, whatever the umask: a checkpoint that others can write is refused when it is loaded."""
-    for path in (directory, *directory.rglob("*")):
-        path.chmod(path.stat().st_mode & ~0o022)
+    path.chmod(path.stat().st_mode & ~0o022)
 
 
 def _probe(path: Path) -> None:

@@ -10,7 +10,9 @@ import os
 import pickle
 import sys
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,14 +22,18 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
 
 from megatron_iwsft.checkpoint.info import CheckpointInfo
+from megatron_iwsft.checkpoint.initial_weights import InitialWeights
 from megatron_iwsft.checkpoint.integrity import check_entries, file_sum, names_below
 from megatron_iwsft.checkpoint.load import verify
 from megatron_iwsft.checkpoint.names import INFO
+from megatron_iwsft.config.schema import Model
 from megatron_iwsft.distributed.agreement import on_first_rank, own_share
 from megatron_iwsft.distributed.parallel_layout import ParallelLayout
 from megatron_iwsft.errors import CheckpointError
 from megatron_iwsft.hf.architecture import Architecture
 from megatron_iwsft.testing import run_distributed
+from megatron_iwsft.train.check import CheckedRun
+from megatron_iwsft.train.setup import reference_identities
 from tests.support import tiny
 
 WORLDS = (4, 64, 1024)
@@ -102,6 +108,45 @@ class EveryRank:
     def _note(self, kind: str, path: Any) -> None:
         if isinstance(path, (str, os.PathLike)) and str(path).startswith(str(self._directory)):
             self.touched[self.rank][kind].append(os.path.relpath(path, self._directory))
+
+
+def name_as_every_rank(platform: Any, world_size: int, tmp: Path) -> dict[str, tuple[int, list[str]]]:
+    """Bytes of the files that were opened, and their names: to name the weights, and as the first and another rank of a job for all."""
+    dist.destroy_process_group()
+    info = checkpoint(tmp / "step-00000001", world_size)
+    (info.directory / INFO).write_text(info.to_text())
+    world = EveryRank(world_size, info.directory)
+    world.watch()
+    weights = InitialWeights(Model(checkpoint=str(info.directory)), 0)
+    assert weights.fingerprint
+    found = {"fingerprint": world.touched[-1]["opened"]}
+    corpus = SimpleNamespace(directory=tmp / "corpus", manifest={"template": None, "tokenizer": {"fingerprint": "t"}})
+    run: Any = SimpleNamespace(
+        mixture=SimpleNamespace(corpora=[corpus]),
+        reference=weights,
+        config=SimpleNamespace(precision=SimpleNamespace(described="fp32")),
+    )
+    run.reference_identity = partial(CheckedRun.reference_identity, run)
+    run.reference_identities = partial(CheckedRun.reference_identities, run)
+    identities = []
+    for rank in (0, world_size - 1):
+        world.become(rank)
+        identities.append(reference_identities(run))
+        found[f"identities on {'the first' if rank == 0 else 'another'} rank"] = world.touched[rank]["opened"]
+    assert identities[0] == identities[1]
+    return {
+        what: (sum((info.directory / name).stat().st_size for name in names), sorted(set(names)))
+        for what, names in found.items()
+    }
+
+
+@pytest.mark.parametrize("world_size", WORLDS)
+def test_no_file_of_tensors_is_opened_to_name_weights(world_size: int, tmp_path: Path) -> None:
+    (found,) = run_distributed(name_as_every_rank, 1, world_size, tmp_path)
+    size, names = found.pop("fingerprint")
+    # iwsft.json, at most twice: its format is looked at first. It has about 250 bytes per rank.
+    assert names == [INFO] and size <= 2 * (10_000 + 400 * world_size)
+    assert list(found.values()) == [(0, [])] * 2, "the name is known"
 
 
 def verify_as_every_rank(platform: Any, world_size: int, tmp: Path) -> tuple[Touched, list[int], list[str]]:
