@@ -25,6 +25,7 @@ from megatron_iwsft.objectives.breakdown import break_down
 from megatron_iwsft.objectives.functions import OBJECTIVES, Settings
 from megatron_iwsft.testing import run_distributed
 from tests.support import tiny
+from tests.support.transformer_engine import as_on_hopper, te
 
 pytestmark = pytest.mark.parallel
 
@@ -83,7 +84,9 @@ class CountWaits(TorchDispatchMode):
             yield
 
 
-def waits(platform: Any, corpus_dir: str, objective: str, on_gpu: bool = False) -> dict[tuple[str, str], int]:
+def waits(
+    platform: Any, corpus_dir: str, objective: str, on_gpu: bool = False, backend: Any = "local"
+) -> dict[tuple[str, str], int]:
     """Of one micro-batch, forward and backward. on_gpu: without the trained positions found on the host."""
     from megatron_iwsft.model.gpt import ModelSettings, build_model
     from megatron_iwsft.model.parameters import load_weights
@@ -92,7 +95,7 @@ def waits(platform: Any, corpus_dir: str, objective: str, on_gpu: bool = False) 
 
     corpus, parallel = Corpus.open(corpus_dir), platform.parallel()
     arch = Architecture.from_hf(tiny.model_config(num_hidden_layers=2), where="test")
-    policy = build_model(arch, parallel, platform, ModelSettings(torch.bfloat16))
+    policy = build_model(arch, parallel, platform, ModelSettings(torch.bfloat16, backend=backend))
     load_weights(policy, RandomInit(arch, 5), parallel)
     chunks = wrap_for_gradients(policy, Optimizer(distributed=False))
     options = dict(seq_length=128, packing="best_fit", global_batch_size=1, quality=Quality("weight"), seed=3)
@@ -115,6 +118,19 @@ def waits(platform: Any, corpus_dir: str, objective: str, on_gpu: bool = False) 
         output, loss = step._forward_step(iter([batch]), chunks[0])
         loss(output)[0].backward()
     return dict(counted.found)
+
+
+def waits_with_te(platform: Any, corpus_dir: str) -> dict[tuple[str, str], int]:
+    with as_on_hopper():
+        return waits(platform, corpus_dir, "iw_sft", backend="transformer_engine")
+
+
+@te
+def test_transformer_engines_layers_wait_for_nothing(tmp_path: Path) -> None:
+    """Attention and rotation are the local backend's here, with its boundaries."""
+    corpus = tiny.token_corpus(tmp_path, [20 + (i * 37) % 30 for i in range(20)], scores=True)
+    found = run_distributed(waits_with_te, 1, str(corpus.directory))[0]
+    assert set(found) == LOCAL, found
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
