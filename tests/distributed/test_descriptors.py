@@ -6,13 +6,14 @@ import datetime
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 
 from megatron_iwsft.distributed.descriptors import CONNECTIONS_PER_RANK, largest_world, raise_descriptor_limit
 from megatron_iwsft.distributed.doctor import _descriptors
-from tests.support import ROOT, command_environment
+from tests.support import ROOT, command_environment, run_python, torchrun
 
 SOFT = 128
 SERVER = f"""
@@ -43,6 +44,28 @@ def test_a_store_serves_more_connections_than_the_soft_limit() -> None:
         assert clients[0].get(str(2 * SOFT - 1)) == b"here"
         del clients
         server.stdin.close()
+
+
+LOWERED = """
+import os, resource, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, (200, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+"""
+WORKER = """
+import resource
+inherited, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (200, hard))
+from megatron_iwsft.distributed import context
+context.start("cpu")
+print(inherited == hard, resource.getrlimit(resource.RLIMIT_NOFILE)[0] == hard)
+"""
+
+
+@pytest.mark.command
+def test_the_launcher_and_every_rank_raise_the_limit(tmp_path: Path) -> None:
+    (tmp_path / "worker.py").write_text(WORKER)
+    found = run_python("-c", LOWERED, *torchrun(1), tmp_path / "worker.py")
+    assert found.stdout.split() == ["True", "True"], found.stderr
 
 
 @pytest.mark.parametrize(("hard", "enough"), [(1 << 20, True), (4096, True), (1024, False)])

@@ -18,21 +18,22 @@ MODELS = ("Qwen2.5-32B", "Llama-3.1-70B", "Llama-3.1-405B", "Qwen3-235B-A22B")
 def described_ranks(platform: Any) -> dict[str, Any]:
     """Every model at every world size: group calls, bytes held, and bytes estimated, of one rank."""
     from megatron_iwsft.distributed.parallel_layout import ParallelLayout
-    from megatron_iwsft.model.memory import stage_parameters
+    from megatron_iwsft.model.memory import cost, stage_parameters
     from megatron_iwsft.testing.fake_world import DEGREES, FakeRank, geometry
 
     found = {}
     for world in WORLDS:
         for model in MODELS:
             arch, layout = geometry(model), ParallelLayout.for_world(world, **DEGREES[model])
-            rank = FakeRank.build(arch, layout, world // 3)
-            dense, experts = stage_parameters(arch, layout)[rank.parallel.pp.rank()]
-            replicas = layout.context * layout.data
-            share = dense / replicas + experts / (layout.ranks_per_stage // layout.expert)
+            by_stage = [sum(parameters) for parameters in stage_parameters(arch, layout)]
+            fullest = by_stage.index(max(by_stage)) * layout.ranks_per_stage + layout.ranks_per_stage // 3
+            rank = FakeRank.build(arch, layout, fullest)
+            printed = cost(arch, layout, seq_length=4096, micro_batch_size=1, micro_batches=8)  # by `iwsft layouts`
             found[f"{model} {world}"] = {
                 "groups": vars(rank.groups),
                 "held": rank.bytes_held(),
-                "estimated": (2 * (dense + experts), 4 * (dense + experts), 12 * share),
+                "estimated": (printed.parameters, printed.gradients, printed.optimizer),
+                "place": (rank.parallel.pp.rank(), rank.parallel.dp.rank()) == layout.place_of(fullest),
             }
     return found
 
@@ -49,6 +50,7 @@ def test_bytes_are_as_estimated(model: str, world: int, ranks: dict[str, Any]) -
     assert found["held"][:2] == found["estimated"][:2]
     # The optimizer's share is of buffers, which are padded to the number of ranks.
     assert found["held"][2] == pytest.approx(found["estimated"][2], rel=0.01)
+    assert found["place"]
 
 
 @pytest.mark.parametrize("world", WORLDS)

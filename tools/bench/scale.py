@@ -23,7 +23,7 @@ from typing import Any
 
 from megatron_iwsft.utils.cli import run_command
 
-_PLANNED = 1024  # worlds up to this size: the plans of all ranks; beyond, `.metadata` is computed from it
+_PLANNED = 1024  # `.metadata` is derived from the plans of so many ranks; of larger worlds, computed from those
 
 
 def main() -> None:
@@ -32,13 +32,17 @@ def main() -> None:
     parser.add_argument(
         "--model", default="Qwen2.5-32B", help="of megatron_iwsft.testing.fake_world.GEOMETRIES (dense)"
     )
+    parser.add_argument(
+        "--degrees", nargs="+", metavar="NAME=N", help="in place of the model's usual layout, such as tensor=2"
+    )
     parser.add_argument("--imports", action="store_true", help="also count the files that a rank's imports open")
     parser.add_argument("--host-work", action="store_true", help="also time work over a global batch of 4,096 packs")
     args = parser.parse_args()
 
     from megatron_iwsft.testing import run_distributed
 
-    rows = run_distributed(measure, 1, args.model, args.ranks)[0]
+    degrees = args.degrees and {name: int(n) for name, n in (entry.split("=") for entry in args.degrees)}
+    rows = run_distributed(measure, 1, args.model, args.ranks, degrees)[0]
     names = list(dict.fromkeys(name for row in rows for name in row))
     width = max(map(len, names))
     print(f"{args.model}, {rows[0].pop('layout')}, the rest data parallel; the first rank of a world of")
@@ -51,17 +55,18 @@ def main() -> None:
         host_work()
 
 
-def measure(platform: Any, model: str, worlds: list[int]) -> list[dict[str, Any]]:
+def measure(platform: Any, model: str, worlds: list[int], degrees: dict[str, int] | None) -> list[dict[str, Any]]:
     """The table's columns, one per world size."""
-    return [of_world(model, world) for world in worlds]
+    return [of_world(model, world, degrees) for world in worlds]
 
 
-def of_world(model: str, world: int) -> dict[str, Any]:
+def of_world(model: str, world: int, degrees: dict[str, int] | None) -> dict[str, Any]:
+    from megatron_iwsft.checkpoint.state import TrainState
     from megatron_iwsft.distributed.descriptors import CONNECTIONS_PER_RANK
     from megatron_iwsft.distributed.parallel_layout import ParallelLayout
     from megatron_iwsft.testing.fake_world import DEGREES, FakeRank, become, geometry, written_tensors
 
-    layout = ParallelLayout.for_world(world, **DEGREES[model])
+    layout = ParallelLayout.for_world(world, **(degrees or DEGREES[model]))
     platform, groups = become(0, world)
     began = time.perf_counter()
     platform.parallel(layout)
@@ -82,6 +87,7 @@ def of_world(model: str, world: int) -> dict[str, Any]:
         **of_checkpoint(world),
         "saving: tensors this rank writes": len(written_tensors(state)),
         "  s to list them": f"{planned:.2f}",
+        "  GB of weights, busiest rank, not spread (before)": f"{_weights(TrainState(rank.chunks).sharded(random=False)) / 1e9:.3f}",
         "  GB of weights, busiest rank": f"{max(weights) / 1e9:.3f}",
         **metadata_of_all(rank, world),
         "files of a checkpoint (computed)": f"{2 * world:,}",
@@ -97,15 +103,18 @@ def _weights(state: dict[str, Any]) -> int:
 
 
 def metadata_of_all(rank: Any, world: int) -> dict[str, str]:
-    """Bytes of `.metadata`, without file offsets: of the ranks with this one's place in the model, times the number of places."""
+    """Bytes of `.metadata`, without file offsets: of the ranks with this one's place in the model, times the number of places.
+
+    Of these ranks all, or as many as there are in a world of _PLANNED, at equal distances.
+    """
     from megatron_iwsft.testing.fake_world import save_plan
 
-    if world > _PLANNED:
-        return {}
-    items = [item for place in range(rank.parallel.dp_cp.size()) for item in save_plan(rank.saved(place)).items]
-    places = world // rank.parallel.dp_cp.size()
+    replicas = rank.parallel.dp_cp.size()
+    looked_at = range(0, replicas, max(1, world // _PLANNED))
+    items = [item for replica in looked_at for item in save_plan(rank.saved(replica)).items]
     chunks = [(item.index, item.tensor_data.chunk) for item in items]
-    return {"  MB of .metadata (derived)": f"{places * len(pickle.dumps(chunks)) / 1e6:.1f}"}
+    size = world // len(looked_at) * len(pickle.dumps(chunks))
+    return {f"  MB of .metadata ({'derived' if world <= _PLANNED else 'computed'})": f"{size / 1e6:.1f}"}
 
 
 def of_checkpoint(world: int) -> dict[str, Any]:
