@@ -18,8 +18,8 @@ else
   out=${IWSFT_QUICKSTART:-runs/quickstart-real}
   task=sums held_out=100 practice=400 new_tokens=64 at_once=20 question="Mia has 37 marbles and finds 48 more. How many has she now?"
   tuning=(optimizer.lr=2e-5 checkpoint.every=20)
-  fold -s -w 100 <<<"SmolLM2-135M-Instruct is 100 MB to download, and 0.5 GB in float32. On two idle cores, which train it at some 100 \
-to 200 tokens/s, the six stages take about an hour. Finished stages are kept: stop with Ctrl-C, and run the same command to continue."
+  fold -s -w 100 <<<"SmolLM2-135M-Instruct is 100 MB to download, and 0.5 GB in float32. On two cores, which train it at some 120 \
+tokens/s, plan for more than an hour. Finished stages are kept: stop with Ctrl-C, and run the same command to continue."
 fi
 tuning+=(data.corpus="$out/curated" data.global_batch_size=2 data.epochs=1 data.drawn_from=reference_filtered model.config=null logging.every=20)
 iw_sft=(objective.name=iw_sft objective.level=trajectory 'objective.clip=[0.0, 16.0]' objective.normalize=sequence_weights)
