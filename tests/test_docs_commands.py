@@ -23,7 +23,7 @@ from tests.test_docs import DOCUMENTS
 
 # Programs of others.
 FOREIGN = frozenset(
-    "pip .venv/bin/pip python3 .venv/bin/python hf huggingface-cli docker source cd export torchrun srun mkdocs tensorboard wandb vllm "
+    "pip .venv/bin/pip python3 .venv/bin/python hf docker mkdir head source cd export torchrun srun mkdocs tensorboard wandb vllm "
     "lm_eval lighteval trl llama-server ollama curl jq tail cat ls pgrep kill".split()
 )
 FOREIGN_MODULES = {"sglang.launch_server", "vllm.entrypoints.openai.api_server", "pip", "mkdocs"}
