@@ -357,7 +357,7 @@ def test_a_huge_line_is_dropped_without_parsing_it(tmp_path: Path, tokenizer: Pa
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_input(tmp_path: Path, tokenizer: Path) -> None:
-    """Except for deduplication (23 to 46 bytes per trajectory) and a few blocks in flight."""
+    """Except for deduplication (a few dozen bytes per trajectory) and a few blocks in flight."""
     lines = [json.dumps(r) + "\n" for r in arithmetic_records(6000, ArithmeticSettings(digits=9), 0)]
     peaks = []
     for k, times in enumerate((1, 20)):
