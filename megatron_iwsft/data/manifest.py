@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
+import json
 from pathlib import Path
 from typing import (
     Annotated,
@@ -11,7 +13,7 @@ from typing import (
 )
 
 import numpy as np
-from pydantic import Field, StringConstraints
+from pydantic import AfterValidator, Field, StringConstraints
 from typing_extensions import TypedDict
 
 from megatron_iwsft.errors import DataError
@@ -46,9 +48,37 @@ class _Template(TypedDict):
     source: str
 
 
+def _checked_date(text: str) -> str:
+    datetime.date.fromisoformat(text)
+    return text
+
+
+def _checked_option(pair: list[str]) -> list[str]:
+    json.loads(pair[1])
+    return pair
+
+
+_Date = Annotated[str, AfterValidator(_checked_date)]
+# (name, value as JSON) of a template's variable.
+_Option = Annotated[list[str], Field(min_length=2, max_length=2), AfterValidator(_checked_option)]
+
+
+class _Rendering(TypedDict):
+    __pydantic_config__ = KEEP_UNKNOWN_KEYS  # type: ignore[misc]
+    date: NotRequired[_Date]
+    options: NotRequired[list[_Option]]
+    thinking: NotRequired[list[str]]
+
+
+class _Record(TypedDict):
+    __pydantic_config__ = KEEP_UNKNOWN_KEYS  # type: ignore[misc]
+    rendering: NotRequired[_Rendering]
+
+
 class _Settings(TypedDict):
     __pydantic_config__ = KEEP_UNKNOWN_KEYS  # type: ignore[misc]
     template: str
+    record: NotRequired[_Record]
 
 
 class _Counts(TypedDict):

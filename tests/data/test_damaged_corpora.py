@@ -125,6 +125,10 @@ ATTACKS: dict[str, tuple[Callable[[Path], Any], str]] = {
         manifest(counts={"trajectories": 10**400, "tokens": 1, "trained_tokens": 1, "dropped": 0}),
         r"damaged: counts\.trajectories",
     ),
+    "date of the prompts": (
+        manifest(settings={"template": "tokenizer", "record": {"rendering": {"date": "soon"}}}),
+        r"damaged: settings\.record\.rendering\.date",
+    ),
     "empty vocabulary": (manifest(tokenizer={"fingerprint": "a", "vocab_size": 0}), r"tokenizer\.vocab_size"),
     "manifest is a list": (lambda c: (c / "manifest.json").write_text("[]"), r"manifest\.json is damaged"),
     "deep manifest": (lambda c: (c / "manifest.json").write_text('{"a":' * 99_999), "is not valid JSON"),
