@@ -29,7 +29,7 @@ from megatron_iwsft.data.conversation import (
     separate_reasoning,
     shape_of,
 )
-from megatron_iwsft.data.lost_text import find_lost_text
+from megatron_iwsft.data.lost_text import find_lost_text, marked
 from megatron_iwsft.data.template_defaults import DEFAULT_DATE
 from megatron_iwsft.data.template_engine import Template, TemplateError, limited
 from megatron_iwsft.data.template_presets import PRESETS
@@ -245,7 +245,7 @@ class ChatTemplate:
         train, tools, options = conversation.train, conversation.tools, conversation.options or {}
         rendered = self._render_all(messages, train, tools, options)
         self._check_lost(messages, rendered, tools)
-        key = shape_of(messages), train, bool(tools), repr(options)
+        key = shape_of(messages), train, len(tools or ()), repr(options)
         if key not in self._shapes:
             self._check_shape(messages, train, tools, options)
             if len(self._shapes) < _MAX_TRACES:
@@ -256,21 +256,21 @@ class ChatTemplate:
         self, messages: Messages, train: TrainFlags | None, tools: Any, options: Mapping[str, Any]
     ) -> None:
         """`_check_lost` with texts that occur nowhere else: a short text may also be found in another turn."""
-        marked = [
-            {**m, **{k: f"\ue010{i}\ue011{k}\ue012" for k in ("content", "reasoning_content") if m.get(k)}}
-            for i, m in enumerate(messages)
-        ]
+        unique, unique_tools, originals = marked(messages, tools)
         try:
-            rendered = self._render_all(marked, train, tools, options)
+            rendered = self._render_all(unique, train, unique_tools, options)
         except TemplateError:
             return  # the template requires something of the texts
-        self._check_lost(marked, rendered, tools)
+        self._check_lost(unique, rendered, unique_tools, originals)
 
-    def _check_lost(self, messages: Messages, rendered: list[Pieces], tools: Any) -> None:
+    def _check_lost(
+        self, messages: Messages, rendered: list[Pieces], tools: Any, originals: Mapping[Any, Any] | None = None
+    ) -> None:
         for pieces in rendered:
             trained = {turn for _, turn in pieces if turn is not None}
             text = "".join(text for text, _ in pieces)
-            if lost := find_lost_text(messages[: max(trained) + 1], text, trained=trained, tools=tools):
+            said = messages[: max(trained) + 1]
+            if lost := find_lost_text(said, text, trained=trained, tools=tools, originals=originals):
                 advice = _R1 if lost.startswith("the reasoning") and "<｜Assistant｜>" in self.source else _ADVICE
                 raise TemplateError(f"the template leaves out or changes {lost}; {advice}", LOST)
 

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 
 def find_lost_text(
-    messages: Sequence[Mapping[str, Any]], text: str, *, trained: Collection[int], tools: Any = None
+    messages: Sequence[Mapping[str, Any]],
+    text: str,
+    *,
+    trained: Collection[int],
+    tools: Any = None,
+    originals: Mapping[Any, Any] | None = None,
 ) -> str | None:
     """The first thing that `messages` say and `text` does not, such as "the content of turn 2 (tool)"; None if nothing is missing.
 
     Looked for are the content of every turn, in order (but that of a system turn anywhere, since templates move it), tool calls with their
-    arguments, the names of `tools`, and the reasoning of the turns in `trained`: templates drop that of earlier turns at inference too.
-    Whitespace around a content and its escaping as JSON are not differences.
+    arguments, the reasoning of the turns in `trained` (templates drop that of earlier turns at inference too), and of `tools` the name, the
+    description and the names of the parameters. Whitespace around a content and its escaping as JSON are not differences. `originals` are
+    those of `marked`.
     """
     at = 0
     for i, message in enumerate(messages):
@@ -30,16 +36,117 @@ def find_lost_text(
                 return f"the content of {turn}"
             at = at if moves else found
         for call in message.get("tool_calls") or ():
-            function = call.get("function", call)
-            named = function if isinstance(function, Mapping) else {}
-            for value in (named.get("name"), *_leaves(named.get("arguments"))):
-                if value is not None and not any(_find(form, text) >= 0 for form in _forms(value)):
-                    return f"a tool call of {turn}: {value!r:.60} is missing"
+            missing = _missing(_call_parts(call), text, originals)
+            if missing is not None:
+                return f"a tool call of {turn}: {missing} is missing"
     for tool in tools if isinstance(tools, list) else ():
-        function = tool.get("function", tool) if isinstance(tool, Mapping) else {}
-        name = function.get("name") if isinstance(function, Mapping) else None
-        if isinstance(name, str) and name not in text:
-            return f"the tool {name!r:.60}"
+        missing = _missing(_definition_parts(tool), text, originals)
+        if missing is not None:
+            return f"the definition of a tool: {missing} is missing"
+    return None
+
+
+def marked(messages: Sequence[Mapping[str, Any]], tools: Any) -> tuple[list[Mapping[str, Any]], Any, dict[Any, Any]]:
+    """Messages and tools with texts that occur nowhere else, so that each can only be found where it is rendered; what they stand for.
+
+    A short text may also be found in another turn, a `true` in any, and the names of a tool's definition in its calls.
+    """
+    marks = _Marks()
+    out: list[Mapping[str, Any]] = []
+    for message in messages:
+        new: dict[str, Any] = {
+            key: marks.of(message[key]) for key in ("content", "reasoning_content") if message.get(key)
+        }
+        calls = message.get("tool_calls")
+        new |= {"tool_calls": [_in_function(call, marks.call) for call in calls]} if isinstance(calls, list) else {}
+        out.append({**message, **new})
+    return (
+        out,
+        [_in_function(t, marks.definition) for t in tools] if isinstance(tools, list) else tools,
+        marks.originals,
+    )
+
+
+def _in_function(value: Any, change: Callable[[Mapping[str, Any]], Any]) -> Any:
+    """A tool call or definition with what is under `function`, or with itself if it has none, changed."""
+    if not isinstance(value, Mapping):
+        return value
+    inner = value.get("function", value)
+    if not isinstance(inner, Mapping):
+        return value
+    return {**value, "function": change(inner)} if "function" in value else change(value)
+
+
+class _Marks:
+    """Texts of private-use code points, numbered, and what each of them stands for."""
+
+    def __init__(self) -> None:
+        self.originals: dict[Any, Any] = {}
+
+    def of(self, value: Any) -> str:
+        mark = f"\ue010{len(self.originals)}\ue012"
+        self.originals[mark] = value
+        return mark
+
+    def call(self, function: Mapping[str, Any]) -> Mapping[str, Any]:
+        new: dict[str, Any] = {"name": self.of(function["name"])} if function.get("name") else {}
+        arguments = function.get("arguments")
+        if isinstance(arguments, str):
+            new["arguments"] = self._json(arguments)
+        elif arguments is not None:
+            new["arguments"] = self._inside(arguments)
+        return {**function, **new}
+
+    def definition(self, function: Mapping[str, Any]) -> Mapping[str, Any]:
+        new: dict[str, Any] = {key: self.of(function[key]) for key in ("name", "description") if function.get(key)}
+        parameters = function.get("parameters")
+        properties = parameters.get("properties") if isinstance(parameters, Mapping) else None
+        if isinstance(parameters, Mapping) and isinstance(properties, Mapping):
+            names = {name: self.of(name) for name in properties}
+            changed = {**parameters, "properties": {names[name]: value for name, value in properties.items()}}
+            if isinstance(parameters.get("required"), list):
+                changed["required"] = [names.get(name, name) for name in parameters["required"] if type(name) is str]
+            new["parameters"] = changed
+        return {**function, **new}
+
+    def _json(self, text: str) -> str:
+        try:
+            found = json.loads(text)
+        except (ValueError, RecursionError):
+            return self.of(text)
+        mark = json.dumps(self._inside(found), ensure_ascii=False)
+        self.originals[mark] = text
+        return mark
+
+    def _inside(self, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {self.of(key): self._inside(inner) for key, inner in value.items()}
+        if isinstance(value, list | tuple):
+            return [self._inside(inner) for inner in value]
+        return value if value is None or value == "" else self.of(value)
+
+
+def _call_parts(call: Mapping[str, Any]) -> Iterator[Any]:
+    function = call.get("function", call)
+    if isinstance(function, Mapping):
+        yield function.get("name")
+        yield from _leaves(function.get("arguments"))
+
+
+def _definition_parts(tool: Any) -> Iterator[Any]:
+    function = tool.get("function", tool) if isinstance(tool, Mapping) else None
+    if isinstance(function, Mapping):
+        yield function.get("name")
+        yield function.get("description")
+        parameters = function.get("parameters")
+        properties = parameters.get("properties") if isinstance(parameters, Mapping) else None
+        yield from properties if isinstance(properties, Mapping) else ()
+
+
+def _missing(parts: Iterable[Any], text: str, originals: Mapping[Any, Any] | None) -> str | None:
+    for part in parts:
+        if part is not None and not any(_find(form, text) >= 0 for form in _forms(part)):
+            return f"{(originals or {}).get(part, part)!r:.60}"
     return None
 
 

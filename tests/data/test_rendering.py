@@ -126,6 +126,48 @@ def test_a_tool_call_that_the_template_does_not_render_drops_the_record(tmp_path
         render(chat, messages)
 
 
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "Rain or sun.",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}}},
+    },
+}
+SHOWN = "{% for t in tools or [] %}{{ t.function.name }} {{ t.function.description }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("shown", "missing"),
+    [
+        ("", "'Rain or sun.' is missing"),
+        (SHOWN, "'city' is missing"),
+        (SHOWN.replace("t.function.description", "t.function.parameters | tojson"), "'Rain or sun.' is missing"),
+        ("{{ tools | tojson }}", None),
+    ],
+)
+def test_a_tool_definition_is_not_found_in_a_call_of_it(tmp_path: Path, shown: str, missing: str | None) -> None:
+    chat = template(tmp_path, shown + TEXT_CONTENT)
+    messages = [*turns("Rain?"), {"role": "assistant", "content": None, "tool_calls": [CALL]}]
+    if missing is None:
+        assert len(render(chat, messages, tools=[WEATHER])) == 1
+        return
+    with pytest.raises(TemplateError, match=f"the definition of a tool: {missing}"):
+        render(chat, messages, tools=[WEATHER])
+
+
+@pytest.mark.parametrize("shown", ["(m.tool_calls or [])[:1]", "m.tool_calls or []"])
+def test_a_second_equal_call_and_short_arguments_are_found_where_they_are_rendered(tmp_path: Path, shown: str) -> None:
+    chat = template(tmp_path, TEXT_CONTENT.replace("m.tool_calls or []", shown))
+    calls = [CALL, CALL]
+    messages = [*turns("3 true?"), {"role": "assistant", "content": "", "tool_calls": calls}]
+    if shown == "m.tool_calls or []":
+        assert render(chat, messages)[0].count("CALL") == 2
+        return
+    with pytest.raises(TemplateError, match="a tool call of turn 1"):
+        render(chat, messages)
+
+
 @pytest.mark.parametrize("content", [None, ""])
 @pytest.mark.parametrize("trained", ["all", "last"])
 def test_a_tool_call_is_not_followed_by_an_empty_turn(tmp_path: Path, content: str | None, trained: str) -> None:
