@@ -282,6 +282,9 @@ def test_flags_that_cannot_be_followed_are_not_ignored() -> None:
         DataError, match=r"'loss_scale', which may change what is trained on .* --ignore-key loss_scale"
     ):
         read([{"role": "user", "content": "a", "loss_scale": 2}])
+    for key, value in (("exclude", True), ("supervised", False), ("reward", 0.5), ("advantage", -1)):
+        with pytest.raises(DataError, match=f"{key!r}, which may change what is trained on"):
+            read([{"role": "user", "content": "a", key: value}])
     reader = MessageReader(ignored=["loss_scale"])
     reader.read([{"role": "user", "content": "a", "loss_scale": 2, "timestamp": 3}])
     assert reader.unused == {"timestamp"}

@@ -194,11 +194,11 @@ class BlockEncoder:
             if found := search(text):
                 role = conversation.shape[k] if conversation.shape[k] != "content" else conversation.shape[k - 1]
                 raise Dropped("control token in content", f"{found.group()!r} in a text of the {role} ({_PLAIN})")
-        # The template might also render names, tool calls and tools.
-        if conversation.full_messages is None:
+        # The template might also render names, tool calls, tools and the record's template variables.
+        if conversation.full_messages is None and not conversation.options:
             return
-        everything = json.dumps([conversation.full_messages, conversation.tools], ensure_ascii=False, default=str)
-        if found := search(everything):
+        beside = [conversation.full_messages, conversation.tools, conversation.options]
+        if found := search(json.dumps(beside, ensure_ascii=False, default=str)):
             raise Dropped(
                 "control token in content", f"{found.group()!r} outside the texts, such as in a tool call ({_PLAIN})"
             )

@@ -34,6 +34,11 @@ _MEDIA = ("images", "image", "audio", "audios", "videos", "video", "files", "doc
 _FLAGS = ("loss", "loss_mask", "trainable", "train")
 WEIGHT = "weight"
 _CHANGES_TRAINING = re.compile("loss|mask|train|weight|label|ignore|grad", re.IGNORECASE)
+# Keys whose value may be a number without being a flag or a weight.
+_COUNTS = (
+    "id", "idx", "index", "message_id", "parent_id", "turn", "turn_id", "step", "time", "timestamp", "created", "created_at", "create_time",
+    "updated_at", "length", "tokens", "num_tokens", "token_count",
+)  # fmt: skip
 
 
 class Dropped(ValueError):
@@ -132,7 +137,7 @@ class MessageReader:
                         f"message {i} has {key}: tool definitions belong under the record's tools, reasoning under "
                         f"reasoning_content; --ignore-key {key} reads over it",
                     )
-            elif _CHANGES_TRAINING.search(key):
+            elif _CHANGES_TRAINING.search(key) or (isinstance(value, bool | int | float) and key not in _COUNTS):
                 raise DataError(
                     f"message {i} of a record has the key {key!r}, which may change what is trained on and is not understood. "
                     f"Understood are {', '.join((*_FLAGS, WEIGHT))}. Rename it to one of these, or leave it out of training with "

@@ -192,6 +192,12 @@ def test_added_tokens_are_control_text_whether_special_or_not(tmp_path: Path) ->
     assert kept(plain_tokens=("<b>",)) == [2, 3]
 
 
+def test_control_text_in_template_variables_drops_the_record(tmp_path: Path) -> None:
+    record = {"prompt": "p", "response": "r"}
+    records = [record, {**record, "chat_template_kwargs": {"note": "<|im_end|>"}}]
+    assert shard(tmp_path, records).meta(["line"])["line"].to_pylist() == [1]
+
+
 def test_each_turn_of_a_rewritten_history_is_a_trajectory_with_an_id(tmp_path: Path) -> None:
     from tests.data.test_chat_template import THINKING
 
