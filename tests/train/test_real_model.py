@@ -15,10 +15,47 @@ from megatron_iwsft.distributed.context import Platform
 from megatron_iwsft.distributed.spawn import run_job
 from megatron_iwsft.model.gpt import ModelSettings, build_model
 from megatron_iwsft.testing import comparable_metrics
-from tests.support import real, run_python, torchrun
+from tests.support import real, run_python, tiny, torchrun
 
 pytestmark = [pytest.mark.real, pytest.mark.slow, pytest.mark.parallel]
 
+# Word problems in GSM8K's format.
+PROBLEMS = [
+    (
+        "Ann has 3 boxes of 12 pencils and gives 5 pencils to Tom. How many pencils does she have left?",
+        "Ann has 3 * 12 = <<3*12=36>>36 pencils.\nAfter giving 5 away she has 36 - 5 = <<36-5=31>>31.\n#### 31",
+    ),
+    (
+        "A train travels 60 kilometers per hour for 2 hours and then 45 kilometers. How far does it travel?",
+        "In 2 hours it travels 60 * 2 = <<60*2=120>>120 kilometers.\nIn all 120 + 45 = <<120+45=165>>165.\n#### 165",
+    ),
+    (
+        "A baker sells 24 rolls in the morning and half as many in the afternoon. Each costs $2. What does she earn?",
+        "In the afternoon she sells 24 / 2 = <<24/2=12>>12 rolls.\nShe sells 24 + 12 = <<24+12=36>>36 rolls.\n"
+        "She earns 36 * 2 = $<<36*2=72>>72.\n#### 72",
+    ),
+    (
+        "Leo reads 15 pages a day. His book has 180 pages, and he has read 30. How many more days does he need?",
+        "He has 180 - 30 = <<180-30=150>>150 pages left.\nHe needs 150 / 15 = <<150/15=10>>10 days.\n#### 10",
+    ),
+    (
+        "A shop had 50 apples, sold 3/5 of them and threw 4 away. How many apples are left?",
+        "It sold 50 * 3 / 5 = <<50*3/5=30>>30 apples.\nThere are 50 - 30 - 4 = <<50-30-4=16>>16 left.\n#### 16",
+    ),
+    (
+        "Mia saves $8 a week. After 6 weeks she buys a $20 game. How much money does she have?",
+        "She saves 8 * 6 = $<<8*6=48>>48.\nShe has 48 - 20 = $<<48-20=28>>28 left.\n#### 28",
+    ),
+    (
+        "A tank of 200 liters is a quarter full. A pump adds 10 liters per minute. How many minutes until it is full?",
+        "It holds 200 / 4 = <<200/4=50>>50 liters.\n200 - 50 = <<200-50=150>>150 liters are missing.\n"
+        "That takes 150 / 10 = <<150/10=15>>15 minutes.\n#### 15",
+    ),
+    (
+        "Sam is twice as old as Eve, who is 3 years older than Max. Max is 9. How old is Sam?",
+        "Eve is 9 + 3 = <<9+3=12>>12.\nSam is 12 * 2 = <<12*2=24>>24.\n#### 24",
+    ),
+]
 QUESTIONS = ["What is 12 plus 30?", "Name the capital of France."]
 NEW_TOKENS = 12
 
@@ -31,10 +68,15 @@ def run(*arguments: str | Path) -> str:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> tuple[Path, Path, list[dict]]:
-    """(home, Hugging Face directory, metrics): imported, sharded, referenced, trained for 2 + 2 steps at PP 2, and exported."""
+    """(home, Hugging Face directory, metrics): imported, sharded, referenced, trained for 2 + 2 steps at PP 2, and exported.
+
+    home/straight is the same run, of 4 steps without an interruption.
+    """
     hf, home = real.smollm2(), tmp_path_factory.mktemp("real")
-    run("-m", "megatron_iwsft", "make-arithmetic", "--output", home / "sums.jsonl", "--count", "48", "--wrong", "0.2")
-    run("-m", "megatron_iwsft", "shard", home / "sums.jsonl", "--output", home / "corpus", "--tokenizer", hf)
+    problems = [{"question": question, "answer": answer} for question, answer in PROBLEMS]
+    source = tiny.write_jsonl(home / "problems.jsonl", problems)
+    fields = ["--prompt-field", "question", "--response-field", "answer"]
+    run("-m", "megatron_iwsft", "shard", source, *fields, "--output", home / "corpus", "--tokenizer", hf)
     run("-m", "megatron_iwsft", "import", "--model", hf, "--output", home / "imported")
     config = {
         "run": {"name": "real", "dir": str(home / "run"), "seed": 1, "device": "cpu"},
@@ -49,8 +91,9 @@ def trained(tmp_path_factory) -> tuple[Path, Path, list[dict]]:
     }
     (home / "config.yaml").write_text(yaml.safe_dump(config))
     run(*torchrun(2), "-m", "megatron_iwsft", "reference", "--config", home / "config.yaml")
-    for steps in (2, 4):  # the second run resumes the first
-        run(*torchrun(2), "-m", "megatron_iwsft", "train", "--config", home / "config.yaml", f"data.max_steps={steps}")
+    for directory, steps in (("run", 2), ("run", 4), ("straight", 4)):  # the second resumes the first
+        settings = [f"data.max_steps={steps}", f"run.dir={home / directory}"]
+        run(*torchrun(2), "-m", "megatron_iwsft", "train", "--config", home / "config.yaml", *settings)
     run("-m", "megatron_iwsft", "export", "--checkpoint", home / "run", "--output", home / "exported")
     return home, hf, comparable_metrics(home / "run")
 
@@ -63,11 +106,17 @@ def test_weights_are_one_until_the_first_update_and_then_differ(trained) -> None
     assert metrics[-1]["nll"] < metrics[0]["nll"]
 
 
+def test_the_resumed_run_equals_the_uninterrupted_one_bit_for_bit(trained) -> None:
+    home, _, metrics = trained
+    assert metrics == comparable_metrics(home / "straight")
+
+
 def test_the_export_equals_the_checkpoint_in_transformers(trained) -> None:
     home, _, _ = trained
-    text = "Ann has 3 boxes of 12 pencils and gives 5 away. 3 * 12 = 36, and 36 - 5 = 31."
-    (parity,) = verify(home / "exported", home / "run", text, lengths=[32])
-    assert parity.max_difference <= 1e-4
+    text = "\n\n".join(f"{question}\n{answer}" for question, answer in PROBLEMS)
+    found = verify(home / "exported", home / "run", text, lengths=[32, 257, 512])
+    assert [parity.tokens for parity in found] == [32, 257, 512]
+    assert max(parity.max_difference for parity in found) <= 1e-4
 
 
 def test_greedy_answers_of_the_export_equal_those_of_the_checkpoint(trained) -> None:
