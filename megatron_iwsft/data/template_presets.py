@@ -20,8 +20,9 @@ PRESETS = {
     # DeepSeek-R1 and its distillations. The templates published with them render no reasoning and cut an answer at </think>. This
     # one gives the same generation prompts, and the last answer with its reasoning.
     "deepseek-r1": (
-        "{{ bos_token }}{% for m in messages if m.role == 'system' %}"
-        "{{ m.content }}{% if not loop.last %}{{ '\n\n' }}{% endif %}{% endfor %}"
+        "{{ bos_token }}{% for m in messages if m.role == 'system' %}{{ m.content }}"
+        "{% if not loop.first %}{{ raise_exception('the deepseek-r1 template takes one system turn: the published one shows the last') }}"
+        "{% endif %}{% endfor %}"
         "{% for m in messages %}"
         "{% if m.role == 'user' %}<｜User｜>{{ m.content }}"
         "{% elif m.role == 'assistant' %}<｜Assistant｜>"

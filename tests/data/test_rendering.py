@@ -321,6 +321,8 @@ def test_deepseek_r1_gives_the_generation_prompts_of_the_published_template(tmp_
     messages[2]["reasoning_content"] = messages[4]["reasoning_content"] = "so"
     tokenizer.chat_template = published
     original = ChatTemplate(tokenizer)
+    with pytest.raises(TemplateError, match="takes one system turn"):
+        render(repair, [messages[0], *messages])
     trajectories = render(repair, messages)
     assert len(trajectories) == 2
     for trajectory, i in zip(trajectories, (2, 4), strict=True):
