@@ -4,7 +4,7 @@ Lines that start with ! name something missing. With --gpu, also run short check
 kernel, attention, a collective per process group, a training step of each backend. Exit status 1 if one fails.
 
 With --config: does that run fit this machine? Its layout, memory per process, corpus and sidecar, disk for its checkpoints, and its time.
-Exit status 2 if something is missing.
+Exit status 2 if something is missing. --gpu adds its checks.
 
 examples:
   iwsft doctor
@@ -39,13 +39,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--memory", type=float, metavar="GB", help="memory per process; default: what this machine has")
     speed = of_run.add_mutually_exclusive_group()
     speed.add_argument("--tflops", type=float, metavar="X", help="model TFLOP/s that each process attains")
+    speed.add_argument(
+        "--mfu",
+        type=float,
+        metavar="SHARE",
+        help="share of the GPU's bf16 peak that they attain, 0 to 1, where the peak is known",
+    )
     speed.add_argument("--like", metavar="RUN_DIR", help="an earlier run that attained them: its median tflops_per_gpu")
 
 
 def run(args: argparse.Namespace) -> int:
     if args.config:
-        return _fit(args)
-    for name in ("overrides", "gpus", "model_config", "memory", "tflops", "like"):
+        status = _fit(args)
+        return (_check(args.time_limit) if args.gpu else 0) or status
+    for name in ("overrides", "gpus", "model_config", "memory", "tflops", "mfu", "like"):
         if getattr(args, name):
             raise ConfigError(f"{name.replace('_', '-')}: goes with --config, which names the run.")
     return _examine(args)
@@ -58,7 +65,7 @@ def _fit(args: argparse.Namespace) -> int:
     world_size = args.gpus or config.parallel.world_size
     if world_size is None:
         raise ConfigError("--config needs the number of processes: --gpus N, or parallel.world_size in the config.")
-    for name in ("memory", "tflops"):
+    for name in ("memory", "tflops", "mfu"):
         if getattr(args, name) is not None and not getattr(args, name) > 0:
             raise ConfigError(f"--{name} must be above 0; found {getattr(args, name):g}.")
     config.layout(world_size)
@@ -70,8 +77,8 @@ def _fit(args: argparse.Namespace) -> int:
     from megatron_iwsft.distributed.context import prepare
     from megatron_iwsft.train.fit import Machine, attained_tflops, fit
 
-    tflops = attained_tflops(Path(args.like)) if args.like else args.tflops
     machine = Machine.here(config.run.device)  # before Megatron-Core's CPU stand-ins
+    tflops = attained_tflops(Path(args.like)) if args.like else machine.tflops_at(args.mfu) if args.mfu else args.tflops
     prepare("cpu")
     found = fit(
         config, machine, world_size=world_size, memory=args.memory, tflops=tflops, model_config=args.model_config

@@ -10,25 +10,47 @@ import psutil
 import torch
 
 from megatron_iwsft.config.schema import Config
-from megatron_iwsft.errors import DataError
+from megatron_iwsft.distributed.context import DeviceChoice, chosen_device
+from megatron_iwsft.errors import ConfigError, DataError
+from megatron_iwsft.model.flops import peak_tflops
 from megatron_iwsft.train.plan import Plan, plan
 from megatron_iwsft.utils.jsonl import read_json_lines
+from megatron_iwsft.utils.memory import group_limit
 
 
 @dataclass(frozen=True)
 class Machine:
-    """gpus: on this machine. memory: bytes of the smallest GPU; without one, of the host, which its processes share."""
+    """gpus: that a run would use here. memory: bytes of the smallest GPU; without one, of the host, which its processes share.
+
+    peak   TFLOP/s of the slowest GPU in bf16; None if that is not known
+    lacks  the GPU that the run asks for, in one sentence; None if it asks for none or has it
+    """
 
     gpus: int
     memory: int
+    peak: float | None = None
+    lacks: str | None = None
 
     @staticmethod
-    def here(device: str) -> Machine:
-        """device: `run.device` of the config."""
-        gpus = 0 if device == "cpu" else torch.cuda.device_count()
+    def here(device: DeviceChoice) -> Machine:
+        """device: `run.device` of the config. IWSFT_DEVICE counts as when the run starts. Raises ConfigError for another value of it."""
+        choice = chosen_device(device)
+        gpus = 0 if choice == "cpu" else torch.cuda.device_count()
         if not gpus:
-            return Machine(0, psutil.virtual_memory().total)
-        return Machine(gpus, min(torch.cuda.get_device_properties(i).total_memory for i in range(gpus)))
+            lacks = "the run asks for CUDA, and torch sees no GPU here. Set run.device to auto or cpu, or use a machine with GPUs."
+            limit = group_limit()
+            total = psutil.virtual_memory().total
+            return Machine(0, min(total, limit or total), lacks=lacks if choice == "cuda" else None)
+        peaks = [peak_tflops(torch.cuda.get_device_name(i)) for i in range(gpus)]
+        known = [peak for peak in peaks if peak is not None]
+        memory = min(torch.cuda.get_device_properties(i).total_memory for i in range(gpus))
+        return Machine(gpus, memory, min(known) if len(known) == gpus else None)
+
+    def tflops_at(self, mfu: float) -> float:
+        """At a share of the peak. Raises ConfigError if the peak is not known."""
+        if self.peak is None:
+            raise ConfigError("--mfu needs a GPU here whose peak is known. State the rate with --tflops.")
+        return mfu * self.peak
 
 
 def fit(
@@ -46,7 +68,11 @@ def fit(
     tflops  model TFLOP/s that each process attains
     """
     found = plan("train", config, world_size=world_size, model_config=model_config, allow_missing=True)
-    if found.memory is not None:
+    if machine.lacks is not None:
+        found.missing.append(machine.lacks)
+    elif machine.gpus:
+        _compare_gpus(found, machine.gpus, world_size)
+    if found.memory is not None and (memory is not None or machine.lacks is None):
         _compare_memory(found, machine, world_size, memory)
     if found.flops is not None and tflops is not None:
         hours = found.flops / (tflops * 1e12) / 3600
@@ -57,6 +83,19 @@ def fit(
     elif found.flops is not None:
         found.add("time", "not estimated: state the TFLOP/s per process (--tflops), or a similar run (--like RUN_DIR)")
     return found
+
+
+def _compare_gpus(found: Plan, gpus: int, world_size: int) -> None:
+    """A run of several nodes is compared with one of them."""
+    if world_size <= gpus:
+        found.add("GPUs", f"{world_size} of this machine's {gpus}")
+    elif world_size % gpus == 0:
+        found.add("GPUs", f"{world_size}: {world_size // gpus} machines with {gpus} each, as here")
+    else:
+        found.missing.append(
+            f"{world_size} processes need as many GPUs; this machine has {gpus}, which does not divide {world_size}. "
+            "Change parallel or --gpus."
+        )
 
 
 def _compare_memory(found: Plan, machine: Machine, world_size: int, memory: float | None) -> None:

@@ -8,6 +8,7 @@ import resource
 import socket
 from pathlib import Path
 
+_NO_LIMIT = 2**60  # version 1 of control groups has a huge number in place of no limit
 # What torch, its allocators, glibc and Python's threads say.
 _SIGNS = (
     "can't allocate memory",
@@ -49,10 +50,32 @@ def _limits() -> str:
     address_space = resource.getrlimit(resource.RLIMIT_AS)[0]
     if address_space != resource.RLIM_INFINITY:
         found.append(f"{address_space / 2**30:.2f} GiB of address space (ulimit -v)")
-    try:
-        group = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-    except OSError:
-        group = "max"
-    if group.isdigit():
-        found.append(f"{int(group) / 2**30:.2f} GiB in its control group")
+    group = group_limit()
+    if group is not None:
+        found.append(f"{group / 2**30:.2f} GiB in its control group")
     return f" Its limit is {' and '.join(found)}." if found else ""
+
+
+def group_limit(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int | None:
+    """Bytes of memory that this process's control groups, as of a container or a Slurm job, leave to it; None without a limit.
+
+    root: where control groups are mounted. own: the kernel's list of the groups of this process, `number:controllers:/path` a line.
+    """
+    limits = []
+    for line in _text(own).splitlines() or ["0::/"]:
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        base, name = (root / "memory", "memory.limit_in_bytes") if controllers else (root, "memory.max")
+        inside = Path(path.lstrip("/"))  # every group above limits it, too
+        limits += [_text(base / group / name).strip() for group in (inside, *inside.parents)]
+    numbers = [int(limit) for limit in limits if limit.isdigit()]
+    return min((number for number in numbers if number < _NO_LIMIT), default=None)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
