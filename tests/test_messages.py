@@ -144,3 +144,16 @@ def more(x) -> str | None:
         "… is bad. Run it again. Remove it. It is large." in texts
         and "… is bad. Run it again. Use … It is large." in texts
     )
+
+
+def quoted_messages() -> list[str]:
+    """What docs/troubleshooting.md quotes in its column "you see"."""
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    seen = [row.split("|")[1] for row in page.splitlines() if row.startswith("| ")]
+    return [quote for cell in seen for quote in re.findall("`([^`]* [^`]*)`", cell)]
+
+
+@pytest.mark.parametrize("quote", quoted_messages())
+def test_troubleshooting_quotes_a_message(quote: str) -> None:
+    wanted = re.compile(".*".join(re.escape(part.strip()) for part in quote.split("…")))
+    assert any(wanted.search(message.text) for message in MESSAGES)
