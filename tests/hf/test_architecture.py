@@ -225,7 +225,7 @@ def test_the_id_of_a_model_gets_the_command_that_downloads_it(tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CheckpointError, match=r"hf download Qwen/Qwen2\.5-7B --local-dir models/Qwen2\.5-7B"):
         Architecture.from_directory("Qwen/Qwen2.5-7B")
-    with pytest.raises(CheckpointError, match=r"^/nowhere/at/all does not exist\.$"):
+    with pytest.raises(CheckpointError, match=r"^/nowhere/at/all does not exist\. Check the path\.$"):
         Architecture.from_directory("/nowhere/at/all")
     (tmp_path / "Qwen" / "Qwen2.5-7B").mkdir(parents=True)
     with pytest.raises(CheckpointError, match=r"it has no config\.json"):
