@@ -98,7 +98,7 @@ def test_messages_are_found() -> None:
     assert any("Check the path, its permissions and the disk's space." in m.text for m in MESSAGES)  # of any OSError
     assert any(
         "is in use by another job" in m.text for m in MESSAGES
-    )  # by a function that is told which error to raise
+    )  # in a function with the error class as a parameter
     assert any("does not divide the model's" in m.text for m in MESSAGES)  # text from another function
     assert {
         m.text for m in MESSAGES if (m.path, m.function) == ("megatron_iwsft/report/run_record.py", "read_metrics")

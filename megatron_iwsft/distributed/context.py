@@ -270,7 +270,7 @@ def start(device: DeviceChoice = "auto", *, timeout_s: float = 600.0, bind_devic
 
 
 def binds_device(wanted: bool | None, environment: Mapping[str, str]) -> bool:
-    """Whether NCCL is told this process's GPU at once; if nobody says, where torchrun's `environment` is that of a single node."""
+    """Whether to bind this process's GPU to NCCL at the start: as requested, and by default if torchrun's `environment` has one node."""
     if wanted is not None:
         return wanted
     return environment.get("LOCAL_WORLD_SIZE", "1") == environment.get("WORLD_SIZE", "1")

@@ -14,7 +14,7 @@ KINDS = ("ConfigError", "DataError", "CheckpointError", "DivergenceError", "User
 OF_KIND = {"DamageError": "CheckpointError"} | {
     kind: kind for kind in KINDS
 }  # class → under which its messages are listed
-PARAMETER = "error"  # of functions that are told which error to raise
+PARAMETER = "error"  # the name of a parameter that is the error class to raise
 LEAVE = "_leave"  # (status, text): ends a command, as for an OSError
 HOLE = "…"  # what is filled in when it is raised
 _MOST = 12  # texts that one expression can have; more are not told apart
