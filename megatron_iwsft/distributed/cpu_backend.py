@@ -18,7 +18,7 @@ import torch
 from torch.utils._device import _device_constructors
 
 from megatron_iwsft.distributed.gloo import share_device
-from megatron_iwsft.distributed.mcore_compat import use_torch_in_place_of_fused_kernels
+from megatron_iwsft.distributed.mcore_compat import skip_collectives_of_one, use_torch_in_place_of_fused_kernels
 from megatron_iwsft.errors import ConfigError
 
 _CPU = torch.device("cpu")
@@ -109,8 +109,11 @@ def _l2_norm(
 ) -> tuple[torch.Tensor, None]:
     """The gradient norm, in float64: torch's float32 norm on CPU is off by 3e-4 for a few million elements, and by another
     amount at every layout. Stands in for Megatron-Core's local fallback of a fused kernel.
+
+    torch makes a float64 copy, so in parts that fit a core's cache.
     """
-    squares = [torch.linalg.vector_norm(t, dtype=torch.float64) ** 2 for tensors in tensor_lists for t in tensors]
+    parts = (part for tensors in tensor_lists for t in tensors for part in t.reshape(-1).split(1 << 16))
+    squares = [torch.linalg.vector_norm(part, dtype=torch.float64) ** 2 for part in parts]
     return torch.stack(squares).sum().sqrt().float().reshape(1), None
 
 
@@ -180,6 +183,7 @@ def install() -> None:
     _compile_nothing()
     share_device()
     use_torch_in_place_of_fused_kernels(_l2_norm, get_rng_state, set_rng_state)
+    skip_collectives_of_one()
 
     torch.distributed.all_to_all_single = _with_sizes_as_lists(torch.distributed.all_to_all_single)
 

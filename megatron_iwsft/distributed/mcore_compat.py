@@ -16,7 +16,7 @@ import queue
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -388,3 +388,27 @@ def use_torch_in_place_of_fused_kernels(
     moe_utils.te_general_gemm = None
     megatron_random._get_cuda_rng_state = get_rng_state
     megatron_random._set_cuda_rng_state = set_rng_state
+
+
+def skip_collectives_of_one() -> None:
+    """Have gradients and parameters stay where they are if one process has all of them: gloo would copy the whole buffer several times,
+    on one thread. Not for asynchronous calls. Process-wide.
+    """
+    from megatron.core.distributed import param_and_grad_buffer as buffers
+
+    coalesce = buffers._coalescing_manager
+
+    def coalescing_manager(group: dist.ProcessGroup, *, async_ops: bool = False) -> Any:
+        return coalesce(group, async_ops=async_ops) if async_ops or group.size() > 1 else nullcontext()
+
+    def unless_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(output: Tensor, given: Tensor, *, group: dist.ProcessGroup, **options: Any) -> Any:
+            if options.get("async_op") or group.size() > 1:
+                return collective(output, given, group=group, **options)
+            assert output.data_ptr() == given.data_ptr(), "Megatron-Core reduces and gathers in place"
+
+        return wrapped
+
+    buffers._coalescing_manager = coalescing_manager
+    buffers.dist_reduce_scatter_func = unless_alone(buffers.dist_reduce_scatter_func)
+    buffers.dist_all_gather_func = unless_alone(buffers.dist_all_gather_func)

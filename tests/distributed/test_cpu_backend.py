@@ -36,6 +36,32 @@ def test_a_group_adds_one_thread() -> None:
         assert means == [1.0, 3.0, 5.0, 7.0]
 
 
+def transfers(platform: Any) -> tuple[list[str], torch.Tensor, torch.Tensor]:
+    """(torch's operations by which gradients are reduced and parameters gathered, the reduced gradient, the parameter)."""
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    platform.parallel()
+    config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1)
+    ddp = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
+    module = torch.nn.Linear(8, 8, bias=False)
+    torch.nn.init.constant_(module.weight, 1.0 + platform.rank)
+    chunk = DistributedDataParallel(config, ddp, module)
+    module.weight.main_grad.fill_(2.0)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        chunk.finish_grad_sync()
+        chunk.start_param_sync(force_sync=True)
+    names = {event.key for event in profile.key_averages() if event.key.startswith("c10d::")}
+    return sorted(names), module.weight.main_grad.clone(), module.weight.detach().clone()
+
+
+def test_a_process_alone_transfers_nothing() -> None:
+    names, gradient, weight = run_job(transfers, 1)[0]
+    assert names == []
+    assert (gradient == 2.0).all() and (weight == 1.0).all()
+    assert [len(names) for names, _, _ in run_job(transfers, 2)] == [2, 2]
+
+
 def devices_and_modules(platform: Any) -> tuple[set[str], list[str], list[str]]:
     """(devices of tensors that were asked for on CUDA, their type names, slow modules that were imported all the same)."""
     cuda = torch.device("cuda", 3)

@@ -243,7 +243,7 @@ def batches(corpus: Corpus, case: Case, data_rank: int, data_size: int, context_
 
 
 def run_case(platform, corpus_dir: str, case: Case, losses: Sequence[Loss] = LOSSES) -> dict[Loss, tuple]:
-    """(losses, complete gradients) of one global batch for each objective, in a job of processes."""
+    """((loss, router balance, effective sample size), complete gradients) of one global batch by objective, in a job of processes."""
     from megatron_iwsft.model.gpt import ModelSettings, build_model
     from megatron_iwsft.model.parameters import load_weights
     from megatron_iwsft.train.optim import wrap_for_gradients
@@ -266,7 +266,8 @@ def run_case(platform, corpus_dir: str, case: Case, losses: Sequence[Loss] = LOS
             router_balance=router_balance(case, loss),
         )
         metrics = step.forward_backward(builder.at_step(compared_step(case.packing)))
-        out[loss] = (metrics["loss"], metrics.get("router_balance", 0.0)), whole_gradients(chunks, parallel)
+        values = metrics["loss"], metrics.get("router_balance", 0.0), metrics.get("weight_ess", 0.0)
+        out[loss] = values, whole_gradients(chunks, parallel)
     return out
 
 
@@ -299,8 +300,20 @@ def expected(corpus_dir: str, case: Case, losses: Sequence[Loss] = LOSSES) -> di
         )
         gradients = torch.autograd.grad(value + coefficient * balance, list(weights.values()), retain_graph=True)
         per_layer = float(balance) / config["num_hidden_layers"] if coefficient else 0.0
-        out[loss] = (value.item(), per_layer), dict(zip(weights, gradients, strict=True))
+        size = effective_sample_size(loss, value, batch) if OBJECTIVES[loss.name].weighted else 0.0
+        out[loss] = (value.item(), per_layer, size), dict(zip(weights, gradients, strict=True))
     return out
+
+
+def effective_sample_size(loss: Loss, value: torch.Tensor, batch: list[tuple]) -> float:
+    """(Σc)²/(nΣc²), c the gradient by a token's log-prob, or by all of a trajectory's where those have one weight."""
+    gradients = torch.autograd.grad(value, [logprobs for logprobs, *_ in batch], retain_graph=True)
+    masks = [mask == 1 for _, _, mask, _ in batch]
+    if loss.settings.level == "token" or OBJECTIVES[loss.name].per_token:
+        c = torch.cat([gradient[mask] for gradient, mask in zip(gradients, masks, strict=True)])
+    else:
+        c = torch.stack([gradient.sum() for gradient, mask in zip(gradients, masks, strict=True) if mask.any()])
+    return (c.sum() ** 2 / len(c) / (c**2).sum()).item()
 
 
 @pytest.fixture(scope="module")
@@ -344,7 +357,7 @@ def test_a_layout_agrees_with_plain_torch(world_size: int, case: Case, sweep: Sw
         errors = {name: relative_error(gradients[name], gradient) for name, gradient in want.items()}
         print(f"\n{world_size} {case!s:70} {loss!s:26} {loss_error:8.1e} {max(errors.values()):8.1e}", end="")
         if not loss_error <= TOLERANCE:
-            complaints.append(f"{loss}: loss, router balance {losses}, expected {want_losses}")
+            complaints.append(f"{loss}: loss, router balance, effective sample size {losses}, expected {want_losses}")
         complaints += [
             f"{loss}: {name} off by {error:.2e}; norms {gradients[name].norm():.6g}, expected {want[name].norm():.6g}"
             for name, error in errors.items()
