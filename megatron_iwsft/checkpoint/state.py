@@ -11,7 +11,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_iwsft.checkpoint.optimizer_state import load_optimizer_state, sharded_optimizer_state
-from megatron_iwsft.distributed.mcore_compat import random_states, set_random_states, unquantized_copy
+from megatron_iwsft.distributed.mcore_compat import (
+    random_states,
+    set_parameters_from_main,
+    set_random_states,
+    unquantized_copy,
+)
 from megatron_iwsft.model.parameters import fill
 from megatron_iwsft.reference.lagged_copy import LaggedCopy
 
@@ -107,6 +112,8 @@ class TrainState:
                     fill(parameter, state[f"model{i}"][name])
         if self.optimizer is not None:
             load_optimizer_state(self.optimizer, state["optimizer"])
+            # Saved parameters may have been rounded to FP8 of another recipe, or of other scales.
+            set_parameters_from_main(self.optimizer)
         if self.schedule is not None:
             self.schedule.load_state_dict(state["schedule"])
         for copy in self.lagged:

@@ -158,7 +158,7 @@ class Precision(Section):
     fp8: FP8Recipe | None = None
     """FP8 recipe of Transformer Engine's matmuls, with everything else in bf16. null: no FP8."""
     fp8_parameters: bool = False
-    """Store parameters in FP8, and all-gather them in FP8 in the distributed optimizer."""
+    """Store parameters in FP8 (tensorwise or blockwise), and all-gather them in FP8 in the distributed optimizer."""
     fp8_amax_history_len: PositiveInt | None = None
     """With fp8 delayed: number of past steps whose largest values the scales are taken from. null: 1024.
     Emulated: number of past passes; null: 16."""
@@ -183,6 +183,9 @@ class Precision(Section):
             raise ValueError(
                 f"fp8_amax_history_len and fp8_amax_compute_algo need fp8 delayed, which scales by history; it is {self.fp8 or 'null'}"
             )
+        refusal = FP8_RECIPES[self.fp8].no_parameters if self.fp8 is not None and self.fp8_parameters else None
+        if refusal:
+            raise ValueError(f"fp8_parameters does not go with fp8 {self.fp8}: {refusal}. Use tensorwise or blockwise")
         if self.fp8_parameters and self.fp8_emulation:
             raise ValueError("fp8_emulation keeps parameters in dtype; fp8_parameters must be false")
         if self.fp8 is not None and self.dtype != "bf16":

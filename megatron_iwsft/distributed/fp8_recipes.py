@@ -18,6 +18,7 @@ class RecipeNeeds:
     gathered     the same with sequence parallelism: only full blocks of rows are gathered in FP8
     overlapped   the same where Transformer Engine's userbuffers gather them; None: they do not support the recipe
     format       Megatron-Core's name. hybrid: gradients in E5M2, for one scale per tensor. e4m3: more precise, with a scale per block
+    no_parameters  why parameters cannot be kept in it; None if they can
     """
 
     capability: tuple[int, int]
@@ -26,6 +27,7 @@ class RecipeNeeds:
     gathered: int
     overlapped: int | None
     format: Literal["hybrid", "e4m3"]
+    no_parameters: str | None = None
 
     def rows(self, *, sequence_parallel: bool, overlap_tensor: bool = False) -> int:
         """What a rank's rows must be a multiple of."""
@@ -36,8 +38,14 @@ class RecipeNeeds:
 
 
 FP8_RECIPES: dict[FP8Recipe, RecipeNeeds] = {
-    "delayed": RecipeNeeds((8, 9), "Ada, Hopper or newer", 16, 16, 16, "hybrid"),
+    "delayed": RecipeNeeds(
+        *((8, 9), "Ada, Hopper or newer", 16, 16, 16, "hybrid"),
+        no_parameters="weights would be rounded at scale 1 until the first update, and a reference's for the whole run",
+    ),
     "tensorwise": RecipeNeeds((8, 9), "Ada, Hopper or newer", 16, 16, 16, "hybrid"),
     "blockwise": RecipeNeeds((9, 0), "Hopper or newer", 16, 128, None, "e4m3"),
-    "mxfp8": RecipeNeeds((10, 0), "Blackwell", 32, 32, 128, "e4m3"),
+    "mxfp8": RecipeNeeds(
+        *((10, 0), "Blackwell", 32, 32, 128, "e4m3"),
+        no_parameters="Transformer Engine cannot move such weights into Megatron-Core's buffers",
+    ),
 }

@@ -322,6 +322,19 @@ def gather_parameters(chunks: list[DistributedDataParallel]) -> None:
         chunk.start_param_sync(force_sync=True)
 
 
+def set_parameters_from_main(optimizer: MegatronOptimizer) -> None:
+    """Round the optimizer's float32 parameters to the model's, as an update does. Collective over all ranks."""
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    chunks: dict[int, DistributedDataParallel] = {}
+    for part in optimizer.chained_optimizers:
+        if hasattr(part, "_copy_main_params_to_model_params"):  # not where parameters are their own main parameters
+            part._copy_main_params_to_model_params()
+        if isinstance(part, DistributedOptimizer):
+            chunks |= {id(chunk): chunk for chunk in part.model_chunks}
+    gather_parameters(list(chunks.values()))
+
+
 def unquantized_copy(parameter: Tensor) -> Tensor | None:
     """Of an FP8 parameter, its value in bf16 on the host: what it was quantised from, and what the optimizer starts its float32 copy
     from. None for other parameters, and once it was freed.

@@ -120,6 +120,7 @@ def row_of(model: PolicyModel, name: str, rows: dict[str, Mapping]) -> tuple[Map
 @torch.no_grad()
 def fill(parameter: torch.nn.Parameter, value: torch.Tensor) -> None:
     """Set a parameter, and with FP8 parameters also what the optimizer will take its float32 copy from."""
+    value = value.to(parameter.dtype)  # as the optimizer does before it rounds to FP8
     parameter.copy_(value)
     unquantized = unquantized_copy(parameter)
     if unquantized is not None:

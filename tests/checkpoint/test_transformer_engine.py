@@ -15,7 +15,8 @@ from megatron_iwsft.config.schema import Optimizer
 from megatron_iwsft.errors import CheckpointError
 from megatron_iwsft.hf.directory import RandomInit
 from megatron_iwsft.testing import run_distributed
-from tests.support.transformer_engine import FAMILIES, architecture, as_on_hopper, te
+from tests.model.test_transformer_engine import build
+from tests.support.transformer_engine import FAMILIES, architecture, as_on_hopper, packed_row, te
 
 
 def state_of(platform: Any, family: str, seed: int, *, distributed: bool = True, **settings: Any) -> Any:
@@ -87,6 +88,84 @@ def test_a_checkpoint_of_one_backend_loads_into_the_other(
 ) -> None:
     count, different = run_distributed(moved, 1, tmp_path, family, distributed, source, target)[0]
     assert different == [] and count == 4 * (17 if family == "dense" else 33)
+
+
+class Training:
+    """A model with parameters in FP8, or what `settings` say, and the losses of its steps."""
+
+    def __init__(self, platform: Any, seed: int, **settings: Any) -> None:
+        from megatron_iwsft.checkpoint.state import TrainState
+        from megatron_iwsft.objectives.functions import Settings, sft
+        from megatron_iwsft.train.optim import build_optimizer, wrap_for_gradients
+        from megatron_iwsft.train.step import TrainStep
+
+        parallel, options = platform.parallel(), Optimizer(lr=1e-2)
+        policy = build(platform, "dense", parallel, seed=seed, backend="transformer_engine", **settings)
+        chunks = wrap_for_gradients(policy, options)
+        self.step = TrainStep(chunks, parallel, platform.device, sft, Settings())
+        self.state = TrainState(policy, build_optimizer(chunks, options, torch.bfloat16))
+
+    def run(self, steps: range) -> list[float]:
+        from megatron_iwsft.distributed.mcore_compat import prepare_gradients, update_parameters
+
+        losses = []
+        for number in steps:
+            losses.append(self.step.forward_backward([packed_row([20, 13, 31], seed=number)])["loss"])
+            update_parameters(self.state.optimizer, prepare_gradients(self.state.optimizer))
+            self.state.step = number + 1
+        return losses
+
+    def stored(self) -> dict[Any, torch.Tensor]:
+        """`values`, of FP8 parameters what they are stored as."""
+        found = values(self.state)
+        for name, parameter in self.state.policy[0].named_parameters():
+            if hasattr(parameter, "_data"):
+                found |= {(name, part): getattr(parameter, part) for part in ("_data", "_scale_inv")}
+        return found
+
+
+FP8_PARAMETERS = dict(fp8="tensorwise", fp8_parameters=True)
+
+
+def interrupted(platform: Any, root: Path) -> dict[str, Any]:
+    """Two steps, a checkpoint, two more in another model, beside four steps; and that checkpoint in a model in bf16."""
+    from megatron_iwsft.checkpoint.load import load
+
+    with as_on_hopper():
+        unbroken, first, second, bf16 = (
+            Training(platform, seed, **settings)
+            for seed, settings in enumerate([FP8_PARAMETERS, FP8_PARAMETERS, FP8_PARAMETERS, {}], 1)
+        )
+        load(save(root / "start", "dense", unbroken.state), first.state)
+        expected = unbroken.run(range(4))
+        losses = first.run(range(2))
+        info = save(root / "middle", "dense", first.state)
+        load(info, second.state)
+        losses += second.run(range(2, 4))
+        load(info, bf16.state)
+    found, wanted = second.stored(), unbroken.stored()
+    assert found.keys() == wanted.keys()
+    rounded = values(bf16.state)
+    return {
+        "losses": (losses, expected),
+        "different": [name for name in wanted if not torch.equal(found[name], wanted[name])],
+        "count": sum(name[-1] == "_data" for name in wanted),
+        "rounded twice": [
+            name
+            for *name, kind in rounded
+            if kind == "main" and not torch.equal(rounded[*name, kind].bfloat16(), rounded[*name, "parameter"])
+        ],
+    }
+
+
+@te
+def test_training_with_fp8_parameters_resumes_bitwise(tmp_path: Path) -> None:
+    """And its checkpoint gives a model in bf16 the optimizer's parameters, not those that were rounded to FP8."""
+    found = run_distributed(interrupted, 1, tmp_path)[0]
+    losses, expected = found["losses"]
+    assert losses == expected and len(set(losses)) == 4
+    assert found["different"] == [] and found["count"] == 8, "four matrices in each of two layers"
+    assert found["rounded twice"] == []
 
 
 def with_histories(platform: Any, family: str, seed: int) -> Any:

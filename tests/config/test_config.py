@@ -89,6 +89,14 @@ MISTAKES = [
         "overlap_param_gather needs distributed: true and overlap_grad_reduce: true",
     ),
     (["precision.fp8_amax_history_len=16"], "need fp8 delayed, which scales by history; it is null"),
+    (
+        ["precision={fp8: delayed, fp8_parameters: true}"],
+        "fp8_parameters does not go with fp8 delayed: weights would be",
+    ),
+    (
+        ["precision={fp8: mxfp8, fp8_parameters: true}"],
+        "fp8_parameters does not go with fp8 mxfp8: Transformer Engine cannot",
+    ),
     (["parallel.recompute_layers=2"], "recompute_layers needs recompute: full; it is none"),
     (["parallel.overlap_tensor=true"], "overlap_tensor needs sequence: true and context: 1"),
     (

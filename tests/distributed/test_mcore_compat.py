@@ -233,3 +233,15 @@ def test_a_save_forks_after_its_tensors_are_on_the_host(tmp_path: Path) -> None:
     (events,) = run_distributed(events_of_a_save, 1, tmp_path)
     assert events[0] == "copy to pinned memory" and events.count("fork") == 1, events
     assert "wait" in events[: events.index("fork")], events
+
+
+def test_optimizers_with_main_parameters_can_set_the_models() -> None:
+    """`set_parameters_from_main` asks for the method, which optimizers in float32 lack."""
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+    from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
+
+    found = [
+        hasattr(kind, "_copy_main_params_to_model_params")
+        for kind in (DistributedOptimizer, Float16OptimizerWithFloat16Params, FP32Optimizer)
+    ]
+    assert found == [True, True, False]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -142,6 +143,87 @@ def test_the_optimizer_of_fp8_parameters_starts_from_the_weights_that_were_loade
     assert masters.keys() == expected.keys()
     assert [name for name in masters if not torch.equal(masters[name], expected[name])] == []
     assert found["kept"] == [], "copies on the host that nothing reads any more"
+
+
+def quantised_weights(platform: Any) -> tuple[list[dict[str, int]], int, list[str]]:
+    """Weight → how often it was quantised, in each of two steps of three micro-batches, an evaluation, and a step after it.
+
+    Also the number of quantised weights, and those that matmuls read otherwise than the parameters give them.
+    """
+    import transformer_engine_torch as kernels
+
+    from megatron_iwsft.distributed.mcore_compat import prepare_gradients, update_parameters
+    from megatron_iwsft.train.optim import build_optimizer, wrap_for_gradients
+    from megatron_iwsft.train.step import TrainStep
+
+    with as_on_hopper():
+        parallel, options = platform.parallel(), Optimizer(lr=1e-2)
+        policy = build(platform, "dense", parallel, backend="transformer_engine", fp8="tensorwise")
+        chunks = wrap_for_gradients(policy, options)
+        optimizer = build_optimizer(chunks, options, torch.bfloat16)
+        step = TrainStep(chunks, parallel, platform.device, sft, Settings())
+        layers = {name: m for name, m in policy[0].named_modules() if hasattr(m, "_fp8_workspaces")}
+        names = {layer.weight.data_ptr(): name for name, layer in layers.items() if hasattr(layer, "weight")}
+        counts: Counter[str] = Counter()
+        quantize = kernels.quantize
+
+        def counting(x: torch.Tensor, *others: Any) -> Any:
+            counts.update(names[x.data_ptr()] for _ in range(x.data_ptr() in names))
+            return quantize(x, *others)
+
+        found, stale = [], []
+        batches = [packed_row([20, 13, 31], seed=seed) for seed in range(3)]
+        with mock.patch.object(kernels, "quantize", counting):
+            for trains in (True, True, False, True):
+                if trains:
+                    step.forward_backward(batches)
+                else:
+                    step.evaluate([batches])
+                found.append(dict(counts))
+                counts.clear()
+                for name in names.values():
+                    weight = layers[name].weight
+                    cached = layers[name]._fp8_workspaces["weight"]
+                    same = torch.equal(cached._data, quantize(weight.detach(), cached._get_quantizer())._data)
+                    stale += [] if same else [name]
+                if trains:
+                    update_parameters(optimizer, prepare_gradients(optimizer))
+    return found, len(names), stale
+
+
+@te
+def test_fp8_weights_are_quantised_once_a_step() -> None:
+    """At its first micro-batch, so after the update before; later micro-batches read the same."""
+    found, count, stale = run_distributed(quantised_weights, 1)[0]
+    assert count == 8, "four matrices in each of two layers"
+    assert [set(counts.values()) for counts in found] == [{1}] * 4 and {len(counts) for counts in found} == {count}
+    assert stale == []
+
+
+def parameters_of(platform: Any, recipe: FP8Recipe) -> Any:
+    """Of delayed, the scales of parameters before the first update. Of mxfp8, what moving a parameter into a buffer says."""
+    from transformer_engine.pytorch import MXFP8Quantizer
+    from transformer_engine.pytorch.tensor.utils import replace_raw_data
+    from transformer_engine_torch import DType
+
+    with as_on_hopper():
+        if recipe == "delayed":
+            (model,) = build(platform, "dense", backend="transformer_engine", fp8=recipe, fp8_parameters=True)
+            return {float(p._scale_inv) for p in model.parameters() if hasattr(p, "_scale_inv")}
+        weight = MXFP8Quantizer(DType.kFloat8E4M3).make_empty((128, 128), dtype=torch.bfloat16, device="cpu")
+        try:
+            replace_raw_data(weight, torch.empty(128 * 128, dtype=torch.uint8))
+        except NotImplementedError as error:
+            return str(error)
+
+
+@te
+@pytest.mark.parametrize(("recipe", "found"), [("delayed", {1.0}), ("mxfp8", "not supported")])
+def test_why_two_recipes_cannot_keep_parameters(recipe: FP8Recipe, found: Any) -> None:
+    """If this fails, `no_parameters` of fp8_recipes.py can go."""
+    assert FP8_RECIPES[recipe].no_parameters
+    (said,) = run_distributed(parameters_of, 1, recipe)
+    assert said == found or found in said
 
 
 def chosen_communication(platform: Any, changes: dict[str, Any], asked: str | None) -> str:

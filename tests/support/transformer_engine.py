@@ -1,12 +1,13 @@
 """Transformer Engine's layers on a CPU: for tests of everything about them but their kernels.
 
-Queries about the device are answered as on a Hopper GPU. The kernels that layers call in bf16, and those that quantise parameters with
-one scale per tensor, are computed by torch. Attention is the local backend's.
+Queries about the device are answered as on a Hopper GPU. The kernels that layers call in bf16 and, with one scale per tensor, in FP8 are
+computed by torch. Attention is the local backend's.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -42,8 +43,9 @@ def architecture(family: str) -> Architecture:
 
 @contextmanager
 def as_on_hopper(attention: type | None = None) -> Iterator[None]:
-    """Within it, Transformer Engine's layers can be built and, in bf16, run. attention: instead of the local backend's."""
+    """Within it, Transformer Engine's layers can be built and, in bf16 and dense in FP8, run. attention: instead of the local backend's."""
     import transformer_engine_torch as kernels
+    from megatron.core.distributed import param_and_grad_buffer
     from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
     from megatron.core.models.common.embeddings import rope_utils
     from transformer_engine.pytorch import cpp_extensions, utils
@@ -51,6 +53,7 @@ def as_on_hopper(attention: type | None = None) -> Iterator[None]:
     from transformer_engine.pytorch.module import grouped_linear, layernorm_linear, linear
     from transformer_engine.pytorch.module.base import TransformerEngineBaseModule
     from transformer_engine.pytorch.ops.basic import rmsnorm
+    from transformer_engine.pytorch.tensor import utils as parameters
 
     from megatron_iwsft.model.packed_attention import PackedAttention
 
@@ -70,9 +73,16 @@ def as_on_hopper(attention: type | None = None) -> Iterator[None]:
         *((module, "rmsnorm_fwd", _rms_norm) for module in (kernels, cpp_extensions, rmsnorm)),
         *((module, "rmsnorm_bwd", _rms_norm_backward) for module in (kernels, cpp_extensions, rmsnorm)),
         (kernels, "quantize", _quantize),
-        (kernels, "dequantize", _dequantize),
+        (kernels, "bgrad_quantize", lambda grad, quantizer: (grad.flatten(0, -2).sum(0), _quantize(grad, quantizer))),
+        (kernels, "fp8_transpose", _transpose),
+        (kernels, "compute_amax", lambda x, largest: largest.copy_(x.abs().max())),
+        (parameters, "multi_tensor_scale", _scale_all),
+        (param_and_grad_buffer, "_coalescing_manager", _one_by_one),
+        (parameters, "multi_tensor_compute_scale_and_scale_inv", _scales_of_all),
     ]
-    patches = [mock.patch.object(*answer) for answer in answers]
+    # Delayed scaling has its scales computed in torch by Transformer Engine itself.
+    patches: list[Any] = [mock.patch.dict(os.environ, NVTE_UNFUSED_FP8_UPDATE="1")]
+    patches += [mock.patch.object(*answer) for answer in answers]
     for patch in patches:
         patch.start()
     try:
@@ -80,6 +90,13 @@ def as_on_hopper(attention: type | None = None) -> Iterator[None]:
     finally:
         for patch in patches:
             patch.stop()
+
+
+@contextmanager
+def _one_by_one(group: Any, async_ops: bool = False) -> Iterator[None]:
+    """In place of collectives that are sent together, which gloo mixes up where they have several dtypes, and NCCL does not."""
+    assert not async_ops
+    yield
 
 
 class _OnCuda(TorchFunctionMode):
@@ -114,14 +131,17 @@ def _matmul(
     **options: Any,
 ) -> tuple[Tensor, Tensor | None, None, None]:
     """cuBLAS counts columns first: its op(a) · op(b) is op(b) · op(a) of torch's matrices."""
+    from transformer_engine.pytorch.constants import TE_DType_To_Torch
+
     bias, grad, accumulate = others[0], others[4], others[7]
-    right, left = (x.flatten(0, -2).float() for x in (a, b))
+    values = (x.dequantize(dtype=torch.float32) if hasattr(x, "_scale_inv") else x for x in (a, b))
+    right, left = (x.flatten(0, -2).float() for x in values)
     product = (left.t() if transpose_b else left) @ (right.t() if transpose_a else right)
     bias_gradient = left.sum(0).to(b.dtype) if bias is not None and grad else None
     if bias is not None and not grad:
         product += bias.float()
     if out is None:
-        out = product.to(a.dtype)
+        out = product.to(a.dtype if dtype is None else TE_DType_To_Torch[dtype])
     else:
         out.copy_(out + product if accumulate else product)
     return out, bias_gradient, None, None
@@ -141,10 +161,13 @@ def _grouped_matmul(
     return bias
 
 
-def _rms_norm(x: Tensor, weight: Tensor, eps: float, *others: Any) -> tuple[Tensor, None, Tensor]:
+def _rms_norm(
+    x: Tensor, weight: Tensor, eps: float, out: None = None, quantizer: Any = None, *others: Any
+) -> tuple[Any, None, Tensor]:
     flat = x.flatten(0, -2).float()
     scale = (flat.square().mean(-1) + eps).rsqrt()
-    return (flat * scale[:, None] * weight.float()).to(x.dtype).view(x.shape), None, scale
+    normed = (flat * scale[:, None] * weight.float()).to(x.dtype).view(x.shape)
+    return normed if quantizer is None else _quantize(normed, quantizer), None, scale
 
 
 def _rms_norm_backward(grad: Tensor, x: Tensor, scale: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
@@ -177,23 +200,47 @@ def _rotate(x: Tensor, boundaries: Tensor, angles: Tensor, *, cp_size: int, cp_r
 
 def _quantize(x: Tensor, quantizer: Any, out: Any = None, noop: Any = None) -> Any:
     """One scale per tensor: its own, or that of a delayed recipe, whose new maximum is recorded."""
+    from transformer_engine.pytorch.constants import TE_DType_To_Torch
+
+    kind = TE_DType_To_Torch[quantizer.dtype]
+    limit, largest = torch.finfo(kind).max, x.float().abs().max()
     delayed = hasattr(quantizer, "amax")
-    largest = x.float().abs().max()
-    if delayed:
+    if delayed and quantizer.amax.numel():
         quantizer.amax.copy_(torch.maximum(quantizer.amax, largest))
-    scale = quantizer.scale.view(()) if delayed else 448.0 / largest.clamp(min=1e-12)
-    stored = (x.float() * scale).clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8)
+    scale = quantizer.scale.view(()) if delayed else _scale(limit, largest)
+    stored = (x.float() * scale).clamp(-limit, limit).to(kind).view(torch.uint8)
     if out is None:
-        out = quantizer.create_tensor_from_data(stored.clone(), x.dtype)
-    out._data.copy_(stored)
+        out = quantizer.create_tensor_from_data(stored.clone(), x.dtype, internal=quantizer.internal)
+        if quantizer.columnwise_usage:
+            out._transpose, out._transpose_invalid = _transpose(stored), False
+    if out._data is not None:
+        out._data.copy_(stored.view(out._data.shape))
     if out._transpose is not None:
-        out._transpose.copy_(stored.flatten(0, -2).t())
-    out._scale_inv.copy_((1 / scale).view(1))
+        out._transpose.copy_(_transpose(stored))
+    out._scale_inv.copy_((1 / scale).view_as(out._scale_inv))
     return out
 
 
-def _dequantize(x: Any, dtype: Any) -> Tensor:
-    return (x._data.view(torch.float8_e4m3fn).float() * x._scale_inv).to(x._dtype)
+def _scale(limit: float, largest: Tensor) -> Tensor:
+    return limit / largest.clamp(min=1e-12)
+
+
+def _transpose(stored: Tensor, *kind: Any, out: Tensor | None = None) -> Tensor:
+    transposed = stored.flatten(0, -2).t().contiguous()
+    return transposed if out is None else out.copy_(transposed)
+
+
+def _scale_all(chunk: int, overflow: Tensor, lists: list[list[Tensor]], factor: float) -> None:
+    for source, target in zip(*lists, strict=True):
+        target.copy_(source * factor)
+
+
+def _scales_of_all(
+    chunk: int, overflow: Tensor, lists: list[list[Tensor]], limit: float, power_of_two: bool, epsilon: float
+) -> None:
+    for largest, scale, inverse in zip(*lists, strict=True):
+        scale.copy_(_scale(limit, largest))
+        inverse.copy_(1 / scale)
 
 
 def packed_row(lengths: list[int], *, seed: int = 0) -> Batch:
