@@ -6,30 +6,53 @@ import importlib
 import importlib.metadata
 import importlib.util
 import inspect
+import re
 
 import torch
 
 from megatron_iwsft.distributed.fp8_recipes import FP8_RECIPES, FP8Recipe
 
+# Transformer Engine's oldest supported version, the first that has every recipe, and the newest that tests have run with. The extra `gpu`
+# of pyproject.toml and docs/gpu.md repeat them; tests/distributed/test_doctor.py compares.
+OLDEST_TRANSFORMER_ENGINE, TESTED_TRANSFORMER_ENGINE = "2.3", "2.20"
+
 
 def transformer_engine() -> tuple[str | None, str]:
-    """(version, "") if Transformer Engine can be imported, else (None, reason)."""
+    """(version, "") if a supported Transformer Engine can be imported, else (None, reason)."""
     if importlib.util.find_spec("transformer_engine") is None:
         return None, "missing"
+    try:
+        version = importlib.metadata.version("transformer-engine")
+    except importlib.metadata.PackageNotFoundError:
+        version = "version unknown"
+    if _release(version) < _release(OLDEST_TRANSFORMER_ENGINE):
+        return None, f"too old: {version}; {OLDEST_TRANSFORMER_ENGINE} or newer is needed"
     try:
         importlib.import_module("transformer_engine.pytorch")
     except Exception as error:  # a broken build raises anything
         return None, f"cannot be imported: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    try:
-        return importlib.metadata.version("transformer-engine"), ""
-    except importlib.metadata.PackageNotFoundError:
-        return "version unknown", ""
+    return version, ""
 
 
 def broken_transformer_engine() -> str | None:
-    """What is wrong with an installed Transformer Engine that cannot be imported; None if it can, or is not installed."""
+    """What is wrong with an installed Transformer Engine that cannot be used; None if it can, or is not installed."""
     version, why = transformer_engine()
     return None if version is not None or why == "missing" else why
+
+
+def untested_transformer_engine() -> str | None:
+    """What to say of a usable Transformer Engine that is newer than the tests' one; None if there is none."""
+    version, _ = transformer_engine()
+    if version is None or _release(version) <= _release(TESTED_TRANSFORMER_ENGINE):
+        return None
+    return f"newer than {TESTED_TRANSFORMER_ENGINE}, the newest that was tested"
+
+
+def _release(version: str) -> tuple[int, int]:
+    """(major, minor); a version that says neither counts as tested."""
+    found = re.match(r"(\d+)\.(\d+)", version) or re.match(r"(\d+)\.(\d+)", TESTED_TRANSFORMER_ENGINE)
+    assert found is not None
+    return int(found[1]), int(found[2])
 
 
 def variable_length_attention() -> tuple[bool, str]:
@@ -70,4 +93,14 @@ def fp8_refusal(recipe: FP8Recipe, *, on_cpu: bool = False) -> str | None:
     engine, why = transformer_engine()
     if engine is None:
         return f"needs Transformer Engine, which is {why}"
-    return None
+    return _engine_refusal(recipe)
+
+
+def _engine_refusal(recipe: FP8Recipe) -> str | None:
+    """What Transformer Engine says against a recipe on this GPU: it knows newer GPUs and what its CUDA lacks. None if it supports it."""
+    from transformer_engine.pytorch.fp8 import FP8GlobalStateManager  # from where Megatron-Core takes it
+
+    manager = FP8GlobalStateManager
+    asked = {"blockwise": manager.is_fp8_block_scaling_available, "mxfp8": manager.is_mxfp8_available}
+    available, why = asked.get(recipe, manager.is_fp8_available)()
+    return None if available else f"is not supported here by Transformer Engine: {why.rstrip('.')}"

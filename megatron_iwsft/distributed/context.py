@@ -7,6 +7,7 @@ Nothing else in the package asks Megatron-Core's `parallel_state` or decides on 
 from __future__ import annotations
 
 import datetime
+import functools
 import gc
 import os
 import sys
@@ -19,12 +20,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_iwsft.distributed.capabilities import broken_transformer_engine, transformer_engine
+from megatron_iwsft.distributed.capabilities import (
+    broken_transformer_engine,
+    transformer_engine,
+    untested_transformer_engine,
+)
 from megatron_iwsft.distributed.descriptors import raise_descriptor_limit
 from megatron_iwsft.distributed.mcore_compat import destroy_model_parallel, import_megatron_core, quiet_megatron
 from megatron_iwsft.distributed.parallel_layout import ParallelLayout
 from megatron_iwsft.distributed.stop_signals import die_with_parent, forks_die_with_their_parent
 from megatron_iwsft.errors import ConfigError
+from megatron_iwsft.utils.text import tell
 
 DeviceChoice = Literal["auto", "cpu", "cuda"]
 
@@ -197,7 +203,7 @@ def prepare(device: DeviceChoice = "auto") -> bool:
 
     Importing Megatron-Core may import Transformer Engine, which asks the GPU for its capabilities: on CPU the stand-ins must be in
     place. Calling it again changes nothing. Raises ConfigError if the device is not available, or Transformer Engine
-    is installed but broken.
+    is installed but broken or too old.
     """
     choice = chosen_device(device)
     has_cuda = torch.cuda.is_available()
@@ -209,6 +215,7 @@ def prepare(device: DeviceChoice = "auto") -> bool:
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if has_cuda and choice != "cpu":
         _refuse_broken_transformer_engine()
+        _mention_untested_transformer_engine()
         return True
     from megatron_iwsft.distributed import cpu_backend
 
@@ -227,9 +234,17 @@ def _refuse_broken_transformer_engine() -> None:
     why = broken_transformer_engine()
     if why:
         raise ConfigError(
-            f"Transformer Engine is installed, but {why}. Repair it (iwsft doctor shows what it needs), or uninstall it to train with "
-            "layers in plain torch."
+            f"Transformer Engine is installed, but {why}. Install one that works (iwsft doctor shows what it needs), or uninstall it to "
+            "train with layers in plain torch."
         )
+
+
+@functools.cache
+def _mention_untested_transformer_engine() -> None:
+    """Once, on the first rank."""
+    why = untested_transformer_engine()
+    if why and os.environ.get("RANK", "0") == "0":
+        tell(f"Transformer Engine {transformer_engine()[0]} is {why}.")
 
 
 def start(device: DeviceChoice = "auto", *, timeout_s: float = 600.0, bind_device: bool | None = None) -> Platform:

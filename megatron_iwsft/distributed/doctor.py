@@ -15,6 +15,7 @@ from megatron_iwsft.distributed.capabilities import (
     fp8_refusal,
     has_gradient_accumulation_fusion,
     transformer_engine,
+    untested_transformer_engine,
     variable_length_attention,
 )
 from megatron_iwsft.distributed.descriptors import largest_world
@@ -155,14 +156,14 @@ def _gpu() -> list[Finding]:
 
 def _kernels() -> list[Finding]:
     engine, why = transformer_engine()
-    broken = broken_transformer_engine() is not None
+    broken, untested = broken_transformer_engine() is not None, untested_transformer_engine()
     triton = _version("triton")
     apex, apex_means, apex_ok = _apex()
     return [
         Finding(
             "Transformer Engine",
             engine or why,
-            "fused layers, attention over packed rows, FP8, fused AdamW"
+            f"fused layers, attention over packed rows, FP8, fused AdamW{f'; {untested}' if untested else ''}"
             if engine
             else "training on a GPU is refused: reinstall or uninstall it"
             if broken

@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import tomllib
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 
 from megatron_iwsft.config.loader import parse_config
 from megatron_iwsft.data.batch_builder import RowShape
-from megatron_iwsft.distributed.capabilities import fp8_refusal, transformer_engine
+from megatron_iwsft.distributed.capabilities import (
+    OLDEST_TRANSFORMER_ENGINE,
+    TESTED_TRANSFORMER_ENGINE,
+    fp8_refusal,
+    transformer_engine,
+    untested_transformer_engine,
+)
+from megatron_iwsft.distributed.fp8_recipes import FP8_RECIPES
 from megatron_iwsft.errors import ConfigError
 from tests.support import ROOT, run_python, tiny
-from tests.support.transformer_engine import te
+from tests.support.transformer_engine import as_on_hopper, te
 
 
 @pytest.mark.command
@@ -50,6 +59,61 @@ def test_the_doctor_survives_a_broken_transformer_engine(broken_engine: dict[str
     assert found.returncode == 0, found.stderr
     assert "cannot be imported: RuntimeError: libcublasLt.so.13 was built for another driver" in found.stdout
     assert "training on a GPU is refused" in found.stdout
+
+
+def engine_of(version: str, directory: Path) -> dict[str, str]:
+    """An environment with a Transformer Engine that can be imported, of this version."""
+    for name, text in {
+        "transformer_engine/__init__.py": "",
+        "transformer_engine/pytorch.py": "",
+        f"transformer_engine-{version}.dist-info/METADATA": f"Metadata-Version: 2.1\nName: transformer-engine\nVersion: {version}\n",
+    }.items():
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (directory / name).write_text(text)
+    return {"PYTHONPATH": f"{ROOT}:{directory}"}
+
+
+@pytest.mark.command
+@pytest.mark.parametrize(
+    ("version", "said"),
+    [
+        ("1.13.0", "is installed, but too old: 1.13.0; 2.3 or newer is needed. Install one that works"),
+        ("2.3.0", ""),
+        ("2.31.0", "Transformer Engine 2.31.0 is newer than 2.20, the newest that was tested."),
+    ],
+)
+def test_an_old_transformer_engine_is_refused_and_a_newer_one_mentioned_once(
+    version: str, said: str, tmp_path: Path
+) -> None:
+    code = """
+import torch
+torch.cuda.is_available = lambda: True
+from megatron_iwsft.distributed.context import prepare
+from megatron_iwsft.errors import ConfigError
+try:
+    print("ready", prepare("cuda") and prepare("cuda"))
+except ConfigError as error:
+    print(error)
+"""
+    done = run_python("-c", code, **engine_of(version, tmp_path))
+    lines = (done.stdout + done.stderr).splitlines()
+    ready = ["ready True"] if version[0] == "2" else []
+    assert [line for line in lines if line.startswith("ready")] == ready
+    mentions = [line for line in lines if "Transformer Engine" in line]
+    assert len(mentions) == bool(said) and said in "".join(mentions)
+    assert all(len(line) < 200 for line in mentions)
+
+
+def test_the_versions_of_transformer_engine_are_everywhere_the_same() -> None:
+    (extra,) = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["gpu"]
+    assert extra == f"transformer-engine[pytorch]>={OLDEST_TRANSFORMER_ENGINE}"
+    text = (ROOT / "docs" / "gpu.md").read_text()
+    assert f"must be {OLDEST_TRANSFORMER_ENGINE} or newer; {TESTED_TRANSFORMER_ENGINE} is" in text
+
+
+@te
+def test_the_newest_version_that_was_tested_is_the_one_that_tests_run_with() -> None:
+    assert untested_transformer_engine() is None
 
 
 @pytest.mark.slow
@@ -105,6 +169,29 @@ objective: {{name: sft}}
 """
     with pytest.raises(ConfigError, match=f"precision.fp8 {recipe} needs a GPU"):
         start(check(parse_config(text, [], where="test"), world_size=1))
+
+
+def refused_by_the_engine(platform, capability: tuple[int, int], cuda: str) -> dict[str, str | None]:
+    """What is said against each recipe on a GPU of this capability, with this CUDA."""
+    with (
+        as_on_hopper(),
+        mock.patch.object(torch.cuda, "get_device_capability", lambda *args: capability),
+        mock.patch("transformer_engine.pytorch.quantization.get_device_compute_capability", lambda: capability),
+        mock.patch.object(torch.version, "cuda", cuda),
+    ):
+        return {recipe: fp8_refusal(recipe) for recipe in FP8_RECIPES if recipe != "mxfp8" or capability >= (10, 0)}
+
+
+@te
+def test_what_transformer_engine_does_not_support_is_refused_before_a_run() -> None:
+    """It would end in a traceback at the first matmul."""
+    from megatron_iwsft.testing import run_distributed
+
+    fine = {"delayed": None, "tensorwise": None}
+    (old_cuda,) = run_distributed(refused_by_the_engine, 1, (9, 0), "12.8")
+    assert "CUDA >= 12.9" in old_cuda.pop("blockwise") and old_cuda == fine
+    (consumer,) = run_distributed(refused_by_the_engine, 1, (12, 0), "13.0")
+    assert "12.0+ architectures" in consumer.pop("mxfp8") and consumer == fine | {"blockwise": None}
 
 
 def test_rows_are_aligned_for_fp8() -> None:
