@@ -1,6 +1,6 @@
 # docker build -t iwsft . && docker run --gpus all --ipc=host -v "$PWD:/work" -w /work -it iwsft
 # The image's torch, numpy, Transformer Engine, NCCL and cuDNN stay as they are: nothing here may replace them.
-ARG NGC_PYTORCH=nvcr.io/nvidia/pytorch:25.10-py3
+ARG NGC_PYTORCH=nvcr.io/nvidia/pytorch:26.07-py3
 FROM ${NGC_PYTORCH}
 
 # NGC images bring Transformer Engine but no Megatron-Core; --no-deps, because its requirements name torch and numpy.

@@ -17,11 +17,11 @@ from tests.support import ROOT, command_environment
 REQUIREMENTS = ROOT / "requirements-container.txt"
 # What an NGC PyTorch image has, in the form of its versions, and nothing may replace.
 IMAGE = {
-    "torch": "2.9.0a0+145a3a7bda.nv25.10",
-    "triton": "3.4.0+gitc817b9b6",
+    "torch": "2.13.0a0+9186a08b2c.nv26.07",
+    "triton": "3.7.1",
     "numpy": "1.26.4",
-    "transformer_engine": "2.8.0+40c69e7",
-    "flash_attn": "2.7.4.post1+25.10",
+    "transformer_engine": "2.17.0",
+    "flash_attn": "2.7.4.post1+26.07",
     "packaging": "25.0",
 }
 
