@@ -43,7 +43,7 @@ done
 # Checks the config before anything is submitted. Values end in a null byte, the only one that cannot be part of a path.
 values=$(mktemp)
 trap 'rm -f "$values"' EXIT
-PYTHONPATH=$root "${IWSFT_VENV:-$root/.venv}/bin/python" -m megatron_iwsft config --null \
+PYTHONPATH=$root "${IWSFT_PYTHON:-${IWSFT_VENV:-$root/.venv}/bin/python}" -m megatron_iwsft config --null \
   --get run.dir --get data.corpus --get reference.needs_sidecar "$config" "${overrides[@]}" >"$values"
 {
   IFS= read -r -d '' run_dir
