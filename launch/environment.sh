@@ -74,6 +74,7 @@ is_installed() {
   case $1 in
     '') candidates=("$VENV"/installed*) ;;
     '[report]') candidates+=("$VENV"/installed*test* "$VENV"/installed*dev*) ;; # which have it, too
+    '[test]') candidates+=("$VENV"/installed*dev*) ;;
   esac
   for candidate in "${candidates[@]}"; do
     [ -f "$candidate" ] || continue
