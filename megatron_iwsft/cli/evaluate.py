@@ -19,7 +19,7 @@ import argparse
 from pathlib import Path
 
 from megatron_iwsft.errors import ConfigError
-from megatron_iwsft.utils.cli import positive_int
+from megatron_iwsft.utils.cli import add_template_options, positive_int, template_options
 from megatron_iwsft.utils.text import printable_line, say
 
 ACCEPTS_UNKNOWN = True  # with --tasks they go to lm_eval
@@ -45,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--benchmark", nargs="+", default=[], metavar="FILE.jsonl", help="in GSM8K, MATH-500 or AIME format")
     add("--prompt-field", metavar="FIELD", help="default: question, problem or prompt")
     add("--answer-field", metavar="FIELD", help="default: answer, expected_answer or solution")
+    add_template_options(add)
     add("--prompt-format", default="{prompt}", metavar="TEXT", help="text around the question, such as an instruction")
     records_help = (
         "also write the answers as records for iwsft shard: a model's own samples, to be filtered and trained on"
@@ -119,6 +120,12 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError("the run's config says what --run answers. Leave out --benchmark, --corpus and --tasks.")
     if not args.run and not (args.benchmark or args.corpus or args.tasks):
         raise ConfigError("nothing to evaluate on: give --benchmark, --corpus or --tasks.")
+    if (args.date or args.template_option) and (args.raw or not args.benchmark):
+        raise ConfigError(
+            "--date and --template-option are for the chat template that asks the questions of --benchmark; "
+            + ("--raw uses none." if args.raw else "there is no --benchmark.")
+            + " Leave them out."
+        )
     if args.temperature is None:
         args.temperature = 0.0 if args.samples == 1 else 0.6
     if args.temperature < 0 or not 0 < args.top_p <= 1:
@@ -142,6 +149,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _benchmark(args: argparse.Namespace, models: list, benchmark: str) -> None:
+    from megatron_iwsft.data.template_defaults import TemplateVariables
     from megatron_iwsft.evaluate.benchmark import read_benchmark
     from megatron_iwsft.evaluate.generate import Sampling, make_generator
     from megatron_iwsft.evaluate.run import evaluate_model, table, write_records, write_summary
@@ -152,6 +160,9 @@ def _benchmark(args: argparse.Namespace, models: list, benchmark: str) -> None:
     greedy = args.temperature == 0
     sampling = Sampling(args.samples, args.temperature, 1.0 if greedy else args.top_p, args.max_new_tokens, args.seed)
     settings = vars(sampling) | {"prompt_format": args.prompt_format, "raw": args.raw}
+    variables = TemplateVariables(args.date, template_options(args.template_option))
+    given = {"date": args.date, "template_options": args.template_option}
+    settings |= {name: value for name, value in given.items() if value}
 
     def make(directory: Path):
         return make_generator(
@@ -162,6 +173,7 @@ def _benchmark(args: argparse.Namespace, models: list, benchmark: str) -> None:
             tensor_parallel=args.tensor,
             wrapper=args.prompt_format,
             raw=args.raw,
+            variables=variables,
         )
 
     output = args.output / Path(benchmark).stem

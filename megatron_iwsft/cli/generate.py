@@ -14,10 +14,11 @@ import sys
 from typing import TYPE_CHECKING
 
 from megatron_iwsft.errors import ConfigError
-from megatron_iwsft.utils.cli import positive_int
+from megatron_iwsft.utils.cli import add_template_options, positive_int, template_options
 from megatron_iwsft.utils.text import printable, say, without_surrogates
 
 if TYPE_CHECKING:
+    from megatron_iwsft.data.template_defaults import TemplateVariables
     from megatron_iwsft.evaluate.chat import Chat
 
 
@@ -38,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--system", metavar="TEXT", help="system message")
     add("--batch", action="store_true", help="generate all answers together, and print them when they are complete")
     add("--max-new-tokens", type=positive_int, default=256, metavar="N", help="tokens per answer at most")
+    add_template_options(add)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -51,12 +53,15 @@ def run(args: argparse.Namespace) -> None:
     from megatron_iwsft.distributed.mcore_compat import quiet_megatron
 
     quiet_megatron()
+    from megatron_iwsft.data.template_defaults import TemplateVariables
+
+    variables = TemplateVariables(args.date, template_options(args.template_option))
     if args.batch:
-        _together(args)
+        _together(args, variables)
         return
     from megatron_iwsft.evaluate.chat import Chat
 
-    chat = Chat(args.model, max_new_tokens=args.max_new_tokens, system=args.system)
+    chat = Chat(args.model, max_new_tokens=args.max_new_tokens, system=args.system, variables=variables)
     opening = list(chat.messages)
     for prompt in args.prompts:
         if not args.chat:
@@ -67,10 +72,10 @@ def run(args: argparse.Namespace) -> None:
         _converse(chat)
 
 
-def _together(args: argparse.Namespace) -> None:
+def _together(args: argparse.Namespace, variables: TemplateVariables) -> None:
     from megatron_iwsft.evaluate.generate import Sampling, make_generator
 
-    generator = make_generator(args.model, Sampling(max_new_tokens=args.max_new_tokens))
+    generator = make_generator(args.model, Sampling(max_new_tokens=args.max_new_tokens), variables=variables)
     for prompt, (answer,) in zip(args.prompts, generator.answer(list(enumerate(args.prompts))), strict=True):
         say(f"> {prompt}\n{answer.text}")
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from megatron_iwsft.data.template_defaults import NO_VARIABLES, TemplateVariables
 from megatron_iwsft.evaluate.generate import refuse_long_prompts, stop_tokens
 from megatron_iwsft.hf.transformers_models import ChatPrompts, load_in_transformers
 
@@ -15,16 +16,23 @@ from megatron_iwsft.hf.transformers_models import ChatPrompts, load_in_transform
 class Chat:
     """A conversation: `messages` so far. On CUDA if available, in the model's own dtype; else on CPU in fp32.
 
-    Raises CheckpointError for a model without a chat template.
+    variables: for the chat template. Raises CheckpointError for a model without one, ConfigError if it contradicts `variables`.
     """
 
-    def __init__(self, directory: str | Path, *, max_new_tokens: int, system: str | None = None) -> None:
+    def __init__(
+        self,
+        directory: str | Path,
+        *,
+        max_new_tokens: int,
+        system: str | None = None,
+        variables: TemplateVariables = NO_VARIABLES,
+    ) -> None:
         import transformers
 
         on_cuda = torch.cuda.is_available()
         self._model, self._tokenizer = load_in_transformers(directory, dtype="auto" if on_cuda else torch.float32)
         self._model.to("cuda" if on_cuda else "cpu")
-        self._prompts = ChatPrompts(self._tokenizer)
+        self._prompts = ChatPrompts(self._tokenizer, variables)
         vocabulary = self._model.config.get_text_config().vocab_size
         stops = stop_tokens(self._model.generation_config, self._tokenizer, vocabulary)
         self._model.generation_config = transformers.GenerationConfig()  # without the model's own sampling settings

@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
+from megatron_iwsft.data.template_defaults import NO_VARIABLES, TemplateVariables
 from megatron_iwsft.errors import CheckpointError, ConfigError, DataError
 from megatron_iwsft.hf.transformers_models import ChatPrompts, load_in_transformers, load_tokenizer_in_transformers
 
@@ -58,17 +59,24 @@ class Generator(Protocol):
 class PromptFormat:
     """Turns a question into prompt token ids, with the tokenizer's own chat template unless `raw`.
 
-    wrapper: text around the question, such as an instruction; {prompt} is replaced by the question.
+    wrapper: text around the question, such as an instruction; {prompt} is replaced by the question. variables: for the template.
     """
 
-    def __init__(self, tokenizer: Any, *, wrapper: str = "{prompt}", raw: bool = False) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        wrapper: str = "{prompt}",
+        raw: bool = False,
+        variables: TemplateVariables = NO_VARIABLES,
+    ) -> None:
         if "{prompt}" not in wrapper:
             raise ConfigError(
                 f"the prompt format {wrapper!r} has no {{prompt}} placeholder for the question. "
                 "Add {prompt} to --prompt-format."
             )
         self._tokenizer, self._wrapper = tokenizer, wrapper
-        self._chat = None if raw else ChatPrompts(tokenizer)
+        self._chat = None if raw else ChatPrompts(tokenizer, variables)
 
     def __call__(self, question: str) -> list[int]:
         text = self._wrapper.replace("{prompt}", question)
@@ -91,6 +99,7 @@ class TransformersGenerator:
         batch_size: int,
         wrapper: str = "{prompt}",
         raw: bool = False,
+        variables: TemplateVariables = NO_VARIABLES,
     ) -> None:
         import transformers
 
@@ -98,7 +107,7 @@ class TransformersGenerator:
         self._model, tokenizer = load_in_transformers(directory, dtype="auto" if on_cuda else torch.float32)
         self._model.to("cuda" if on_cuda else "cpu")
         self._tokenizer, self._sampling, self._batch_size = tokenizer, sampling, batch_size
-        self._format = PromptFormat(tokenizer, wrapper=wrapper, raw=raw)
+        self._format = PromptFormat(tokenizer, wrapper=wrapper, raw=raw, variables=variables)
         self._stops = stop_tokens(
             self._model.generation_config, tokenizer, self._model.config.get_text_config().vocab_size
         )
@@ -193,13 +202,14 @@ class VllmGenerator:
         tensor_parallel: int = 1,
         wrapper: str = "{prompt}",
         raw: bool = False,
+        variables: TemplateVariables = NO_VARIABLES,
     ) -> None:
         from transformers import GenerationConfig
         from vllm import LLM
 
         tokenizer = load_tokenizer_in_transformers(directory)
         self._sampling = sampling
-        self._format = PromptFormat(tokenizer, wrapper=wrapper, raw=raw)
+        self._format = PromptFormat(tokenizer, wrapper=wrapper, raw=raw, variables=variables)
         has_own = (Path(directory) / "generation_config.json").exists()
         own = GenerationConfig.from_pretrained(directory) if has_own else GenerationConfig()
         self._stops = stop_tokens(own, tokenizer)
@@ -275,11 +285,13 @@ def make_generator(
     tensor_parallel: int = 1,
     wrapper: str = "{prompt}",
     raw: bool = False,
+    variables: TemplateVariables = NO_VARIABLES,
 ) -> Generator:
     """Build the generator. `auto` is vLLM if it is installed and there is a GPU, `transformers` otherwise."""
+    prompts: dict[str, Any] = {"wrapper": wrapper, "raw": raw, "variables": variables}
     installed = importlib.util.find_spec("vllm") is not None
     if backend == "vllm" and not installed:
         raise ConfigError("vLLM is not installed. Install it (pip install vllm), or use --backend transformers.")
     if backend == "vllm" or (backend == "auto" and installed and torch.cuda.is_available()):
-        return VllmGenerator(directory, sampling, tensor_parallel=tensor_parallel, wrapper=wrapper, raw=raw)
-    return TransformersGenerator(directory, sampling, batch_size=batch_size, wrapper=wrapper, raw=raw)
+        return VllmGenerator(directory, sampling, tensor_parallel=tensor_parallel, **prompts)
+    return TransformersGenerator(directory, sampling, batch_size=batch_size, **prompts)

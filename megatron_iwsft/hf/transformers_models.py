@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from megatron_iwsft.data.conversation import Messages
-from megatron_iwsft.data.template_defaults import DEFAULT_DATE
+from megatron_iwsft.data.template_defaults import NO_VARIABLES, TemplateVariables
 from megatron_iwsft.data.template_engine import Template, TemplateError, limited
 from megatron_iwsft.errors import CheckpointError, DataError
 from megatron_iwsft.hf.config_keys import limit_sizes
@@ -71,12 +70,13 @@ class ChatPrompts:
     """Turns the messages of a conversation into the text that asks for its next message, by the tokenizer's own chat template.
 
     The template is run as `transformers` would run it, within the limits of `data.template_engine`: it may be malicious. One that asks
-    for today's date gets the date that training gives it: prompts do not change from day to day. Raises
-    CheckpointError if there is none, or if it cannot render a conversation.
+    for today's date gets the date that training gives it, or that of `variables`: prompts do not change from
+    day to day. Raises CheckpointError if there is none, or if it cannot render a conversation; ConfigError if the template contradicts
+    `variables`.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
-        self._of = tokenizer.name_or_path
+    def __init__(self, tokenizer: Any, variables: TemplateVariables = NO_VARIABLES) -> None:
+        self._of, self._options = tokenizer.name_or_path, variables.values
         if tokenizer.chat_template is None:
             raise CheckpointError(
                 f"{self._of} has no chat template. For a base model, use --raw and set the prompt with --prompt-format; "
@@ -84,15 +84,15 @@ class ChatPrompts:
             )
         try:
             source = tokenizer.get_chat_template()  # of several, the default one
-            date = datetime.date.fromisoformat(DEFAULT_DATE)  # as in training
-            self._template = Template(source, tokenizer.special_tokens_map, date)
+            variables.check(source, self._of)
+            self._template = Template(source, tokenizer.special_tokens_map, variables.day)
         except (DataError, ValueError, TypeError) as error:
             raise CheckpointError(f"{self._of}: {error}") from None
 
     def __call__(self, messages: Messages) -> str:
         try:
             with limited():
-                return self._template.render(messages, add_generation_prompt=True).text
+                return self._template.render(messages, add_generation_prompt=True, options=self._options).text
         except TemplateError as error:
             raise CheckpointError(
                 f"the chat template of {self._of} cannot render the conversation: {error}. Change the conversation, or the template."

@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from megatron_iwsft.errors import (
@@ -23,6 +23,7 @@ from megatron_iwsft.errors import (
     EXIT_REQUEUE,
     EXIT_UNREAD,
     EXIT_USER_ERROR,
+    DataError,
     PeerError,
     RequeueError,
     UserError,
@@ -135,6 +136,21 @@ def _rank() -> int:
         return int(os.environ.get("RANK", "0"))
     except ValueError:
         return 0
+
+
+def add_template_options(add: Callable[..., Any]) -> None:
+    """Add --template-option and --date by a parser's `add_argument`; `template_options` reads the first."""
+    option_help = "variable for the template, as JSON, such as enable_thinking=false; repeatable"
+    add("--template-option", action="append", default=[], metavar="NAME=VALUE", help=option_help)
+    add("--date", metavar="YYYY-MM-DD", help="date for a template that asks for today's (default: 2024-07-26)")
+
+
+def template_options(given: Sequence[str]) -> tuple[tuple[str, str], ...]:
+    """(name, value) of each --template-option. Raises DataError for another form."""
+    bad = next((option for option in given if "=" not in option), None)
+    if bad:
+        raise DataError(f"--template-option {bad!r} is not of the form NAME=VALUE, as in enable_thinking=false.")
+    return tuple((name, value) for name, _, value in (option.partition("=") for option in given))
 
 
 def positive_int(text: str) -> int:

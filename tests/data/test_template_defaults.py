@@ -11,7 +11,8 @@ from megatron_iwsft.data.corpus import Corpus
 from megatron_iwsft.data.mixture import Mixture
 from megatron_iwsft.data.prepare.records import RecordFormat
 from megatron_iwsft.data.prepare.shard import ShardSettings, shard_corpus
-from megatron_iwsft.data.template_defaults import with_defaults
+from megatron_iwsft.data.template_defaults import TemplateVariables, defaults_of, with_defaults
+from megatron_iwsft.errors import ConfigError
 from megatron_iwsft.hf.transformers_models import ChatPrompts
 from tests.support import tiny
 
@@ -56,6 +57,27 @@ def test_a_published_template_is_evaluated_with_the_date_of_training(tmp_path: P
 
     tokenizer = tiny.hf_tokenizer(tmp_path / "tokenizer", template=TEMPLATE)
     assert "Today is 26 Jul 2024<" in ChatPrompts(AutoTokenizer.from_pretrained(tokenizer))([])
+
+
+def test_prompts_take_a_date_and_variables_where_there_is_no_corpus(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    directory = tiny.hf_tokenizer(tmp_path / "tokenizer", template=TEMPLATE)
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    variables = TemplateVariables("2025-01-02", (("tone", '"dry"'),))
+    assert "Today is 02 Jan 2025, be dry<" in ChatPrompts(tokenizer, variables)([])
+    tokenizer.chat_template = with_defaults(TEMPLATE, date="2025-01-02", options={"tone": '"dry"', "n": "[1, null]"})
+    assert defaults_of(tokenizer.chat_template) == {"tone": "dry", "n": [1, None]} and defaults_of(TEMPLATE) == {}
+    assert "be dry<" in ChatPrompts(tokenizer, TemplateVariables(options=(("tone", '"dry"'),)))([])
+    for contradicting, message in (
+        (TemplateVariables("2025-01-03"), "--date 2025-01-03: .* does not ask for a date.* Leave out --date"),
+        (
+            TemplateVariables(options=(("tone", '"wet"'),)),
+            'tone="wet": .* was trained with tone="dry".* Leave the option out',
+        ),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            ChatPrompts(tokenizer, contradicting)
 
 
 def test_date_and_variables_are_part_of_the_corpus(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import torch
 
 from megatron_iwsft.cli import main as cli
 from megatron_iwsft.data import template_engine
+from megatron_iwsft.data.template_defaults import TemplateVariables
 from megatron_iwsft.errors import CheckpointError, ConfigError, DataError
 from megatron_iwsft.evaluate.benchmark import read_benchmark
 from megatron_iwsft.evaluate.chat import Chat
@@ -354,3 +355,31 @@ def test_a_pickle_is_not_loaded(base_model: Path) -> None:
     torch.save({}, base_model / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match="cannot be loaded by transformers"):
         make_generator(base_model, SAMPLED, raw=True)
+
+
+def test_date_and_template_options_are_those_of_sharding(copy: Path, benchmark: Path, tmp_path: Path) -> None:
+    clock = "{{ strftime_now('%Y') }} {{ tone }} {% for m in messages %}{{ m.content }}{% endfor %}"
+    edit_json(copy / "tokenizer_config.json", chat_template=clock)
+    one = ["--limit", "1", "--max-new-tokens", "2", "--output", str(tmp_path / "out")]
+    ask = ["evaluate", "--model", str(copy), "--benchmark", str(benchmark), *one, "--date", "2031-02-03"]
+    for _ in range(2):  # the second time from the file
+        cli.run([*ask, "--template-option", 'tone="dry"'])
+    header = json.loads((tmp_path / "out" / benchmark.stem / "copy.jsonl").read_text().splitlines()[0])
+    assert header["settings"]["date"] == "2031-02-03" and header["settings"]["template_options"] == ['tone="dry"']
+    with pytest.raises(DataError, match="different settings"):
+        cli.run(ask)
+    given = TemplateVariables("2031-02-03", (("tone", '"dry"'),))
+    tokenizer = load_in_transformers(copy)[1]
+    assert tokenizer.decode(PromptFormat(tokenizer, variables=given)("7?")) == "2031 dry 7?"
+    for command, message in (
+        ([*ask, "--raw"], "--raw uses none"),
+        (["evaluate", "--model", str(copy), "--corpus", "c", "--date", "2031-02-03"], "there is no --benchmark"),
+        (["generate", "--model", str(copy), "7?", "--template-option", "tone"], "not of the form NAME=VALUE"),
+        (["generate", "--model", str(copy), "7?", "--date", "today"], "--date today is not a date"),
+    ):
+        with pytest.raises((ConfigError, DataError), match=message):
+            cli.run(command)
+    edit_json(copy / "tokenizer_config.json", chat_template="{% for m in messages %}{{ m.content }}{% endfor %}")
+    for more in ([], ["--batch"]):
+        with pytest.raises(ConfigError, match="does not ask for a date"):
+            cli.run(["generate", "--model", str(copy), "7?", "--date", "2031-02-03", *more])
