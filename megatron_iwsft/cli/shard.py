@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_iwsft.errors import DataError
-from megatron_iwsft.utils.cli import positive_int
+from megatron_iwsft.utils.cli import add_template_options, positive_int, template_options
 from megatron_iwsft.utils.text import say
 from megatron_iwsft.utils.worker_processes import start_forkserver
 
@@ -39,9 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="Hugging Face directory with tokenizer.json, or SentencePiece .model",
     )
     add("--template", metavar="NAME", help="named chat template (chatml, plain, deepseek-r1); default: the tokenizer's")
-    option_help = "variable for the template, as JSON, such as enable_thinking=false; repeatable"
-    add("--template-option", action="append", default=[], metavar="NAME=VALUE", help=option_help)
-    add("--date", metavar="YYYY-MM-DD", help="date for a template that asks for today's (default: 2024-07-26)")
+    add_template_options(add)
     add(
         "--shard-tokens",
         type=positive_int,
@@ -221,12 +219,9 @@ def _record_format(args: argparse.Namespace) -> Any:
     bad = next((s for s in args.source_score if "=" not in s), None)
     if bad:
         raise DataError(f"--source-score {bad!r} is not of the form SOURCE=EXPRESSION.")
-    bad = next((o for o in args.template_option if "=" not in o), None)
-    if bad:
-        raise DataError(f"--template-option {bad!r} is not of the form NAME=VALUE, as in enable_thinking=false.")
     rendering = replace(
         base.rendering,
-        options=tuple((name, value) for name, _, value in (o.partition("=") for o in args.template_option)),
+        options=template_options(args.template_option),
         date=args.date or base.rendering.date,
         roles=tuple(args.train_role or base.rendering.roles),
         turns=args.train_turns,
@@ -270,6 +265,8 @@ def _array_task(given: str | None) -> tuple[int, int]:
 
 
 def _print_summary(output: Path, manifest: dict[str, Any]) -> None:
+    from megatron_iwsft.data.prepare.inspect import unused_keys
+
     counts = manifest["counts"]
     say(
         f"{output}: {counts['trajectories']:,} trajectories, {counts['tokens']:,} tokens, {counts['trained_tokens']:,} trained; "
@@ -279,3 +276,5 @@ def _print_summary(output: Path, manifest: dict[str, Any]) -> None:
         say(f"  {reason}: {n:,}")
     for reason, n in manifest.get("unchecked", {}).items():
         say(f"not checked: {reason}: {n:,}")
+    for key, n in unused_keys(manifest):
+        say(f"key {key} of messages is not used: {n:,} records")

@@ -11,12 +11,10 @@ between thinking tags before the content.
 
 from __future__ import annotations
 
-import datetime
 import hashlib
-import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -29,8 +27,8 @@ from megatron_iwsft.data.conversation import (
     separate_reasoning,
     shape_of,
 )
-from megatron_iwsft.data.lost_text import find_lost_text, marked
-from megatron_iwsft.data.template_defaults import DEFAULT_DATE
+from megatron_iwsft.data.lost_text import fence, fenced, find_lost_text, marked
+from megatron_iwsft.data.template_defaults import DEFAULT_DATE, TemplateVariables
 from megatron_iwsft.data.template_engine import Template, TemplateError, limited
 from megatron_iwsft.data.template_presets import PRESETS
 from megatron_iwsft.data.template_tracing import Pieces, Trace, TracedFrame, trace
@@ -48,6 +46,7 @@ _REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 
 LOST = "text is missing in the rendering"
 SEVERAL_TURNS = "one turn is rendered as several"
+CONTROL = "control token in content"
 
 
 class Trajectory(NamedTuple):
@@ -88,17 +87,7 @@ class Rendering:
             raise DataError(
                 f"cannot train on turns of the roles {', '.join(self.roles) or '(none)'}: --train-role takes assistant and user."
             )
-        for name, value in self.options:
-            try:
-                json.loads(value)
-            except ValueError:
-                raise DataError(
-                    f"--template-option {name}={value} is not JSON. Write NAME=true, NAME=3 or NAME='\"text\"'."
-                ) from None
-        try:
-            datetime.date.fromisoformat(self.date)
-        except ValueError:
-            raise DataError(f"--date {self.date} is not a date of the form YYYY-MM-DD.") from None
+        TemplateVariables(self.date, self.options)  # checks them
 
 
 class ChatTemplate:
@@ -124,10 +113,11 @@ class ChatTemplate:
         self.hash = hashlib.sha256(source.encode()).hexdigest()
         self.source, self.rendering = source, rendering
         self.tokenizer = tokenizer
-        self._template = Template(source, tokenizer.template_variables, datetime.date.fromisoformat(rendering.date))
-        self._options = {name: json.loads(value) for name, value in rendering.options}
+        variables = TemplateVariables(rendering.date, rendering.options)
+        self._template = Template(source, tokenizer.template_variables, variables.day)
+        self._options = variables.values
         self._traces: dict[Any, Trace | None] = {}
-        self._shapes: set[Any] = set()
+        self._shapes: dict[Any, int | None] = {}  # of checked conversations → control tokens that the template writes
         self._open, self._close = (tag.strip() for tag in rendering.thinking)
         self._opening = re.compile(f"{re.escape(self._open)}\\s*$") if self._open else re.compile("(?!)")
         question = [{"role": "user", "content": "a"}]
@@ -138,6 +128,7 @@ class ChatTemplate:
                 self.opens_reasoning = self._opening.search(prompt) is not None
                 self.reasoning_key = self._probe_reasoning()
                 self._reads_thinking = self._probe_thinking()
+                self._cuts_history = self._reads_thinking and self._probe_history()
         except TemplateError as error:
             raise DataError(
                 f"the chat template cannot render a question and an answer: {error}. Choose another with --template."
@@ -183,6 +174,20 @@ class ChatTemplate:
             return False
         return content not in answer or self.opens_reasoning
 
+    def _probe_history(self) -> bool:
+        """Whether an earlier answer with thinking tags inside is rendered otherwise than one whose reasoning is separate.
+
+        DeepSeek-R1's cuts it at the closing tag, and keeps the line breaks that follow.
+        """
+        question = {"role": "user", "content": "a"}
+        before, after = self.rendering.thinking
+        inside = {"role": "assistant", "content": f"{before}{_MARK}{after}b"}
+        separate = self._with_reasoning({"role": "assistant", "content": "b", "reasoning_content": _MARK})
+        try:
+            return self.render([question, inside, question]) != self.render([question, separate, question])
+        except TemplateError:
+            return False
+
     def render(
         self,
         messages: Messages,
@@ -205,8 +210,9 @@ class ChatTemplate:
         Raises TemplateError if no turn of the conversation is trained on; if the template leaves out or changes a text; if the
         generation prompt is not what the template renders before a trained turn; or if rendering takes too long.
         """
-        if conversation.full_messages is None and self._template.traceable and not conversation.options:
-            found = self._trace_of(conversation.shape, conversation.train)
+        plain = conversation.full_messages is None and not conversation.options and not conversation.earlier
+        if plain and self._template.traceable:
+            found = self._trace_of(conversation)
             if found is not None and found.accepts(conversation.texts):
                 return [Trajectory(frame.fill(conversation.texts), frame.turns, frame) for frame in found.frames]
         with limited():
@@ -215,18 +221,22 @@ class ChatTemplate:
                 for pieces in self.render_trajectories(conversation)
             ]
 
-    def _trace_of(self, shape: tuple[str, ...], train: TrainFlags | None) -> Trace | None:
-        key = shape, train
+    def _trace_of(self, conversation: Conversation) -> Trace | None:
+        shape = conversation.shape
+        key = shape, conversation.train
         if key in self._traces:
             return self._traces[key]
         if len(self._traces) == _MAX_TRACES:
             return None
 
         def render(probes: list[Any]) -> list[Pieces]:
-            return self._render_all(messages_of(shape, probes), train, None, {})
+            return self._render_all(messages_of(shape, probes), conversation)
 
-        with limited():
-            found = trace(len(shape), render)
+        try:
+            with limited():
+                found = trace(len(shape), render)
+        except TemplateError:  # which would quote the probes
+            found = None
         # A probe may be missing in a rendering that drops texts: such conversations are rendered one by one, and then dropped.
         self._traces[key] = found if found is not None and found.complete(shape) else None
         return self._traces[key]
@@ -242,49 +252,77 @@ class ChatTemplate:
         raise max(errors, key=_comes_closest)
 
     def _render_checked(self, messages: Messages, conversation: Conversation) -> list[Pieces]:
-        train, tools, options = conversation.train, conversation.tools, conversation.options or {}
-        rendered = self._render_all(messages, train, tools, options)
-        self._check_lost(messages, rendered, tools)
-        key = shape_of(messages), train, len(tools or ()), repr(options)
-        if key not in self._shapes:
-            self._check_shape(messages, train, tools, options)
+        tools = conversation.tools
+        rendered = self._render_all(messages, conversation)
+        self._check_lost(messages, rendered, tools, options=conversation.options)
+        key = shape_of(messages), conversation.train, len(tools or ()), repr(conversation.options)
+        if key in self._shapes:
+            controls = self._shapes[key]
+        else:
+            controls = self._check_shape(messages, conversation)
             if len(self._shapes) < _MAX_TRACES:
-                self._shapes.add(key)
+                self._shapes[key] = controls
+        if self._count_controls(rendered) != controls:
+            self._check_controls(messages, rendered, conversation)
         return rendered
 
-    def _check_shape(
-        self, messages: Messages, train: TrainFlags | None, tools: Any, options: Mapping[str, Any]
-    ) -> None:
-        """`_check_lost` with texts that occur nowhere else: a short text may also be found in another turn."""
-        unique, unique_tools, originals = marked(messages, tools)
+    def _check_shape(self, messages: Messages, conversation: Conversation) -> int | None:
+        """`_check_lost` with texts that occur nowhere else: a short text may also be found in another turn.
+
+        Returns how many control tokens the template writes around these texts, None if it does not take them.
+        """
+        unique, tools, originals = marked(messages, conversation.tools)
         try:
-            rendered = self._render_all(unique, train, unique_tools, options)
+            rendered = self._render_all(unique, replace(conversation, tools=tools, earlier=None))
+        except TemplateError:
+            return None  # the template requires something of the texts
+        self._check_lost(unique, rendered, tools, originals)
+        return self._count_controls(rendered)
+
+    def _check_controls(self, messages: Messages, rendered: list[Pieces], conversation: Conversation) -> None:
+        """Raise TemplateError if a text forms a control token together with the template's text around it."""
+        apart, tools = fenced(messages, conversation.tools)
+        earlier = {turn: fence(text) for turn, text in (conversation.earlier or {}).items()}
+        try:
+            expected = self._render_all(apart, replace(conversation, tools=tools, earlier=earlier))
         except TemplateError:
             return  # the template requires something of the texts
-        self._check_lost(unique, rendered, unique_tools, originals)
+        if self._count_controls(rendered) > self._count_controls(expected):
+            raise TemplateError("a text forms one together with the template text around it", CONTROL)
+
+    def _count_controls(self, rendered: list[Pieces]) -> int:
+        find = self.tokenizer.control_pattern.findall
+        return sum(len(find(text)) for pieces in rendered for text, _ in pieces)
 
     def _check_lost(
-        self, messages: Messages, rendered: list[Pieces], tools: Any, originals: Mapping[Any, Any] | None = None
+        self,
+        messages: Messages,
+        rendered: list[Pieces],
+        tools: Any,
+        originals: Mapping[Any, Any] | None = None,
+        options: Mapping[str, Any] | None = None,
     ) -> None:
         for pieces in rendered:
             trained = {turn for _, turn in pieces if turn is not None}
             text = "".join(text for text, _ in pieces)
             said = messages[: max(trained) + 1]
-            if lost := find_lost_text(said, text, trained=trained, tools=tools, originals=originals):
+            lost = find_lost_text(said, text, trained=trained, tools=tools, options=options, originals=originals)
+            if lost:
                 advice = _R1 if lost.startswith("the reasoning") and "<｜Assistant｜>" in self.source else _ADVICE
                 raise TemplateError(f"the template leaves out or changes {lost}; {advice}", LOST)
 
-    def _render_all(
-        self, messages: Messages, train: TrainFlags | None, tools: Any, options: Mapping[str, Any]
-    ) -> list[Pieces]:
-        turns = self._trained_turns(messages, train)
+    def _render_all(self, messages: Messages, conversation: Conversation) -> list[Pieces]:
+        """The messages of the conversation, in one of their forms, as `render_trajectories`, unchecked."""
+        turns = self._trained_turns(messages, conversation.train)
         forms = [self._with_reasoning(m) for m in messages]
-        render = partial(self._template.render, tools=tools, options={**self._options, **options})
-        self._check_calls_before(forms, turns, render)
+        before = [self._as_earlier(form, i, conversation.earlier or {}) for i, form in enumerate(forms)]
+        options = {**self._options, **(conversation.options or {})}
+        render = partial(self._template.render, tools=conversation.tools, options=options)
+        self._check_calls_before(before, turns, render)
         out: list[Pieces] = []
         text = tail = ""
         for i in turns:
-            turn = self._turn(forms, i, render)
+            turn = self._turn([*before[:i], forms[i]], i, render)
             if out and turn.context.startswith(text):
                 new = turn.context[len(text) :]
             else:
@@ -294,7 +332,7 @@ class ChatTemplate:
                 new = turn.context
             out[-1] += [(new, None), *((part, i if trained else None) for part, trained in turn.parts)]
             text, tail = turn.context + "".join(part for part, _ in turn.parts), turn.tail
-        full = render(forms).text
+        full = render([*before[:i], *forms[i:]]).text
         out[-1].append((full[len(text) :] if full.startswith(text) else tail, None))
         return [[(part, turn_) for part, turn_ in pieces if part] for pieces in out]
 
@@ -321,6 +359,13 @@ class ChatTemplate:
             return message  # `_turn` puts it behind the generation prompt
         before, after = self.rendering.thinking
         return rest | {"content": before + reasoning + after + (message.get("content") or "")}
+
+    @staticmethod
+    def _as_earlier(message: Mapping[str, Any], i: int, earlier: Mapping[int, str]) -> Mapping[str, Any]:
+        """Message i as the prompts of later turns show it."""
+        if i not in earlier:
+            return message
+        return {**{k: v for k, v in message.items() if k not in _REASONING_KEYS}, "content": earlier[i]}
 
     def _turn(self, messages: Messages, i: int, render: Any) -> _Turn:
         through = render(messages[: i + 1])
@@ -425,7 +470,16 @@ class ChatTemplate:
         """
         if not self._reads_thinking or not any(self._close in text for text in conversation.texts):
             return conversation
-        return separate_reasoning(conversation, self._open, self._close)
+        separate = separate_reasoning(conversation, self._open, self._close)
+        if not self._cuts_history:
+            return separate
+        given, last = conversation.messages, len(separate.messages) - 1
+        earlier = {
+            i: given[i]["content"]
+            for i, message in enumerate(separate.messages)
+            if i < last and message.get("content") != given[i].get("content")
+        }
+        return replace(separate, earlier=earlier or None)
 
 
 class _Turn(NamedTuple):

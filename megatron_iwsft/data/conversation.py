@@ -24,6 +24,8 @@ class Conversation:
     tools          tool definitions for the template
     weights        per message how much its turn is trained on, as the record says: 0 is not at all; None where it says nothing
     options        further variables for the template (`chat_template_kwargs`)
+    earlier        message → its content with the reasoning inside, as the record has it and as the prompts of later turns show it;
+                   for templates that render that differently from a content whose reasoning is separate
     """
 
     shape: tuple[str, ...]
@@ -32,6 +34,7 @@ class Conversation:
     tools: Any = None
     weights: tuple[float | None, ...] | None = None
     options: Mapping[str, Any] | None = None
+    earlier: Mapping[int, str] | None = None
 
     @property
     def train(self) -> TrainFlags | None:
@@ -56,7 +59,7 @@ def messages_of(shape: Sequence[str], texts: Sequence[str]) -> Messages:
 
 def shape_of(messages: Messages) -> tuple[Any, ...]:
     """What a template could tell of the messages without looking at their texts."""
-    keys = ("content", "reasoning_content", "tool_calls")
+    keys = ("content", "reasoning_content", "tool_calls", "name")
     return tuple((m.get("role"), *(_kind(m.get(key)) for key in keys)) for m in messages)
 
 
@@ -135,10 +138,17 @@ def _as_object(arguments: Any) -> Any:
     if not isinstance(arguments, str):
         return arguments
     try:
-        found = json.loads(arguments)
+        found = json.loads(arguments, object_pairs_hook=_object)
     except (ValueError, RecursionError):
         return arguments
     return found if isinstance(found, dict) else arguments
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name is there twice")
+    return found
 
 
 def _as_json(arguments: Any) -> Any:

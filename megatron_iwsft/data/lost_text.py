@@ -6,6 +6,8 @@ import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+_IDS = ("id", "type", "index")  # of a tool call: templates need not show them
+
 
 def find_lost_text(
     messages: Sequence[Mapping[str, Any]],
@@ -13,14 +15,15 @@ def find_lost_text(
     *,
     trained: Collection[int],
     tools: Any = None,
+    options: Mapping[str, Any] | None = None,
     originals: Mapping[Any, Any] | None = None,
 ) -> str | None:
     """The first thing that `messages` say and `text` does not, such as "the content of turn 2 (tool)"; None if nothing is missing.
 
-    Looked for are the content of every turn, in order (but that of a system turn anywhere, since templates move it), tool calls with their
-    arguments, the reasoning of the turns in `trained` (templates drop that of earlier turns at inference too), and of `tools` the name, the
-    description and the names of the parameters. Whitespace around a content and its escaping as JSON are not differences. `originals` are
-    those of `marked`.
+    Looked for are the content of every turn, in order (but that of a system turn anywhere, since templates move it), the names on
+    messages, tool calls with their arguments, the reasoning of the turns in `trained` (templates drop that of earlier turns at inference
+    too), of `tools` the names and descriptions of the tools and their parameters, and what is in lists and objects of `options`.
+    Whitespace around a content and its escaping as JSON are not differences. `originals` are those of `marked`.
     """
     at = 0
     for i, message in enumerate(messages):
@@ -35,6 +38,9 @@ def find_lost_text(
             if found < 0:
                 return f"the content of {turn}"
             at = at if moves else found
+        name = message.get("name")  # a tool's is that of its call, which may be marked
+        if name and not (originals and message.get("role") == "tool") and _find(str(name), text) < 0:
+            return f"the name on {turn}"
         for call in message.get("tool_calls") or ():
             missing = _missing(_call_parts(call), text, originals)
             if missing is not None:
@@ -43,6 +49,10 @@ def find_lost_text(
         missing = _missing(_definition_parts(tool), text, originals)
         if missing is not None:
             return f"the definition of a tool: {missing} is missing"
+    for name, value in (options or {}).items():
+        missing = _missing(_leaves(value), text, None) if isinstance(value, Mapping | list) else None
+        if missing is not None:
+            return f"the template variable {name}: {missing} is missing"
     return None
 
 
@@ -52,19 +62,31 @@ def marked(messages: Sequence[Mapping[str, Any]], tools: Any) -> tuple[list[Mapp
     A short text may also be found in another turn, a `true` in any, and the names of a tool's definition in its calls.
     """
     marks = _Marks()
+    return (*_changed(messages, tools, marks), marks.originals)
+
+
+def fence(text: str) -> str:
+    """A text with a private-use code point at both ends, so that it joins nothing around it."""
+    return f"\ue013{text}\ue013"
+
+
+def fenced(messages: Sequence[Mapping[str, Any]], tools: Any) -> tuple[list[Mapping[str, Any]], Any]:
+    """Messages and tools with a `fence` around each text."""
+    return _changed(messages, tools, _Fences())
+
+
+def _changed(messages: Sequence[Mapping[str, Any]], tools: Any, marks: _Marks) -> tuple[list[Mapping[str, Any]], Any]:
     out: list[Mapping[str, Any]] = []
     for message in messages:
         new: dict[str, Any] = {
             key: marks.of(message[key]) for key in ("content", "reasoning_content") if message.get(key)
         }
+        if isinstance(message.get("name"), str) and message.get("role") != "tool":
+            new["name"] = marks.of(message["name"])
         calls = message.get("tool_calls")
         new |= {"tool_calls": [_in_function(call, marks.call) for call in calls]} if isinstance(calls, list) else {}
         out.append({**message, **new})
-    return (
-        out,
-        [_in_function(t, marks.definition) for t in tools] if isinstance(tools, list) else tools,
-        marks.originals,
-    )
+    return out, [_in_function(t, marks.definition) for t in tools] if isinstance(tools, list) else tools
 
 
 def _in_function(value: Any, change: Callable[[Mapping[str, Any]], Any]) -> Any:
@@ -83,7 +105,7 @@ class _Marks:
     def __init__(self) -> None:
         self.originals: dict[Any, Any] = {}
 
-    def of(self, value: Any) -> str:
+    def of(self, value: Any) -> Any:
         mark = f"\ue010{len(self.originals)}\ue012"
         self.originals[mark] = value
         return mark
@@ -103,11 +125,17 @@ class _Marks:
         properties = parameters.get("properties") if isinstance(parameters, Mapping) else None
         if isinstance(parameters, Mapping) and isinstance(properties, Mapping):
             names = {name: self.of(name) for name in properties}
-            changed = {**parameters, "properties": {names[name]: value for name, value in properties.items()}}
+            marked = {names[name]: self._described(value) for name, value in properties.items()}
+            changed = {**parameters, "properties": marked}
             if isinstance(parameters.get("required"), list):
                 changed["required"] = [names.get(name, name) for name in parameters["required"] if type(name) is str]
             new["parameters"] = changed
         return {**function, **new}
+
+    def _described(self, value: Any) -> Any:
+        if not (isinstance(value, Mapping) and value.get("description")):
+            return value
+        return {**value, "description": self.of(value["description"])}
 
     def _json(self, text: str) -> str:
         try:
@@ -126,11 +154,17 @@ class _Marks:
         return value if value is None or value == "" else self.of(value)
 
 
+class _Fences(_Marks):
+    """The texts themselves, with a fence around each."""
+
+    def of(self, value: Any) -> Any:
+        return fence(value) if isinstance(value, str) else value
+
+
 def _call_parts(call: Mapping[str, Any]) -> Iterator[Any]:
     function = call.get("function", call)
     if isinstance(function, Mapping):
-        yield function.get("name")
-        yield from _leaves(function.get("arguments"))
+        yield from _leaves([value for key, value in function.items() if key not in _IDS])
 
 
 def _definition_parts(tool: Any) -> Iterator[Any]:
@@ -140,7 +174,9 @@ def _definition_parts(tool: Any) -> Iterator[Any]:
         yield function.get("description")
         parameters = function.get("parameters")
         properties = parameters.get("properties") if isinstance(parameters, Mapping) else None
-        yield from properties if isinstance(properties, Mapping) else ()
+        for name, value in properties.items() if isinstance(properties, Mapping) else ():
+            yield name
+            yield value.get("description") if isinstance(value, Mapping) else None
 
 
 def _missing(parts: Iterable[Any], text: str, originals: Mapping[Any, Any] | None) -> str | None:

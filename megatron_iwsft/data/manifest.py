@@ -118,6 +118,7 @@ class _Manifest(TypedDict):
     sources: NotRequired[dict[str, Count]]
     dropped: dict[str, Count]
     unchecked: NotRequired[dict[str, Count]]
+    unused_keys: NotRequired[dict[str, Count]]
     lengths: _Distribution | None
     scores: _Distribution | None
     shards: list[_Shard]

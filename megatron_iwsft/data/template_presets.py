@@ -18,7 +18,7 @@ PRESETS = {
         "{% endfor %}{% if add_generation_prompt %}Answer:{% endif %}"
     ),
     # DeepSeek-R1 and its distillations. The templates published with them render no reasoning and cut an answer at </think>. This
-    # one gives the same generation prompts, and the last answer with its reasoning.
+    # one gives the same generation prompts (earlier answers are cut at the same place), and the last answer with its reasoning.
     "deepseek-r1": (
         "{{ bos_token }}{% for m in messages if m.role == 'system' %}{{ m.content }}"
         "{% if not loop.first %}{{ raise_exception('the deepseek-r1 template takes one system turn: the published one shows the last') }}"
@@ -26,7 +26,8 @@ PRESETS = {
         "{% for m in messages %}"
         "{% if m.role == 'user' %}<｜User｜>{{ m.content }}"
         "{% elif m.role == 'assistant' %}<｜Assistant｜>"
-        "{% if loop.last %}<think>\n{{ m.reasoning_content or '' }}\n</think>\n\n{% endif %}{{ m.content }}{{ eos_token }}"
+        "{% if loop.last %}<think>\n{{ m.reasoning_content or '' }}\n</think>\n\n{{ m.content }}"
+        "{% elif '</think>' in m.content %}{{ m.content.split('</think>')[-1] }}{% else %}{{ m.content }}{% endif %}{{ eos_token }}"
         "{% elif m.role != 'system' %}"
         "{{ raise_exception('the deepseek-r1 template knows the roles system, user and assistant') }}{% endif %}"
         "{% endfor %}{% if add_generation_prompt %}<｜Assistant｜><think>\n{% endif %}"

@@ -94,11 +94,14 @@ def test_an_opened_generation_prompt_is_followed_by_the_reasoning(tmp_path: Path
             message["content"] = f"<think>\n{reasoning}\n</think>\n\n{message['content']}"
         else:
             message["reasoning_content"] = reasoning
-    assert render(template(tmp_path, OPENING), messages) == [
-        "<|im_start|>Q 7 + 8?<|im_start|>A <think>\n⟦seven and eight\n</think>\n\n15<|im_end|>⟧",
-        "<|im_start|>Q 7 + 8?<|im_start|>A 15<|im_end|><|im_start|>Q Double it.<|im_start|>A <think>\n"
-        "⟦twice\n</think>\n\n30<|im_end|>⟧",
-    ]
+    chat = template(tmp_path, OPENING)
+    first, second = render(chat, messages)
+    assert first == "<|im_start|>Q 7 + 8?<|im_start|>A <think>\n⟦seven and eight\n</think>\n\n15<|im_end|>⟧"
+    prompt, _, answer = second.partition("⟦")
+    assert answer == "twice\n</think>\n\n30<|im_end|>⟧"
+    # The template leaves the line breaks after </think>, which are in the record or not.
+    assert prompt == chat.render(messages[:3], add_generation_prompt=True)
+    assert ("A \n\n15" if inline else "A 15") in prompt
 
 
 def test_thinking_tags_are_text_where_they_mean_nothing(tmp_path: Path) -> None:
@@ -154,6 +157,39 @@ def test_a_tool_definition_is_not_found_in_a_call_of_it(tmp_path: Path, shown: s
         return
     with pytest.raises(TemplateError, match=f"the definition of a tool: {missing}"):
         render(chat, messages, tools=[WEATHER])
+
+
+def test_what_templates_seldom_show_is_looked_for_too(tmp_path: Path) -> None:
+    """A name on a message, the description of a parameter, a key of a call beside name and arguments."""
+    name, description = "{{ t.function.name }}", "{{ t.function.description }}"
+    shown = f"{{% for t in tools or [] %}}{name} {description} {{{{ t.function.parameters.properties | join(' ') }}}}{{% endfor %}}"
+    chat = template(tmp_path, shown + TEXT_CONTENT)
+    city = {"type": "string", "description": "Its English name."}
+    tool = {
+        **WEATHER,
+        "function": {**WEATHER["function"], "parameters": {"type": "object", "properties": {"city": city}}},
+    }
+    call = {**CALL, "function": {**CALL["function"], "strictly": "metric units"}}
+    called = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+    twice = {"type": "function", "function": {"name": "weather", "arguments": '{"city": "Rome", "city": "Oslo"}'}}
+    assert "Rome" in render(chat, [*turns("Q"), {**called, "tool_calls": [twice]}])[0]
+    with pytest.raises(TemplateError, match="the template variable places: 'Rome' is missing"):
+        render(chat, turns("Q", "b"), options={"places": ["Rome"], "thinking": True})
+    for messages, tools, missing in (
+        ([{"role": "user", "content": "Q", "name": "Q"}, *turns("a", "b")[1:]], None, r"the name on turn 0 \(user\)"),
+        (turns("Q", "b"), [tool], "the definition of a tool: 'Its English name.' is missing"),
+        ([*turns("Q"), {"role": "assistant", "content": "", "tool_calls": [call]}], None, "'metric units' is missing"),
+        ([*turns("Q"), called, {"role": "tool", "name": "weather", "content": "no"}, *turns("a", "b")[1:]], None, None),
+    ):
+        if missing is None:
+            assert len(render(chat, messages)) == 1
+            continue
+        with pytest.raises(TemplateError, match=missing):
+            render(chat, messages, tools=tools)
+    conversation = MessageReader(ignored=["name"]).read(
+        [{"role": "user", "content": "Q", "name": "x"}, *turns("a", "b")[1:]]
+    )
+    assert conversation.full_messages is None
 
 
 @pytest.mark.parametrize("shown", ["(m.tool_calls or [])[:1]", "m.tool_calls or []"])
@@ -278,16 +314,15 @@ def test_flags_that_cannot_be_followed_are_not_ignored() -> None:
         read([{"role": "user", "content": "a", "train": "no"}])
     with pytest.raises(Dropped, match="trained turn of another role"):
         read([{"role": "tool", "content": "a", "train": True}])
-    with pytest.raises(
-        DataError, match=r"'loss_scale', which may change what is trained on .* --ignore-key loss_scale"
-    ):
-        read([{"role": "user", "content": "a", "loss_scale": 2}])
-    for key, value in (("exclude", True), ("supervised", False), ("reward", 0.5), ("advantage", -1)):
-        with pytest.raises(DataError, match=f"{key!r}, which may change what is trained on"):
-            read([{"role": "user", "content": "a", key: value}])
+    reader, flags = (
+        MessageReader(),
+        {"loss_scale": 2, "exclude": True, "supervised": False, "reward": 0.5, "advantage": -1},
+    )
+    reader.read([{"role": "user", "content": "a", key: value} for key, value in flags.items()])
+    assert reader.unreadable == set(flags)
     reader = MessageReader(ignored=["loss_scale"])
     reader.read([{"role": "user", "content": "a", "loss_scale": 2, "timestamp": 3}])
-    assert reader.unused == {"timestamp"}
+    assert (reader.unused, reader.unreadable) == ({"timestamp"}, set())
 
 
 def test_sharegpt_and_function_calls_are_read_as_messages() -> None:
@@ -305,7 +340,8 @@ def test_sharegpt_and_function_calls_are_read_as_messages() -> None:
     assert conversation.tools == [{"name": "weather"}] and conversation.train == (None, None, None, False)
 
 
-def test_deepseek_r1_gives_the_generation_prompts_of_the_published_template(tmp_path: Path) -> None:
+@pytest.mark.parametrize("inline", [False, True])
+def test_deepseek_r1_gives_the_generation_prompts_of_the_published_template(tmp_path: Path, inline: bool) -> None:
     directory = tiny.hf_tokenizer(tmp_path, template=None)
     config = (directory / "tokenizer_config.json").read_text().replace("{", '{"bos_token": "<|endoftext|>", ', 1)
     (directory / "tokenizer_config.json").write_text(config)
@@ -318,7 +354,11 @@ def test_deepseek_r1_gives_the_generation_prompts_of_the_published_template(tmp_
     )
     repair = ChatTemplate(tokenizer, "deepseek-r1")
     messages = turns("one", "two", "three", "four", system="Brief.")
-    messages[2]["reasoning_content"] = messages[4]["reasoning_content"] = "so"
+    for message in messages[2::2]:
+        if inline:
+            message["content"] = f"<think>\nso\n</think>\n\n{message['content']}"
+        else:
+            message["reasoning_content"] = "so"
     tokenizer.chat_template = published
     original = ChatTemplate(tokenizer)
     with pytest.raises(TemplateError, match="takes one system turn"):
@@ -328,7 +368,7 @@ def test_deepseek_r1_gives_the_generation_prompts_of_the_published_template(tmp_
     for trajectory, i in zip(trajectories, (2, 4), strict=True):
         prompt, _, answer = trajectory.partition("⟦")
         assert prompt == original.render(messages[:i], add_generation_prompt=True)
-        assert answer == f"so\n</think>\n\n{messages[i]['content']}<|im_end|>⟧"
+        assert answer == f"so\n</think>\n\n{('two', 'four')[i // 4]}<|im_end|>⟧"
 
 
 def test_conversations_of_a_shape_share_a_trace(tmp_path: Path) -> None:

@@ -39,6 +39,7 @@ from megatron_iwsft.utils.locks import LOCK, exclusive
 PROGRESS = ".progress.json"
 PARTS = "parts"
 SIGNATURES = ".signatures"
+_MOST_KEYS = 100  # unused ones that are counted
 # What filters could not judge.
 SHORT = "fewer than 8 words: only compared with benchmark problems as short"
 NO_WORDS = "no words: not compared with near-duplicates"
@@ -59,6 +60,7 @@ class _State(TypedDict):
     reasons: dict[str, Count]
     records: dict[str, Count]
     unchecked: dict[str, Count]
+    unused_keys: dict[str, Count]
     done: bool
 
 
@@ -67,7 +69,7 @@ class Progress:
     """State of a run after its last finished shard: it has read all inputs before number `source`, and `lines` lines of that one.
 
     Its fields are the keys of the progress file. `records`: how many there were in each input file; `unchecked`: how many
-    kept trajectories a filter could not judge, and why.
+    kept trajectories a filter could not judge, and why; `unused_keys`: in how many records messages have a key that is not used.
     """
 
     run: str
@@ -78,6 +80,7 @@ class Progress:
     reasons: dict[str, int] = field(default_factory=dict)
     records: dict[str, int] = field(default_factory=dict)
     unchecked: dict[str, int] = field(default_factory=dict)
+    unused_keys: dict[str, int] = field(default_factory=dict)
     done: bool = False
 
     def save(self, output: Path) -> None:
@@ -190,7 +193,7 @@ class CorpusWriter:
         for shard in progress.shards:
             self._restore(shard["name"])
         self.reasons, self.records = Counter(progress.reasons), Counter(progress.records)
-        self.unchecked = Counter(progress.unchecked)
+        self.unchecked, self.unused_keys = Counter(progress.unchecked), Counter(progress.unused_keys)
         self.trajectories = self.tokens = 0
         self._dropped = open(output / DROPPED, "ab")  # noqa: SIM115 - closed in __exit__
         self._dropped.truncate(progress.dropped_bytes)
@@ -221,6 +224,7 @@ class CorpusWriter:
     def _update_counts(self) -> None:
         self.progress.reasons = dict(self.reasons)
         self.progress.records = dict(self.records)
+        self.progress.unused_keys = dict(self.unused_keys)
         self.progress.unchecked = {why: count for why, count in self.unchecked.items() if count}
 
     def _filter_in_order(self, rows: pa.RecordBatch) -> pa.RecordBatch:
@@ -269,6 +273,7 @@ class CorpusWriter:
         end = int(np.searchsorted(lines, lines[np.argmax(full)], side="right")) if full.any() else len(lines)
         part, kept = rows.slice(0, end), kept[:end]
         self.records[file] += int(np.count_nonzero(np.diff(lines[:end]))) + 1  # a record's rows are never split
+        self._count_unused_keys(part)
         if not kept.all():
             self._write_dropped(file, part.filter(pa.array(~kept)))
             part = part.filter(pa.array(kept))
@@ -286,6 +291,11 @@ class CorpusWriter:
         else:
             self.progress.source, self.progress.lines = source, int(lines[end - 1])
         return rows.slice(end)
+
+    def _count_unused_keys(self, rows: pa.RecordBatch) -> None:
+        for keys in rows["unused_keys"].drop_null().to_pylist():
+            known = len(self.unused_keys) < _MOST_KEYS
+            self.unused_keys.update(key for key in keys if known or key in self.unused_keys)
 
     def _count_unchecked(self, kept: pa.RecordBatch) -> None:
         if "short" in kept.schema.names:

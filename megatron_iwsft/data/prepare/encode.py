@@ -14,19 +14,21 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from megatron_iwsft.data.chat_template import ChatTemplate
+from megatron_iwsft.data.chat_template import CONTROL, ChatTemplate
 from megatron_iwsft.data.conversation import Conversation
 from megatron_iwsft.data.indexed import token_dtype
 from megatron_iwsft.data.metadata import TURN_WEIGHTS
 from megatron_iwsft.data.prepare.fast_encoding import CheckedEncoder, Encoder, gigatoken_encoder
 from megatron_iwsft.data.prepare.filters import AnswerCheck, Benchmarks, Curation, Signatures
-from megatron_iwsft.data.prepare.messages import Dropped
+from megatron_iwsft.data.prepare.messages import Dropped, UnreadableKeys
 from megatron_iwsft.data.prepare.readers import Block, numbered_records
 from megatron_iwsft.data.prepare.records import NESTED, RecordFormat, RecordReader, Sample
 from megatron_iwsft.data.template_engine import TemplateError
 from megatron_iwsft.data.template_tracing import TracedFrame
 from megatron_iwsft.data.tokenizer import Tokenizer, any_of
 
+_LONGEST_KEY = 60
+UNUSED_KEYS = pa.list_(pa.string())
 _PLAIN = "if it is ordinary text there, name it with --plain-token"
 
 
@@ -38,6 +40,7 @@ def row_schema(token_type: np.dtype, curation: Curation) -> pa.Schema:
         ("source", pa.string()),
         ("reason", pa.string()),
         ("detail", pa.string()),
+        ("unused_keys", UNUSED_KEYS),  # of the record's messages, at its first row
         ("score", pa.float64()),
         ("num_trained", pa.int32()),
         ("turn_weights", TURN_WEIGHTS),
@@ -62,9 +65,11 @@ class _Rows:
         self.pieces: list[str] = []
         self.counts: list[int] = []  # pieces of each rendered row
         self.trained: list[bool] = []  # of each piece
-        self.controls: list[int] = []  # control tokens in the template's frame of each rendered row, −1 if unknown
+        self.controls: list[int] = []  # control tokens that the template wrote in each rendered row
         self.pretokenized: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # row → (ids, mask)
         self.texts: dict[int, str] = {}  # row → text, for signatures
+        self.unused_keys: dict[int, list[str]] = {}  # row → keys of messages that are not used
+        self.unreadable: dict[str, str] = {}  # as `UnreadableKeys.places`
         self.short: set[int] = set()  # rows that are too short to share a run of words with a benchmark problem
         self.turn_weights: dict[int, list[float]] = {}  # row → weight of each run of trained tokens, where one is not 1
 
@@ -92,7 +97,8 @@ class BlockEncoder:
         self._token_dtype = token_dtype(tokenizer.vocab_size)
         self.schema = row_schema(self._token_dtype, curation)
         plain = set(record_format.plain_tokens)
-        self._search_control = any_of(tokenizer.control - plain).search
+        control = any_of(tokenizer.control - plain)
+        self._search_control, self._find_control = control.search, control.findall
         self._encode: Encoder = tokenizer.encode_batch
         if fast:
             encoder = gigatoken_encoder(tokenizer)
@@ -106,8 +112,10 @@ class BlockEncoder:
         self._control_counts: dict[int, int] = {}  # by the id() of a traced frame
 
     def __call__(self, block: Block) -> pa.RecordBatch:
-        """The rows of a block, in order, with the columns of `row_schema`."""
+        """The rows of a block, in order, with the columns of `row_schema`. Raises UnreadableKeys."""
         rows = self.prepare(block)
+        if rows.unreadable:
+            raise UnreadableKeys(rows.unreadable)
         ids, piece_lengths = self._encode(rows.pieces, rows.counts)
         flags = np.asarray(rows.trained, np.uint8)
         tokens = _Tokens(
@@ -120,9 +128,12 @@ class BlockEncoder:
     def prepare(self, block: Block) -> _Rows:
         """Everything before tokenization."""
         rows, stem = _Rows(), block.source.stem
-        add, read = rows.columns.append, self.reader.read
+        add, read, messages = rows.columns.append, self.reader.read, self.reader.messages
         for line, record in numbered_records(block, longest=self.curation.max_record_bytes):
-            for sample in (record,) if isinstance(record, Dropped) else read(record):
+            samples = (record,) if isinstance(record, Dropped) else read(record)
+            if messages.unused or messages.unreadable:
+                self._take_keys(rows, f"{block.source.name}, line {line}")
+            for sample in samples:
                 name = sample.id or f"{stem}:{line}"
                 if sample.number is not None:
                     name = f"{name}#{sample.number}"
@@ -141,6 +152,25 @@ class BlockEncoder:
                 source = sample.source or stem
                 rows.columns += [(line, name + suffix, source, sample.score) for suffix in suffixes]
         return rows
+
+    def find_unreadable(self, block: Block) -> dict[str, str]:
+        """The block's `UnreadableKeys.places`, without encoding it."""
+        rows = _Rows()
+        for line, record in numbered_records(block, longest=self.curation.max_record_bytes):
+            if not isinstance(record, Dropped):
+                self.reader.read(record)
+                self._take_keys(rows, f"{block.source.name}, line {line}")
+        return rows.unreadable
+
+    def _take_keys(self, rows: _Rows, place: str) -> None:
+        """Move the keys that the reader found in the record at `place` to the record's first row."""
+        messages = self.reader.messages
+        if messages.unused:
+            rows.unused_keys[len(rows)] = sorted({key[:_LONGEST_KEY] for key in messages.unused})
+            messages.unused.clear()
+        for key in messages.unreadable:
+            rows.unreadable.setdefault(key, place)
+        messages.unreadable.clear()
 
     def _add(self, rows: _Rows, first: int, sample: Sample) -> Sequence[str]:
         """Add the sample's trajectories as rows from number `first` on. Returns what distinguishes their ids."""
@@ -165,7 +195,9 @@ class BlockEncoder:
             rows.pieces += texts
             rows.trained += [turn is not None for turn in turns]
             rows.controls.append(
-                -1 if frame is None else self._control_counts.get(id(frame)) or self._count_controls(frame)
+                sum(len(self._find_control(text)) for text in texts)
+                if frame is None  # no text has one, and none forms one: `ChatTemplate` has compared
+                else self._control_counts.get(id(frame)) or self._count_controls(frame)
             )
             if any(weight not in (None, 0, 1) for weight in conversation.weights or ()):
                 rows.turn_weights[row] = _run_weights(turns, conversation.weights or ())
@@ -193,15 +225,13 @@ class BlockEncoder:
         for k, text in enumerate(conversation.texts):
             if found := search(text):
                 role = conversation.shape[k] if conversation.shape[k] != "content" else conversation.shape[k - 1]
-                raise Dropped("control token in content", f"{found.group()!r} in a text of the {role} ({_PLAIN})")
+                raise Dropped(CONTROL, f"{found.group()!r} in a text of the {role} ({_PLAIN})")
         # The template might also render names, tool calls, tools and the record's template variables.
         if conversation.full_messages is None and not conversation.options:
             return
         beside = [conversation.full_messages, conversation.tools, conversation.options]
         if found := search(json.dumps(beside, ensure_ascii=False, default=str)):
-            raise Dropped(
-                "control token in content", f"{found.group()!r} outside the texts, such as in a tool call ({_PLAIN})"
-            )
+            raise Dropped(CONTROL, f"{found.group()!r} outside the texts, such as in a tool call ({_PLAIN})")
 
     def _count_controls(self, frame: TracedFrame) -> int:
         """Number of control tokens in a frame, counted by tokenizing it."""
@@ -215,11 +245,10 @@ class BlockEncoder:
         at = np.flatnonzero(self._is_control[tokens.ids])
         row_of = np.searchsorted(np.cumsum(tokens.lengths), at, side="right")
         found = np.bincount(row_of, minlength=len(rows.rendered))
-        expected = np.asarray(rows.controls, np.int64)
-        for k in np.flatnonzero((found != expected) & (expected >= 0)).tolist():
+        for k in np.flatnonzero(found != np.asarray(rows.controls, np.int64)).tolist():
             rows.drop(
                 rows.rendered[k],
-                "control token in content",
+                CONTROL,
                 "a text forms one together with the template text around it",
             )
 
@@ -261,6 +290,9 @@ class BlockEncoder:
             pa.array(sources, pa.string()),
             pa.array(reasons, pa.string()),
             pa.array(details, pa.string()),
+            pa.array([rows.unused_keys.get(row) for row in range(len(rows))], UNUSED_KEYS)
+            if rows.unused_keys
+            else pa.nulls(len(rows), UNUSED_KEYS),
             pa.array(scores, pa.float64()),
             pa.array(tokens.trained.astype(np.int32)),
             pa.array([rows.turn_weights.get(row) for row in range(len(rows))], TURN_WEIGHTS),

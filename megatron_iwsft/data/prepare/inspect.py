@@ -125,6 +125,7 @@ class Inspection:
         out.append(("dropped", f"{counts['dropped']:,}"))
         out += [(f"dropped: {reason}", f"{n:,}") for reason, n in manifest["dropped"].items()]
         out += [(f"not checked: {reason}", f"{n:,}") for reason, n in manifest.get("unchecked", {}).items()]
+        out += [(f"key {key} of messages is not used", f"{n:,} records") for key, n in unused_keys(manifest)]
         out += [(f"packed to {p.seq_length}", str(p)) for p in self.packings]
         return [*out, *self._remarks]
 
@@ -207,6 +208,11 @@ def write_jsonl(corpus: Corpus, path: Path) -> int:
                 file.write(orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE))
                 i += 1
     return i
+
+
+def unused_keys(manifest: dict[str, Any]) -> list[tuple[str, int]]:
+    """(key, number of records whose messages have it) of the keys that were not used, the most frequent first."""
+    return sorted(manifest.get("unused_keys", {}).items(), key=lambda entry: (-entry[1], entry[0]))
 
 
 def _meta_of(corpus: Corpus, i: int) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from megatron_iwsft.data.conversation import Conversation
-from megatron_iwsft.errors import DataError
 
 _ROLES = {
     **{role: role for role in ("system", "developer", "user", "assistant", "tool")},
@@ -30,8 +29,10 @@ _TEXT = ("role", "from", "content", "value", *REASONING, *_RENDERED, "function_c
 # Keys under which some corpora and APIs hold text that no template is given.
 _UNREAD = ("functions", "tools", "reasoning_details", "thinking_blocks", "tool_plan", "thought", "thoughts")
 # Content that is not text.
-_MEDIA = ("images", "image", "audio", "audios", "videos", "video", "files", "documents", "refusal")
-_FLAGS = ("loss", "loss_mask", "trainable", "train")
+MEDIA = ("images", "image", "audio", "audios", "videos", "video", "files", "documents", "refusal")
+# Variables of templates that are not options.
+_OWN_VARIABLES = frozenset(("messages", "tools", "documents", "add_generation_prompt"))
+FLAGS = ("loss", "loss_mask", "trainable", "train")
 WEIGHT = "weight"
 _CHANGES_TRAINING = re.compile("loss|mask|train|weight|label|ignore|grad", re.IGNORECASE)
 # Keys whose value may be a number without being a flag or a weight.
@@ -51,18 +52,28 @@ class Dropped(ValueError):
         self.number: int | None = None
 
 
+class UnreadableKeys(Exception):
+    """Keys of messages that may change what is trained on and are not understood. `places`: key → where it was found first."""
+
+    def __init__(self, places: Mapping[str, str]) -> None:
+        super().__init__(places)
+        self.places = dict(places)
+
+
 class MessageReader:
     """Reads lists of messages. Keys in `ignored` are not looked at.
 
-    unused  keys that were found on messages and are not used, such as a timestamp
+    unused      keys that were found on messages and are not used, such as a timestamp
+    unreadable  keys that were found on messages, may change what is trained on, and are not understood: see `UnreadableKeys`
     """
 
     def __init__(self, ignored: Collection[str] = ()) -> None:
         self._ignored = frozenset(ignored)
         self.unused: set[str] = set()
+        self.unreadable: set[str] = set()
 
     def read(self, messages: Any, *, tools: Any = None, options: Any = None) -> Conversation:
-        """The conversation. Raises Dropped for messages that cannot be read, DataError for a key that may change training unread."""
+        """The conversation. Raises Dropped for messages that cannot be read."""
         if not isinstance(messages, list) or not messages:
             raise Dropped("messages is not a list")
         shape: list[str] = []
@@ -80,6 +91,8 @@ class MessageReader:
             full.append(read)
         if options is not None and not isinstance(options, Mapping):
             raise Dropped("chat_template_kwargs is not an object", f"it is {type(options).__name__}")
+        if own := sorted(_OWN_VARIABLES.intersection(options or ())):
+            raise Dropped("chat_template_kwargs has messages or tools", f"it has {own[0]}, which belongs beside it")
         return Conversation(
             tuple(shape),
             texts,
@@ -120,14 +133,14 @@ class MessageReader:
             if not (reasoning or (content and not content.isspace()) or calls):
                 raise Dropped("empty response")
             out |= {"reasoning_content": reasoning} if reasoning is not None else {}
-        out |= {name: message[name] for name in _RENDERED if message.get(name)}
+        out |= {name: message[name] for name in _RENDERED if message.get(name) and name not in self._ignored}
         return out | ({"tool_calls": calls} if calls else {})
 
     def _check_keys(self, i: int, message: Mapping[str, Any]) -> None:
         for key, value in message.items():
-            if key in _TEXT or key in _FLAGS or key == WEIGHT or value is None or key in self._ignored:
+            if key in _TEXT or key in FLAGS or key == WEIGHT or value is None or key in self._ignored:
                 continue
-            if key in _MEDIA:
+            if key in MEDIA:
                 if value:
                     raise Dropped("content is not text", f"message {i} has {key}")
             elif key in _UNREAD:
@@ -138,11 +151,7 @@ class MessageReader:
                         f"reasoning_content; --ignore-key {key} reads over it",
                     )
             elif _CHANGES_TRAINING.search(key) or (isinstance(value, bool | int | float) and key not in _COUNTS):
-                raise DataError(
-                    f"message {i} of a record has the key {key!r}, which may change what is trained on and is not understood. "
-                    f"Understood are {', '.join((*_FLAGS, WEIGHT))}. Rename it to one of these, or leave it out of training with "
-                    f"--ignore-key {key}."
-                )
+                self.unreadable.add(key)
             else:
                 self.unused.add(key)
 
@@ -150,7 +159,7 @@ class MessageReader:
 def _weight(i: int, message: Mapping[str, Any], role: str) -> float | None:
     """How much message i is trained on, from its flags: 0 is not at all. None if it has no flag. Several flags multiply."""
     out = None
-    for name in (*_FLAGS, WEIGHT):
+    for name in (*FLAGS, WEIGHT):
         value = message.get(name)
         if value is None:
             continue
@@ -207,15 +216,19 @@ def _calls(i: int, given: Any) -> list[Mapping[str, Any]] | None:
     calls = calls if isinstance(calls, list) else [calls]
     if not all(isinstance(call, Mapping) for call in calls):
         raise Dropped("tool_calls is not a list of objects", f"message {i}: it is {given!r:.60}")
+    for call in calls:
+        function = call.get("function", call)
+        if not (isinstance(function, Mapping) and type(function.get("name")) is str and function["name"]):
+            raise Dropped("tool call without a name", f"message {i}: {call!r:.60}")
     if isinstance(given, list):
         return calls
-    if not calls or not all("name" in call or "function" in call for call in calls):
-        raise Dropped("tool call is not JSON", f"message {i}: {given!r:.60} has no name")
     return [call if "function" in call else {"type": "function", "function": call} for call in calls]
 
 
 def _joined_parts(i: int, parts: list[Any]) -> str:
     texts = [p.get("text") if isinstance(p, Mapping) and p.get("type", "text") == "text" else None for p in parts]
+    if found := next((key for p in parts if isinstance(p, Mapping) for key in MEDIA if p.get(key)), None):
+        raise Dropped("content is not text", f"message {i}: content has parts with {found}")
     if not all(type(text) is str for text in texts):
         raise Dropped("message without text", f"message {i}: content has parts that are not text")
     return "".join(text for text in texts if text is not None)

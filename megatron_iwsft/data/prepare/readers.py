@@ -78,6 +78,7 @@ class Block:
     count     number of lines (or rows) in the block
     progress  fraction of the file read so far
     cut       length in bytes of the last line, if it is too long to be read and only its beginning is here; else 0
+    only_keys   it is read for the keys of its messages only: the run is refused
     """
 
     source: Input
@@ -86,6 +87,7 @@ class Block:
     payload: Span | bytes | pa.RecordBatch
     progress: float
     cut: int = 0
+    only_keys: bool = False
 
     def content(self) -> bytes | pa.RecordBatch:
         """The payload. Raises DataError if the file cannot be read any more."""

@@ -15,12 +15,29 @@ import orjson
 from megatron_iwsft.data.chat_template import Rendering
 from megatron_iwsft.data.conversation import Conversation
 from megatron_iwsft.data.prepare.expressions import Evaluate, MissingField, compile_expression, lookup
-from megatron_iwsft.data.prepare.messages import REASONING, Dropped, MessageReader, role_of
+from megatron_iwsft.data.prepare.messages import MEDIA, REASONING, Dropped, MessageReader, role_of
 from megatron_iwsft.errors import DataError
 
 _EVALUATION_ERRORS = (TypeError, ValueError, ZeroDivisionError, OverflowError, AttributeError, MemoryError)
 # What a record may say beside its texts or messages, apart from `system_field`.
 _BESIDE = ("system", "tools", "functions", "chat_template_kwargs")
+# Fields in which corpora hold more of a conversation, or what is no text.
+_PARTS = frozenset(
+    (
+        *REASONING,
+        "input",
+        "context",
+        "history",
+        "system_prompt",
+        "documents",
+        "images",
+        "image",
+        "audios",
+        "audio",
+        "videos",
+        "video",
+    )
+)
 _BOM = b"\xef\xbb\xbf"
 
 NESTED = "nested too deeply", "more levels than Python's recursion limit"
@@ -235,8 +252,24 @@ class RecordReader:
             sample.tokens, sample.mask = _tokenized(record)
             return sample
         conversation = self._chat(record) if self._is_chat(record) else self._pair(record, response)
+        if not _PARTS.isdisjoint(record):
+            self._check_parts(record, conversation)
         sample.conversation = self._with_thoughts(conversation) if self._thought is not None else conversation
         return sample
+
+    def _check_parts(self, record: Mapping[str, Any], conversation: Conversation) -> None:
+        """Raise Dropped if the record has more of the conversation in a field that is not read."""
+        for name in sorted(_PARTS.intersection(record) - set(self.format.ignored_keys)):
+            found = record[name]
+            if name in MEDIA and found:
+                raise Dropped("content is not text", f"field {name}; --ignore-key {name} reads over it")
+            read = isinstance(found, str) and any(found.strip() in text for text in conversation.texts)
+            if isinstance(found, str | list | Mapping) and found and not read:
+                raise Dropped(
+                    "text in a field that is not read",
+                    f"field {name} has text that is not in the conversation; put it there, name the field in an option, or read over it "
+                    f"with --ignore-key {name}",
+                )
 
     def _source(self, record: Mapping[str, Any], response: _Response) -> str | None:
         if self.format.source_field is not None:
@@ -278,7 +311,11 @@ class RecordReader:
         return score
 
     def _chat(self, record: Mapping[str, Any]) -> Conversation:
-        return self._conversation(record, record["messages"] if "messages" in record else record["conversations"])
+        turns = record["messages"] if "messages" in record else record["conversations"]
+        other = record.get("conversations")
+        if isinstance(turns, list) and isinstance(other, list) and other and _contents(other) != _contents(turns):
+            raise Dropped("different values under keys that mean the same", "messages and conversations")
+        return self._conversation(record, turns)
 
     def _pair(self, record: Mapping[str, Any], response: _Response) -> Conversation:
         """Prompt and response as a conversation. A response that begins with another role than the assistant is all of it."""

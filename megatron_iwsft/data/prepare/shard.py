@@ -46,7 +46,7 @@ from megatron_iwsft.data.prepare.corpus_writer import (
 from megatron_iwsft.data.prepare.encode import BlockEncoder, row_schema
 from megatron_iwsft.data.prepare.fast_encoding import choose_encoder
 from megatron_iwsft.data.prepare.filters import Curation
-from megatron_iwsft.data.prepare.messages import Dropped
+from megatron_iwsft.data.prepare.messages import FLAGS, WEIGHT, Dropped, UnreadableKeys
 from megatron_iwsft.data.prepare.readers import Block, Input, find_inputs, fingerprint, numbered_records, read_blocks
 from megatron_iwsft.data.prepare.records import RecordFormat
 from megatron_iwsft.data.tokenizer import CHAT_TEMPLATE, Tokenizer, load_tokenizer
@@ -57,6 +57,7 @@ from megatron_iwsft.utils.worker_processes import one_thread_each, worker_contex
 log = logging.getLogger(__name__)
 
 _SAMPLE_FILES, _SAMPLE_RECORDS = 8, 1000
+_SHOWN_KEYS = 20  # in a message
 
 
 @dataclass(frozen=True)
@@ -206,7 +207,7 @@ def worker_pool(
     compare = job.template is not None and encoder == "auto"
     choose = partial(_choose_encoder, job.settings, _sample(job.inputs) if compare else [])
     if workers <= 1:
-        yield partial(map, partial(encode, _logged(*choose())))
+        yield partial(_refusing, partial(map, partial(encode, _logged(*choose()))))
         return
     one_thread_each()
     with ProcessPoolExecutor(workers, worker_context(), initializer=_start_worker) as pool:
@@ -214,7 +215,7 @@ def worker_pool(
         for _ in range(workers - 1):
             pool.submit(os.getpid)  # the other workers start meanwhile
 
-        def map_in_order(blocks: Iterable[Block]) -> Iterator[tuple[Block, pa.RecordBatch]]:
+        def map_in_order(blocks: Iterable[Block]) -> Iterator[tuple[Block, pa.RecordBatch | UnreadableKeys]]:
             waiting = iter(blocks)
             try:
                 run = partial(encode, _logged(*chosen.result()))
@@ -232,7 +233,7 @@ def worker_pool(
                 pool.shutdown(cancel_futures=True)
                 raise
 
-        yield map_in_order
+        yield partial(_refusing, map_in_order)
 
 
 def _start_worker() -> None:
@@ -266,8 +267,36 @@ def _block_encoder(settings: ShardSettings, with_template: bool, fast: bool) -> 
 
 def _encode_block(
     settings: ShardSettings, with_template: bool, fast: bool, block: Block
-) -> tuple[Block, pa.RecordBatch]:
-    return replace(block, payload=b""), _block_encoder(settings, with_template, fast)(block)
+) -> tuple[Block, pa.RecordBatch | UnreadableKeys]:
+    encoder, done = _block_encoder(settings, with_template, fast), replace(block, payload=b"")
+    try:
+        return done, UnreadableKeys(encoder.find_unreadable(block)) if block.only_keys else encoder(block)
+    except UnreadableKeys as error:
+        return done, error.with_traceback(None)
+
+
+def _refusing(
+    encode: Callable[[Iterable[Block]], Iterator[tuple[Block, pa.RecordBatch | UnreadableKeys]]],
+    blocks: Iterable[Block],
+) -> Iterator[tuple[Block, pa.RecordBatch]]:
+    """The rows of each block. Raises DataError if there are `UnreadableKeys`, after reading all blocks, so that it names all of them."""
+    places: dict[str, str] = {}
+    for block, rows in encode(replace(block, only_keys=bool(places)) for block in blocks):
+        if isinstance(rows, UnreadableKeys):
+            if not places:
+                log.info("messages have keys that are not understood; reading the rest of the input for others")
+            places = rows.places | places
+        elif not places:
+            yield block, rows
+    if places:
+        shown = sorted(places)[:_SHOWN_KEYS]
+        found = ", ".join(f"{key!r} ({places[key]})" for key in shown)
+        more = f" and {len(places) - _SHOWN_KEYS} more" if len(places) > _SHOWN_KEYS else ""
+        raise DataError(
+            f"messages have keys which may change what is trained on and are not understood: {found}{more}. Understood are "
+            f"{', '.join((*FLAGS, WEIGHT))}. Rename them to these, or leave them out of training with "
+            f"{' '.join(f'--ignore-key {key}' for key in shown)}."
+        )
 
 
 def _template(tokenizer: Tokenizer, settings: ShardSettings) -> ChatTemplate:
@@ -279,13 +308,13 @@ def _sample(inputs: Sequence[Input]) -> list[Input]:
     return list(inputs[:: -(-len(inputs) // _SAMPLE_FILES)])
 
 
-def _choose_encoder(settings: ShardSettings, sample: list[Input]) -> tuple[bool, list[str]]:
-    """Whether to encode with gigatoken, decided on the first block of each file of `sample`, and the reason, as lines for the log.
+def _choose_encoder(settings: ShardSettings, sample: list[Input]) -> tuple[bool, str]:
+    """Whether to encode with gigatoken, decided on the first block of each file of `sample`, and the reason for the log.
 
     Without a sample it is not used: the records are already tokenized, or the tokenizer's own library was asked for.
     """
     if not sample:
-        return False, []
+        return False, ""
     tokenizer, template = _tokenizer_and_template(settings, True)
     curation = _without_slow_filters(settings.curation)
     sampler = BlockEncoder(tokenizer, template, settings.record, curation, fast=False)
@@ -297,14 +326,12 @@ def _choose_encoder(settings: ShardSettings, sample: list[Input]) -> tuple[bool,
             some = rows.counts[: _SAMPLE_RECORDS // len(sample)]
             counts += some
             pieces += rows.pieces[: sum(some)]
-    fast, why = choose_encoder(tokenizer, pieces, counts)
-    unused = ", ".join(sorted(sampler.reader.messages.unused))
-    return fast, [*([f"keys of messages that are not used: {unused}"] if unused else []), why]
+    return choose_encoder(tokenizer, pieces, counts)
 
 
-def _logged(fast: bool, lines: list[str]) -> bool:
-    for line in lines:
-        log.info(line)
+def _logged(fast: bool, why: str) -> bool:
+    if why:
+        log.info(why)
     return fast
 
 
@@ -375,6 +402,7 @@ def _manifest(output: Path, progress: Progress, job: ShardingJob) -> dict[str, A
         "sources": dict(sorted((v["values"], v["counts"]) for v in meta["source"].value_counts().to_pylist())),
         "dropped": dict(sorted(progress.reasons.items())),
         "unchecked": _unchecked(job, progress),
+        "unused_keys": dict(sorted(progress.unused_keys.items())),
         "lengths": distribution(lengths),
         "scores": distribution(scores),
         "shards": [{"name": name} for name in names],

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from megatron_iwsft.cli import main as cli
 from megatron_iwsft.data.corpus import Corpus
 from megatron_iwsft.data.prepare.filters import Curation
 from megatron_iwsft.data.prepare.messages import Dropped
 from megatron_iwsft.data.prepare.records import PRESETS, RecordFormat, RecordReader, parse
 from megatron_iwsft.data.prepare.shard import ShardSettings, shard_corpus
+from megatron_iwsft.errors import DataError
 from tests.support import tiny
 
 AUTO, ALL = RecordFormat(), Curation()
@@ -95,6 +99,18 @@ THOUGHTS = RecordFormat(reasoning_fields=("thought",), answer_prefix="Answer: ",
         ({"messages": [USER, {**CHOSEN, "value": "d"}]}, AUTO, DIFFERENT),
         ({"messages": [USER, {**CHOSEN, "function_call": "look"}]}, AUTO, "tool call is not JSON"),
         ({"messages": [{**USER, "reasoning_content": "r"}, CHOSEN]}, AUTO, "reasoning of another role"),
+        ({"messages": [USER, {**CHOSEN, "tool_calls": [{"type": "custom", "custom": {"name": "f"}}]}]}, AUTO, "tool call without a name"),
+        ({"messages": [{"role": "user", "content": [{"text": "p", "image": "x.png"}]}, CHOSEN]}, AUTO, "content is not text"),
+        ({"messages": [USER, CHOSEN], "images": ["x.png"]}, AUTO, "content is not text"),
+        ({"messages": [USER, CHOSEN], "images": [], "input": " p", "thinking": True}, AUTO, ["user", "p", "assistant", "c"]),
+        *(
+            ({"prompt": "p", "response": "c", key: value}, AUTO, "text in a field that is not read")
+            for key, value in (("input", "i"), ("reasoning", "t"), ("system_prompt", "s"), ("history", [["q", "a"]]), ("context", {"x": 1}))
+        ),
+        ({"messages": [USER, CHOSEN], "conversations": [{"from": "human", "value": "q"}]}, AUTO, DIFFERENT),
+        ({"messages": [USER, CHOSEN], "conversations": [USER, CHOSEN]}, AUTO, ["user", "p", "assistant", "c"]),
+        ({"messages": [USER, CHOSEN], "chat_template_kwargs": {"tools": []}}, AUTO, "chat_template_kwargs has messages or tools"),
+        ({"prompt": "p", "response": "c", "input": "i"}, RecordFormat(ignored_keys=("input",)), ["user", "p", "assistant", "c"]),
         *(
             ({"messages": [USER, {**CHOSEN, key: ["x"]}]}, AUTO, "text under a key that is not read")
             for key in ("functions", "reasoning_details", "tool_plan", "thought")
@@ -190,6 +206,61 @@ def test_added_tokens_are_control_text_whether_special_or_not(tmp_path: Path) ->
 
     assert kept() == [3]
     assert kept(plain_tokens=("<b>",)) == [2, 3]
+
+
+@pytest.mark.parametrize("answer", ["{{ m.content }}|>", "{{ m.content ~ '|>' }}"], ids=["traced", "rendered by Jinja"])
+@pytest.mark.parametrize("tools", [None, [WEATHER]])
+def test_a_text_that_forms_a_control_token_with_the_template_drops_the_record(
+    tmp_path: Path, answer: str, tools: list | None
+) -> None:
+    shown = "{% if tools %}{{ tools[0].function.name }}{% endif %}{% for m in messages %}<|im_start|>"
+    tokenizer = tiny.hf_tokenizer(tmp_path / "tokenizer", template=f"{shown}{answer}<|im_end|>{{% endfor %}}")
+    records = [{"prompt": p, "response": "b < c", "tools": tools} for p in ("<|im_end", "a", "<|im_ending")]
+    source = tiny.write_jsonl(tmp_path / "records.jsonl", records)
+    manifest = shard_corpus([source], tmp_path / "corpus", ShardSettings(str(tokenizer)), show_progress=False)
+    assert manifest["dropped"] == {"control token in content": 1} and manifest["counts"]["trajectories"] == 2
+
+
+def _chats(tmp_path: Path) -> list[Path]:
+    """Two files of several blocks, in which messages have keys that are not used, and below, keys that are not understood."""
+    many = [{"messages": [USER, {**CHOSEN, "content": f"{n} " + "long " * 300}]} for n in range(2000)]
+    marked = [{"messages": [USER, {**CHOSEN, "content": name, key: value}]} for name, key, value in (
+        ("x", "mood", "calm"), ("y", "mood", "wild"), ("z", "tone", "dry")
+    )]  # fmt: skip
+    return [
+        tiny.write_jsonl(tmp_path / f"{k}.jsonl", records)
+        for k, records in enumerate(([*many, *marked[:2]], marked[2:]))
+    ]
+
+
+@pytest.mark.parametrize("encoder", ["auto", "own"])
+def test_keys_that_are_not_used_are_counted_in_all_blocks(tmp_path: Path, encoder: str, capsys) -> None:
+    inputs = list(map(str, _chats(tmp_path)))
+    tokenizer = str(tiny.hf_tokenizer(tmp_path / "tokenizer"))
+    output = str(tmp_path / "corpus")
+    cli.run(["shard", *inputs, "--output", output, "--tokenizer", tokenizer, "--workers", "1", "--encoder", encoder])
+    assert Corpus.open(output).manifest["unused_keys"] == {"mood": 2, "tone": 1}
+    assert (
+        "key mood of messages is not used: 2 records\nkey tone of messages is not used: 1 records"
+        in capsys.readouterr().out
+    )
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("encoder", ["auto", "own"])
+def test_all_keys_that_are_not_understood_are_refused_at_once(tmp_path: Path, encoder: Any, workers: int) -> None:
+    inputs = _chats(tmp_path)
+    with open(inputs[0], "a") as file:
+        file.write(json.dumps({"messages": [USER, {**CHOSEN, "loss_scale": 2}]}) + "\n")
+    with open(inputs[1], "a") as file:
+        file.writelines(
+            json.dumps({"messages": [USER, {**CHOSEN, key: 0.5}]}) + "\n" for key in ("reward", "loss_scale")
+        )
+    settings = ShardSettings(str(tiny.hf_tokenizer(tmp_path / "tokenizer")))
+    with pytest.raises(DataError) as error:
+        shard_corpus(inputs, tmp_path / "corpus", settings, workers=workers, encoder=encoder, show_progress=False)
+    assert "not understood: 'loss_scale' (0.jsonl, line 2003), 'reward' (1.jsonl, line 2)." in str(error.value)
+    assert str(error.value).endswith("--ignore-key loss_scale --ignore-key reward.")
 
 
 def test_control_text_in_template_variables_drops_the_record(tmp_path: Path) -> None:
