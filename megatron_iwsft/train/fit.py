@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import statistics
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import torch
 
+from megatron_iwsft.checkpoint.info import complete_checkpoints
+from megatron_iwsft.checkpoint.names import CHECKPOINTS
 from megatron_iwsft.config.schema import Config
 from megatron_iwsft.distributed.context import DeviceChoice, chosen_device
 from megatron_iwsft.errors import ConfigError, DataError
@@ -65,7 +68,7 @@ def fit(
     """The plan of training, with lines `fits` and `time`. What does not fit is in `Plan.missing`.
 
     memory  GB per process, in place of what this machine has
-    tflops  model TFLOP/s that each process attains
+    tflops  model TFLOP/s that each process attains; by default what the run has attained so far, if it has begun
     """
     found = plan("train", config, world_size=world_size, model_config=model_config, allow_missing=True)
     if machine.lacks is not None:
@@ -74,15 +77,23 @@ def fit(
         _compare_gpus(found, machine.gpus, world_size)
     if found.memory is not None and (memory is not None or machine.lacks is None):
         _compare_memory(found, machine, world_size, memory)
-    if found.flops is not None and tflops is not None:
-        hours = found.flops / (tflops * 1e12) / 3600
-        found.add(
-            "time",
-            f"{_duration(hours)} at {tflops:g} TFLOP/s per process, {hours * world_size:,.3g} process hours in all",
-        )
-    elif found.flops is not None:
-        found.add("time", "not estimated: state the TFLOP/s per process (--tflops), or a similar run (--like RUN_DIR)")
+    if found.flops is not None:
+        if tflops is None and complete_checkpoints(Path(config.run.dir) / CHECKPOINTS):
+            with suppress(DataError):
+                tflops = attained_tflops(Path(config.run.dir))
+        each = "GPU" if machine.gpus or machine.lacks is not None else "process"
+        found.add("time", _time(found.flops, found.trained, tflops, world_size, each))
     return found
+
+
+def _time(flops: float, trained: float, tflops: float | None, world_size: int, each: str) -> str:
+    """flops: per process, of the complete run, of which the share `trained` is done."""
+    if tflops is None:
+        return f"not estimated: state the TFLOP/s per {each} (--tflops, --mfu), or a similar run (--like RUN_DIR)"
+    hours = flops / (tflops * 1e12) / 3600
+    text = f"{_duration(hours)} at {tflops:.3g} TFLOP/s per {each}, {hours * world_size:,.3g} {each} hours in all"
+    left = (1 - trained) * hours
+    return f"{text}; {_duration(left)} and {left * world_size:,.3g} {each} hours of it are left" if trained else text
 
 
 def _compare_gpus(found: Plan, gpus: int, world_size: int) -> None:

@@ -44,6 +44,7 @@ class Plan:
 
     copies  bytes that a live reference and a lagged proposal add to it
     flops   model FLOPs per process, of the complete job; None if the corpus or the model is not here
+    trained  share of the job's steps that are done: it would continue after them
     """
 
     lines: list[tuple[str, str]] = field(default_factory=list)
@@ -51,6 +52,7 @@ class Plan:
     memory: Cost | None = None
     copies: int = 0
     flops: float | None = None
+    trained: float = 0.0
 
     def add(self, what: str, text: str) -> None:
         self.lines.append((what, text))
@@ -312,6 +314,7 @@ def _describe_continuation(out: Plan, run: CheckedRun) -> None:
     info = CheckpointInfo.read(found[0])
     check_same_run(run, info, run.adapter_info())
     changed = described_changes(run.config, info.config)
+    out.trained = min(1.0, info.step / run.total_steps)
     out.add("continues", f"from {info.directory}, after step {info.step}" + (f", with {changed}" if changed else ""))
 
 

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 from megatron_iwsft.errors import DataError
-from megatron_iwsft.objectives.metrics import WEIGHT_BINS
+from megatron_iwsft.objectives.metrics import METRICS, WEIGHT_BINS
 from megatron_iwsft.report.charts import smoothed, thinned
 from megatron_iwsft.report.page import write_report
 from tests.support.browser import Browser, chromium_is_installed
+from tests.support.reported_run import EVENTS, STEPS, groups, reported_run
 from tests.support.tiny import write_jsonl
 
 HOSTILE = '$x$ <b>&amp;"</script><script>alert(1)</script>\x1b[31m %{y} \u202e'
@@ -57,18 +58,21 @@ def write_answers(folder: Path, label: str, model: Path, right: list[bool], text
 
 
 class Main(HTMLParser):
-    """The text of a page's <main>, and the names of its elements."""
+    """The text of a page's <main>, the names and classes of its elements, and what its figures are called."""
 
     def __init__(self, page: Path) -> None:
         super().__init__()
-        self.text, self.tags = "", []
+        self.text, self.tags, self.classes, self.captions = "", [], set(), []
         self.feed(page.read_text().split("<main>")[1].split("</main>")[0])
 
     def handle_starttag(self, tag: str, attrs: list) -> None:
         self.tags.append(tag)
+        self.classes |= set((dict(attrs).get("class") or "").split())
 
     def handle_data(self, data: str) -> None:
         self.text += data
+        if self.tags and self.tags[-1] == "figcaption" and data.strip():
+            self.captions.append(data)
 
 
 @pytest.fixture
@@ -80,6 +84,18 @@ def two_runs(tmp_path: Path) -> list[Path]:
     write_answers(problems, "iw-sft-early", runs[1] / "hf" / "step-00000060", [n % 4 == 0 for n in range(40)])
     write_answers(problems, "iw-sft", runs[1] / "hf" / "step-00000120", [n % 4 != 0 for n in range(40)], HOSTILE)
     return runs
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of two runs that have all that it can show, with held-out answers and weighed trajectories."""
+    directory = tmp_path_factory.mktemp("runs")
+    runs = [write_run(directory / "sft", source=HOSTILE), reported_run(directory / "iw-sft")]
+    for run, every in zip(runs, (4, 1), strict=True):
+        model = run / "hf" / f"step-{STEPS:08d}"
+        write_answers(directory / "evaluation" / "sums", run.name, model, [n % every == 0 for n in range(40)], HOSTILE)
+    write_report(runs, directory / "report.html", trajectories=8)
+    return directory / "report.html"
 
 
 def test_the_verdict_is_of_held_out_answers(two_runs: list[Path], tmp_path: Path) -> None:
@@ -149,6 +165,36 @@ def test_curves_by_topic(two_runs: list[Path], tmp_path: Path) -> None:
     assert f"\nweb: {nll}\n" in text and "a/b" in text and "web 0.0083" in text
 
 
+def test_everything_that_runs_log_is_on_the_page(everything: Path) -> None:
+    main = Main(everything)
+    titles = {metric.name: metric.title.replace("memory, bytes", "memory, GB") for metric in METRICS}
+    expected = {titles[metric.name] for metric in METRICS if metric.plotted}
+    expected |= {titles[name] for name in ("mfu", "peak_memory_bytes", "skipped_steps", "step_time_s")}
+    expected |= {"distribution of the weights, iw-sft", "where the time of a step goes, iw-sft"}
+    for kind in ("source", "score", "corpus"):
+        expected.add(f"{titles['nll']}, by {kind}, iw-sft")
+        expected |= {f"held out: {titles[name]}, by {kind}, iw-sft" for name in ("nll", "weight_mean", "log_ratio")}
+    assert expected - set(main.captions) == set()
+    assert len(main.captions) == main.tags.count("figure"), "a figure without a caption"
+    drawn = json.loads(re.search(r'id="charts">(.*?)</script>', everything.read_text(), re.S)[1])
+    assert len(drawn) == len(main.captions) and all(chart["series"][0]["x"] for chart in drawn)
+    for group in groups():
+        assert group.partition(" ")[2] in main.text
+    for event, text in EVENTS.items():
+        assert f"iw-sft{event}{text}" in main.text
+    assert "finished, resumed 1 time, step skipped 1 time, rewound 1 time, loss spiked 1 time" in main.text
+    assert "Samples while iw-sft trained" in main.text and "What is 2 × 17?" in main.text
+
+
+def test_tokens_are_shaded_by_their_log_ratio(everything: Path) -> None:
+    main = Main(everything)
+    assert {f"{sign}{size}" for sign in "pn" for size in (1, 2, 3, 4)} | {"context", "swatch"} <= main.classes
+    assert "By the sum of the log-ratios" in main.text and "of 8 of the corpus's 8 trajectories" in main.text
+    weights = [float(found) for found in re.findall(r"([-+.\de]+) × as likely as under the reference", main.text)]
+    assert len(weights) == 8 and min(weights[:4]) > max(weights[4:])
+    assert weights == [*sorted(weights[:4], reverse=True), *sorted(weights[4:])]
+
+
 def test_text_from_files_is_escaped(two_runs: list[Path], tmp_path: Path) -> None:
     write_report(two_runs, tmp_path / "report.html")
     page, main = (tmp_path / "report.html").read_text(), Main(tmp_path / "report.html")
@@ -182,21 +228,40 @@ def test_smoothing_keeps_a_mean_and_thinning_keeps_a_spike() -> None:
     assert 1234 in kept and kept[0] == 0 and kept[-1] == 4999 and len(kept) <= 800 and kept == sorted(set(kept))
 
 
+UNREADABLE = (Path(__file__).parent / "unreadable.js").read_text()
+BACKGROUNDS = """
+  return ["body", ".card", "figure", "nav"].map((name) => getComputedStyle(document.querySelector(name)).backgroundColor
+    .match(/[0-9]+/g).slice(0, 3).reduce((sum, v) => sum + Number(v), 0) / 765);
+"""
+CONTROLS = """
+  return [...document.querySelectorAll("nav, summary, button, input, select")].filter((e) => e.checkVisibility()).length;
+"""
+
+
 @pytest.mark.command
 @pytest.mark.skipif(not chromium_is_installed(), reason="needs chromium and chromedriver (Debian: chromium-driver)")
-def test_the_page_in_a_browser(two_runs: list[Path], tmp_path: Path) -> None:
-    """At three widths and in both colour schemes: every chart is drawn, the console is silent, nothing is wider than the window."""
-    page = tmp_path / "report.html"
-    write_report(two_runs, page)
+def test_the_page_in_a_browser(everything: Path) -> None:
+    """At three widths, light, dark and printed: charts are drawn, text can be read, the console is silent, nothing is too wide."""
     with Browser() as browser:
-        for width, scheme in [(375, "light"), (375, "dark"), (768, "dark"), (1280, "light")]:
-            browser.open(page, width=width, scheme=scheme)
-            assert browser.errors() == []
-            assert browser.evaluate("return document.documentElement.scrollWidth") <= width
-            assert browser.evaluate("return document.querySelectorAll('.plot:not(:has(.main-svg))').length") == 0
-            light = browser.evaluate("return getComputedStyle(document.body).backgroundColor") == "rgb(246, 247, 249)"
-            assert light == (scheme == "light")
+        for width, scheme, media in [
+            *((width, scheme, "screen") for width in (375, 768, 1280) for scheme in ("light", "dark")),
+            (794, "light", "print"),
+            (794, "dark", "print"),
+        ]:
+            where = f"{width} pixels, {scheme}, {media}"
+            browser.open(everything, width=width, scheme=scheme, media=media)
+            assert browser.errors() == [], where
+            assert browser.evaluate("return document.documentElement.scrollWidth") <= width, where
+            assert browser.evaluate("return document.querySelectorAll('.plot:not(:has(.main-svg))').length") == 0, where
+            assert browser.evaluate(UNREADABLE) == [], where
+            brightness = browser.evaluate(BACKGROUNDS)
+            dark = scheme == "dark" and media == "screen"
+            assert max(brightness) < 0.15 if dark else min(brightness) > 0.9, f"{where}: {brightness}"
+            shown = browser.evaluate(CONTROLS)
+            assert shown == 0 if media == "print" else shown > 0, where
         assert browser.evaluate("return document.title") == "sft · iw-sft"
+        browser.print(everything.with_suffix(".pdf"))
+        assert browser.errors() == [] and everything.with_suffix(".pdf").read_bytes().startswith(b"%PDF")
         ranges = browser.evaluate("return [...document.querySelectorAll('.plot')].map((p) => p.layout.yaxis.range)")
         assert [0, 2e-3] in ranges, "around the constant learning rate"
 

@@ -64,14 +64,15 @@ class Browser:
     def _devtools(self, command: str, **params: Any) -> Any:
         return self._call("/goog/cdp/execute", {"cmd": command, "params": params})
 
-    def open(self, page: Path, *, width: int, scheme: str = "light", height: int = 900) -> None:
+    def open(self, page: Path, *, width: int, scheme: str = "light", media: str = "screen", height: int = 900) -> None:
         """Load a file in a window of that width, with prefers-color-scheme as `scheme`, offline; returns when its charts are drawn."""
         metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
         self._devtools("Emulation.setDeviceMetricsOverride", **metrics)
-        self._devtools("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+        features = [{"name": "prefers-color-scheme", "value": scheme}]
+        self._devtools("Emulation.setEmulatedMedia", media=media, features=features)
         self._call("/url", {"url": page.resolve().as_uri()})
         end = time.monotonic() + 120
-        while self.evaluate("return document.documentElement.dataset.drawn") is None:
+        while self.evaluate("return document.querySelector('.plot') && !document.documentElement.dataset.drawn"):
             assert time.monotonic() < end, f"the charts of {page} are not drawn: {self.errors()}"
             time.sleep(0.1)
 

@@ -45,6 +45,8 @@ def test_time_is_the_plans_flops_at_the_stated_rate(run: Config) -> None:
         == f"{hours:.3g} h at 1e-08 TFLOP/s per process, {2 * hours:,.3g} process hours in all"
     )
     assert dict(fit(run, SMALL, world_size=2).lines)["time"].startswith("not estimated")
+    on_gpus = dict(fit(run, Machine(gpus=2, memory=10**12), world_size=2, tflops=1e-8).lines)["time"]
+    assert on_gpus.endswith(f"at 1e-08 TFLOP/s per GPU, {2 * hours:,.3g} GPU hours in all")
 
 
 def test_a_rate_is_taken_from_an_earlier_run(tmp_path: Path) -> None:

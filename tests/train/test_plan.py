@@ -9,12 +9,14 @@ import pytest
 
 from megatron_iwsft.cli import main as cli
 from megatron_iwsft.config.schema import Config
+from megatron_iwsft.data.corpus import Corpus
 from megatron_iwsft.errors import CheckpointError, ConfigError, DataError
 from megatron_iwsft.hf.adapters import AdapterSettings, num_parameters
 from megatron_iwsft.hf.architecture import Architecture
 from megatron_iwsft.train.check import check
 from megatron_iwsft.train.plan import _size, plan
 from tests.support import run_python, tiny
+from tests.support.reported_run import write_reference
 from tests.support.small_runs import small_run
 
 MODEL = tiny.model_config(num_hidden_layers=2, hidden_size=32, intermediate_size=48)
@@ -83,7 +85,10 @@ def test_a_setting_that_the_installed_megatron_core_lacks_is_refused(run: Config
 
 def test_a_reference_that_is_missing_is_an_error_or_reported(run: Config) -> None:
     weighted = changed(run, "objective", name="iw_sft")
-    with pytest.raises(DataError, match="has no log-probs of this reference model"):
+    write_reference(Corpus.open(run.data.corpus))
+    with pytest.raises(
+        DataError, match=r"has no log-probs of this reference model .*it has reference-\w+ \(of another model\)\. Model"
+    ):
         plan("train", weighted, world_size=2)
     found = plan("train", weighted, world_size=2, allow_missing=True)
     assert [text for text in found.missing if "has no log-probs of this reference" in text]
