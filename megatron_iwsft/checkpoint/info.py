@@ -27,6 +27,7 @@ from typing import (
     NotRequired,  # pydantic asks for this one before Python 3.12
 )
 
+import numpy as np
 from torch.distributed.checkpoint.api import CheckpointException  # a BaseException
 from typing_extensions import TypedDict  # pydantic asks for this one before Python 3.12
 
@@ -45,8 +46,9 @@ from megatron_iwsft.utils.json_files import (
     Positive,
     check_json,
     is_regular_file,
-    read_json,
+    parse_json,
 )
+from megatron_iwsft.utils.node_arrays import node_arrays
 
 FORMAT_VERSION = 4
 _NAME = re.compile(r"step-\d{8,}")
@@ -113,8 +115,10 @@ class CheckpointInfo:
     adapter: AdapterInfo | None = None
 
     @staticmethod
-    def read(directory: str | Path) -> CheckpointInfo:
+    def read(directory: str | Path, *, once_per_node: bool = False) -> CheckpointInfo:
         """Of a checkpoint, or of the newest one in a run directory or a directory of checkpoints.
+
+        once_per_node: every process of a job calls this; on each node one of them reads the file, and the others its copy.
 
         Raises CheckpointError if there is none, or if it is incomplete or damaged.
         """
@@ -131,7 +135,11 @@ class CheckpointInfo:
                 "Give a run directory, or a checkpoint that is complete."
             )
         advice = "Use another checkpoint."
-        found = read_json(path, dict[str, Any], DamageError, advice=advice)
+        content = _content_by_node if once_per_node else read_regular
+        try:
+            found = parse_json(content(path), dict[str, Any], DamageError, where=str(path), advice=advice)
+        except OSError as error:
+            raise DamageError(f"{path} cannot be read: {error.strerror}. {advice}") from None
         version = found.get("format_version")
         if version != FORMAT_VERSION:
             raise CheckpointError(
@@ -189,6 +197,13 @@ class CheckpointInfo:
     def damage(self, *, contents: bool = True) -> list[str]:
         """One complaint per file that is missing, truncated or (with `contents`, which reads all of it) changed."""
         return integrity.damage(self.directory, self.files, sorted(self.files), contents=contents)
+
+
+def _content_by_node(path: Path) -> bytes:
+    """`read_regular`, by one process per node: the file has a line for each rank that wrote the checkpoint, and each rank asks for it."""
+    status = path.lstat()  # a job that was restarted may find another file
+    key = f"{path} {status.st_ino} {status.st_size} {status.st_mtime_ns}"
+    return node_arrays(key, lambda: {"content": np.frombuffer(read_regular(path), np.uint8)})["content"].tobytes()
 
 
 def _is_of_megatron(directory: Path) -> bool:

@@ -52,7 +52,7 @@ class InitialWeights:
             self.described = model.hf
             self.tokenizer_files = tokenizer_files(Path(model.hf))
         elif model.checkpoint is not None:
-            self._info = CheckpointInfo.read(model.checkpoint)
+            self._info = CheckpointInfo.read(model.checkpoint, once_per_node=True)
             if self._info.adapter is not None:
                 raise CheckpointError(
                     f"{self._info.directory} holds adapters, not a model's weights. Merge them (iwsft export --merge) and use the result "

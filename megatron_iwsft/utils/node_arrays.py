@@ -55,8 +55,8 @@ def node_arrays(key: str, compute: Callable[[], Arrays]) -> Arrays:
     except OSError as error:
         if rank == "0":
             say(
-                f"cannot share the corpus's indices in {tempfile.gettempdir()}: {error.strerror or error}. Each of the {processes} "
-                "processes on this node keeps a copy. Set TMPDIR to a directory on a local disk with free space."
+                f"cannot share data with this node's other processes in {tempfile.gettempdir()}: {error.strerror or error}. Each of the "
+                f"{processes} processes on this node keeps a copy. Set TMPDIR to a directory on a local disk with free space."
             )
         return compute() if computed is None else computed
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import pickle
 import sys
+import tempfile
 from collections import defaultdict
 from functools import partial
 from pathlib import Path
@@ -147,6 +148,41 @@ def test_no_file_of_tensors_is_opened_to_name_weights(world_size: int, tmp_path:
     # iwsft.json, at most twice: its format is looked at first. It has about 250 bytes per rank.
     assert names == [INFO] and size <= 2 * (10_000 + 400 * world_size)
     assert list(found.values()) == [(0, [])] * 2, "the name is known"
+
+
+def read_as_every_rank_of_a_node(platform: Any, world_size: int, tmp: Path) -> dict[str, Any]:
+    """Which local ranks open `iwsft.json` to name the weights, what they name them, and what they say of a damaged one."""
+    info, node = checkpoint(tmp / "step-00000001", world_size), tmp / "node"
+    (info.directory / INFO).write_text(info.to_text())
+    node.mkdir()
+    tempfile.tempdir = str(node)
+    os.environ["LOCAL_WORLD_SIZE"] = "8"
+    world = EveryRank(world_size, info.directory)
+    world.watch()
+
+    def weights(local_rank: int) -> str:
+        world.rank, os.environ["LOCAL_RANK"] = local_rank, str(local_rank)
+        try:
+            return InitialWeights(Model(checkpoint=str(info.directory)), 0).fingerprint
+        except CheckpointError as error:
+            return str(error)
+
+    names = [weights(rank) for rank in range(8)]
+    opened = [world.touched[rank]["opened"].count(INFO) for rank in range(8)]
+    left = [str(path) for path in node.rglob("*") if path.is_file()]
+    weights(0)  # of a job that is then restarted
+    (info.directory / INFO).write_text(info.to_text().replace('"step": 1', '"step": 2'))
+    return {"names": names, "opened": opened, "left": left, "damaged": [weights(rank) for rank in range(8)]}
+
+
+@pytest.mark.parametrize("world_size", WORLDS)
+def test_one_process_per_node_reads_what_grows_with_the_ranks(world_size: int, tmp_path: Path) -> None:
+    (found,) = run_distributed(read_as_every_rank_of_a_node, 1, world_size, tmp_path)
+    assert found["opened"] == [1, 0, 0, 0, 0, 0, 0, 0] and found["left"] == []
+    assert len(set(found["names"])) == 1 and len(found["names"][0]) == 64
+    # All processes of the job end with the same message; a copy of an earlier file is not used.
+    (message,) = set(found["damaged"])
+    assert "iwsft.json is damaged: its checksum does not match. Use another checkpoint." in message
 
 
 def verify_as_every_rank(platform: Any, world_size: int, tmp: Path) -> tuple[Touched, list[int], list[str]]:
