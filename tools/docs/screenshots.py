@@ -60,7 +60,10 @@ def main() -> None:
 
 def build_site(directory: Path) -> Path:
     subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--quiet", "--site-dir", str(directory)], cwd=ROOT, check=True
+        [sys.executable, "-m", "mkdocs", "build", "--quiet", "--site-dir", str(directory)],
+        cwd=ROOT,
+        env=os.environ | {"NO_MKDOCS_2_WARNING": "1"},
+        check=True,
     )
     return directory
 
@@ -75,7 +78,8 @@ def live_table(config: Path, scratch: Path) -> str:
         os.close(writer)
         shown = b"".join(iter(lambda: _read(reader), b"")).decode()
     assert process.returncode == 0, shown
-    frames = [frame for frame in re.split(r"(?:\r|\x1b\[1A|\x1b\[2K)+", shown) if " left" in frame]
+    erased = r"\r\x1b\[2K(?:\x1b\[1A\x1b\[2K)*"  # by which rich replaces one frame with the next
+    frames = [frame for frame in re.split(erased, shown.replace("\r\n", "\n")) if "left" in frame]
     return frames[len(frames) // 2]
 
 
