@@ -212,7 +212,7 @@ def test_emulation_needs_a_recipe(tmp_path) -> None:
             corpus,
             tmp_path,
             "x",
-            "precision.fp8=mxfp8",
+            "precision.fp8=blockwise",
             "precision.fp8_emulation=true",
             "precision.fp8_parameters=true",
         )
