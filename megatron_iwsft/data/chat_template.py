@@ -497,6 +497,7 @@ def _comes_closest(error: TemplateError) -> tuple[bool, ...]:
         not str(error).startswith("the template raised"),
         error.reason != LOST,
         error.reason != SEVERAL_TURNS,
+        "changes the definition" in str(error),  # looked for last, when everything in the messages was found
     )
 
 

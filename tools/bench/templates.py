@@ -217,16 +217,23 @@ class Theirs:
         for empty in (None, ""):
             for arguments in (dict, json.dumps):
                 try:
-                    return self._tokenizer.apply_chat_template(
-                        [_with_calls(message, arguments, empty) for message in messages],
-                        tools=tools,
-                        tokenize=False,
-                        date_string="26 Jul 2024",
-                        **options,
-                    )
+                    return self._apply([_with_calls(message, arguments, empty) for message in messages], tools, options)
                 except Exception as error:
                     failed = error
         raise failed
+
+    def _apply(self, messages: list[dict[str, Any]], tools: Any, options: dict[str, Any]) -> str:
+        """`apply_chat_template`, but with null contents as they are: its newer versions leave out what is null, and DeepSeek's templates
+        write tool calls only where the content is null.
+        """
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        options = {"date_string": "26 Jul 2024", **options}
+        if all(message["content"] is not None for message in messages):
+            return self._tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **options)
+        given = {**self._tokenizer.special_tokens_map, **options}
+        (text,), _ = render_jinja_template([messages], tools, chat_template=self._tokenizer.chat_template, **given)
+        return text
 
 
 def _reasoning(message: dict[str, Any]) -> str:
