@@ -38,11 +38,13 @@ class InitialWeights:
     architecture     the model they are for
     described        for people
     tokenizer_files  that come with them
+
+    once_per_node: as in `CheckpointInfo.read`
     """
 
     architecture: Architecture
 
-    def __init__(self, model: Model, seed: int) -> None:
+    def __init__(self, model: Model, seed: int, *, once_per_node: bool = False) -> None:
         self._source: SafetensorsDirectory | RandomInit | None = None
         self._model, self._seed = model, seed
         self.tokenizer_files: list[Path] = []
@@ -52,7 +54,7 @@ class InitialWeights:
             self.described = model.hf
             self.tokenizer_files = tokenizer_files(Path(model.hf))
         elif model.checkpoint is not None:
-            self._info = CheckpointInfo.read(model.checkpoint, once_per_node=True)
+            self._info = CheckpointInfo.read(model.checkpoint, once_per_node=once_per_node)
             if self._info.adapter is not None:
                 raise CheckpointError(
                     f"{self._info.directory} holds adapters, not a model's weights. Merge them (iwsft export --merge) and use the result "

@@ -147,7 +147,7 @@ def check(config: Config, *, world_size: int) -> CheckedRun:
     conflict = objective.proposal_conflict(config.objective.proposal.kind)
     if conflict:
         raise ConfigError(f"objective.{conflict}.")
-    policy = InitialWeights(config.model, config.run.seed)
+    policy = InitialWeights(config.model, config.run.seed, once_per_node=True)
     check_layout(layout, policy)
     check_tokenizer(mixture.corpora[0], policy)
     if config.objective.router_balance and policy.architecture.experts is None:
@@ -226,9 +226,10 @@ def adapter_settings(config: Config, architecture: Architecture) -> AdapterSetti
 
 
 def _reference(config: Config, corpus: Corpus, policy: InitialWeights) -> InitialWeights:
-    if config.reference.model is None:
+    model = config.model if config.reference.model is None else _model_at(config.reference.model)
+    if model == config.model:
         return policy
-    reference = InitialWeights(_model_at(config.reference.model), config.run.seed)
+    reference = InitialWeights(model, config.run.seed, once_per_node=True)
     check_tokenizer(corpus, reference)
     if config.reference.source == "live" and reference.architecture.hidden_size != policy.architecture.hidden_size:
         raise ConfigError(

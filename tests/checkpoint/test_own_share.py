@@ -163,7 +163,7 @@ def read_as_every_rank_of_a_node(platform: Any, world_size: int, tmp: Path) -> d
     def weights(local_rank: int) -> str:
         world.rank, os.environ["LOCAL_RANK"] = local_rank, str(local_rank)
         try:
-            return InitialWeights(Model(checkpoint=str(info.directory)), 0).fingerprint
+            return InitialWeights(Model(checkpoint=str(info.directory)), 0, once_per_node=True).fingerprint
         except CheckpointError as error:
             return str(error)
 
