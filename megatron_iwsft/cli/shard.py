@@ -277,4 +277,4 @@ def _print_summary(output: Path, manifest: dict[str, Any]) -> None:
     for reason, n in manifest.get("unchecked", {}).items():
         say(f"not checked: {reason}: {n:,}")
     for key, n in unused_keys(manifest):
-        say(f"key {key} of messages is not used: {n:,} records")
+        say(f"key {key} of messages is not used: {n:,} record{'s' * (n != 1)}")

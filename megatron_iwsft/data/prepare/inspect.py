@@ -125,7 +125,9 @@ class Inspection:
         out.append(("dropped", f"{counts['dropped']:,}"))
         out += [(f"dropped: {reason}", f"{n:,}") for reason, n in manifest["dropped"].items()]
         out += [(f"not checked: {reason}", f"{n:,}") for reason, n in manifest.get("unchecked", {}).items()]
-        out += [(f"key {key} of messages is not used", f"{n:,} records") for key, n in unused_keys(manifest)]
+        out += [
+            (f"key {key} of messages is not used", f"{n:,} record{'s' * (n != 1)}") for key, n in unused_keys(manifest)
+        ]
         out += [(f"packed to {p.seq_length}", str(p)) for p in self.packings]
         return [*out, *self._remarks]
 

@@ -241,7 +241,7 @@ def test_keys_that_are_not_used_are_counted_in_all_blocks(tmp_path: Path, encode
     cli.run(["shard", *inputs, "--output", output, "--tokenizer", tokenizer, "--workers", "1", "--encoder", encoder])
     assert Corpus.open(output).manifest["unused_keys"] == {"mood": 2, "tone": 1}
     assert (
-        "key mood of messages is not used: 2 records\nkey tone of messages is not used: 1 records"
+        "key mood of messages is not used: 2 records\nkey tone of messages is not used: 1 record"
         in capsys.readouterr().out
     )
 
