@@ -2,7 +2,7 @@
 # Create the environment and run tests: bash tests/run.sh [--python VERSION] [--megatron VERSION] [SET] [pytest options]
 #
 #   SET is one of
-#     (none)        the default set, some 7 minutes on two cores
+#     (none)        the default set, 7 to 8 minutes on two cores
 #     --fast        only tests that start no job and no command, under 1 minute
 #     --all         the slow ones too, as in CI
 #     --slurm       the batch scripts on a two-node Slurm on this machine (as root, on Debian; installed if missing);
