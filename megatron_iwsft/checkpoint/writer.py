@@ -39,6 +39,7 @@ from megatron_iwsft.distributed.mcore_compat import (
     async_calls_queue,
     async_save_options,
     save_strategy,
+    write_in_this_process,
     write_results,
 )
 from megatron_iwsft.distributed.parallel_layout import ParallelLayout
@@ -336,6 +337,7 @@ class _Pending:
 
 def _write_and_hash(write: Callable[..., None], directory: Path, rank: int, *args: Any, **kwargs: Any) -> None:
     """In the writing process: Megatron-Core's writer, then the checksums of this rank's files for `_take_sums`."""
+    write_in_this_process()
     try:
         write(*args, **kwargs)
     except Exception as error:  # without a result the cause would be lost

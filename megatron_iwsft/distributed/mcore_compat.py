@@ -10,6 +10,7 @@ import importlib.metadata
 import inspect
 import io
 import logging
+import multiprocessing.dummy
 import os
 import pickle
 import queue
@@ -18,6 +19,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -186,6 +188,16 @@ def write_results() -> WriteResults:
     if not isinstance(filesystem_async._results_queue, WriteResults):
         filesystem_async._results_queue = WriteResults()
     return filesystem_async._results_queue
+
+
+def write_in_this_process() -> None:
+    """Have Megatron-Core's writer write its files itself, in a process that does nothing else.
+
+    0.16 forks a process for them, and waits for ever if that one is killed, as one is whose node runs out of memory.
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    filesystem_async.mp = SimpleNamespace(get_context=lambda method: multiprocessing.dummy)
 
 
 @contextmanager

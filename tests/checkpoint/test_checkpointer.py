@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import errno
+import os
+import signal
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -324,6 +327,31 @@ def test_the_last_save_is_retried(outcomes: list[bool], attempts: int, message: 
     for found, error in run_distributed(finish_with_failures, 2, tmp_path / "checkpoints", outcomes):
         assert found == [7] * attempts
         assert message in error and bool(message) == bool(error)
+
+
+def save_with_a_killed_writer(platform: Any, directory: Path) -> tuple[list[bool], list[str]]:
+    fixture = Fixture(platform, directory, [], max_failures=2)
+    fixture.at(5)
+
+    def die(*_: Any, **__: Any) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with (
+        patch("megatron.core.dist_checkpointing.strategies.filesystem_async._write_item", die)
+        if platform.rank == 1
+        else nullcontext()
+    ):
+        saved = [fixture.checkpointer.save_now()]
+    saved.append(fixture.checkpointer.save_now())
+    return saved, [text for _, text, _ in fixture.reports]
+
+
+def test_a_killed_writer_fails_its_save_alone(tmp_path: Path) -> None:
+    """As the kernel kills it where memory runs out."""
+    for saved, (failed, complete) in run_distributed(save_with_a_killed_writer, 2, tmp_path / "checkpoints"):
+        assert saved == [False, True]
+        assert failed.startswith("saving after step 5 failed: ") and "could not be written: " in failed
+        assert complete.startswith("saved step-00000005: ")
 
 
 def write_without_space(platform: Any, filename: str | None) -> str:

@@ -138,6 +138,7 @@ def names(platform: Any) -> dict[str, Any]:
     policy, chunks, _ = built(platform)
     found = {
         "filesystem_async._results_queue": hasattr(filesystem_async, "_results_queue"),
+        "filesystem_async.mp": hasattr(filesystem_async, "mp"),
         "optimizers.Adam is torch's": optimizers.Adam is torch.optim.AdamW and optimizers.USING_PYTORCH_OPTIMIZER,
         "clip_grads.l2_norm_impl": hasattr(clip_grads, "l2_norm_impl"),
         "clip_grads.multi_tensor_scale_impl": hasattr(clip_grads, "multi_tensor_scale_impl"),

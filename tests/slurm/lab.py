@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -62,11 +62,23 @@ class Lab:
     def until(self, condition: Callable[[], bool], job: str, timeout_s: float = 300) -> None:
         end = time.monotonic() + timeout_s
         while not condition():
-            assert time.monotonic() < end, f"{self.show(job)}\n{self.log(job)}"
+            assert time.monotonic() < end, f"{self.show(job)}\n{self.processes(job)}\n{self.log(job)}"
             time.sleep(0.3)
 
+    def processes(self, job: str) -> str:
+        """The processes of a job on all nodes, and what each waits for in the kernel."""
+        found = []
+        for process in psutil.process_iter():
+            with suppress(psutil.Error, OSError):
+                if process.environ().get("SLURM_JOB_ID") == job:
+                    waits = Path(f"/proc/{process.pid}/wchan").read_text()
+                    found.append(f"{process.pid} {process.status()} {waits} {' '.join(process.cmdline())[:150]}")
+        return "\n".join(found)
+
     def log(self, job: str) -> str:
-        return "".join(p.read_text(errors="replace") for p in sorted(self.directory.glob(f"*-{job}.log")))
+        """What the job has printed; and the Python stacks of runs that hung, if any test's did."""
+        files = [*self.directory.glob(f"*-{job}.log"), *self.directory.parent.rglob("hang-rank-*.txt")]
+        return "".join(p.read_text(errors="replace") for p in sorted(files))
 
     def rank(self, job: str, rank: int) -> psutil.Process:
         """The process of a rank of a training job."""

@@ -39,7 +39,7 @@ def config_at(directory: Path, **data: object) -> Path:
     """Write the config of a run, and generate its corpus."""
     tiny.token_corpus(directory, [30 + (i * 37) % 90 for i in range(40)], scores=True)
     settings = {
-        "run": {"name": "slurm", "dir": str(directory / "run"), "seed": 7, "device": "cpu"},
+        "run": {"name": "slurm", "dir": str(directory / "run"), "seed": 7, "device": "cpu", "hang_timeout_s": 120},
         "model": {"config": tiny.model_config(num_hidden_layers=2)},
         "data": {"corpus": str(directory / "corpus"), "seq_length": 128, "global_batch_size": 4, "epochs": 100}
         | {"max_steps": STEPS, "quality": {"mode": "sample"}}
