@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +45,7 @@ class CorpusIndex:
         sharding never writes.
         """
         key = f"index of {fingerprint} at {directory.absolute()}"
-        return CorpusIndex(**node_arrays(key, lambda: asdict(_read(directory, shards))))
+        return CorpusIndex(**node_arrays(key, lambda: vars(_read(directory, shards))))
 
     def turn_weights(self, trajectory: int) -> np.ndarray | None:
         """The weight of each run of a trajectory's trained tokens, float32; None if all are 1."""
