@@ -29,7 +29,7 @@ from megatron_iwsft.data.conversation import (
 )
 from megatron_iwsft.data.lost_text import fence, fenced, find_lost_text, marked
 from megatron_iwsft.data.template_defaults import DEFAULT_DATE, TemplateVariables
-from megatron_iwsft.data.template_engine import Template, TemplateError, limited
+from megatron_iwsft.data.template_engine import Template, TemplateError, TooSlow, limited
 from megatron_iwsft.data.template_presets import PRESETS
 from megatron_iwsft.data.template_tracing import Pieces, Trace, TracedFrame, trace
 from megatron_iwsft.data.tokenizer import CHAT_TEMPLATE, Tokenizer
@@ -235,6 +235,8 @@ class ChatTemplate:
         try:
             with limited():
                 found = trace(len(shape), render)
+        except TooSlow:
+            raise
         except TemplateError:  # which would quote the probes
             found = None
         # A probe may be missing in a rendering that drops texts: such conversations are rendered one by one, and then dropped.
@@ -308,7 +310,9 @@ class ChatTemplate:
             said = messages[: max(trained) + 1]
             lost = find_lost_text(said, text, trained=trained, tools=tools, options=options, originals=originals)
             if lost:
-                advice = _R1 if lost.startswith("the reasoning") and "<｜Assistant｜>" in self.source else _ADVICE
+                advice = _NAME if lost.startswith("the name") else _ADVICE
+                if lost.startswith("the reasoning") and "<｜Assistant｜>" in self.source:
+                    advice = _R1
                 raise TemplateError(f"the template leaves out or changes {lost}; {advice}", LOST)
 
     def _render_all(self, messages: Messages, conversation: Conversation) -> list[Pieces]:
@@ -502,4 +506,5 @@ def _comes_closest(error: TemplateError) -> tuple[bool, ...]:
 
 
 _ADVICE = "use a template that renders it, or change the record"
+_NAME = "use a template that renders it, or read over it with --ignore-key name"
 _R1 = "use --template deepseek-r1, which renders the reasoning of DeepSeek-R1 and its distillations"

@@ -36,6 +36,10 @@ class TemplateError(ValueError):
         self.reason = reason
 
 
+class TooSlow(TemplateError):
+    """The template takes more time for this conversation than it is given."""
+
+
 class Rendered(NamedTuple):
     """A rendered conversation: its text, and (start, end) of what {% generation %} blocks wrote."""
 
@@ -115,7 +119,7 @@ def limited() -> Iterator[None]:
         with limits(seconds=_SECONDS, extra_bytes=_EXTRA_BYTES):
             yield
     except TimeLimit:
-        raise TemplateError(f"the template took longer than {_SECONDS:g} seconds") from None
+        raise TooSlow(f"the template took longer than {_SECONDS:g} seconds of CPU time") from None
 
 
 def _one_line(error: Exception) -> str:

@@ -18,25 +18,26 @@ class TimeLimit(Exception):
 
 @contextmanager
 def limits(*, seconds: float, extra_bytes: int) -> Iterator[None]:
-    """Raise TimeLimit in the block after `seconds`, MemoryError if the process grows by more than `extra_bytes`.
+    """Raise TimeLimit in the block after `seconds` of CPU time, MemoryError if the process grows by more than `extra_bytes`.
 
+    On a busy machine, CPU time is the same, and so is what is dropped for it.
     A blocking call in C is interrupted only when it returns. Only the main thread can be limited in time; others are not.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     wanted = _address_space() + extra_bytes
     bounded = soft == resource.RLIM_INFINITY or wanted < soft
     main = threading.current_thread() is threading.main_thread()
-    previous = signal.signal(signal.SIGALRM, _raise) if main else None
+    previous = signal.signal(signal.SIGVTALRM, _raise) if main else None
     try:
         if bounded:
             resource.setrlimit(resource.RLIMIT_AS, (wanted, hard))
         if main:
-            signal.setitimer(signal.ITIMER_REAL, seconds)
+            signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
         yield
     finally:
         if main:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, previous)
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+            signal.signal(signal.SIGVTALRM, previous)
         if bounded:
             resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
