@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -138,10 +139,22 @@ def _as_object(arguments: Any) -> Any:
     if not isinstance(arguments, str):
         return arguments
     try:
-        found = json.loads(arguments, object_pairs_hook=_object)
+        found = exact_json(arguments, object_pairs_hook=_object)
     except (ValueError, RecursionError):
         return arguments
     return found if isinstance(found, dict) else arguments
+
+
+def exact_json(text: str, **hooks: Any) -> Any:
+    """`json.loads`, but with a ValueError for a number that is too large to be one, such as 1e999, which would become Infinity."""
+    return json.loads(text, parse_float=_finite, **hooks)
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError(f"the number {text:.30} is too large")
+    return number
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

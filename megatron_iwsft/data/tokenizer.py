@@ -11,7 +11,7 @@ import json
 import re
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import (
@@ -57,6 +57,9 @@ class Tokenizer(ABC):
                         contain them, whether the tokenizer's file calls them special (`<|im_end|>`) or not (`<tool_call>`)
     control_ids         their ids, without that of the unknown token
     control_pattern     matches any of them in a text
+    unknown             text and id of the token that stands for text without a token of its own; None if there is none
+    unwritable          matches, in a text's UTF-8, the bytes for which a byte-level vocabulary has no token; None if it has all.
+                        The library leaves them out without a word
     template_variables  the special tokens that a chat template may write, by their names (`bos_token`, …)
     files               the tokenizer's files, for `copy_to`
     """
@@ -68,6 +71,8 @@ class Tokenizer(ABC):
     control: frozenset[str]
     control_ids: list[int]
     control_pattern: re.Pattern[str]
+    unknown: tuple[str, int] | None
+    unwritable: re.Pattern[bytes] | None
     template_variables: dict[str, str]
     bos_token: str | None
     eos_token: str | None
@@ -129,7 +134,9 @@ class HuggingFaceTokenizer(Tokenizer):
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self.json = content
-        self.adds_space = _adds_space(json.loads(content))
+        definition = json.loads(content)
+        self.adds_space = _adds_space(definition)
+        self.unknown, self.unwritable = self._unknown(definition["model"]), self._unwritable(definition)
         config = _read_config(directory)
         self.fingerprint = hashlib.sha256(content).hexdigest()
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
@@ -151,6 +158,21 @@ class HuggingFaceTokenizer(Tokenizer):
         self.chat_template = _chat_template(directory, config)
         self.files = _with_config_files(path)
         self._compile_patterns()
+
+    def _unknown(self, model: Mapping[str, Any]) -> tuple[str, int] | None:
+        if model.get("type") == "Unigram":
+            number = model.get("unk_id")
+            text = None if number is None else self._tokenizer.id_to_token(number)
+        else:
+            text = model.get("unk_token")
+            number = None if text is None else self._tokenizer.token_to_id(text)
+        return None if text is None or number is None else (text, number)
+
+    def _unwritable(self, definition: Mapping[str, Any]) -> re.Pattern[bytes] | None:
+        if not _has_type(definition.get("pre_tokenizer"), "ByteLevel"):
+            return None
+        missing = [b for b, symbol in _byte_symbols() if self._tokenizer.token_to_id(symbol) is None]
+        return re.compile(b"[%s]" % b"".join(b"\\x%02x" % b for b in missing)) if missing else None
 
     def encode_pieces(self, texts: Sequence[str]) -> list[list[int]]:
         try:
@@ -208,6 +230,9 @@ class SentencePieceTokenizer(Tokenizer):
         self._control = {
             self._processor.id_to_piece(i): i for i in range(self.vocab_size) if self._processor.is_control(i)
         }
+        unknown = self._processor.unk_id()
+        self.unknown = (self._processor.id_to_piece(unknown), unknown) if unknown >= 0 else None
+        self.unwritable = None
         self.special = frozenset(self._control)
         defined = {
             p.piece: i for i, p in enumerate(model.pieces) if p.type == p.USER_DEFINED and p.piece.strip("▁ \t\r\n")
@@ -278,6 +303,23 @@ def _adds_space(part: Any) -> bool:
             if part.get(key)
         )
     return isinstance(part, list) and any(_adds_space(item) for item in part)
+
+
+def _has_type(part: Any, kind: str) -> bool:
+    """Whether a part of a tokenizer.json is of this type, or has one that is inside."""
+    if isinstance(part, dict):
+        return part.get("type") == kind or any(_has_type(inner, kind) for inner in part.values())
+    return isinstance(part, list) and any(_has_type(inner, kind) for inner in part)
+
+
+def _byte_symbols() -> Iterator[tuple[int, str]]:
+    """Each byte that UTF-8 uses, with the character by which a byte-level vocabulary writes it (as GPT-2's does)."""
+    itself = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(0x100, 0x200))
+    for byte in range(0x100):
+        symbol = chr(byte if byte in itself else next(others))
+        if byte not in (0xC0, 0xC1) and byte < 0xF5:
+            yield byte, symbol
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:

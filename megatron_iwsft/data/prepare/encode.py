@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from megatron_iwsft.data.chat_template import CONTROL, ChatTemplate
+from megatron_iwsft.data.chat_template import CONTROL, ChatTemplate, Trajectory
 from megatron_iwsft.data.conversation import Conversation
 from megatron_iwsft.data.indexed import token_dtype
 from megatron_iwsft.data.metadata import TURN_WEIGHTS
@@ -29,6 +29,8 @@ from megatron_iwsft.data.tokenizer import Tokenizer, any_of
 
 _LONGEST_KEY = 60
 UNUSED_KEYS = pa.list_(pa.string())
+NO_TOKEN = "text that the tokenizer has no token for"
+_REMOVE = "remove it from the text, or use a tokenizer that can write it"
 _PLAIN = "if it is ordinary text there, name it with --plain-token"
 
 
@@ -122,6 +124,7 @@ class BlockEncoder:
             ids, np.repeat(flags, piece_lengths), *_sum_per_row(rows.counts, piece_lengths, piece_lengths * flags)
         )
         self._check_controls(rows, tokens)
+        self._check_unknown(rows, tokens)
         tokens = _insert_pretokenized(rows, tokens)
         return self._batch(rows, self._check_lengths(rows, tokens))
 
@@ -186,6 +189,8 @@ class BlockEncoder:
             trajectories = self.template.trajectories(conversation)
         except TemplateError as error:
             raise Dropped(error.reason, str(error)) from None
+        if self.tokenizer.unwritable is not None:
+            self._check_writable(trajectories)
         if short:
             rows.short.update(range(first, first + len(trajectories)))
         single = len(trajectories) == 1
@@ -206,6 +211,14 @@ class BlockEncoder:
                 trained = [text for text, turn in zip(texts, turns, strict=True) if turn is not None]
                 rows.texts[row] = " ".join(conversation.texts if single else trained)
         return ("",) if single else [f"@{trajectory.last_turn}" for trajectory in trajectories]
+
+    def _check_writable(self, trajectories: Sequence[Trajectory]) -> None:
+        assert self.tokenizer.unwritable is not None
+        for text in itertools.chain.from_iterable(texts for texts, *_ in trajectories):
+            raw = text.encode()
+            if found := self.tokenizer.unwritable.search(raw):
+                around = raw[max(0, found.start() - 20) : found.end() + 20].decode(errors="ignore")
+                raise Dropped(NO_TOKEN, f"the byte 0x{found.group().hex()} in {around!r}; {_REMOVE}")
 
     def _add_tokens(self, rows: _Rows, row: int, sample: Sample) -> None:
         assert sample.tokens is not None and sample.mask is not None
@@ -251,6 +264,20 @@ class BlockEncoder:
                 CONTROL,
                 "a text forms one together with the template text around it",
             )
+
+    def _check_unknown(self, rows: _Rows, tokens: _Tokens) -> None:
+        """Drop rows with text for which the tokenizer has the unknown token only."""
+        if self.tokenizer.unknown is None:
+            return
+        name, number = self.tokenizer.unknown
+        at = np.flatnonzero(tokens.ids == number)
+        row_of = np.searchsorted(np.cumsum(tokens.lengths), at, side="right")
+        firsts = [0, *itertools.accumulate(rows.counts)] if len(at) else []
+        for k, found in zip(*(a.tolist() for a in np.unique(row_of, return_counts=True)), strict=True):
+            text = "".join(rows.pieces[firsts[k] : firsts[k + 1]])
+            if found > text.count(name):  # which a template may write
+                unknown = next((c for c in dict.fromkeys(text) if number in self.tokenizer.encode_pieces([c])[0]), text)
+                rows.drop(rows.rendered[k], NO_TOKEN, f"{unknown!r:.60}; {_REMOVE}")
 
     def _check_lengths(self, rows: _Rows, tokens: _Tokens) -> _Tokens:
         """Drop rows by length and mask. Returns the tokens of all rows, with none for dropped rows."""

@@ -113,7 +113,7 @@ def _compile(node: ast.expr) -> Evaluate:
     if isinstance(node, ast.BoolOp):
         return _boolean(node)
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not | ast.USub):
-        operand, negate = _compile(node.operand), operator.not_ if isinstance(node.op, ast.Not) else operator.neg
+        operand, negate = _compile(node.operand), _not if isinstance(node.op, ast.Not) else operator.neg
         return lambda record: negate(operand(record))
     if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
         _refuse_texts(node)
@@ -124,6 +124,19 @@ def _compile(node: ast.expr) -> Evaluate:
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.keywords:
         return _call(node, node.func.id)
     raise ValueError(f"{ast.unparse(node)!r} is not allowed")
+
+
+def truth(value: Any) -> bool:
+    """Whether a value is true. Raises TypeError for a text: "false" would be."""
+    if isinstance(value, str):
+        raise TypeError(
+            f'{value!r:.40} is a text, not true or false; compare it, as in field == "yes", or use len(field) > 0'
+        )
+    return bool(value)
+
+
+def _not(value: Any) -> bool:
+    return not truth(value)
 
 
 def _refuse_texts(node: ast.BinOp) -> None:
@@ -138,7 +151,7 @@ def _refuse_texts(node: ast.BinOp) -> None:
 
 def _boolean(node: ast.BoolOp) -> Evaluate:
     values, combine = [_compile(v) for v in node.values], all if isinstance(node.op, ast.And) else any
-    return lambda record: combine(value(record) for value in values)
+    return lambda record: combine(truth(value(record)) for value in values)
 
 
 def _comparison(node: ast.Compare) -> Evaluate:

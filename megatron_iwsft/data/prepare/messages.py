@@ -6,13 +6,11 @@ ms-swift and LLaMA-Factory put on a message to say whether, and how much, it is 
 
 from __future__ import annotations
 
-import json
-import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from megatron_iwsft.data.conversation import Conversation
+from megatron_iwsft.data.conversation import Conversation, exact_json
 
 _ROLES = {
     **{role: role for role in ("system", "developer", "user", "assistant", "tool")},
@@ -24,7 +22,8 @@ _ROLES = {
 # Names of an assistant's reasoning in public corpora.
 REASONING = ("reasoning_content", "reasoning", "thinking")
 # Keys that templates render beside the text.
-_RENDERED = ("tool_calls", "tool_call_id", "name")
+_BESIDE = ("tool_call_id", "name")
+_RENDERED = ("tool_calls", *_BESIDE)
 _TEXT = ("role", "from", "content", "value", *REASONING, *_RENDERED, "function_call")
 # Keys under which some corpora and APIs hold text that no template is given.
 _UNREAD = ("functions", "tools", "reasoning_details", "thinking_blocks", "tool_plan", "thought", "thoughts")
@@ -34,6 +33,7 @@ MEDIA = ("images", "image", "audio", "audios", "videos", "video", "files", "docu
 _OWN_VARIABLES = frozenset(("messages", "tools", "documents", "add_generation_prompt"))
 FLAGS = ("loss", "loss_mask", "trainable", "train")
 WEIGHT = "weight"
+_LEAST, _MOST = 1e-6, 1e6  # of a weight that is not 0: some way below and above, float32 has no value for it
 _CHANGES_TRAINING = re.compile("loss|mask|train|weight|label|ignore|grad", re.IGNORECASE)
 # Keys whose value may be a number without being a flag or a weight.
 _COUNTS = (
@@ -74,8 +74,9 @@ class MessageReader:
 
     def read(self, messages: Any, *, tools: Any = None, options: Any = None) -> Conversation:
         """The conversation. Raises Dropped for messages that cannot be read."""
+        messages, tools = _from_json(messages), _tools(tools)
         if not isinstance(messages, list) or not messages:
-            raise Dropped("messages is not a list")
+            raise Dropped("messages is not a list", f"found {messages!r:.60}")
         shape: list[str] = []
         texts: list[str] = []
         full: list[dict[str, Any]] = []
@@ -97,7 +98,7 @@ class MessageReader:
             tuple(shape),
             texts,
             None if text_only else full,
-            _tools(tools),
+            tools,
             None if weights.count(None) == len(weights) else tuple(weights),
             options or None,
         )
@@ -109,7 +110,7 @@ class MessageReader:
         """
         role = role_of(message)
         if role is None:
-            given = message.get("role", message.get("from")) if isinstance(message, Mapping) else type(message).__name__
+            given = _given_role(message) if isinstance(message, Mapping) else type(message).__name__
             raise Dropped("message without a known role", f"message {i}: {given!r:.60}")
         if len(message) > 2:
             self._check_keys(i, message)
@@ -133,7 +134,7 @@ class MessageReader:
             if not (reasoning or (content and not content.isspace()) or calls):
                 raise Dropped("empty response")
             out |= {"reasoning_content": reasoning} if reasoning is not None else {}
-        out |= {name: message[name] for name in _RENDERED if message.get(name) and name not in self._ignored}
+        out |= {name: message[name] for name in _BESIDE if message.get(name) and name not in self._ignored}
         return out | ({"tool_calls": calls} if calls else {})
 
     def _check_keys(self, i: int, message: Mapping[str, Any]) -> None:
@@ -163,8 +164,11 @@ def _weight(i: int, message: Mapping[str, Any], role: str) -> float | None:
         value = message.get(name)
         if value is None:
             continue
-        if not isinstance(value, bool | int | float) or not (math.isfinite(value) and value >= 0):
-            raise Dropped("training flag is not a number", f"message {i}: {name} is {value!r:.60}")
+        if not isinstance(value, bool | int | float) or not (value == 0 or _LEAST <= value <= _MOST):
+            raise Dropped(
+                "training flag is not a number",
+                f"message {i}: {name} is {value!r:.60}, expected true, false or a weight: 0, or {_LEAST:g} to {_MOST:g}",
+            )
         if name != WEIGHT and value not in (0, 1):
             raise Dropped(
                 "training flag is not a number", f"message {i}: {name} is {value!r:.60}, expected true or false"
@@ -176,12 +180,9 @@ def _weight(i: int, message: Mapping[str, Any], role: str) -> float | None:
 
 
 def _tools(tools: Any) -> Any:
-    """Tool definitions as objects: many corpora hold them as JSON text."""
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools)
-        except (ValueError, RecursionError):
-            raise Dropped("tools is not a list", f"it is the text {tools!r:.60}") from None
+    """Tool definitions as objects: many corpora hold them, or each of them, as JSON text."""
+    tools = _from_json(tools)
+    tools = [_from_json(tool) for tool in tools] if isinstance(tools, list) else tools
     if tools and not (isinstance(tools, list) and all(isinstance(tool, Mapping) for tool in tools)):
         raise Dropped("tools is not a list", f"expected a list of objects, found {tools!r:.60}")
     return tools or None
@@ -189,8 +190,22 @@ def _tools(tools: Any) -> Any:
 
 def role_of(message: Any) -> str | None:
     """The role of a message by our name, "call" for an assistant's turn whose text is a tool call; None if it is unknown."""
-    given = message.get("role", message.get("from")) if isinstance(message, Mapping) else None
+    given = _given_role(message) if isinstance(message, Mapping) else None
     return _ROLES.get(given) if type(given) is str else None
+
+
+def _given_role(message: Mapping[str, Any]) -> Any:
+    return message.get("from") if message.get("role") is None else message["role"]
+
+
+def _from_json(value: Any) -> Any:
+    """What a JSON text holds, None if it is empty; any other value, and a text that is no JSON, as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return exact_json(value) if value.strip() else None
+    except (ValueError, RecursionError):
+        return value
 
 
 def _only(i: int, message: Mapping[str, Any], keys: Sequence[str]) -> Any:
@@ -205,14 +220,11 @@ def _only(i: int, message: Mapping[str, Any], keys: Sequence[str]) -> Any:
 
 def _calls(i: int, given: Any) -> list[Mapping[str, Any]] | None:
     """Tool calls as a list: from such a list, or from a call, or several, as `function_call` or a JSON text holds them."""
-    if not given:
+    calls = _from_json(given)
+    if not calls:
         return None
-    calls = given
-    if isinstance(given, str):
-        try:
-            calls = json.loads(given)
-        except (ValueError, RecursionError):
-            raise Dropped("tool call is not JSON", f"message {i}: {given!r:.60}") from None
+    if isinstance(calls, str):
+        raise Dropped("tool call is not JSON", f"message {i}: {given!r:.60}")
     calls = calls if isinstance(calls, list) else [calls]
     if not all(isinstance(call, Mapping) for call in calls):
         raise Dropped("tool_calls is not a list of objects", f"message {i}: it is {given!r:.60}")
@@ -226,9 +238,22 @@ def _calls(i: int, given: Any) -> list[Mapping[str, Any]] | None:
 
 
 def _joined_parts(i: int, parts: list[Any]) -> str:
-    texts = [p.get("text") if isinstance(p, Mapping) and p.get("type", "text") == "text" else None for p in parts]
-    if found := next((key for p in parts if isinstance(p, Mapping) for key in MEDIA if p.get(key)), None):
-        raise Dropped("content is not text", f"message {i}: content has parts with {found}")
-    if not all(type(text) is str for text in texts):
-        raise Dropped("message without text", f"message {i}: content has parts that are not text")
-    return "".join(text for text in texts if text is not None)
+    out = ""
+    for part in parts:
+        kind = part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
+        text = part.get("text") if kind == "text" else None
+        if kind == "text" and (found := next((key for key in MEDIA if part.get(key)), None)):
+            raise Dropped("content is not text", f"message {i}: content has parts with {found}")
+        if type(text) is not str:
+            raise Dropped(
+                "message without text",
+                f"message {i}: content has a part of type {kind!r:.60}; reasoning belongs under reasoning_content, a call under tool_calls",
+            )
+        if flag := next((key for key in part if _CHANGES_TRAINING.search(key) and part[key] is not None), None):
+            raise Dropped(
+                "training flag on a part of a message",
+                f"message {i}: a part of its content has {flag}, and a message is trained on or not as one: put it on the message, or "
+                "make the part a message of its own",
+            )
+        out += text
+    return out

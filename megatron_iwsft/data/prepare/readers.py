@@ -9,6 +9,7 @@ import glob
 import hashlib
 import io
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +35,11 @@ _OTHER_CONTENT = {
     b"BZh": "bzip2; decompress it, or compress it with gzip or zstd",
     b"\xfd7zXZ\x00": "xz; decompress it, or compress it with gzip or zstd",
     b"PK\x03\x04": "a zip archive; unpack it",
+    b"\xff\xfe": "UTF-16; write it as UTF-8: iconv -f UTF-16 -t UTF-8",
+    b"\xff\xff\xff\xff": "an Arrow file of a saved data set; write it as Parquet: datasets.load_from_disk(…).to_parquet(…)",
 }
+_ARRAY = re.compile(rb"\s*\[\s*(\{|\Z)")  # how a file begins that is one JSON array of records
+_SUFFIXES = re.compile(r"(\.(jsonl|ndjson|json|parquet|gz|zstd?))+$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,7 @@ class Input:
 
     @property
     def stem(self) -> str:
-        return self.name.split(".", 1)[0]
+        return _SUFFIXES.sub("", self.name) or self.name
 
     @property
     def size(self) -> int:
@@ -216,19 +221,24 @@ def _jsonl(source: Input, skip: int, longest: int) -> Iterator[Block]:
             first += count
 
 
-def _decompressed(raw: BinaryIO, path: Path) -> BinaryIO:
+def _decompressed(raw: io.BufferedReader, path: Path) -> io.BufferedReader:
     kind = _COMPRESSION.get(path.suffix)
+    file = raw
     if kind is not None:
-        return io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(raw, mode="r"), kind), BLOCK_BYTES)
-    begin = raw.read(8)
-    raw.seek(0)
+        file = io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(raw, mode="r"), kind), BLOCK_BYTES)
+    begin = file.peek(64)[:64]
     for magic, what in _OTHER_CONTENT.items():
         if begin.startswith(magic):
             raise DataError(
                 f"input file {path} is {what}. "
                 "Convert it to JSONL or Parquet; files may be compressed with gzip or zstd."
             )
-    return raw
+    if _ARRAY.match(begin.partition(b"\n")[0]):
+        raise DataError(
+            f"input file {path} is one JSON array, or has arrays instead of records. Write one record per line, as "
+            f"jq -c '.[]' {path} does."
+        )
+    return file
 
 
 def _rest_of_line(file: BinaryIO, longest: int, begun: int) -> tuple[bytes, int]:
@@ -291,7 +301,7 @@ def _rows_of(batch: pa.RecordBatch, longest: int) -> Iterator[dict[str, Any] | D
     """The rows of a Parquet block as records without their null members, or why a row was dropped."""
     rows: list[Any]
     try:
-        rows = [None] * batch.num_rows if batch.nbytes > longest else _times_as_text(batch).to_pylist()
+        rows = [None] * batch.num_rows if batch.nbytes > longest else _records_of(batch)
     except Exception:  # pyarrow raises many kinds
         rows = [None] * batch.num_rows
     for i, row in enumerate(rows):
@@ -306,27 +316,45 @@ def _row_of(row: pa.RecordBatch, longest: int) -> dict[str, Any] | Dropped:
     out: dict[str, Any] = {}
     for name, column in zip(row.schema.names, row.columns, strict=True):
         try:
-            out[name] = _column_with_times_as_text(column)[0].as_py()
+            out[name] = _values_of(column)[0]
         except Exception as error:
             return Dropped("cannot be read", f"{name}: {error}")
     return out
 
 
-def _times_as_text(batch: pa.RecordBatch) -> pa.RecordBatch:
-    """The batch with dates, times and durations at any depth as text.
+def _records_of(batch: pa.RecordBatch) -> list[dict[str, Any]]:
+    names, columns = batch.schema.names, [_values_of(column) for column in batch.columns]
+    return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)] or [{}] * batch.num_rows
+
+
+def _values_of(column: pa.Array) -> list[Any]:
+    """A column's values, with dates, times and durations at any depth as text, decimals as floats, and maps as objects.
 
     Python has no date after the year 9999, and pyarrow needs pandas for nanoseconds.
     """
-    columns = [_column_with_times_as_text(column) for column in batch.columns]
-    return pa.RecordBatch.from_arrays(columns, names=batch.schema.names)
-
-
-def _column_with_times_as_text(column: pa.Array) -> pa.Array:
+    kind = column.type
     # A time zone that this machine does not know cannot be written: times are in UTC.
-    for change in (_without_zone, _text_of_time):
+    for change in (_without_zone, _text_of_time, _float_of_decimal):
         wanted = _with_leaves(column.type, change)
         column = column if wanted == column.type else column.cast(wanted)
-    return column
+    values = column.to_pylist()
+    return [_maps_as_objects(value, kind) for value in values] if "map<" in str(kind) else values
+
+
+def _maps_as_objects(value: Any, kind: pa.DataType) -> Any:
+    """A value of this type with the maps in it, of which pyarrow makes lists of pairs, as objects."""
+    if value is None:
+        return None
+    if pa.types.is_map(kind):
+        out = {key: _maps_as_objects(inner, kind.item_type) for key, inner in value}
+        if len(out) < len(value):
+            raise ValueError("a map has a key twice")
+        return out
+    if pa.types.is_struct(kind):
+        return {field.name: _maps_as_objects(value[field.name], field.type) for field in kind}
+    if isinstance(value, list):
+        return [_maps_as_objects(inner, kind.value_type) for inner in value]
+    return value
 
 
 def _without_zone(kind: pa.DataType) -> pa.DataType:
@@ -335,6 +363,10 @@ def _without_zone(kind: pa.DataType) -> pa.DataType:
 
 def _text_of_time(kind: pa.DataType) -> pa.DataType:
     return pa.string() if pa.types.is_temporal(kind) else kind
+
+
+def _float_of_decimal(kind: pa.DataType) -> pa.DataType:
+    return pa.float64() if pa.types.is_decimal(kind) else kind
 
 
 def _with_leaves(kind: pa.DataType, change: Callable[[pa.DataType], pa.DataType]) -> pa.DataType:

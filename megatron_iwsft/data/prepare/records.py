@@ -13,8 +13,8 @@ import numpy as np
 import orjson
 
 from megatron_iwsft.data.chat_template import Rendering
-from megatron_iwsft.data.conversation import Conversation
-from megatron_iwsft.data.prepare.expressions import Evaluate, MissingField, compile_expression, lookup
+from megatron_iwsft.data.conversation import Conversation, exact_json
+from megatron_iwsft.data.prepare.expressions import Evaluate, MissingField, compile_expression, lookup, truth
 from megatron_iwsft.data.prepare.messages import MEDIA, REASONING, Dropped, MessageReader, role_of
 from megatron_iwsft.errors import DataError
 
@@ -39,6 +39,7 @@ _PARTS = frozenset(
     )
 )
 _BOM = b"\xef\xbb\xbf"
+_LONG_INTEGER = re.compile(rb"[:\[,]\s*-?\d{19}")  # orjson rounds integers of more than 64 bits to floats
 
 NESTED = "nested too deeply", "more levels than Python's recursion limit"
 
@@ -148,13 +149,16 @@ def parse(line: bytes) -> dict[str, Any]:
         record = _parse_with_json(line)
     if type(record) is not dict:
         raise Dropped("not a JSON object", f"found {type(record).__name__}")
+    exact = b'"tool' in line or b'"function' in line or type(record.get("id")) is float
+    if exact and _LONG_INTEGER.search(line):
+        record = _parse_with_json(line)
     return record
 
 
 def _parse_with_json(line: bytes) -> Any:
     """Parse with the standard library: it accepts more than orjson (NaN, very long integers) and has clearer error messages."""
     try:
-        record = json.loads(line.decode("utf-8"))
+        record = exact_json(line.decode("utf-8"))
         json.dumps(record, ensure_ascii=False).encode("utf-8")
     except UnicodeDecodeError as error:
         raise Dropped("not UTF-8", str(error)) from None
@@ -200,6 +204,7 @@ class RecordReader:
             for k, name in enumerate(record_format.response_fields)
         ]
         self._thought = _thought_pattern(record_format.thought_tags)
+        self._parts_beside_chat = _PARTS.union(record_format.response_fields)
 
     def read(self, record: Mapping[str, Any]) -> list[Sample | Dropped]:
         """The samples of one record, each read or dropped with a reason."""
@@ -227,7 +232,9 @@ class RecordReader:
                 yield response
 
     def _is_chat(self, record: Mapping[str, Any]) -> bool:
-        return self.format.layout == "auto" and ("messages" in record or "conversations" in record)
+        return self.format.layout == "auto" and (
+            record.get("messages") is not None or record.get("conversations") is not None
+        )
 
     def _read_one(
         self, record: Mapping[str, Any], response: _Response, name: str | None, number: int | None
@@ -251,19 +258,26 @@ class RecordReader:
         if "input_ids" in record:
             sample.tokens, sample.mask = _tokenized(record)
             return sample
-        conversation = self._chat(record) if self._is_chat(record) else self._pair(record, response)
-        if not _PARTS.isdisjoint(record):
-            self._check_parts(record, conversation)
+        is_chat = self._is_chat(record)
+        conversation = self._chat(record) if is_chat else self._pair(record, response)
+        parts = self._parts_beside_chat if is_chat else _PARTS
+        if not parts.isdisjoint(record):
+            self._check_parts(record, conversation, parts)
         sample.conversation = self._with_thoughts(conversation) if self._thought is not None else conversation
         return sample
 
-    def _check_parts(self, record: Mapping[str, Any], conversation: Conversation) -> None:
-        """Raise Dropped if the record has more of the conversation in a field that is not read."""
-        for name in sorted(_PARTS.intersection(record) - set(self.format.ignored_keys)):
+    def _check_parts(self, record: Mapping[str, Any], conversation: Conversation, parts: frozenset[str]) -> None:
+        """Raise Dropped if the record has more of the conversation in a field, one of `parts`, that is not read."""
+        for name in sorted(parts.intersection(record) - set(self.format.ignored_keys)):
             found = record[name]
             if name in MEDIA and found:
                 raise Dropped("content is not text", f"field {name}; --ignore-key {name} reads over it")
-            read = isinstance(found, str) and any(found.strip() in text for text in conversation.texts)
+            written = name in REASONING or name not in _PARTS  # by the assistant
+            read = isinstance(found, str) and any(
+                _has_part(text, found.strip())
+                for kind, text in zip(conversation.shape, conversation.texts, strict=True)
+                if (kind in ("assistant", "content")) == written
+            )
             if isinstance(found, str | list | Mapping) and found and not read:
                 raise Dropped(
                     "text in a field that is not read",
@@ -280,7 +294,7 @@ class RecordReader:
     def _apply_keep(self, record: Mapping[str, Any], response: _Response) -> None:
         assert self.keep is not None
         try:
-            kept = response.of(self.keep(record))
+            kept = truth(response.of(self.keep(record)))
         except _EVALUATION_ERRORS as error:
             raise Dropped("keep cannot be evaluated", f"{self._keep_text}: {error}") from None
         if not kept:
@@ -311,7 +325,7 @@ class RecordReader:
         return score
 
     def _chat(self, record: Mapping[str, Any]) -> Conversation:
-        turns = record["messages"] if "messages" in record else record["conversations"]
+        turns = record["conversations"] if record.get("messages") is None else record["messages"]
         other = record.get("conversations")
         if isinstance(turns, list) and isinstance(other, list) and other and _contents(other) != _contents(turns):
             raise Dropped("different values under keys that mean the same", "messages and conversations")
@@ -439,6 +453,17 @@ def _contents(messages: list[Any]) -> list[Any]:
 def _content(message: Mapping[str, Any]) -> Any:
     content = message.get("content", message.get("value"))
     return content.strip() if isinstance(content, str) else content
+
+
+def _has_part(text: str, part: str) -> bool:
+    """Whether `part` is in `text`, and not only within a word or a number of it."""
+    at = text.find(part)
+    while at >= 0:
+        around = (text[at - 1 : at] + part[:1], part[-1:] + text[at + len(part) :][:1])
+        if not any(len(pair) == 2 and pair.isascii() and pair.isalnum() for pair in around):
+            return True
+        at = text.find(part, at + 1)
+    return False
 
 
 def _is_definitions(value: Any) -> bool:

@@ -182,6 +182,44 @@ def test_the_time_of_a_message_harms_no_record_and_reads_as_text(tmp_path: Path)
     assert assistant == {"role": "assistant", "content": "b"}
 
 
+def test_maps_are_objects_and_decimals_numbers(tmp_path: Path) -> None:
+    arguments = pa.array([[("city", "Rome")], [], None, [("a", "b"), ("a", "c")]], pa.map_(pa.string(), pa.string()))
+    calls = pa.ListArray.from_arrays([0, 1, 2, 3, 4], pa.StructArray.from_arrays([arguments], ["arguments"]))
+    scores = pa.array([1, 2, None, 4], pa.decimal128(5, 2))
+    found = rows(tmp_path / "maps.parquet", pa.table({"calls": calls, "score": scores}))
+    assert found[:3] == [
+        {"calls": [{"arguments": {"city": "Rome"}}], "score": 1.0},
+        {"calls": [{"arguments": {}}], "score": 2.0},
+        {"calls": [{}]},
+    ]
+    assert isinstance(found[3], Dropped) and found[3].detail == "calls: a map has a key twice"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'[\n  {"prompt": "a", "response": "b"}\n]', r"one JSON array.*jq -c '\.\[\]'"),
+        (b'[{"prompt": "a", "response": "b"}]', "one JSON array"),
+        ('{"prompt": "a"}'.encode("utf-16"), "UTF-16"),
+        (b"\xff\xff\xff\xff\x10\x00", "an Arrow file"),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["json", "jsonl.gz"])
+def test_files_that_are_no_records_are_refused_with_what_to_do(
+    tmp_path: Path, content: bytes, message: str, suffix: str
+) -> None:
+    path = tmp_path / f"r.{suffix}"
+    path.write_bytes(gzip.compress(content) if suffix.endswith("gz") else content)
+    with pytest.raises(DataError, match=message):
+        list(read_blocks(Input(path, path.name)))
+
+
+def test_files_differ_in_their_sources_unless_only_the_format_differs() -> None:
+    names = ["v1.0/a.jsonl", "v1.1/a.jsonl.gz", "part.0001.parquet", "a.json", ".gz"]
+    stems = [Input(Path(name), name).stem for name in names]
+    assert stems == ["v1.0/a", "v1.1/a", "part.0001", "a", ".gz"]
+
+
 def test_null_members_of_structs_are_left_out_at_any_depth(tmp_path: Path) -> None:
     call = [{"type": "function", "function": {"name": "f", "arguments": {"city": "Rome"}}}]
     records = [

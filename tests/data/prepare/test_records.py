@@ -34,6 +34,31 @@ def test_a_byte_order_mark_is_read_over() -> None:
     assert parse(b'\xef\xbb\xbf{"a": 1}') == {"a": 1}
 
 
+def test_numbers_are_read_as_they_are_or_not_at_all() -> None:
+    """orjson rounds integers of more than 64 bits; the standard library makes Infinity of what is too large for a float."""
+    long = 2**100 + 1
+    call = b'"tool_calls": [{"function": {"name": "f", "arguments": {"x": %d}}}]'
+    record = parse(b'{"messages": [{"role": "assistant", ' + call % long + b"}]}")
+    assert record["messages"][0]["tool_calls"][0]["function"]["arguments"] == {"x": long}
+    assert RecordReader(AUTO).read(parse(b'{"id": %d}' % long))[0].id == str(long)
+    with pytest.raises(Dropped, match="not JSON") as error:
+        parse(b'{"x": 1e999}')
+    assert error.value.detail == "the number 1e999 is too large"
+
+
+def test_tool_definitions_may_be_json_texts_one_by_one() -> None:
+    (sample,) = read({"messages": [USER, CHOSEN], "tools": [json.dumps(WEATHER)]})
+    assert sample.conversation.tools == [WEATHER]
+
+
+def test_a_text_is_neither_true_nor_false(tmp_path: Path) -> None:
+    record = {"prompt": "p", "response": "r", "correct": "false", "meta": {"cut": "no"}}
+    for keep in ("correct", "not meta.cut", "correct and 1"):
+        (dropped,) = read(record, keep=keep)
+        assert dropped.reason == "keep cannot be evaluated" and "is a text, not true or false" in dropped.detail
+    assert texts(record, keep='correct == "false" and len(correct) > 0')
+
+
 def test_sharegpt_with_a_system_field() -> None:
     record = {"system": "Brief.", "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
     assert texts(record) == [(("system", "user", "assistant"), ["Brief.", "a", "b"])]
@@ -73,6 +98,7 @@ def test_preference_data_gives_the_chosen_answers(record: dict) -> None:
     assert texts(record, PRESETS["preference"]) == [(("user", "assistant"), ["p", "c"])]
 
 
+HUMAN = {"role": None, "from": "human", "value": "p"}
 USER, CHOSEN = {"role": "user", "content": "p"}, {"role": "assistant", "content": "c"}
 WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {}}}
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {}}}
@@ -111,6 +137,29 @@ THOUGHTS = RecordFormat(reasoning_fields=("thought",), answer_prefix="Answer: ",
         ({"messages": [USER, CHOSEN], "conversations": [USER, CHOSEN]}, AUTO, ["user", "p", "assistant", "c"]),
         ({"messages": [USER, CHOSEN], "chat_template_kwargs": {"tools": []}}, AUTO, "chat_template_kwargs has messages or tools"),
         ({"prompt": "p", "response": "c", "input": "i"}, RecordFormat(ignored_keys=("input",)), ["user", "p", "assistant", "c"]),
+        *(
+            ({"prompt": p, "response": r, "input": i}, AUTO, "text in a field that is not read")
+            for p, r, i in (("Which animal?", "A cat.", "cat"), ("Add 15.", "20", "5"), ("Concatenate.", "ab", "cat"))
+        ),
+        ({"prompt": "Add 15 and 5.", "response": "20", "input": " 5 "}, AUTO, ["user", "Add 15 and 5.", "assistant", "20"]),
+        ({"messages": [USER, CHOSEN, USER], "response": "d"}, AUTO, "text in a field that is not read"),
+        ({"messages": [USER, CHOSEN], "response": "c"}, AUTO, ["user", "p", "assistant", "c"]),
+        ({"messages": json.dumps([USER, CHOSEN]), "tools": ""}, AUTO, ["user", "p", "assistant", "c"]),
+        ({"messages": "p"}, AUTO, "messages is not a list"),
+        ({"messages": None, "conversations": [HUMAN, CHOSEN]}, AUTO, ["user", "p", "assistant", "c"]),
+        ({"messages": None, "prompt": "p", "response": "c"}, AUTO, ["user", "p", "assistant", "c"]),
+        ({"messages": [USER, {**CHOSEN, "tool_calls": "[]"}]}, AUTO, ["user", "p", "assistant", "c"]),
+        *(
+            ({"messages": [USER, {**CHOSEN, "content": [part]}]}, AUTO, reason)
+            for part, reason in (
+                ({"type": "text", "text": "c", "train": False}, "training flag on a part of a message"),
+                ({"type": "thinking", "thinking": "t"}, "message without text"),
+            )
+        ),
+        *(
+            ({"messages": [USER, {**CHOSEN, "weight": weight}]}, AUTO, "training flag is not a number")
+            for weight in (10**400, 1e39, 1e-50, float("nan"), -1, "1")
+        ),
         *(
             ({"messages": [USER, {**CHOSEN, key: ["x"]}]}, AUTO, "text under a key that is not read")
             for key in ("functions", "reasoning_details", "tool_plan", "thought")
@@ -219,6 +268,26 @@ def test_a_text_that_forms_a_control_token_with_the_template_drops_the_record(
     source = tiny.write_jsonl(tmp_path / "records.jsonl", records)
     manifest = shard_corpus([source], tmp_path / "corpus", ShardSettings(str(tokenizer)), show_progress=False)
     assert manifest["dropped"] == {"control token in content": 1} and manifest["counts"]["trajectories"] == 2
+
+
+@pytest.mark.parametrize("unknown", [None, "<unk>"], ids=["left out", "unknown token"])
+def test_text_that_the_tokenizer_has_no_token_for_drops_the_record(tmp_path: Path, unknown: str | None) -> None:
+    """As SmolLM2's, whose vocabulary has no token for six bytes: the library leaves them out."""
+    directory = tiny.hf_tokenizer(tmp_path / "tokenizer")
+    content = json.loads((directory / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    if unknown is None:
+        del vocabulary["\u0104"]  # the byte 0x04
+    else:
+        vocabulary[unknown] = vocabulary.pop("\u0104")
+        content["model"]["unk_token"] = unknown
+    (directory / "tokenizer.json").write_text(json.dumps(content))
+    records = [{"prompt": p, "response": "b"} for p in ("a\x04", "a", "a\u00c4")]
+    source = tiny.write_jsonl(tmp_path / "records.jsonl", records)
+    manifest = shard_corpus([source], tmp_path / "corpus", ShardSettings(str(directory)), show_progress=False)
+    assert manifest["dropped"] == {"text that the tokenizer has no token for": 1}
+    assert Corpus.open(tmp_path / "corpus").meta(["line"])["line"].to_pylist() == [2, 3]
+    assert "0x04" in (tmp_path / "corpus" / "dropped.jsonl").read_text()
 
 
 def _chats(tmp_path: Path) -> list[Path]:
