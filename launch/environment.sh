@@ -11,7 +11,7 @@
 # Packages are installed again only when pyproject.toml or the constraints change. An environment with extras is reused without them.
 
 make_environment() {
-  local extras=${1:-} root stamp log
+  local extras=${1:-} root stamp log lazily=()
   root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
   if [ -n "${IWSFT_PYTHON:-}" ]; then
     python=$IWSFT_PYTHON
@@ -48,7 +48,8 @@ make_environment() {
   fi
   if ! is_installed "$extras"; then
     echo "installing packages (log: $log)"
-    "$python" -m pip install --quiet --editable "$root$extras" ${IWSFT_CONSTRAINTS:+--constraint "$IWSFT_CONSTRAINTS"} >"$log" 2>&1 || {
+    [ -n "${PYTHONDONTWRITEBYTECODE:-}" ] || lazily=(--no-compile) # most modules are never imported
+    "$python" -m pip install --quiet ${lazily[@]+"${lazily[@]}"} --editable "$root$extras" ${IWSFT_CONSTRAINTS:+--constraint "$IWSFT_CONSTRAINTS"} >"$log" 2>&1 || {
       tail -n 20 "$log" >&2
       echo "installation failed; full log: $log" >&2
       return 1
