@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def _read(
                 problems.append(Problem(number, prompt, ""))
                 continue
             answer = expected_answer(_field(row, answer_field, _ANSWER_FIELDS, "answer", where))
-            if not read_answer(answer):
+            if not _read_expected(answer):
                 raise DataError(
                     f"{where}: math-verify cannot parse an answer from {answer!r:.200}. "
                     "Correct the answer, or remove the line."
@@ -103,6 +104,11 @@ def read_answer(text: str) -> list[Any]:
     return import_math_verify().parse(text)
 
 
+@lru_cache(maxsize=4096)  # the same for every sample of a problem, and for every model
+def _read_expected(answer: str) -> list[Any]:
+    return read_answer(answer)
+
+
 def is_correct(answer: str, response: str) -> bool:
     """Whether a response is mathematically equal to `answer` (of a `Problem`), or is the same text, which need not be mathematics.
 
@@ -116,4 +122,4 @@ def is_correct(answer: str, response: str) -> bool:
         response = lines[0] if lines else ""
     if f"\\boxed{{{response.strip()}}}" == answer:
         return True
-    return bool(import_math_verify().verify(read_answer(answer), read_answer(response)))
+    return bool(import_math_verify().verify(_read_expected(answer), read_answer(response)))

@@ -4,7 +4,7 @@ Small references answer sums of two three-digit numbers, or chains of sums with 
 random: half of its demonstrations had a wrong digit, and its most likely answer is right. The other is wrong by conviction: two thirds
 of its last demonstrations add without carrying, so its most likely answer is wrong. It answers new problems, sampled at temperature 1;
 a filter keeps the right answers and a share of the wrong ones. The reference is then trained on what was kept with each objective, all
-else equal, by the project's trainer (tensor parallel over two processes), exported, and evaluated on held-out problems.
+else equal, by the project's trainer (in experiment 0 tensor parallel over two processes), exported, and evaluated on held-out problems.
 
 The learning rate of every objective is the best of --lr on a development seed (number 0), which is not in the table, by problems of its
 own. A seed determines the problems, the answers, which wrong ones are kept and the training order. Controls with the weights of iw-SFT at
@@ -12,7 +12,7 @@ level trajectory: each trajectory gets its neighbour's weight, or the batch's me
 use its learning rate.
 
 Prints a table for each experiment: mean ± standard deviation over seeds, and the difference to SFT, paired by seed, with its 95 % interval.
-Adds it to results.json and accuracy.svg. The same command resumes.
+Adds it to results.json and accuracy.svg, and ends with the CPU minutes that it took. The same command resumes.
 """
 
 from __future__ import annotations
@@ -20,14 +20,24 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from learning_references import ERRS_AT_RANDOM, REFERENCES, WRONG_BY_CONVICTION, Size, train_references
-from learning_stages import curated_corpus, evaluate, lines, read, run_config, shard, train_all, write
+from learning_stages import (
+    cpu_seconds,
+    curated_corpus,
+    evaluate,
+    lines,
+    read,
+    run_config,
+    shard,
+    stop_fork_server,
+    train_all,
+    write,
+)
 from learning_table import figure, table
 from learning_tasks import Chains, Sums, SumsThatCarry
 
@@ -94,7 +104,7 @@ class Experiment:
     """A task and its reference, the share of its wrong answers that the filter lets through, and what is trained on how often.
 
     seeds   besides the development seed, at most
-    tensor  tensor-parallel processes of the fine-tuning
+    tensor  tensor-parallel processes of the fine-tuning on the reported seeds
     tuned   learning rates that were chosen in another experiment
     ranks   of adapters, which every objective trains as well
     """
@@ -131,7 +141,7 @@ class Experiment:
 
 EXPERIMENTS = [
     Experiment(WRONG_BY_CONVICTION, 0.5, 5000, 1, objectives=ALL, controls=True, tensor=2),
-    Experiment(ERRS_AT_RANDOM, 0.5, 5000, 1, objectives=ALL, tensor=2),
+    Experiment(ERRS_AT_RANDOM, 0.5, 5000, 1, objectives=ALL),
     Experiment(WRONG_BY_CONVICTION, 0.5, 800, 6, tuned=TUNED),
     Experiment(WRONG_BY_CONVICTION, 0.25, 5000, 1, tuned=TUNED),
     Experiment(WRONG_BY_CONVICTION, 0.0, 5000, 1, seeds=2, tuned=TUNED),
@@ -149,10 +159,10 @@ EXPERIMENTS = [
     Experiment(WRONG_BY_CONVICTION, 0.5, 300, 2, task="SmolLM2", objectives=(SFT, MEAN_T, TOKEN), seeds=2),
     Experiment(WRONG_BY_CONVICTION, 0.5, 5000, 1, objectives=(SFT, MEAN_T), seeds=2, ranks=RANKS),
 ]
-DEFAULT = [i for i, e in enumerate(EXPERIMENTS) if e.task != "SmolLM2"]  # which needs a package registry
+DEFAULT = range(6)  # SmolLM2 needs a package registry
 SIZES = {
     "sums": Size(Sums()),
-    "chains": Size(Chains(), random_errors=0.2, reference_steps=1000, problems=200, processes=1),
+    "chains": Size(Chains(), random_errors=0.2, reference_steps=1000, problems=200),
     "SmolLM2": Size(
         SumsThatCarry(),
         pretrained=True,
@@ -162,7 +172,6 @@ SIZES = {
         tuning_batch=2,
         problems=100,
         rates=(2e-5, 5e-5),
-        processes=1,
     ),
 }
 QUICK = Size(Sums(2), hidden_size=32, reference_steps=10, lesson_steps=5, reference_batch=2, problems=16)
@@ -173,7 +182,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/learning"))
     parser.add_argument(
-        "--seeds", type=int, default=4, help="besides the development seed, at most (default: %(default)s)"
+        "--seeds", type=int, default=2, help="besides the development seed, at most (default: %(default)s)"
     )
     parser.add_argument(
         "--lr",
@@ -243,7 +252,9 @@ def run_all(experiments: Sequence[Experiment], sizes: dict[str, Size], output: P
         write(stored, json.dumps(list(panels.values()), indent=1, ensure_ascii=False) + "\n")
         write(output / "accuracy.svg", figure(list(panels.values())))
     spent = {task: bench.cpu_minutes() for task, bench in benches.items()}
-    print(f"{output}/results.json, {output}/accuracy.svg; CPU minutes of all starts: {spent}")
+    stop_fork_server()
+    print(f"{output}/results.json, {output}/accuracy.svg")
+    print(f"CPU minutes, with all processes: {cpu_seconds() / 60:.1f}; of all starts, by task: {spent}")
 
 
 def what_ran(panel: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -268,9 +279,9 @@ class Bench:
         self._benchmark, self._development_benchmark = home / "problems.jsonl", home / "development.jsonl"
         write(self._benchmark, lines(problems))
         write(self._development_benchmark, lines(development))
-        start = time.process_time()
+        start = cpu_seconds()
         training_s = train_references(home, size, names, self._held_out)
-        self._spent("references", training_s + time.process_time() - start)
+        self._spent("references", training_s + cpu_seconds() - start)
         self._answers = shard(home / "answers.jsonl", problems, home / "tokenizer")
         self._development_answers = shard(home / "development-answers.jsonl", development, home / "tokenizer")
         self.references = {
@@ -281,7 +292,9 @@ class Bench:
         """Train every objective at every learning rate on the development seed. Returns one dict per evaluated model."""
         of_weights, count = self._size.rates, len(self._size.rates)
         rates = {row: of_weights if row in experiment.objectives else ADAPTER_RATES[:count] for row in experiment.rows}
-        return self._train(experiment, 0, [(row, lr) for row in experiment.rows for lr in rates[row]])
+        return self._train(
+            replace(experiment, tensor=1), 0, [(row, lr) for row in experiment.rows for lr in rates[row]]
+        )
 
     def run(self, experiment: Experiment, rates: Mapping[str, float], seeds: Sequence[int]) -> list[dict[str, Any]]:
         """Train every objective at its learning rate on each seed. Returns one dict per evaluated model."""
@@ -294,7 +307,7 @@ class Bench:
         """Train objectives at learning rates on one seed's corpus, in one job, and evaluate them."""
         from megatron_iwsft.data.corpus import Corpus
 
-        home, size, start = self._home, self._size, time.process_time()
+        home, size, start = self._home, self._size, cpu_seconds()
         held_out = self._held_out if seed else self._held_out | self._development
         directory, reference = home / experiment.name / f"seed-{seed}", home / REFERENCES[experiment.reference]
         corpus, right = curated_corpus(
@@ -329,7 +342,7 @@ class Bench:
             )
             for (name, lr), run in runs.items()
         ]
-        self._spent(f"{experiment}, seed {seed}", training_s + time.process_time() - start)
+        self._spent(f"{experiment}, seed {seed}", training_s + cpu_seconds() - start)
         return results
 
     def _spent(self, what: str, cpu_s: float) -> None:
@@ -337,7 +350,7 @@ class Bench:
             file.write(json.dumps({"what": what, "cpu_s": round(cpu_s, 1)}) + "\n")
 
     def cpu_minutes(self) -> float:
-        """Of all processes, in this and earlier starts of the command."""
+        """Of all processes, in this and earlier starts of the command, but for what it takes to start them."""
         return round(sum(line["cpu_s"] for line in read(self._home / "cpu.jsonl")) / 60, 1)
 
     def _evaluated(self, run: Path, directory: Path, *, development: bool = False, **facts: Any) -> dict[str, Any]:

@@ -23,7 +23,6 @@ class Size:
     random_errors   share of the first reference's demonstrations that have one wrong digit
     reference_lr    of the first reference
     rates           learning rates to try
-    processes       that train the references
     """
 
     task: Task
@@ -38,7 +37,6 @@ class Size:
     tuning_batch: int = 4
     problems: int = 400
     rates: tuple[float, ...] = (2e-4, 5e-4, 1e-3)
-    processes: int = 2
 
 
 def train_references(home: Path, size: Size, names: Iterable[str], held_out: frozenset[str]) -> float:
@@ -76,7 +74,7 @@ def _train(
     corpus = shard(home / f"{directory.name}-demonstrations.jsonl", records, home / "tokenizer")
     sections = {"model": start, "objective": {"name": "sft"}}
     run = run_config(directory, corpus, size.reference_batch, {"max_steps": steps}, sections, lr)
-    return train_all([run], size.processes)
+    return train_all([run])
 
 
 def _pretrained(home: Path) -> Path:

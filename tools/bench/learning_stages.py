@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import resource
 import statistics
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -66,10 +66,11 @@ def sampled_answers(reference: Path, questions: Sequence[str], max_tokens: int, 
     assert model is not None
     policy, tokenizer = load_in_transformers(model)
     stops = set(stop_tokens(policy.generation_config, tokenizer))
+    prompt = PromptFormat(tokenizer)
     generator = torch.Generator().manual_seed(seed)
     for start in range(0, len(questions), _SAMPLED_AT_ONCE):
         # All questions have as many tokens.
-        tokens = torch.tensor([PromptFormat(tokenizer)(q) for q in questions[start : start + _SAMPLED_AT_ONCE]])
+        tokens = torch.tensor([prompt(q) for q in questions[start : start + _SAMPLED_AT_ONCE]])
         cache, sampled = None, []
         with torch.inference_mode():
             for _ in range(max_tokens):
@@ -106,7 +107,7 @@ def run_config(
     }
 
 
-def train_all(runs: Sequence[dict[str, Any]], processes: int) -> float:
+def train_all(runs: Sequence[dict[str, Any]], processes: int = 1) -> float:
     """Train the configs whose export does not exist yet, tensor parallel, in one job of processes. Returns their CPU seconds."""
     import multiprocessing
 
@@ -120,7 +121,7 @@ def train_all(runs: Sequence[dict[str, Any]], processes: int) -> float:
 
 
 def _train_all(platform: Any, runs: Sequence[dict[str, Any]]) -> float:
-    """Returns this process's CPU seconds."""
+    """Returns the CPU seconds of this process and those that it started."""
     import yaml
 
     from megatron_iwsft.config.loader import parse_config
@@ -142,7 +143,20 @@ def _train_all(platform: Any, runs: Sequence[dict[str, Any]]) -> float:
         train(config)
         if config.adapter.rank and platform.rank == 0:
             _merge(Path(config.run.dir))
-    return time.process_time()
+    return cpu_seconds()
+
+
+def cpu_seconds() -> float:
+    """Of this process, and of those that it has started and waited for."""
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+def stop_fork_server() -> None:
+    """Wait for the end of the server that forks the jobs' processes: only then are they among the processes waited for."""
+    from multiprocessing import forkserver
+
+    forkserver._forkserver._stop()  # type: ignore[attr-defined]
 
 
 def _merge(run: Path) -> None:
