@@ -194,6 +194,7 @@ class Trainer:
         metrics: dict[str, Any] = {}
         if state.step == 0 and any(callback.at_start and callback.order == 0 for callback in self.callbacks):
             self._call_back(self._result({"step": 0, "epoch": 0}, stopping=False))
+        self._export_if_missing()
         while state.step < self.total_steps:
             self.profiler.before(state.step + 1)
             result = self.train_step(state.step + 1)
@@ -217,6 +218,11 @@ class Trainer:
             self.checkpointer.finish()
         elif not result.stopping:  # saving then follows the other callbacks
             self.checkpointer.after_step()
+
+    def _export_if_missing(self) -> None:
+        """Write the export that is due at this step: the run may have been stopped between its checkpoint and its export."""
+        result = self._result({"step": self.state.step}, stopping=False)
+        self._call([c for c in self.callbacks if c.saves and c.function != self.save and c.due(result)], result)
 
     def report_failure(self, text: str) -> None:
         """Log what failed although training continues; the run then ends with CheckpointError, after its last step."""

@@ -53,7 +53,7 @@ def test_a_local_run_listens_on_the_loopback_interface_only(config: Path, tmp_pa
 
 
 @pytest.mark.slow
-def test_a_failed_export_costs_nothing_but_the_export(config: Path, tmp_path: Path) -> None:
+def test_a_failed_export_costs_nothing_but_the_export_which_a_restart_writes(config: Path, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "hf").write_text("in the way")
     run = LaunchedRun(config, tmp_path / "run", "export.every=2", "export.at_end=true")
@@ -63,6 +63,11 @@ def test_a_failed_export_costs_nothing_but_the_export(config: Path, tmp_path: Pa
     assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "step-00000006\n"
     assert [event["step"] for event in events(tmp_path / "run", "failed")] == [2, 4, 6]
     assert "training is finished and saved" in run.output
+    (tmp_path / "run" / "hf").unlink()
+    again = LaunchedRun(config, tmp_path / "run", "export.every=2", "export.at_end=true")
+    assert again.finish() == 0, again.output
+    assert [directory.name for directory in (tmp_path / "run" / "hf").iterdir()] == ["step-00000006"]
+    assert len(comparable_metrics(tmp_path / "run")) == 6, "it trains no further step"
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from megatron_iwsft.errors import CheckpointError
 from megatron_iwsft.hf.directory import DTYPES
 from megatron_iwsft.train.callbacks import StepResult
 from megatron_iwsft.train.setup import StartedRun
+from megatron_iwsft.utils.text import tell
 
 
 def export(
@@ -28,6 +29,7 @@ def export(
             return
         state.gather_parameters()
         output = run.run_directory / "hf" / step_name(result.step)
+        is_new = run.is_main and not output.exists()
         try:
             export_running(
                 state.policy,
@@ -39,5 +41,8 @@ def export(
             )
         except CheckpointError as error:
             report_failure(f"the export of step {result.step} failed: {error}")
+        else:
+            if is_new:
+                tell(f"wrote {output}")
 
     return write
