@@ -16,13 +16,13 @@ import pytest
 from tests.support import ROOT, command_environment, events
 
 
-def start(output: Path) -> subprocess.Popen[str]:
+def start(output: Path, python: Path | str = sys.executable) -> subprocess.Popen[str]:
     """In a process group of its own, as a terminal would; its output is in OUTPUT.log."""
     with open(output.with_suffix(".log"), "w") as log:
         return subprocess.Popen(
             ["bash", "launch/quickstart.sh"],
             cwd=ROOT,
-            env=command_environment(IWSFT_PYTHON=sys.executable, IWSFT_QUICKSTART=str(output)),
+            env=command_environment(IWSFT_PYTHON=str(python), IWSFT_QUICKSTART=str(output)),
             text=True,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -109,3 +109,15 @@ def test_it_shows_what_weights_do(tmp_path: Path) -> None:
     for caption in ("gradient norm, before clipping", "peak memory, GB", "share of weights changed by the clip"):
         assert f"<figcaption>{caption}</figcaption>" in page, "of what real runs log"
     assert "where the time of a step goes, iw-sft" in page and "distribution of the weights, iw-sft" in page
+
+    # Run again, it starts only commands that skip what is complete themselves.
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\necho "$@" >>"{tmp_path}/started"\n')
+    python.chmod(0o755)
+    assert finish(start(output, python), output)[0] == 0
+    started = [
+        line.split("-m megatron_iwsft ")[1].split()[0]
+        for line in (tmp_path / "started").read_text().splitlines()
+        if "-m " in line
+    ]
+    assert started == ["shard", "shard", "evaluate", "report", "generate"]
