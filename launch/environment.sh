@@ -49,13 +49,25 @@ make_environment() {
   if ! is_installed "$extras"; then
     echo "installing packages (log: $log)"
     [ -n "${PYTHONDONTWRITEBYTECODE:-}" ] || lazily=(--no-compile) # most modules are never imported
-    "$python" -m pip install --quiet ${lazily[@]+"${lazily[@]}"} --editable "$root$extras" ${IWSFT_CONSTRAINTS:+--constraint "$IWSFT_CONSTRAINTS"} >"$log" 2>&1 || {
+    "$python" -m pip install ${lazily[@]+"${lazily[@]}"} --editable "$root$extras" ${IWSFT_CONSTRAINTS:+--constraint "$IWSFT_CONSTRAINTS"} 2>&1 |
+      tee "$log" | show_installation || {
       tail -n 20 "$log" >&2
       echo "installation failed; full log: $log" >&2
       return 1
     }
     cat "$root/pyproject.toml" ${IWSFT_CONSTRAINTS:+"$IWSFT_CONSTRAINTS"} >"$stamp"
   fi
+}
+
+# Of pip's output, what takes long. With `set -o pipefail`, a pipeline that ends in it has pip's exit status.
+show_installation() {
+  local word rest
+  while read -r word rest; do
+    case $word in
+      Downloading) case $rest in *" MB)"*) echo "  downloading $rest" ;; esac ;;
+      Installing) case $rest in "collected packages:"*) echo "  unpacking, a minute or two" ;; esac ;;
+    esac
+  done
 }
 
 add_transformer_engine() {

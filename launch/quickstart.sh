@@ -10,7 +10,6 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 [ $# -eq 0 ] || [ "$*" = --real ] || { echo "usage: launch/quickstart.sh [--real]" >&2; exit 2; }
 source launch/environment.sh
 trap 'printf "\nStopped. What is complete is kept: run the same command to continue.\n" >&2; exit 130' INT
-echo "Commands start with some seconds of silence: they load PyTorch."
 make_environment "[report]"
 
 if [ $# -eq 0 ]; then

@@ -20,9 +20,7 @@ from pathlib import Path
 
 from megatron_iwsft.errors import EXIT_USER_ERROR, ConfigError
 from megatron_iwsft.utils.cli import positive_int
-from megatron_iwsft.utils.text import say
-
-_LOADING = "loading torch and Megatron-Core, which takes some seconds"
+from megatron_iwsft.utils.text import LOADING, say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,7 +70,7 @@ def _fit(args: argparse.Namespace) -> int:
         if getattr(args, name) is not None and not getattr(args, name) > 0:
             raise ConfigError(f"--{name} must be above 0; found {getattr(args, name):g}.")
     config.layout(world_size)
-    say(_LOADING, error=True)
+    say(LOADING, error=True)
 
     from megatron_iwsft.distributed.mcore_compat import quiet_megatron
 
@@ -92,7 +90,7 @@ def _fit(args: argparse.Namespace) -> int:
 
 
 def _examine(args: argparse.Namespace) -> int:
-    say(_LOADING, error=True)
+    say(LOADING, error=True)
 
     from megatron_iwsft.distributed.doctor import Finding, examine, paths
     from megatron_iwsft.distributed.mcore_compat import quiet_megatron

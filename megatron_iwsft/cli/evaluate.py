@@ -20,7 +20,7 @@ from pathlib import Path
 
 from megatron_iwsft.errors import ConfigError
 from megatron_iwsft.utils.cli import add_template_options, positive_int, template_options
-from megatron_iwsft.utils.text import printable_line, say
+from megatron_iwsft.utils.text import LOADING, printable_line, say
 
 ACCEPTS_UNKNOWN = True  # with --tasks they go to lm_eval
 
@@ -63,6 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     _check(args)
+    say(LOADING, error=True)
 
     from megatron_iwsft.distributed.mcore_compat import quiet_megatron
 

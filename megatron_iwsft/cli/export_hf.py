@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 
-from megatron_iwsft.utils.text import say
+from megatron_iwsft.utils.text import LOADING, say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    say(LOADING, error=True)
     from megatron_iwsft.distributed.mcore_compat import quiet_megatron
 
     quiet_megatron()

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from megatron_iwsft.errors import ConfigError
 from megatron_iwsft.utils.cli import add_template_options, positive_int, template_options
-from megatron_iwsft.utils.text import printable, say, without_surrogates
+from megatron_iwsft.utils.text import LOADING, printable, say, without_surrogates
 
 if TYPE_CHECKING:
     from megatron_iwsft.data.template_defaults import TemplateVariables
@@ -49,6 +49,7 @@ def run(args: argparse.Namespace) -> None:
         raise ConfigError("--batch goes with prompts alone. Leave out --chat and --system.")
     args.prompts = [without_surrogates(prompt) for prompt in args.prompts]
     args.system = args.system and without_surrogates(args.system)
+    say(LOADING, error=True)
 
     from megatron_iwsft.distributed.mcore_compat import quiet_megatron
 

@@ -11,7 +11,7 @@ from megatron_iwsft.distributed.stop_signals import leave_on_stop_signals
 from megatron_iwsft.errors import EXIT_USER_ERROR, ConfigError
 from megatron_iwsft.utils.cli import positive_int
 from megatron_iwsft.utils.launch import check_launch_environment
-from megatron_iwsft.utils.text import say
+from megatron_iwsft.utils.text import LOADING, say, tell
 
 if TYPE_CHECKING:
     from megatron_iwsft.config.schema import Config
@@ -67,6 +67,7 @@ def dry_run(args: argparse.Namespace, command: Command) -> int:
     if world_size is None:
         raise ConfigError("--dry-run needs the number of processes: --gpus N, or parallel.world_size in the config.")
     config.layout(world_size)
+    say(LOADING, error=True)
 
     from megatron_iwsft.distributed.context import prepare
 
@@ -107,6 +108,8 @@ def start_process(args: argparse.Namespace) -> Config:
     config.layout(int(os.environ.get("WORLD_SIZE", "1")))
     for entry in config.data.mixture:
         read_manifest(Path(entry.corpus))
+    if os.environ.get("RANK", "0") == "0":
+        tell(LOADING, error=True)
 
     from megatron_iwsft.distributed.context import prepare
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from megatron_iwsft.errors import CheckpointError, ConfigError
 from megatron_iwsft.utils.cli import positive_int
-from megatron_iwsft.utils.text import say
+from megatron_iwsft.utils.text import LOADING, say
 
 _TEXT = "A train leaves at 9:40 and arrives at 12:05. How long is the journey? From 9:40 to 12:05 is 2 hours and 25 minutes."
 
@@ -48,6 +48,7 @@ def run(args: argparse.Namespace) -> None:
         raise ConfigError("--length must be at least 2: the first token has no log-prob.")
     if args.text and not args.text.is_file():
         raise CheckpointError(f"text file {args.text} does not exist. Check --text.")
+    say(LOADING, error=True)
 
     from megatron_iwsft.distributed.mcore_compat import quiet_megatron
 

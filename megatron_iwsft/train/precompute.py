@@ -49,6 +49,10 @@ def _precompute(run: StartedRun, writer: MixtureSidecarWriter, watch: Watchdog, 
         return writer.directories
     if run.is_main:
         writer.prepare()
+        tell(
+            f"reference log-probs of {len(run.mixture):,} trajectories by {run.reference.described}; "
+            f"{run.platform.device.type}, {run.layout.describe()}"
+        )
     dist.barrier()
     writer.open()
 

@@ -6,6 +6,8 @@ import sys
 import threading
 import unicodedata
 
+LOADING = "loading torch and Megatron-Core, which takes some seconds"
+
 _KEPT = "\n\t"
 # Unicode categories: control characters, surrogates, and separators that break lines.
 _ESCAPED = ("Cc", "Cs", "Zl", "Zp")

@@ -116,6 +116,25 @@ def test_an_active_environment_with_the_package_is_used_as_it_is(tmp_path: Path)
 
 
 @pytest.mark.command
+@pytest.mark.parametrize("status", [0, 1])
+def test_what_takes_long_in_an_installation_is_shown(status: int, tmp_path: Path) -> None:
+    """Of a pip that installs nothing."""
+    python = tmp_path / "venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    said = r"Collecting torch\n  Downloading torch.whl (888.1 MB)\n  Downloading six.whl (12 kB)\nInstalling collected packages: torch\n"
+    python.write_text(f"#!/bin/sh\nprintf '{said}'\nexit {status}\n")
+    python.chmod(0o755)
+    script = "set -euo pipefail; source launch/environment.sh; make_environment '[report]'; echo installed"
+    environment = command_environment(VENV=str(tmp_path / "venv"), IWSFT_PYTHON="")
+    done = subprocess.run(["bash", "-c", script], cwd=ROOT, env=environment, text=True, capture_output=True)
+    assert (done.returncode == 0) == (status == 0), done.stderr
+    shown = done.stdout.splitlines()[1:3]
+    assert shown == ["  downloading torch.whl (888.1 MB)", "  unpacking, a minute or two"]
+    assert ("installed" in done.stdout.splitlines()) == (status == 0)
+    assert ("installation failed" in done.stderr) == (status == 1)
+
+
+@pytest.mark.command
 def test_transformer_engine_is_built_against_the_torch_that_is_installed(tmp_path: Path) -> None:
     """By a Python that has none, and whose pip only says what it was asked for."""
     python = tmp_path / "python"

@@ -95,10 +95,10 @@ def _start_run_directory(run: StartedRun) -> None:
     for name in ("logs", CHECKPOINTS):
         (run.run_directory / name).mkdir(parents=True, exist_ok=True)
     write_text(run.run_directory / "config.yaml", run.config.to_yaml())
-    counts, config = run.mixture.counts, run.config
+    counts, config, data = run.mixture.counts, run.config, run.config.data
     for line in (
         f"{config.run.name}: {config.objective.name} on {len(run.mixture):,} trajectories ({counts['trained_tokens']:,} of "
-        f"{counts['tokens']:,} tokens trained), {run.total_steps} steps of global batch size {config.data.global_batch_size}; "
+        f"{counts['tokens']:,} tokens trained), {run.total_steps} steps of {data.global_batch_size} × {data.seq_length:,} tokens; "
         f"{run.platform.device.type}, {run.layout.describe()}",
         *(f"  {share}" for share in _shares(run)),
     ):
