@@ -4,6 +4,9 @@ Data- and context-parallel ranks hold the same weights. Megatron-Core has the fi
 18 GB on one rank of 128 and nothing on the others. Its `FullyParallelSaveStrategyWrapper` gives whole tensors to ranks, for which all
 ranks exchange lists of everything that each holds. Here nothing is exchanged: laid end to end, in an order that is the same on all of
 them, the weights are cut into equal ranges of bytes, at the next row of a tensor, and every rank writes its own range.
+
+Each range is in a file of its own, which every rank that loads these weights has to open. So a range has at least _LEAST_BYTES: of many
+replicas only the first ones write, and the files do not become more with the ranks.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
 
 _NOT_REPLICATED = "optimizer"  # in a sharded state dict: every rank has its own part
 _EXPERTS = ".mlp.experts."  # in keys; experts are replicated over fewer ranks
+_LEAST_BYTES = 2**25  # that a rank writes, unless it is nothing or all
 
 
 def spread_over_replicas(state: dict[str, Any], layout: ParallelLayout) -> None:
@@ -57,6 +61,7 @@ def _own_pieces(entries: Iterable[ShardedTensor], replicas: int) -> dict[int, Sh
     """id of an entry → what this rank writes of it, one of `replicas` ranks with the same entries; nothing has a replica id above 0."""
     entries = list(entries)
     total = sum(entry.data.nbytes for entry in entries)
+    writers = max(1, min(replicas, total // _LEAST_BYTES))
     found: dict[int, ShardedTensor] = {}
     at = 0
     for entry in entries:
@@ -64,8 +69,8 @@ def _own_pieces(entries: Iterable[ShardedTensor], replicas: int) -> dict[int, Sh
         rows = _rows(entry)
         row_bytes = max(1, entry.data.nbytes // max(1, rows))
         # A row is written by the rank in whose range of bytes it begins.
-        first, end = (min(rows, max(0, -(-(total * r // replicas - at) // row_bytes))) for r in (rank, rank + 1))
-        if rank == replicas - 1:
+        first, end = (min(rows, max(0, -(-(total * r // writers - at) // row_bytes))) for r in (rank, rank + 1))
+        if rank == writers - 1:
             end = rows
         found[id(entry)] = _piece(entry, first, end, rows)
         at += entry.data.nbytes

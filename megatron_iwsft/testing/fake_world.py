@@ -140,39 +140,73 @@ class FakeRank:
         )
         return 2 * held, 4 * held, 12 * optimized
 
-    def saved(self, data_rank: int | None = None) -> dict[str, Any]:
+    def saved(self, data_rank: int | None = None, *, spread: bool = True) -> dict[str, Any]:
         """The sharded state dict of a save by this rank; or of the rank with another place among the data- and context-parallel ones.
 
-        Of another rank (dense models only) it is derived: from the same model, and the ranges of the gradient buffers that are its own.
+        Of another rank it is derived: from the same model, and the ranges of the gradient buffers that are its own. It must hold the
+        same experts. Without `spread`, the first of the ranks that hold the same weights writes them all.
         """
         if data_rank is None:
             state = TrainState(self.chunks, self.optimizer).sharded(random=False)
-            spread_over_replicas(state, self.parallel.layout)
+            self._share_out(state, spread)
             return state
         state = TrainState(self.chunks).sharded(random=False)
         models = {f"{part}.{name}": entry for part, entries in state.items() for name, entry in entries.items()}
         by_data = {id(entry.data): entry for entry in models.values() if torch.is_tensor(getattr(entry, "data", None))}
-        optimizer = [boxes_of(held, by_data[id(held.parameter)]) for held in self._ranges(data_rank)]
+        experts_rank = self._experts_rank(data_rank)
+        optimizer = [
+            boxes_of(held, by_data[id(held.parameter)])
+            for chunk in self.wrapped
+            for buffers, part, parts in (
+                (chunk.buffers, data_rank, self.parallel.dp_cp.size()),
+                (chunk.expert_parallel_buffers, experts_rank, self._experts_ranks),
+            )
+            for held in _ranges(buffers, part, parts)
+        ]
         for part, entries in state.items():
             state[part] = {
-                name: replace(entry, replica_id=(*entry.replica_id[:2], data_rank)) for name, entry in entries.items()
+                name: replace(
+                    entry, replica_id=(*entry.replica_id[:2], experts_rank if ".experts." in name else data_rank)
+                )
+                for name, entry in entries.items()
             }
-        spread_over_replicas(state, self.parallel.layout)
+        self._share_out(state, spread)
         return state | {"optimizer": dict(enumerate(optimizer))}
 
-    def _ranges(self, data_rank: int) -> Iterator[OptimizerShard]:
-        """What the optimizer of a data-parallel rank holds: an equal range of every bucket of the gradient buffers."""
-        for buffer in (buffer for chunk in self.wrapped for buffer in chunk.buffers):
-            for bucket in buffer.buckets:
-                share = bucket.grad_data.numel() // self.parallel.dp_cp.size()
-                low = bucket.offset + data_rank * share
-                for parameter in bucket.params:
-                    begin, stop, _ = buffer.param_index_map[parameter]
-                    start, end = max(begin, low) - begin, min(stop, low + share) - begin
-                    if start < end:
-                        main = torch.empty(end - start, device=META)
-                        inner: Any = SimpleNamespace(state={main: {"exp_avg": main, "exp_avg_sq": main}})
-                        yield OptimizerShard(parameter, start, end, main, inner, replicated=False)
+    def _share_out(self, state: dict[str, Any], spread: bool) -> None:
+        from megatron.core.dist_checkpointing.mapping import apply_factories
+
+        if spread:
+            spread_over_replicas(state, self.parallel.layout)
+        else:
+            apply_factories(state)
+
+    @property
+    def _experts_ranks(self) -> int:
+        """Ranks that hold the same experts."""
+        return self.parallel.layout.ranks_per_stage // self.parallel.layout.expert
+
+    def _experts_rank(self, data_rank: int) -> int:
+        """Which of those the rank at `data_rank` is. Experts are dealt to a stage's ranks in turn, tensor-parallel ones first."""
+        layout = self.parallel.layout
+        within = data_rank * layout.tensor + self.parallel.tp.rank()
+        assert within % layout.expert == self.parallel.ep.rank(), "other experts"
+        return within // layout.expert
+
+
+def _ranges(buffers: list[Any], part: int, parts: int) -> Iterator[OptimizerShard]:
+    """What the optimizer of one of `parts` ranks holds: an equal range of every bucket of the gradient buffers."""
+    for buffer in buffers:
+        for bucket in buffer.buckets:
+            share = bucket.grad_data.numel() // parts
+            low = bucket.offset + part * share
+            for parameter in bucket.params:
+                begin, stop, _ = buffer.param_index_map[parameter]
+                start, end = max(begin, low) - begin, min(stop, low + share) - begin
+                if start < end:
+                    main = torch.empty(end - start, device=META)
+                    inner: Any = SimpleNamespace(state={main: {"exp_avg": main, "exp_avg_sq": main}})
+                    yield OptimizerShard(parameter, start, end, main, inner, replicated=False)
 
 
 def save_plan(state: dict[str, Any]) -> SavePlan:

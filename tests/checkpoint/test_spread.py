@@ -11,6 +11,7 @@ import pytest
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 
+from megatron_iwsft.checkpoint import spread
 from megatron_iwsft.checkpoint.info import CheckpointInfo
 from megatron_iwsft.checkpoint.load import load
 from megatron_iwsft.checkpoint.pickles import read_metadata
@@ -45,6 +46,7 @@ def save_three_times(platform: Any, family: str, fields: dict, degrees: dict, tm
     """Save steps 1 to 3, then load the last into other weights. Returns what each rank saw."""
     from megatron.core.dist_checkpointing.strategies.torch import MCoreSavePlanner
 
+    spread._LEAST_BYTES = 1  # the model is small
     parallel = platform.parallel(**degrees)
     arch = Architecture.from_hf(tiny.model_config(family, num_hidden_layers=2, **fields), where="test")
 

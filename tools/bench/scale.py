@@ -61,7 +61,6 @@ def measure(platform: Any, model: str, worlds: list[int], degrees: dict[str, int
 
 
 def of_world(model: str, world: int, degrees: dict[str, int] | None) -> dict[str, Any]:
-    from megatron_iwsft.checkpoint.state import TrainState
     from megatron_iwsft.distributed.descriptors import CONNECTIONS_PER_RANK
     from megatron_iwsft.distributed.parallel_layout import ParallelLayout
     from megatron_iwsft.testing.fake_world import DEGREES, FakeRank, become, geometry, written_tensors
@@ -87,7 +86,7 @@ def of_world(model: str, world: int, degrees: dict[str, int] | None) -> dict[str
         **of_checkpoint(world),
         "saving: tensors this rank writes": len(written_tensors(state)),
         "  s to list them": f"{planned:.2f}",
-        "  GB of weights, busiest rank, not spread (before)": f"{_weights(TrainState(rank.chunks).sharded(random=False)) / 1e9:.3f}",
+        "  GB of weights, busiest rank, not spread (before)": f"{_weights(rank.saved(0, spread=False)) / 1e9:.3f}",
         "  GB of weights, busiest rank": f"{max(weights) / 1e9:.3f}",
         **metadata_of_all(rank, world),
         "files of a checkpoint (computed)": f"{2 * world:,}",
@@ -103,18 +102,22 @@ def _weights(state: dict[str, Any]) -> int:
 
 
 def metadata_of_all(rank: Any, world: int) -> dict[str, str]:
-    """Bytes of `.metadata`, without file offsets: of the ranks with this one's place in the model, times the number of places.
+    """MB of `.metadata`, without file offsets: of the ranks with this one's place in the model, times the number of places.
 
-    Of these ranks all, or as many as there are in a world of _PLANNED, at equal distances.
+    Of these ranks all, or as many as there are in a world of _PLANNED, at equal distances. Before: the weights not spread, and each
+    rank's plan beside the blocks.
     """
     from megatron_iwsft.testing.fake_world import save_plan
 
-    replicas = rank.parallel.dp_cp.size()
-    looked_at = range(0, replicas, max(1, world // _PLANNED))
-    items = [item for replica in looked_at for item in save_plan(rank.saved(replica)).items]
-    chunks = [(item.index, item.tensor_data.chunk) for item in items]
-    size = world // len(looked_at) * len(pickle.dumps(chunks))
-    return {f"  MB of .metadata ({'derived' if world <= _PLANNED else 'computed'})": f"{size / 1e6:.1f}"}
+    looked_at = range(0, rank.parallel.dp_cp.size(), max(1, world // _PLANNED))
+    found = {}
+    for spread in (False, True):
+        plans = [save_plan(rank.saved(replica, spread=spread)) for replica in looked_at]
+        blocks = [(item.index, item.tensor_data.chunk) for plan in plans for item in plan.items]
+        size = world // len(looked_at) * len(pickle.dumps(blocks if spread else (blocks, plans)))
+        of = "derived" if world <= _PLANNED else "computed"
+        found[f"  MB of .metadata, {of}{'' if spread else ' (before)'}"] = f"{size / 1e6:.1f}"
+    return found
 
 
 def of_checkpoint(world: int) -> dict[str, Any]:
@@ -253,6 +256,14 @@ def host_work(packs: int = 4096, seq_length: int = 32768) -> None:
         for _ in range(5):
             call()
         print(f"{what}: {(time.process_time() - began) / 5 * 1e3:.1f} ms per step of {packs:,} packs")
+    few, options["global_batch_size"] = lengths[:100_000], 512
+    for what, multiple in {"tokens (before)": 1, "padded lengths": 16}.items():
+        sampler = Sampler(few, np.ones(len(few)), quality=Quality("none"), seed=1, pad_to=multiple, **options)
+        shape = RowShape.of(tensor=1, context=8, row_length=seq_length, packed_multiple=multiple)
+        longest = shape.fit(shape.longest(few, sampler.packs_at(0), 1))
+        print(
+            f"longest row at context-parallel degree 8, packed by {what}: {longest:,} tokens, seq_length {seq_length:,}"
+        )
 
 
 def _resident() -> int:
