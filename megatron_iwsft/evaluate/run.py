@@ -139,6 +139,7 @@ def _all_answers(
     if left:
         generator = make(model.directory)
         label = printable_line(model.label)
+        say(f"{label} answers {len(left):,} problems, {generator.problems_at_once} at once", error=True)
         with progress(None, label, unit="problems", total=len(problems), done=len(problems) - len(left)) as bar:
             for batch in _answer(left, generator, results, header):
                 done |= batch
