@@ -12,6 +12,7 @@ For a random model, or for --model DIR, a Hugging Face directory, each precision
               deviation and the value furthest from 1. Where they are as wide as a policy's own weights, these drown in noise
   loss        relative difference from bf16's loss in iw-SFT: mean of its absolute value over --steps steps, mean over the last 20
 
+Matmuls of bf16 are computed in float32 and rounded, as on a GPU: many CPUs have no bf16 instructions, and are slow without.
 Random models train on generated sums. --records FILE has records of your own (prompt, response).
 """
 
@@ -33,6 +34,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_iwsft.config.schema import Config
 from megatron_iwsft.data.batch import Batch
@@ -45,6 +47,22 @@ PRECISIONS: dict[str, dict[str, Any]] = {
     **{recipe: {"dtype": "bf16", "fp8": recipe, "fp8_emulation": True} for recipe in FP8_RECIPES},
 }
 PRECISIONS["tensorwise-edges"] = PRECISIONS["tensorwise"] | {"bf16_first_layers": 1, "bf16_last_layers": 1}
+
+
+_ATEN = torch.ops.aten
+_MATMULS = {f.default: f.default for f in (_ATEN.mm, _ATEN.bmm, _ATEN.addmm)} | {_ATEN.mm.out: _ATEN.mm.default}
+
+
+class Bf16ByFloat32(TorchDispatchMode):
+    """Within it, matmuls of bfloat16 are computed in float32 and rounded once."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        options = dict(kwargs or {})
+        if func not in _MATMULS or args[-1].dtype != torch.bfloat16:
+            return func(*args, **options)
+        out = options.pop("out", None)
+        product = _MATMULS[func](*(x.float() for x in args), **options).bfloat16()
+        return product if out is None else out.copy_(product)
 
 
 @dataclass(frozen=True)
@@ -62,7 +80,7 @@ def measure_all(platform: Any, configs: dict[str, dict[str, Any]], corpus_dir: s
     bf16: Noise | None = None
     begin = time.process_time()
     for name, config in configs.items():
-        with redirect_stdout(sys.stderr):
+        with redirect_stdout(sys.stderr), Bf16ByFloat32():
             noise = measure(config, corpus_dir, steps)
         bf16 = bf16 or noise
         print(row(name, noise, bf16), flush=True)
