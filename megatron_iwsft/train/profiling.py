@@ -9,6 +9,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from megatron_iwsft.config.schema import Profile
 from megatron_iwsft.utils.files import atomic_write, publish, write_text
 
 _PREFIX = "iwsft: "
-# Row of the table → (what its events' names begin with, whether the row is part of the one above it).
+# Row of the table → (its events' names, or what they begin with; whether the row is part of the one above it). Matmuls and attention are
+# those of torch's own operators: Transformer Engine's have other names.
 _ROWS: dict[str, tuple[tuple[str, ...], bool]] = {
     "data": ((f"{_PREFIX}data",), False),
     "forward and backward": ((f"{_PREFIX}forward and backward",), False),
@@ -28,7 +30,9 @@ _ROWS: dict[str, tuple[tuple[str, ...], bool]] = {
     "objective": ((f"{_PREFIX}objective",), True),
     "optimizer": ((f"{_PREFIX}optimizer",), False),
     "evaluation, saving, callbacks": ((f"{_PREFIX}callbacks",), False),
-    "communication, in all of these": (("gloo:", "nccl:"), False),
+    "matmuls, in all of these": (("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm"), False),
+    "attention, in all of these": (("aten::_scaled_dot_product*", "torch_attn::*"), False),
+    "communication, in all of these": (("gloo:*", "nccl:*"), False),
 }
 _MEMORY_EVENTS = 1_000_000
 
@@ -117,8 +121,8 @@ def _table(averages: Any, *, steps: int, on_device: bool) -> str:
     """Milliseconds per step of each row: of the host, and of the kernels that it started."""
     columns = ("host ms", "device ms") if on_device else ("ms",)
     lines = [f"{'per step':34}" + "".join(f"{column:>12}" for column in columns)]
-    for row, (prefixes, part) in _ROWS.items():
-        found = [event for event in averages if _matches(event.key, prefixes)]
+    for row, (patterns, part) in _ROWS.items():
+        found = [event for event in averages if _matches(event.key, patterns)]
         if found:
             times = [sum(event.cpu_time_total for event in found)]
             if on_device:
@@ -128,5 +132,5 @@ def _table(averages: Any, *, steps: int, on_device: bool) -> str:
     return "\n".join(lines)
 
 
-def _matches(key: str, prefixes: tuple[str, ...]) -> bool:
-    return any(key == prefix or (prefix.endswith(":") and key.startswith(prefix)) for prefix in prefixes)
+def _matches(key: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(key, pattern) for pattern in patterns)
