@@ -222,7 +222,7 @@ def host_work(packs: int = 4096, seq_length: int = 32768) -> None:
     from megatron_iwsft.testing.fake_world import geometry
 
     rng, arch = np.random.default_rng(0), geometry("Qwen2.5-32B")
-    lengths = rng.gamma(7.5, 26, 1_000_000).clip(40, 700).astype(np.int32)
+    lengths = rng.gamma(7.5, 26, max(250 * packs, 100_000)).clip(40, 700).astype(np.int32)
     options: dict[str, Any] = dict(seq_length=seq_length, packing="best_fit", global_batch_size=packs)
     sampler = Sampler(lengths, np.ones(len(lengths)), quality=Quality("none"), seed=1, **options)
     batch = sampler.packs_at(0)
@@ -237,7 +237,9 @@ def host_work(packs: int = 4096, seq_length: int = 32768) -> None:
         tokens, out = np.zeros((2, packs), np.int64)
         np.add.at(tokens, pack_of, joined)
         np.add.at(out, pack_of, costs(joined))
-        return out + costs(np.maximum(capacity - tokens, 0))
+        longest = shapes[0].padded(lengths.max(keepdims=True).astype(np.int64))  # filler is cut into pieces of it
+        pieces, rest = np.divmod(np.maximum(capacity - tokens, 0), longest)
+        return out + pieces * costs(longest) + costs(rest)
 
     corpus: Any = SimpleNamespace(lengths=lengths)
     builder = BatchBuilder(corpus, sampler, shapes[0], micro_batch_size=1, data_size=256, costs=costs)
