@@ -90,6 +90,7 @@ class Watchdog:
         self._leaving = threading.Event()
         self._store: dist.Store | None = None
         self._peers: list[Peer] = []
+        self._beside: list[Peer] = []
 
     def at(self, step: int, phase: str) -> None:
         """Mark progress: this rank begins `phase` of `step`. All ranks go through the same phases in the same order."""
@@ -105,6 +106,7 @@ class Watchdog:
             peers: list[Any] = [None] * self.world_size
             dist.all_gather_object(peers, (Peer.own(self.rank), uuid.uuid4().hex))
             self._peers = [peer for peer, _ in peers]
+            self._beside = [peer for peer in self._peers if peer.place == self._peers[self.rank].place]
             address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
             # A separate connection for this thread: that of the process group may be blocked in a wait.
             store = dist.TCPStore(
@@ -166,8 +168,8 @@ class Watchdog:
             if not self._leaving.wait(failure["patience_s"]):
                 self._end()
             return
-        for peer in self._peers:
-            if peer.place == self._peers[self.rank].place and not peer.alive() and not self._has_left(peer):
+        for peer in self._beside:
+            if not peer.alive() and not self._has_left(peer):
                 text = f"{peer} exited unexpectedly (killed, or out of memory; check dmesg on {peer.host})."
                 if self._claim(text):
                     tell(text, error=True)
