@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -28,18 +27,19 @@ def load_from_file(name: str, key: str) -> Any:
 
 
 def _load(path: Path, key: str) -> ModuleType | None:
-    """The file as a module; None if it is not a Python file."""
-    identity = str(path.resolve()).encode() + b"\0" + path.read_bytes()
+    """The file as a module; None if it is not a Python file. Python's import would take compiled code beside it that looks as old."""
+    source = path.read_bytes()
+    identity = str(path.resolve()).encode() + b"\0" + source
     name = f"iwsft_user_{path.stem}_{hashlib.sha256(identity).hexdigest()[:16]}"
     if name in sys.modules:
         return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
+    if path.suffix != ".py":
         return None
-    module = importlib.util.module_from_spec(spec)
+    module = ModuleType(name)
+    module.__file__ = str(path)
     sys.modules[name] = module  # where dataclasses look up annotations that are strings
     try:
-        spec.loader.exec_module(module)
+        exec(compile(source, path, "exec"), vars(module))
     except UserError as error:  # of an objective or a metric that it defines
         del sys.modules[name]
         raise ConfigError(f"{key}: {path}: {error}") from error

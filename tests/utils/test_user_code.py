@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -39,7 +40,9 @@ def test_names_of_one_file_share_its_state_and_files_of_one_name_do_not(tmp_path
     assert load_from_file(f"{tmp_path}/b/own.py:counter", "key").count == 0
 
 
-def test_a_changed_or_repaired_file_is_loaded_again(tmp_path: Path) -> None:
+def test_a_changed_or_repaired_file_is_loaded_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where Python keeps compiled code, which looks up to date after a change of the same length within a second."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
     file = tmp_path / "own.py"
     for text, value in (("x = 1\n", 1), ("x = 2\n", 2)):
         file.write_text(text)
