@@ -39,7 +39,7 @@ def _load(path: Path, key: str) -> ModuleType | None:
     module.__file__ = str(path)
     sys.modules[name] = module  # where dataclasses look up annotations that are strings
     try:
-        exec(compile(source, path, "exec"), vars(module))
+        exec(compile(source, path, "exec", dont_inherit=True), vars(module))
     except UserError as error:  # of an objective or a metric that it defines
         del sys.modules[name]
         raise ConfigError(f"{key}: {path}: {error}") from error

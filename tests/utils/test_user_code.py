@@ -51,3 +51,9 @@ def test_a_changed_or_repaired_file_is_loaded_again(tmp_path: Path, monkeypatch:
     for _ in range(2):
         with pytest.raises(ConfigError, match=r"own\.py cannot be loaded: ModuleNotFoundError"):
             load_from_file(f"{file}:x", "key")
+
+
+def test_annotations_are_what_the_file_says(tmp_path: Path) -> None:
+    """Not strings, which a `from __future__` of the loading module would make of them."""
+    (tmp_path / "own.py").write_text("def loss(x: int) -> int:\n    return x\n")
+    assert load_from_file(f"{tmp_path / 'own.py'}:loss", "key").__annotations__ == {"x": int, "return": int}
