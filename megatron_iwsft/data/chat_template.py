@@ -168,11 +168,12 @@ class ChatTemplate:
         if self.tokenizer.control_pattern.search(self._open + self._close):
             return True
         content = f"{self._open}\n{_MARK}\n{self._close}\n\nb"
+        question, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": content}
         try:
-            answer = self.render([{"role": "user", "content": "a"}, {"role": "assistant", "content": content}])
+            changed = any(content not in self.render([question, answer, *more]) for more in ([], [question]))
         except TemplateError:
             return False
-        return content not in answer or self.opens_reasoning
+        return changed or self.opens_reasoning
 
     def _probe_history(self) -> bool:
         """Whether an earlier answer with thinking tags inside is rendered otherwise than one whose reasoning is separate.
@@ -390,10 +391,8 @@ class ChatTemplate:
             start = self._content_start(messages, i, through.text, render)
             context = through.text[:start] if not answers or through.text.startswith(base) else prompt + self._header
         else:
-            raise TemplateError(
-                f"the generation prompt differs from what the template renders before turn {i}: it ends {prompt[-40:]!r}, "
-                f"and the turn begins {through.text[len(base) : len(base) + 40]!r}"
-            )
+            # The template renders the turn before otherwise than inference does, as for two answers in a row.
+            context, start = prompt, self._header_end(messages, i, through.text, prompt.removeprefix(base), render)
         end = self.tokenizer.ends_with_special(through.text[start:])
         if end is None:
             raise TemplateError(
@@ -450,6 +449,15 @@ class ChatTemplate:
             yield text[first:last], True
             at = max(at, last)
         yield text[at:end], False
+
+    def _header_end(self, messages: Messages, i: int, through: str, header: str, render: Any) -> int:
+        """Where the last `header`, which ends the generation prompt, before the content of turn i ends."""
+        start = through.rfind(header, 0, self._content_start(messages, i, through, render))
+        if start < 0 or not self.tokenizer.control_pattern.search(header):
+            raise TemplateError(
+                f"the generation prompt differs from what the template renders before turn {i}: it ends {header[-40:]!r}, which is missing"
+            )
+        return start + len(header)
 
     def _content_start(self, messages: Messages, i: int, through: str, render: Any) -> int:
         key = self.reasoning_key

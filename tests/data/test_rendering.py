@@ -260,6 +260,29 @@ def test_the_prompt_is_what_inference_gives_where_the_template_moves_the_system_
         assert found.split("⟦")[0] == chat.render(messages[:i], add_generation_prompt=True)
 
 
+# As Qwen3: the last answer has an empty reasoning, and tags in earlier ones are cut.
+LAST_THINKS = (
+    "{% for m in messages %}<|im_start|>{{ m.role[0] }} {% if m.role != 'assistant' %}{{ m.content }}{% elif loop.last %}"
+    "{% if '</think>' not in m.content %}<think>\n\n</think>\n\n{% endif %}{{ m.content }}"
+    "{% else %}{{ m.content.split('</think>')[-1].lstrip('\n') }}{% endif %}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>a {% endif %}"
+)
+
+
+def test_two_answers_in_a_row_each_follow_the_prompt_of_inference(tmp_path: Path) -> None:
+    chat = template(tmp_path, LAST_THINKS)
+    messages = [*turns("7 + 8?", "15"), {"role": "assistant", "content": "That is all."}]
+    asked, empty = "<|im_start|>u 7 + 8?<|im_end|><|im_start|>a ", "<think>\n\n</think>\n\n"
+    assert render(chat, messages) == [f"{asked}⟦{empty}15<|im_end|>⟧<|im_start|>a ⟦{empty}That is all.<|im_end|>⟧"]
+    assert chat.render(messages[:2], add_generation_prompt=True) == f"{asked}{empty}15<|im_end|><|im_start|>a "
+
+
+def test_thinking_tags_mean_something_to_a_template_that_cuts_them_in_earlier_turns(tmp_path: Path) -> None:
+    chat = template(tmp_path, LAST_THINKS)
+    first, second = render(chat, turns("7 + 8?", "<think>\nso\n</think>\n\n15", "Double it.", "30"))
+    assert "⟦<think>\nso\n</think>\n\n15<|im_end|>⟧" in first and "so" not in second and "<|im_start|>a 15" in second
+
+
 def test_generation_blocks_say_what_is_trained_on(tmp_path: Path) -> None:
     """The end-of-turn token is trained on even if it stands behind the block."""
     (found,) = render(template(tmp_path, MARKED), turns("7 + 8?", "15", "Double it.", "30"))
