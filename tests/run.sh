@@ -3,7 +3,7 @@
 #
 #   SET is one of
 #     (none)        the default set, 7 to 8 minutes on two cores
-#     --fast        only tests that start no job and no command, under 1 minute
+#     --fast        only tests that start no job and no command, 4 minutes
 #     --all         the slow ones too, as in CI
 #     --slurm       the batch scripts on a two-node Slurm on this machine (as root, on Debian; installed if missing);
 #                   add -m slurm for the long scenarios
