@@ -10,7 +10,6 @@ import importlib.metadata
 import inspect
 import io
 import logging
-import multiprocessing.dummy
 import os
 import pickle
 import queue
@@ -19,6 +18,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -191,13 +191,25 @@ def write_results() -> WriteResults:
 
 
 def write_in_this_process() -> None:
-    """Have Megatron-Core's writer write its files itself, in a process that does nothing else.
+    """Have Megatron-Core's writer write its files itself, one after the other, in a process that does nothing else.
 
-    0.16 forks a process for them, and waits for ever if that one is killed, as one is whose node runs out of memory.
+    0.16 forks processes for them and 0.19 starts threads. Where memory runs out, a process is killed and a thread dies as it starts;
+    both are waited for without end.
     """
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-    filesystem_async.mp = SimpleNamespace(get_context=lambda method: multiprocessing.dummy)
+    in_turn = SimpleNamespace(Process=_Call, Thread=_Call, Queue=queue.Queue, JoinableQueue=queue.Queue)
+    vars(filesystem_async).update(mp=SimpleNamespace(get_context=lambda method: in_turn), threading=in_turn)
+
+
+class _Call:
+    """In place of a process or thread: a call, complete once it has been started."""
+
+    def __init__(self, target: Callable[..., None], kwargs: dict[str, Any]) -> None:
+        self.start = partial(target, **kwargs)
+
+    def join(self) -> None:
+        pass
 
 
 @contextmanager

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import signal
+import threading
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -352,6 +354,27 @@ def test_a_killed_writer_fails_its_save_alone(tmp_path: Path) -> None:
         assert saved == [False, True]
         assert failed.startswith("saving after step 5 failed: ") and "could not be written: " in failed
         assert complete.startswith("saved step-00000005: ")
+
+
+def save_in_one_process(platform: Any, directory: Path) -> bool:
+    """Whether a save is complete whose writer may have no thread or process of its own: one of those can die unnoticed."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    fixture = Fixture(platform, directory, [])
+    fixture.at(5)
+    trainer, write = os.getpid(), filesystem_async._write_item
+
+    @functools.wraps(write)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        assert os.getppid() == trainer and threading.current_thread() is threading.main_thread()
+        return write(*args, **kwargs)
+
+    with patch.object(filesystem_async, "_write_item", checked):
+        return fixture.checkpointer.save_now()
+
+
+def test_a_writer_writes_its_files_itself(tmp_path: Path) -> None:
+    assert run_distributed(save_in_one_process, 2, tmp_path / "checkpoints") == [True, True]
 
 
 def write_without_space(platform: Any, filename: str | None) -> str:

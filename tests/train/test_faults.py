@@ -103,9 +103,14 @@ def test_a_killed_rank_ends_the_others_with_one_message(config: Path, tmp_path: 
 
 @pytest.mark.slow
 def test_a_rank_without_memory_is_named(config: Path, uninterrupted: list[dict], tmp_path: Path) -> None:
-    """Its address space may not grow any further, while it trains. No rank waits for it, and the run continues afterwards."""
+    """Its address space may not grow any further while it trains, and a callback needs more. No rank waits for it, and the run
+    continues afterwards.
+    """
     directory = tmp_path / "run"
-    run = LaunchedRun(config, directory, "checkpoint.every=4", "logging.wandb.mode=disabled")
+    callback = tmp_path / "grow.py"
+    callback.write_text("def grow(result):\n    bytearray(2 << 30)\ngrow.collective = True\n")
+    grow = f"logging.callbacks=[{callback}:grow]"
+    run = LaunchedRun(config, directory, "checkpoint.every=4", "logging.wandb.mode=disabled", grow)
     run.wait_until((directory / "checkpoints" / "latest").exists)
     workers = run.workers
     limit = workers[1].memory_info().vms
