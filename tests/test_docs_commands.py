@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +21,7 @@ from megatron_iwsft.config.loader import load_config
 from megatron_iwsft.config.schema import Config
 from megatron_iwsft.errors import UserError
 from megatron_iwsft.experiments.control.config import Experiment
-from tests.support import ROOT
+from tests.support import ROOT, command_environment, tiny
 from tests.test_docs import DOCUMENTS
 
 # Programs of others.
@@ -179,6 +182,39 @@ def test_a_command_that_needs_no_files_runs(command: Command, tmp_path: Path, mo
         shutil.copy(known[0], model / "config.json")
     monkeypatch.chdir(tmp_path)
     assert not cli.run([name, *arguments])
+
+
+@pytest.mark.slow
+@pytest.mark.command
+def test_the_commands_for_own_data_run(tmp_path: Path) -> None:
+    """README's, in their order, then those that docs/start/cpu.md adds; with a small model in the place of the downloaded one."""
+    readme = [c.words for c in COMMANDS if c.complete and c.document == ROOT / "README.md"]
+    added = [
+        c.words
+        for c in COMMANDS
+        if c.document.name == "cpu.md" and c.words[:2] in (("iwsft", "inspect"), ("iwsft", "doctor"))
+    ]
+    model = tmp_path / "models" / "SmolLM2-135M-Instruct"
+    tiny.hf_model(tiny.hf_tokenizer(model), "llama", vocab_size=400, max_position_embeddings=1024)
+    records = [{"prompt": f"What is {k} plus 2?", "response": f"It is {k + 2}.", "score": k % 3 / 2} for k in range(40)]
+    tiny.write_jsonl(tmp_path / "records.jsonl", records)
+    tiny.write_jsonl(tmp_path / "problems.jsonl", [{"question": "What is 1 plus 2?", "answer": "3"}])
+    for directory in ("configs", "launch"):
+        (tmp_path / directory).symlink_to(ROOT / directory)
+    programs = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "IWSFT_PYTHON": sys.executable}
+    for words in [*readme[1 + readme.index(("source", ".venv/bin/activate")) :], *added]:
+        if words[0] == "hf":
+            continue
+        done = subprocess.run(
+            words,
+            cwd=tmp_path,
+            env=command_environment(**programs),
+            input="What is 3 plus 2?\n",
+            text=True,
+            capture_output=True,
+        )
+        assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout}{done.stderr}"
+    assert (tmp_path / "models" / "mine" / "config.json").exists() and list((tmp_path / "runs").rglob("*.html"))
 
 
 @pytest.mark.parametrize(

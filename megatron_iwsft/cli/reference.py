@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 
 from megatron_iwsft.cli.options import add_config, add_dry_run, dry_run, refuse_dry_run_options, start_process
+from megatron_iwsft.utils.cli import imports
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,10 +24,11 @@ def run(args: argparse.Namespace) -> int | None:
     if args.dry_run:
         return dry_run(args, "reference")
     refuse_dry_run_options(args)
-    config = start_process(args)
+    with imports():
+        config = start_process(args)
 
-    from megatron_iwsft.distributed.context import stop
-    from megatron_iwsft.train.precompute import precompute_reference
+        from megatron_iwsft.distributed.context import stop
+        from megatron_iwsft.train.precompute import precompute_reference
 
     precompute_reference(config)
     stop()

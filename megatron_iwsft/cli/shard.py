@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_iwsft.errors import DataError
-from megatron_iwsft.utils.cli import add_template_options, positive_int, template_options
+from megatron_iwsft.utils.cli import add_template_options, imports, positive_int, template_options
 from megatron_iwsft.utils.text import say
 from megatron_iwsft.utils.worker_processes import start_forkserver
 
@@ -150,8 +150,9 @@ def run(args: argparse.Namespace) -> None:
     if args.workers > 1 and not args.merge:
         start_forkserver(_PRELOADED)
 
-    from megatron_iwsft.data.prepare.job_array import make_parts, merge_parts
-    from megatron_iwsft.data.prepare.shard import shard_corpus
+    with imports():
+        from megatron_iwsft.data.prepare.job_array import make_parts, merge_parts
+        from megatron_iwsft.data.prepare.shard import shard_corpus
 
     settings = _settings(args)
     if args.merge:

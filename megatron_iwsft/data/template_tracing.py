@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import jinja2
@@ -40,6 +41,11 @@ class TracedFrame:
 
     pieces: tuple[tuple[str, tuple[int, ...]], ...]
     turns: tuple[int | None, ...]
+
+    @cached_property
+    def trained(self) -> list[bool]:
+        """Whether each piece is trained on."""
+        return [turn is not None for turn in self.turns]
 
     def fill(self, texts: list[str]) -> list[str]:
         """The rendered pieces with `texts` in their slots."""

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from megatron_iwsft.distributed.stop_signals import STOP_SIGNALS, heeded_signals
 from megatron_iwsft.errors import EXIT_REQUEUE, EXIT_USER_ERROR
-from megatron_iwsft.utils.cli import prepare_streams
+from megatron_iwsft.utils.cli import imports, prepare_streams
 from megatron_iwsft.utils.text import tell
 
 if TYPE_CHECKING:
@@ -84,14 +84,15 @@ def main() -> int:
     os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGHUP,SIGQUIT")
     if "SLURM_NODEID" in os.environ:
         os.environ.setdefault("PET_NODE_RANK", os.environ["SLURM_NODEID"])
-    from torch.distributed import DistError
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import main as torchrun
-    from torch.distributed.run import parse_args
+    with imports():
+        from torch.distributed import DistError
+        from torch.distributed.elastic.multiprocessing.api import SignalException
+        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+        from torch.distributed.run import main as torchrun
+        from torch.distributed.run import parse_args
 
-    from megatron_iwsft.distributed.descriptors import raise_descriptor_limit
-    from megatron_iwsft.distributed.loopback import keep_to_loopback, register_with_torchrun
+        from megatron_iwsft.distributed.descriptors import raise_descriptor_limit
+        from megatron_iwsft.distributed.loopback import keep_to_loopback, register_with_torchrun
 
     raise_descriptor_limit()  # on the first node, this process hosts the store
     arguments = sys.argv[1:]

@@ -111,3 +111,12 @@ def model_config(family: str = "qwen2", **changes) -> dict:
         "initializer_range": 0.1,
         "tie_word_embeddings": False,
     } | changes
+
+
+def hf_model(directory: Path, family: str = "qwen2", **changes) -> Path:
+    """Random weights of `model_config` in Hugging Face's format, beside what is in `directory`."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**model_config(family, **changes)))
+    model.save_pretrained(directory)
+    return directory

@@ -128,11 +128,11 @@ class BlockEncoder:
         tokens = _insert_pretokenized(rows, tokens)
         return self._batch(rows, self._check_lengths(rows, tokens))
 
-    def prepare(self, block: Block) -> _Rows:
-        """Everything before tokenization."""
+    def prepare(self, block: Block, *, records: int | None = None) -> _Rows:
+        """Everything before tokenization; of the first `records` of the block only, if given."""
         rows, stem = _Rows(), block.source.stem
         add, read, messages = rows.columns.append, self.reader.read, self.reader.messages
-        for line, record in numbered_records(block, longest=self.curation.max_record_bytes):
+        for line, record in itertools.islice(numbered_records(block, longest=self.curation.max_record_bytes), records):
             samples = (record,) if isinstance(record, Dropped) else read(record)
             if messages.unused or messages.unreadable:
                 self._take_keys(rows, f"{block.source.name}, line {line}")
@@ -198,14 +198,14 @@ class BlockEncoder:
             rows.rendered.append(row)
             rows.counts.append(len(texts))
             rows.pieces += texts
-            rows.trained += [turn is not None for turn in turns]
+            rows.trained += [turn is not None for turn in turns] if frame is None else frame.trained
             rows.controls.append(
                 sum(len(self._find_control(text)) for text in texts)
                 if frame is None  # no text has one, and none forms one: `ChatTemplate` has compared
                 else self._control_counts.get(id(frame)) or self._count_controls(frame)
             )
-            if any(weight not in (None, 0, 1) for weight in conversation.weights or ()):
-                rows.turn_weights[row] = _run_weights(turns, conversation.weights or ())
+            if conversation.weights and any(weight not in (None, 0, 1) for weight in conversation.weights):
+                rows.turn_weights[row] = _run_weights(turns, conversation.weights)
             if self._signatures is not None:
                 # The trajectories of one conversation share most of their text, and are not duplicates of each other.
                 trained = [text for text, turn in zip(texts, turns, strict=True) if turn is not None]
@@ -403,10 +403,10 @@ def _truncated(tokens: _Tokens, length: int) -> _Tokens:
 
 def _content_hashes(tokens: _Tokens, offsets: np.ndarray, turn_weights: dict[int, list[float]]) -> pa.Array:
     """SHA-256 of each row's content: of 2·token + mask as little-endian int32, then of the weights of its turns as float32, if any."""
-    raw = (tokens.ids * 2 + tokens.mask).astype("<i4").tobytes()
+    raw = (tokens.ids * 2 + tokens.mask).astype("<i4", copy=False).view(np.uint8).data
     bounds = (4 * offsets).tolist()
     digests = [hashlib.sha256(raw[a:b]).digest() for a, b in itertools.pairwise(bounds)]
     for row, weights in turn_weights.items():
-        content = raw[bounds[row] : bounds[row + 1]] + np.asarray(weights, "<f4").tobytes()
+        content = bytes(raw[bounds[row] : bounds[row + 1]]) + np.asarray(weights, "<f4").tobytes()
         digests[row] = hashlib.sha256(content).digest()
     return pa.FixedSizeBinaryArray.from_buffers(pa.binary(32), len(bounds) - 1, [None, pa.py_buffer(b"".join(digests))])

@@ -20,7 +20,7 @@ from megatron_iwsft.errors import DataError
 
 _EVALUATION_ERRORS = (TypeError, ValueError, ZeroDivisionError, OverflowError, AttributeError, MemoryError)
 # What a record may say beside its texts or messages, apart from `system_field`.
-_BESIDE = ("system", "tools", "functions", "chat_template_kwargs")
+_BESIDE = frozenset(("system", "tools", "functions", "chat_template_kwargs"))
 # Fields in which corpora hold more of a conversation, or what is no text.
 _PARTS = frozenset(
     (
@@ -41,6 +41,7 @@ _PARTS = frozenset(
 _BOM = b"\xef\xbb\xbf"
 _LONG_INTEGER = re.compile(rb"[:\[,]\s*-?\d{19}")  # orjson rounds integers of more than 64 bits to floats
 
+_NESTED = frozenset((dict, list))
 NESTED = "nested too deeply", "more levels than Python's recursion limit"
 
 
@@ -149,9 +150,10 @@ def parse(line: bytes) -> dict[str, Any]:
         record = _parse_with_json(line)
     if type(record) is not dict:
         raise Dropped("not a JSON object", f"found {type(record).__name__}")
-    exact = b'"tool' in line or b'"function' in line or type(record.get("id")) is float
-    if exact and _LONG_INTEGER.search(line):
-        record = _parse_with_json(line)
+    if type(record.get("id")) is float or not _NESTED.isdisjoint(map(type, record.values())):
+        exact = b'"tool' in line or b'"function' in line or type(record.get("id")) is float
+        if exact and _LONG_INTEGER.search(line):
+            record = _parse_with_json(line)
     return record
 
 
@@ -210,6 +212,8 @@ class RecordReader:
         """The samples of one record, each read or dropped with a reason."""
         name = record.get("id")
         name = name if type(name) is str else str(name) if type(name) is int else None
+        if type(record.get(self._responses[0].field)) is str and len(self._responses) == 1:
+            return [self._read_one(record, self._responses[0], name, None)]
         responses = list(self._responses_of(record))
         if len(responses) == 1:
             return [self._read_one(record, responses[0], name, None)]
@@ -336,7 +340,11 @@ class RecordReader:
         answer = response.of(_value(record, response.field))
         if isinstance(answer, str):
             prompt = _value(record, self.format.prompt_field)
-            if isinstance(prompt, str) and not self.format.system_field and not any(map(record.get, _BESIDE)):
+            if (
+                isinstance(prompt, str)
+                and not self.format.system_field
+                and (_BESIDE.isdisjoint(record) or not any(map(record.get, _BESIDE)))
+            ):
                 return self._texts(prompt, answer, self._reasoning(record, response))  # most records of most corpora
             answer = [{"role": "assistant", "content": answer}]
         elif isinstance(answer, Mapping):

@@ -56,7 +56,7 @@ from megatron_iwsft.utils.worker_processes import one_thread_each, worker_contex
 
 log = logging.getLogger(__name__)
 
-_SAMPLE_FILES, _SAMPLE_RECORDS = 8, 1000
+_SAMPLE_FILES, _SAMPLE_RECORDS = 8, 400
 _SHOWN_KEYS = 20  # in a message
 
 
@@ -322,10 +322,9 @@ def _choose_encoder(settings: ShardSettings, sample: list[Input]) -> tuple[bool,
     counts: list[int] = []
     for source in sample:
         for block in islice(read_blocks(source, longest=curation.max_record_bytes), 1):
-            rows = sampler.prepare(block)
-            some = rows.counts[: _SAMPLE_RECORDS // len(sample)]
-            counts += some
-            pieces += rows.pieces[: sum(some)]
+            rows = sampler.prepare(block, records=_SAMPLE_RECORDS // len(sample))
+            counts += rows.counts
+            pieces += rows.pieces
     return choose_encoder(tokenizer, pieces, counts)
 
 
