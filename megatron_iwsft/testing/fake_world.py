@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from types import SimpleNamespace
 from typing import Any
 
@@ -156,7 +157,7 @@ class FakeRank:
             state = TrainState(self.chunks, self.optimizer).sharded(random=False)
             self._share_out(state, spread)
             return state
-        state = TrainState(self.chunks).sharded(random=False)
+        state = dict(self._model_state)
         models = {f"{part}.{name}": entry for part, entries in state.items() for name, entry in entries.items()}
         by_data = {id(entry.data): entry for entry in models.values() if torch.is_tensor(getattr(entry, "data", None))}
         experts_rank = self._experts_rank(data_rank)
@@ -178,6 +179,10 @@ class FakeRank:
             }
         self._share_out(state, spread)
         return state | {"optimizer": dict(enumerate(optimizer))}
+
+    @cached_property
+    def _model_state(self) -> dict[str, Any]:
+        return TrainState(self.chunks).sharded(random=False)
 
     def _share_out(self, state: dict[str, Any], spread: bool) -> None:
         from megatron.core.dist_checkpointing.mapping import apply_factories

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -16,8 +17,19 @@ WORLDS = (1024, 16384)
 MODELS = ("Qwen2.5-32B", "Llama-3.1-70B", "Llama-3.1-405B", "Qwen3-235B-A22B")
 
 
+def list_ranks_once() -> None:
+    """Have Megatron-Core list the ranks of the groups of a layout once. Most of the time of a fake rank is that."""
+    from megatron.core import parallel_state
+
+    listed = functools.cache(parallel_state.generate_masked_orthogonal_rank_groups)
+    parallel_state.generate_masked_orthogonal_rank_groups = lambda world_size, sizes, mask: listed(
+        world_size, tuple(sizes), tuple(mask)
+    )
+
+
 def described_ranks(platform: Any) -> dict[str, Any]:
     """Every model at every world size: group calls, bytes held, and bytes estimated, of one rank."""
+    list_ranks_once()
     from megatron_iwsft.distributed.parallel_layout import ParallelLayout
     from megatron_iwsft.model.memory import cost, stage_parameters
     from megatron_iwsft.testing.fake_world import DEGREES, FakeRank, geometry
@@ -83,6 +95,7 @@ def plans_of_all(platform: Any) -> dict[str, Any]:
     from megatron_iwsft.distributed.parallel_layout import ParallelLayout
     from megatron_iwsft.testing.fake_world import FakeRank, geometry, global_metadata, save_plan
 
+    list_ranks_once()
     found: dict[str, Any] = {}
     for model, (changes, degrees_of_64, degrees_of_1024) in PLANNED.items():
         arch, small = geometry(model, **changes), ParallelLayout.for_world(64, **degrees_of_64)
