@@ -80,6 +80,7 @@ def test_a_tracker_that_fails_does_not_end_the_run(board: Board, tmp_path: Path,
     assert event["step"] == 1 and "TensorBoard logger failed" in event["text"] and "No space left" in event["text"]
 
 
+@pytest.mark.command
 def test_wandb_has_each_step_once_however_a_run_ended(tmp_path: Path) -> None:
     """Rows that were not written when it was killed are logged, those that a resumed run repeats are not."""
     pytest.importorskip("wandb")
@@ -102,6 +103,7 @@ def test_wandb_has_each_step_once_however_a_run_ended(tmp_path: Path) -> None:
     assert last_step(tmp_path, run_id) == -1
 
 
+@pytest.mark.command
 def test_an_artifact_refers_to_the_newest_checkpoint(tmp_path: Path) -> None:
     pytest.importorskip("wandb")
     from wandb.proto import wandb_internal_pb2

@@ -37,6 +37,8 @@ from megatron_iwsft.train.check import CheckedRun
 from megatron_iwsft.train.setup import reference_identities
 from tests.support import tiny
 
+pytestmark = pytest.mark.parallel
+
 WORLDS = (4, 64, 1024)
 Touched = dict[int, dict[str, list[str]]]
 

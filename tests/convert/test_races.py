@@ -166,6 +166,7 @@ with atomic_directory(Path(sys.argv[1])) as directory, atomic_write(Path(sys.arg
 """
 
 
+@pytest.mark.command
 def test_what_killed_processes_left_is_removed(tmp_path: Path) -> None:
     path = tmp_path / "hf"
     process = subprocess.Popen([sys.executable, "-c", KILLED, str(path)], stdout=subprocess.PIPE, text=True)

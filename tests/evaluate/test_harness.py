@@ -27,6 +27,7 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "mine"
 
 
+@pytest.mark.command
 def test_tasks_are_run_with_the_chat_template_and_further_arguments(model: Path, tmp_path: Path) -> None:
     command = ["evaluate", "--model", str(model), "--output", str(tmp_path / "out"), "--tasks", "gsm8k_cot,ifeval"]
     cli.run([*command, "--limit", "5", "--num_fewshot", "0"])

@@ -49,6 +49,7 @@ def lines(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
+@pytest.mark.command
 @pytest.mark.parametrize(
     ("difference", "p_value", "said"),
     [

@@ -143,6 +143,7 @@ def run_repeatedly(platform):
     return [operator(group, inputs, 300, chunk_size=c) for c in (None, None, T, 7, 5, 2)]
 
 
+@pytest.mark.parallel
 @pytest.mark.numerics
 def test_repeated_calls_are_bitwise_equal_and_chunking_affects_only_rounding() -> None:
     first, again, *others = run_distributed(run_repeatedly, 1)[0]

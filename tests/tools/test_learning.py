@@ -205,6 +205,7 @@ def test_the_table_has_spreads_and_differences_paired_by_seed(tables: ModuleType
     assert circles == [250 + 4 * x for x in (20, 100, 40, 100)]  # exact and greedy of SFT, then of DFT
 
 
+@pytest.mark.command
 def test_several_learning_rates_are_refused_where_none_is_chosen(tmp_path: Path) -> None:
     for experiments, named in ((["2"], "experiments 2 use"), (["1", "6"], "experiments 6 use")):
         done = bench(tmp_path, "--experiments", *experiments, "--lr", "1e-3", "5e-4")

@@ -63,6 +63,7 @@ def test_ranks_of_one_model_are_slow_together() -> None:
     )
 
 
+@pytest.mark.parallel
 def test_the_times_of_ranks_are_in_the_metrics_of_a_run(runs: SharedRuns) -> None:
     lines = list(map(json.loads, (runs("cached") / "metrics.jsonl").read_text().splitlines()))
     for line in lines:

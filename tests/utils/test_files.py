@@ -61,6 +61,7 @@ def write_repeatedly(path: Path, letter: str) -> None:
         write_text(path, letter * 10_000)
 
 
+@pytest.mark.parallel
 def test_with_two_writers_the_file_is_always_one_of_theirs(tmp_path: Path) -> None:
     path = tmp_path / "file.txt"
     write_text(path, "a" * 10_000)

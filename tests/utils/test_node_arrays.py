@@ -78,6 +78,7 @@ print({name: (int(array.sum()), array.flags.writeable) for name, array in arrays
 """
 
 
+@pytest.mark.command
 def test_one_rank_plans_an_epoch_and_all_map_its_plan(tmp_path: Path) -> None:
     lengths = [20 + i for i in range(40)]
     corpus = tiny.token_corpus(tmp_path, lengths)
@@ -100,6 +101,7 @@ def files(directory: Path) -> list[Path]:
     return [path for path in (directory / "tmp").rglob("*") if not path.is_dir()]
 
 
+@pytest.mark.command
 def test_one_rank_computes_and_all_have_its_arrays(tmp_path: Path) -> None:
     outcomes, computed = run_ranks(tmp_path, "well")
     assert [(status, out) for status, out, _ in outcomes] == [(0, f"{FOUND} False")] * 3, outcomes
@@ -107,6 +109,7 @@ def test_one_rank_computes_and_all_have_its_arrays(tmp_path: Path) -> None:
     assert files(tmp_path) == []
 
 
+@pytest.mark.command
 def test_another_rank_takes_over_from_one_that_is_killed(tmp_path: Path) -> None:
     outcomes, computed = run_ranks(tmp_path, "killed")
     survivors = [out for status, out, _ in outcomes if status == 0]
@@ -122,12 +125,14 @@ def test_another_rank_takes_over_from_one_that_is_killed(tmp_path: Path) -> None
     assert files(tmp_path) == []
 
 
+@pytest.mark.command
 def test_an_error_is_raised_in_every_rank(tmp_path: Path) -> None:
     outcomes, computed = run_ranks(tmp_path, "fails")
     assert all(status == 1 and "no such corpus" in err for status, _, err in outcomes)
     assert sorted(computed) == ["0", "1", "2"]
 
 
+@pytest.mark.command
 @pytest.mark.parametrize("in_the_way", ["a file", "a directory that others can enter"])
 def test_without_a_safe_directory_each_rank_keeps_a_copy_and_one_says_why(tmp_path: Path, in_the_way: str) -> None:
     own = tmp_path / "tmp" / f"iwsft-{os.geteuid()}"
@@ -144,6 +149,7 @@ def test_without_a_safe_directory_each_rank_keeps_a_copy_and_one_says_why(tmp_pa
     assert len(told) == 1 and "belongs to this user alone" in told[0]
 
 
+@pytest.mark.command
 def test_a_single_process_writes_nothing(tmp_path: Path) -> None:
     outcomes, _ = run_ranks(tmp_path, "well", count=1)
     assert outcomes[0][:2] == (0, f"{FOUND} True")

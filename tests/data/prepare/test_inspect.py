@@ -116,6 +116,7 @@ def test_corpus_to_jsonl_and_back_is_identical(corpus: Corpus, tmp_path: Path) -
         write_jsonl(corpus, path)
 
 
+@pytest.mark.command
 def test_the_command_verifies_file_hashes(corpus: Corpus, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(corpus.directory, copy)
@@ -133,6 +134,7 @@ def test_the_command_verifies_file_hashes(corpus: Corpus, tmp_path: Path) -> Non
     assert "shard-00001.mask.bin has changed" in done.stderr and "shard-00000.idx is missing" in done.stderr
 
 
+@pytest.mark.command
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [((), 141, b""), (("--verify", "--seq-length", "0"), 2, b"above 0")],

@@ -47,6 +47,7 @@ def write(path: Path, records: list) -> Path:
 NAMES = ("r.jsonl", "r.jsonl.gz", "r.jsonl.zst", "r.parquet")
 
 
+@pytest.mark.parallel
 def test_every_format_gives_the_same_corpus(tmp_path: Path, tokenizer: Path) -> None:
     shards = []
     for k, name in enumerate(NAMES):

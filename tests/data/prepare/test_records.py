@@ -315,6 +315,7 @@ def test_keys_that_are_not_used_are_counted_in_all_blocks(tmp_path: Path, encode
     )
 
 
+@pytest.mark.parallel
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("encoder", ["auto", "own"])
 def test_all_keys_that_are_not_understood_are_refused_at_once(tmp_path: Path, encoder: Any, workers: int) -> None:

@@ -110,6 +110,7 @@ def test_a_run_that_was_killed_while_it_cleaned_up_is_cleaned_up_by_the_next(
     assert files_of(tmp_path / "out") == expected
 
 
+@pytest.mark.command
 def test_a_job_array_and_its_merge_give_the_same_corpus(tmp_path: Path, tokenizer: Path) -> None:
     inputs = [tiny.write_jsonl(tmp_path / f"{k}.jsonl", records(1500, k % 3)) for k in range(5)]
     shard_corpus(inputs, tmp_path / "uninterrupted", settings(tokenizer), show_progress=False)
@@ -152,6 +153,7 @@ def error_message(line: list[str], **options) -> str:
     return done.stderr
 
 
+@pytest.mark.command
 def test_min_score_without_scores_is_reported(tmp_path: Path, tokenizer: Path) -> None:
     inputs = [tiny.write_jsonl(tmp_path / "0.jsonl", records(3, 0))]
     line = [
@@ -166,6 +168,7 @@ def test_min_score_without_scores_is_reported(tmp_path: Path, tokenizer: Path) -
     assert "--min-score needs scores" in error_message([*line, "--min-score", "1"])
 
 
+@pytest.mark.command
 def test_a_full_disk_is_reported_and_the_run_can_be_continued(tmp_path: Path, tokenizer: Path) -> None:
     """A real failing write, caused by a limit on the file size."""
     inputs = [tiny.write_jsonl(tmp_path / "0.jsonl", records(3000, 0))]
@@ -184,6 +187,7 @@ def test_a_full_disk_is_reported_and_the_run_can_be_continued(tmp_path: Path, to
     assert files_of(tmp_path / "out") == files_of(tmp_path / "uninterrupted")
 
 
+@pytest.mark.command
 def test_an_output_that_cannot_be_written_is_reported(tmp_path: Path, tokenizer: Path) -> None:
     inputs = [tiny.write_jsonl(tmp_path / "0.jsonl", records(50, 0))]
     (tmp_path / "file").touch()
@@ -191,6 +195,7 @@ def test_an_output_that_cannot_be_written_is_reported(tmp_path: Path, tokenizer:
         assert "cannot write the corpus" in error_message(command(inputs, output, tokenizer, "--workers", "1"))
 
 
+@pytest.mark.command
 def test_a_missing_tokenizer_is_reported(tmp_path: Path) -> None:
     tokenizer = tiny.hf_tokenizer(tmp_path / "tokenizer")
     inputs = [tiny.write_jsonl(tmp_path / "0.jsonl", records(1500, 0))]

@@ -200,6 +200,7 @@ def test_each_response_field_gives_a_trajectory(tmp_path: Path, bpe: Path) -> No
     assert corpus.meta(["id"])["id"].to_pylist() == ["records:1#0", "records:1#1"]
 
 
+@pytest.mark.parallel
 def test_the_corpus_is_byte_identical_for_any_number_of_workers(tmp_path: Path, bpe: Path) -> None:
     records = [{"prompt": f"What is {i} + {i % 50}?", "response": f"{i + i % 50}"} for i in range(1500)]
     for workers in (1, 3):
