@@ -47,7 +47,7 @@ def quiet_megatron() -> None:
     warnings.filterwarnings("default", category=UserWarning, module=r"transformer_engine\..*")
     # The optimizer asks slices of a parameter for their .grad before it has set one.
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
-    for name in ("megatron", "torch.distributed.checkpoint"):
+    for name in ("megatron", "torch.distributed.checkpoint", "torch.utils.cpp_extension"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
