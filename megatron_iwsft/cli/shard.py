@@ -152,8 +152,9 @@ def run(args: argparse.Namespace) -> None:
 
     with imports():
         from megatron_iwsft.data.prepare.job_array import make_parts, merge_parts
-        from megatron_iwsft.data.prepare.shard import shard_corpus
+        from megatron_iwsft.data.prepare.shard import shard_corpus, use_memory_again
 
+    use_memory_again()
     settings = _settings(args)
     if args.merge:
         manifest = merge_parts(args.inputs, args.output, settings, restart=args.restart)

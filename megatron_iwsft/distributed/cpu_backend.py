@@ -8,7 +8,6 @@ It changes process-wide state, so only `context.start` calls it, once, in a proc
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
 import sys
 from collections.abc import Callable
@@ -21,10 +20,9 @@ from torch.utils._device import _device_constructors
 from megatron_iwsft.distributed.gloo import share_device
 from megatron_iwsft.distributed.mcore_compat import skip_collectives_of_one, use_torch_in_place_of_fused_kernels
 from megatron_iwsft.errors import ConfigError
+from megatron_iwsft.utils.memory import keep_freed_memory
 
 _CPU = torch.device("cpu")
-# malloc.h
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 
 
 class _Event:
@@ -150,17 +148,6 @@ def _compile_nothing() -> None:
     adam.step = torch.no_grad()(adam.step.__wrapped__)
 
 
-def _keep_freed_memory() -> None:
-    """Have glibc reuse the memory of large tensors. It maps each of them anew, and the kernel clears every page of it: a fifth of the
-    CPU time of a step of SmolLM2.
-    """
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-        mallopt(_M_MMAP_MAX, 0)
-        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
-        mallopt(_M_TOP_PAD, 64 << 20)
-
-
 def install() -> None:
     """Make Megatron-Core run on CPU in this process, permanently. Call before any Megatron-Core module is built. Idempotent.
 
@@ -194,7 +181,7 @@ def install() -> None:
     cuda.set_rng_state = set_rng_state
     cuda.manual_seed = torch.random.default_generator.manual_seed
 
-    _keep_freed_memory()
+    keep_freed_memory()
     _compile_nothing()
     share_device()
     use_torch_in_place_of_fused_kernels(_l2_norm, get_rng_state, set_rng_state)

@@ -1,7 +1,9 @@
-"""Errors that mean that memory ran out, as a sentence."""
+"""Memory of this process: errors that mean that it ran out, as a sentence; and keeping what was freed."""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import errno
 import os
 import resource
@@ -18,6 +20,19 @@ _SIGNS = (
     "bad_alloc",
     "can't start new thread",
 )
+# malloc.h
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
+
+
+def keep_freed_memory() -> None:
+    """Have glibc reuse the memory of large arrays, in this process and those that it forks. It would map each of them anew, and the
+    kernel clear every page of it: a fifth of the CPU time of a step of SmolLM2, and a tenth of sharding.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(_M_TOP_PAD, 64 << 20)
 
 
 def out_of_memory(error: BaseException) -> str | None:

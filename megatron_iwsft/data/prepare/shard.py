@@ -52,6 +52,7 @@ from megatron_iwsft.data.prepare.records import RecordFormat
 from megatron_iwsft.data.tokenizer import CHAT_TEMPLATE, Tokenizer, load_tokenizer
 from megatron_iwsft.errors import DataError
 from megatron_iwsft.utils.json_files import read_json
+from megatron_iwsft.utils.memory import keep_freed_memory
 from megatron_iwsft.utils.worker_processes import one_thread_each, worker_context
 
 log = logging.getLogger(__name__)
@@ -236,7 +237,14 @@ def worker_pool(
         yield partial(_refusing, map_in_order)
 
 
+def use_memory_again() -> None:
+    """Arrays of numpy and of Arrow, in this process. Not for libraries."""
+    keep_freed_memory()
+    pa.set_memory_pool(pa.system_memory_pool())
+
+
 def _start_worker() -> None:
+    use_memory_again()
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     gc.freeze()
     # Collect rarely: a block's many small objects live until the block is done, so scanning them earlier is wasted.
