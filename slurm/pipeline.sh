@@ -10,9 +10,10 @@
 #   --benchmark FILE      evaluate the exported model on FILE
 #   --score CORPUS        or measure its log-likelihood on a corpus
 #   --nodes N             nodes for the reference and training jobs (default 1)
+#   --sbatch-option ARG   a further option of sbatch for these two (--gpus-per-node=8, --time=24:00:00, …); repeatable
 #   --after JOB           start after this job
 #
-# Partition, account and time come from SBATCH_PARTITION, SBATCH_ACCOUNT, SBATCH_TIMELIMIT, … as sbatch reads them.
+# For all jobs, sbatch reads SBATCH_PARTITION, SBATCH_ACCOUNT, SBATCH_TIMELIMIT, … The model is exported to hf/final in the run's directory.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 usage() {
@@ -20,10 +21,10 @@ usage() {
   exit 2
 }
 
-config='' benchmark='' score='' nodes=1 previous='' records=() shard=() overrides=()
+config='' benchmark='' score='' nodes=1 previous='' records=() shard=() training=() overrides=()
 while [ $# -gt 0 ]; do
   case $1 in
-    --config | --records | --shard-option | --benchmark | --score | --nodes | --after) [ $# -ge 2 ] || usage ;;
+    --config | --records | --shard-option | --benchmark | --score | --nodes | --sbatch-option | --after) [ $# -ge 2 ] || usage ;;
   esac
   case $1 in
     --config) config=$2 && shift 2 ;;
@@ -32,6 +33,7 @@ while [ $# -gt 0 ]; do
     --benchmark) benchmark=$2 && shift 2 ;;
     --score) score=$2 && shift 2 ;;
     --nodes) nodes=$2 && shift 2 ;;
+    --sbatch-option) training+=("$2") && shift 2 ;;
     --after) previous=$2 && shift 2 ;;
     -*) usage ;;
     *=*) overrides+=("$1") && shift ;;
@@ -69,12 +71,12 @@ if [ ${#records[@]} -gt 0 ]; then
   submit shard --job-name=iwsft-shard "$root/slurm/tool.sbatch" shard "${records[@]}" --output "$corpus" "${shard[@]}"
 fi
 if [ "$needs_sidecar" = true ]; then
-  submit reference "--nodes=$nodes" "$root/slurm/precompute_reference.sbatch" "$config" "${overrides[@]}"
+  submit reference "--nodes=$nodes" ${training[@]+"${training[@]}"} "$root/slurm/precompute_reference.sbatch" "$config" "${overrides[@]}"
 fi
-submit train "--nodes=$nodes" "$root/slurm/train.sbatch" "$config" "${overrides[@]}"
-submit export "$root/slurm/convert.sbatch" export --checkpoint "$run_dir" --output "$run_dir/hf"
+submit train "--nodes=$nodes" ${training[@]+"${training[@]}"} "$root/slurm/train.sbatch" "$config" "${overrides[@]}"
+submit export "$root/slurm/convert.sbatch" export --checkpoint "$run_dir" --output "$run_dir/hf/final"
 if [ -n "$benchmark" ]; then
-  submit evaluate "$root/slurm/evaluate.sbatch" --model "$run_dir/hf" --benchmark "$benchmark"
+  submit evaluate "$root/slurm/evaluate.sbatch" --model "$run_dir/hf/final" --benchmark "$benchmark"
 elif [ -n "$score" ]; then
-  submit evaluate "$root/slurm/evaluate.sbatch" --model "$run_dir/hf" --corpus "$score"
+  submit evaluate "$root/slurm/evaluate.sbatch" --model "$run_dir/hf/final" --corpus "$score"
 fi

@@ -101,7 +101,7 @@ def test_the_pipeline_with_a_stop_signal_during_training(lab: Lab, tmp_path: Pat
     run = tmp_path / "run"
     said = lab.call(
         ROOT / "slurm" / "pipeline.sh",
-        *("--config", config, "--records", records, "--nodes", "2", "--score", tmp_path / "corpus"),
+        *("--config", config, "--records", records, "--nodes", "2", "--sbatch-option", "--comment=pipeline", "--score", tmp_path / "corpus"),
         *(part for option in options for part in ("--shard-option", option)),
         *(f"run.dir={run}", "objective.name=iw_sft"),
     )
@@ -113,7 +113,7 @@ def test_the_pipeline_with_a_stop_signal_during_training(lab: Lab, tmp_path: Pat
         assert lab.wait(job) == "COMPLETED", lab.log(job)
     assert "stopped after step" in lab.log(jobs["train"])
     assert "per trained token" in lab.log(jobs["evaluate"])
-    assert (run / "hf" / "config.json").exists()
+    assert (run / "hf" / "final" / "config.json").exists()
     check(lab, jobs["train"], run, train_here(config, tmp_path / "unbroken", "objective.name=iw_sft"))
 
 
