@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("runs", nargs="+", type=Path, metavar="RUN_DIR", help="run directory (run.dir of the config)")
     add("--output", type=Path, metavar="FILE.html", help="default: report.html in the first run directory")
-    evaluation_help = "output directory of iwsft evaluate; repeatable (default: evaluation/ in and beside the runs, and here)"
+    evaluation_help = "an output of iwsft evaluate; repeatable (default: evaluation/ in and beside the runs, and here)"
     add("--evaluation", type=Path, action="append", metavar="DIR", help=evaluation_help)
     trajectories_help = (
         "score N trajectories of each run with weights, and show those with the largest and smallest; needs a Hugging Face "

@@ -101,7 +101,8 @@ def test_the_pipeline_with_a_stop_signal_during_training(lab: Lab, tmp_path: Pat
     run = tmp_path / "run"
     said = lab.call(
         ROOT / "slurm" / "pipeline.sh",
-        *("--config", config, "--records", records, "--nodes", "2", "--sbatch-option", "--comment=pipeline", "--score", tmp_path / "corpus"),
+        *("--config", config, "--records", records, "--score", tmp_path / "corpus"),
+        *("--nodes", "2", "--sbatch-option", "--comment=pipeline"),
         *(part for option in options for part in ("--shard-option", option)),
         *(f"run.dir={run}", "objective.name=iw_sft"),
     )
